@@ -1,0 +1,1 @@
+"""seng: decisions."""

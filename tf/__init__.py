@@ -1,0 +1,1 @@
+"""Horovod for TensorFlow with more: ``import hvd_ext.tensorflow as hvd``."""

@@ -1,0 +1,1 @@
+"""Keras front end of hvd-ext."""

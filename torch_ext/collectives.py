@@ -1,0 +1,121 @@
+"""The one place where the PyTorch front end calls Horovod's collectives, and where their bytes are counted.
+
+Everything else hands tensors to a :class:`Collectives` and waits on the :class:`Handle` it gets,
+so that names in Horovod's timeline, process sets and byte accounting are decided once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import horovod.torch as horovod
+import torch
+
+from hvd_ext.traffic import Traffic
+
+
+@dataclass
+class Handle:
+    """A collective under way. ``wait()`` once; it raises ``HorovodInternalError`` when it failed."""
+
+    collectives: Collectives
+    ticket: Any
+    kind: str
+    counted: bool = True
+
+    def wait(self) -> torch.Tensor:
+        """The result of the collective, a tensor on the device of its input."""
+        result = horovod.synchronize(self.ticket)
+        tensor = result[0] if isinstance(result, tuple) else result
+        if not self.counted:
+            self.collectives.traffic.add(self.kind, received=nbytes(tensor))
+        return tensor
+
+
+class Collectives:
+    """Asynchronous, named collectives over one process set.
+
+    ``kind`` says what the bytes are ("gradients", "values", "weights", ...); ``traffic`` adds up
+    what this rank sends and receives by kind, from the sizes of the messages themselves. For a
+    collective whose bytes depend on the library's algorithm (allreduce, broadcast) the
+    bandwidth-optimal ring is counted: ``2 (M-1)/M`` and ``1`` times the tensor.
+    """
+
+    def __init__(self, process_set: Any = None) -> None:
+        self.process_set = horovod.global_process_set if process_set is None else process_set
+        self.traffic = Traffic()
+
+    @property
+    def included(self) -> bool:
+        """Whether this rank is a member of the process set."""
+        return bool(self.process_set.included())
+
+    @property
+    def size(self) -> int:
+        """M, the number of ranks."""
+        return int(self.process_set.size())
+
+    @property
+    def rank(self) -> int:
+        """This rank's number within the process set."""
+        return int(self.process_set.rank())
+
+    def global_rank(self, rank: int) -> int:
+        """The global number of the process set's member ``rank``; broadcasts name roots so."""
+        ranks = self.process_set.ranks
+        return rank if ranks is None else int(list(ranks)[rank])
+
+    def allreduce_async_(self, tensor: torch.Tensor, name: str, *, op: Any = horovod.Average,
+                         kind: str = "gradients", **scale: float) -> Handle:
+        """Reduce ``tensor`` over the ranks, in place."""
+        ticket = horovod.allreduce_async_(
+            tensor, name=name, op=op, process_set=self.process_set, **scale
+        )
+        size = self.size
+        moved = 2 * (size - 1) * nbytes(tensor) // size
+        self.traffic.add(kind, sent=moved, received=moved)
+        return Handle(self, ticket, kind)
+
+    def alltoall_async(self, tensor: torch.Tensor, splits: Sequence[int], name: str, *,
+                       kind: str = "gradients") -> Handle:
+        """Send ``splits[s]`` rows of ``tensor`` to rank s; the result is what all sent here, by rank."""
+        ticket = horovod.alltoall_async(
+            tensor, splits=torch.tensor(splits, dtype=torch.int32), name=name,
+            process_set=self.process_set,
+        )
+        row = nbytes(tensor) // max(1, tensor.shape[0])
+        own = splits[self.rank] * row
+        self.traffic.add(kind, sent=nbytes(tensor) - own, received=-own)
+        return Handle(self, ticket, kind, counted=False)
+
+    def allgather_async(self, tensor: torch.Tensor, name: str, *, kind: str = "gradients") -> Handle:
+        """Concatenate the ranks' tensors along their first axis, whose length may differ by rank."""
+        ticket = horovod.allgather_async(tensor, name=name, process_set=self.process_set)
+        own = nbytes(tensor)
+        self.traffic.add(kind, sent=(self.size - 1) * own, received=-own)
+        return Handle(self, ticket, kind, counted=False)
+
+    def broadcast_async_(self, tensor: torch.Tensor, root: int, name: str, *,
+                         kind: str = "weights") -> Handle:
+        """Copy the tensor of member ``root`` of the process set to all, in place."""
+        ticket = horovod.broadcast_async_(
+            tensor, self.global_rank(root), name=name, process_set=self.process_set
+        )
+        if self.rank == root:
+            self.traffic.add(kind, sent=(self.size - 1) * nbytes(tensor))
+        else:
+            self.traffic.add(kind, received=nbytes(tensor))
+        return Handle(self, ticket, kind)
+
+    def allgather_object(self, thing: Any, name: str) -> list[Any]:
+        """Every rank's picklable ``thing``, by rank. For errors and checks, not for data."""
+        if self.size == 1:
+            return [thing]
+        return list(horovod.allgather_object(thing, name=name, process_set=self.process_set))
+
+
+def nbytes(tensor: torch.Tensor) -> int:
+    """Bytes of the tensor's elements."""
+    return tensor.numel() * tensor.element_size()

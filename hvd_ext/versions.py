@@ -1,4 +1,4 @@
-"""The versions this package is tested with, in one place: setup.py, the installer and the doctor read them here."""
+"""The versions this package is tested with, for setup.py, the installer and the doctor."""
 
 HVD_EXT = "0.1.0"
 PYTHON = ">=3.10"

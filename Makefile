@@ -1,0 +1,87 @@
+# Targets set up what they need. Variables: FRAMEWORKS="torch tensorflow" (or one of them),
+# VENV=.venv (where everything is installed), PYTHON=python3 (3.10 or newer).
+VENV ?= .venv
+PYTHON ?= python3
+FRAMEWORKS ?= torch tensorflow
+FRAMEWORK ?= torch
+PYTEST_ARGS ?=
+
+comma := ,
+empty :=
+space := $(empty) $(empty)
+override FRAMEWORKS := $(sort $(subst $(comma),$(space),$(FRAMEWORKS)))
+UNKNOWN := $(filter-out torch tensorflow,$(FRAMEWORKS))
+ifneq ($(UNKNOWN)$(if $(FRAMEWORKS),,none),)
+$(error FRAMEWORKS must be torch, tensorflow or both, got "$(FRAMEWORKS)")
+endif
+EXTRAS := $(subst $(space),$(comma),$(strip $(FRAMEWORKS) dev examples mpi))
+
+BIN := $(abspath $(VENV))/bin
+PY := $(BIN)/python
+export PATH := $(BIN):$(PATH)
+export OMP_NUM_THREADS ?= 1
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+# What is left out is left out of Horovod's build and of the tests, even where it is installed.
+export HVD_EXT_FRAMEWORKS := $(subst $(space),$(comma),$(FRAMEWORKS))
+ifeq ($(filter torch,$(FRAMEWORKS)),)
+export HOROVOD_WITHOUT_PYTORCH := 1
+PYTEST_ARGS += $(addprefix --ignore=,$(wildcard tests/torch tests/torch_ext))
+endif
+ifeq ($(filter tensorflow,$(FRAMEWORKS)),)
+export HOROVOD_WITHOUT_TENSORFLOW := 1
+PYTEST_ARGS += $(addprefix --ignore=,$(wildcard tests/tf tests/tensorflow))
+endif
+
+# An environment is current when its stamp carries the checksum of what it was made from.
+SOURCES := Makefile setup.py pyproject.toml hvd_ext/versions.py hvd_ext/cli/horovod_source.py
+SUM := $(shell cat $(SOURCES) | cksum | tr ' ' '-')
+TOOLS := $(VENV)/.tools-$(SUM)
+READY := $(VENV)/.ready-$(subst $(space),-,$(FRAMEWORKS))-$(SUM)
+
+.PHONY: setup demo test test-quick lint bench doctor clean
+.DEFAULT_GOAL := setup
+
+setup: $(READY)
+	@echo "Ready. Next: make demo, or $(BIN)/hvd-ext doctor"
+
+demo: $(READY)
+	$(PY) -m examples.demo --framework $(FRAMEWORK)
+
+test: $(READY)
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+test-quick: $(READY)
+	$(PY) -m pytest -m "(not slow and not ranks) or smoke" $(PYTEST_ARGS)
+
+bench: $(READY)
+	$(PY) -m benchmarks
+
+doctor: $(READY)
+	$(BIN)/hvd-ext doctor
+
+lint: $(TOOLS)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache
+	find . -path '*/.venv*' -prune -o \( -name __pycache__ -o -name '*.egg-info' \) -prune -print | xargs rm -rf
+	@echo "Kept: $(VENV) and the Horovod wheels in the user's cache."
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1); Python 3.10 or newer is needed: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "no venv module: install python3-venv, or pass another PYTHON="; exit 1; }
+
+$(TOOLS): $(SOURCES) | $(PY)
+	$(PY) -m pip install --quiet 'setuptools>=64,<81' wheel
+	$(PY) -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	@rm -f $(VENV)/.tools-*
+	@touch $@
+
+$(READY): $(TOOLS)
+	$(PY) -m pip install --quiet --no-build-isolation --editable '.[$(EXTRAS)]'
+	$(BIN)/hvd-ext install-horovod
+	@rm -f $(VENV)/.ready-*
+	@touch $@

@@ -1,0 +1,23 @@
+"""What every subcommand prints with, and the error that ends one without a traceback."""
+
+import sys
+
+from rich.console import Console
+
+
+class Failure(Exception):
+    """A command cannot go on. ``str(failure)`` says what is wrong, ``mend`` what to do about it."""
+
+    def __init__(self, problem: str, mend: str = "") -> None:
+        super().__init__(problem)
+        self.mend = mend
+
+
+def out() -> Console:
+    """A console on the standard output of this moment (tests replace it between calls)."""
+    return Console(file=sys.stdout, highlight=False)
+
+
+def err() -> Console:
+    """A console on the standard error of this moment."""
+    return Console(file=sys.stderr, highlight=False)

@@ -1,0 +1,5 @@
+"""``hvd-ext doctor`` placeholder."""
+from typing import Any
+
+
+def register(subcommands: Any) -> None: ...

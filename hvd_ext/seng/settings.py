@@ -1,0 +1,126 @@
+"""What a user may choose about SENG, checked once on construction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from hvd_ext import checks
+
+Damping = float | Callable[[int], float]
+
+DEFAULT_SKETCH_SIZE = 262_144
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Settings of the sketchy empirical natural gradient (Yang et al., "SENG").
+
+    Attributes:
+        damping: lam > 0 of SENG eq. 6, or a function from the step (0, 1, ...) to it.
+        update_freq: the curvature is taken anew every so many steps (T of SENG Algorithm 1).
+        coupling: how ranks share curvature: ``"block"`` (SENG eq. 26), ``"lagged"`` (eq. 27) or
+            ``"full"`` (one joint system of all ranks' samples, no block-diagonal approximation).
+        uc: form of ``U c`` for implicit layers: ``"factored"`` (SENG eq. 23, 28) or ``"exact"``
+            (eq. 22).
+        explicit_threshold: a layer with fewer parameters stores U itself, any other its factors.
+        sketch: how rows are sampled, ``"uniform"``, ``"leverage"`` or None for no sketch (eq. 14).
+        sketch_size: q, rows kept of an explicit layer's least squares problem (eq. 11). A layer
+            with no more rows than this is not sketched.
+        replacement: whether rows are drawn with replacement.
+        rank: r, columns kept of an implicit layer's factors of one sample (eq. 15).
+        row_sketch: rows kept of an implicit layer's factors (eq. 17).
+        subsample: samples of a rank's batch that the curvature is taken from; None for all.
+        loss_reduction: whether the loss is the ``"mean"`` or the ``"sum"`` over a rank's batch.
+        loss_scale: a constant the loss is multiplied with, such as 1/4 for a loss divided by four
+            micro-batches. Not the scale of mixed precision, which a gradient scaler tells.
+        curvature_dtype: ``"float32"``, ``"bfloat16"``, ``"float64"``, or None for the working
+            precision (that of the parameters, float32 for half-precision ones).
+        exclude: names of modules (with all inside them) left on the identity rule ``g/(1+lam)``.
+        seed: of all row and sample choices; the same on every rank.
+
+    Raises:
+        TypeError: a value of the wrong kind.
+        ValueError: a value outside its limits; the message says what to pass instead.
+    """
+
+    damping: Damping
+    update_freq: int = 200
+    coupling: str = "block"
+    uc: str = "factored"
+    explicit_threshold: int = 700_000
+    sketch: str | None = "uniform"
+    sketch_size: int = DEFAULT_SKETCH_SIZE
+    replacement: bool = False
+    rank: int = 16
+    row_sketch: int = 512
+    subsample: int | None = None
+    loss_reduction: str = "mean"
+    loss_scale: float = 1.0
+    curvature_dtype: str | None = None
+    exclude: tuple[str, ...] = field(default=())
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checks.number_or_schedule(
+            "damping", self.damping, low=0.0, open_low=True,
+            hint="it is added to the curvature's diagonal; 0.1 to 2 are usual for convolutional "
+                 "networks with a mean loss",
+        )
+        checks.whole("update_freq", self.update_freq, low=1,
+                     hint="1 refreshes the curvature at every step, 200 to 1000 are usual")
+        checks.choice("coupling", self.coupling, ("block", "lagged", "full"))
+        checks.choice("uc", self.uc, ("factored", "exact"))
+        checks.whole("explicit_threshold", self.explicit_threshold, low=0,
+                     hint="0 makes every linear and convolution layer implicit")
+        checks.choice("sketch", self.sketch, ("uniform", "leverage", None))
+        checks.whole("sketch_size", self.sketch_size, low=1,
+                     hint="pass sketch=None for no sketch at all")
+        checks.flag("replacement", self.replacement)
+        checks.whole("rank", self.rank, low=1, hint="16 is usual; more costs more memory")
+        checks.whole("row_sketch", self.row_sketch, low=1,
+                     hint="pass sketch=None for no sketch at all")
+        if self.subsample is not None:
+            checks.whole("subsample", self.subsample, low=1, hint="pass None to use all samples")
+        checks.choice(
+            "loss_reduction", self.loss_reduction, ("mean", "sum"),
+            hint="SENG reads per-sample gradients off a loss that is the mean or the sum over the "
+                 "rank's batch; reduce the loss so and say which",
+        )
+        checks.number("loss_scale", self.loss_scale, low=0.0, open_low=True,
+                      hint="1 for a loss that is not multiplied by anything")
+        checks.choice("curvature_dtype", self.curvature_dtype,
+                      ("float32", "bfloat16", "float64", None))
+        checks.whole("seed", self.seed, low=0)
+        for name in self.exclude:
+            if not isinstance(name, str):
+                raise TypeError(f"exclude must hold names of modules, got {name!r}")
+
+    def damping_at(self, step: int) -> float:
+        """lam at this step.
+
+        Raises:
+            TypeError: the damping function returned no number.
+            ValueError: it returned something not positive and finite.
+        """
+        value = self.damping(step) if callable(self.damping) else self.damping
+        return checks.number(f"damping at step {step}", value, low=0.0, open_low=True,
+                             hint="let the schedule stay above zero")
+
+    def check_sketch(self, rows: Iterable[int]) -> None:
+        """Refuse a chosen sketch that no explicit layer is large enough for.
+
+        Args:
+            rows: n of each explicit layer.
+
+        Raises:
+            ValueError: ``sketch_size`` was chosen and exceeds every explicit layer's n.
+        """
+        largest = max(rows, default=0)
+        chosen = self.sketch is not None and self.sketch_size != DEFAULT_SKETCH_SIZE
+        if chosen and 0 < largest < self.sketch_size:
+            raise ValueError(
+                f"sketch_size must be at most {largest}, the rows (parameters) of the largest "
+                f"explicit layer, got {self.sketch_size}; pass fewer rows, or sketch=None to solve "
+                "with all of them"
+            )

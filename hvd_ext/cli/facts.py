@@ -1,0 +1,204 @@
+"""What is installed on this machine, found without importing a framework into this process."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hvd_ext.cli import toolchain
+
+# Each runs in a process of its own: a library built for another framework may crash on import.
+_FRAMEWORK_PROBES = {
+    "torch": (
+        "import json, torch\n"
+        "print(json.dumps({'version': torch.__version__, 'cuda': torch.version.cuda,"
+        " 'gpus': torch.cuda.device_count()}))\n"
+    ),
+    "tensorflow": (
+        "import json, tensorflow as tf\n"
+        "print(json.dumps({'version': tf.__version__,"
+        " 'cuda': tf.sysconfig.get_build_info().get('cuda_version'),"
+        " 'gpus': len(tf.config.list_physical_devices('GPU'))}))\n"
+    ),
+}
+_HOROVOD_PROBE = (
+    "import json, horovod.{name} as hvd\n"
+    "print(json.dumps({{what: bool(getattr(hvd, what + '_built')())"
+    " for what in ('mpi', 'gloo', 'nccl', 'cuda', 'rocm', 'ccl')}}))\n"
+)
+
+
+@dataclass(frozen=True)
+class Framework:
+    """One framework and Horovod's library for it.
+
+    Args:
+        name: import name, "torch" or "tensorflow".
+        version: None where it is not installed.
+        cuda: the CUDA release it was built with, if any.
+        gpus: how many GPUs it sees.
+        error: why it does not import; empty where it does.
+        horovod: what Horovod's library for it was built with, such as {"mpi": True, "nccl": False};
+            None where that library does not import.
+        horovod_error: why not.
+    """
+
+    name: str
+    version: str | None = None
+    cuda: str | None = None
+    gpus: int = 0
+    error: str = ""
+    horovod: dict[str, bool] | None = None
+    horovod_error: str = ""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything the doctor judges, and nothing judged yet.
+
+    Args:
+        python: this Python's version.
+        cores: how many cores this process may use.
+        frameworks: torch and TensorFlow, installed or not.
+        keras: version, or None.
+        horovod: version of the installed Horovod, or None.
+        built_for: framework versions that Horovod was compiled for, from its ``metadata.json``.
+        mpirun: path of the launcher that a shell would find, or None.
+        mpirun_version: first line that it prints as its version.
+        libmpi: the MPI library that Horovod's library loads; empty where unknown or none.
+        horovodrun: path, or None.
+        mpi4py: version, or None.
+        gpu: whether the machine has an NVIDIA GPU, whatever the frameworks see.
+    """
+
+    python: str
+    cores: int
+    frameworks: tuple[Framework, ...]
+    keras: str | None = None
+    horovod: str | None = None
+    built_for: Mapping[str, str] = field(default_factory=dict)
+    mpirun: str | None = None
+    mpirun_version: str = ""
+    libmpi: str = ""
+    horovodrun: str | None = None
+    mpi4py: str | None = None
+    gpu: bool = False
+
+
+def collect(limit: float = 180.0) -> Facts:
+    """Look at this environment and machine.
+
+    Args:
+        limit: seconds for each import in its own process.
+    """
+    horovod = toolchain.distribution_version("horovod")
+    folder = horovod_folder()
+    names = tuple(_FRAMEWORK_PROBES)
+    with ThreadPoolExecutor(len(names)) as pool:
+        frameworks = tuple(pool.map(lambda name: _framework(name, horovod, limit), names))
+    mpirun = find_program("mpirun")
+    return Facts(
+        python=platform.python_version(),
+        cores=toolchain.cores(),
+        frameworks=frameworks,
+        keras=toolchain.distribution_version("keras"),
+        horovod=horovod,
+        built_for=read_metadata(folder),
+        mpirun=mpirun,
+        mpirun_version=toolchain.first_line([mpirun, "--version"]) if mpirun else "",
+        libmpi=loaded_libmpi(folder),
+        horovodrun=find_program("horovodrun"),
+        mpi4py=toolchain.distribution_version("mpi4py"),
+        gpu=shutil.which("nvidia-smi") is not None
+        and "GPU" in toolchain.printed(["nvidia-smi", "-L"]),
+    )
+
+
+def find_program(name: str) -> str | None:
+    """A launcher: this environment's own first, as in an activated environment, then the PATH's."""
+    own = os.pathsep.join(str(folder) for folder in sorted(toolchain.own_folders()))
+    return shutil.which(name, path=own) or shutil.which(name)
+
+
+def horovod_folder() -> Path | None:
+    """The installed Horovod package, without importing it."""
+    try:
+        distribution = importlib.metadata.distribution("horovod")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return Path(str(distribution.locate_file("horovod")))
+
+
+def read_metadata(folder: Path | None) -> dict[str, str]:
+    """The frameworks and versions that an installed Horovod was compiled for.
+
+    Empty where there is no Horovod or no readable ``metadata.json`` in it.
+    """
+    labels = {label.lower(): name for name, label in toolchain.HOROVOD_NAMES.items()}
+    try:
+        written = json.loads((folder / "metadata.json").read_text()) if folder else {}
+    except (OSError, ValueError):
+        return {}
+    return {labels[label]: str(version) for label, version in written.items() if label in labels}
+
+
+def loaded_libmpi(folder: Path | None) -> str:
+    """Which ``libmpi`` the loader gives to Horovod's libraries; "not found" where it finds none."""
+    for library in sorted(folder.glob("*/mpi_lib*.so")) if folder else []:
+        for line in toolchain.printed(["ldd", str(library)]).splitlines():
+            name, _, target = line.strip().partition(" => ")
+            if name.startswith("libmpi"):
+                path = target.rsplit(" (", 1)[0]
+                return path if path == "not found" else str(Path(path).resolve())
+    return ""
+
+
+def _framework(name: str, horovod: str | None, limit: float) -> Framework:
+    """Import one framework, then Horovod's library for it, each in a process of its own."""
+    version = toolchain.installed(name)
+    if version is None:
+        return Framework(name)
+    probed, error = _probe(_FRAMEWORK_PROBES[name], limit)
+    if probed is None:
+        return Framework(name, version, error=error)
+    built, horovod_error = None, ""
+    if horovod is not None:
+        built, horovod_error = _probe(_HOROVOD_PROBE.format(name=name), limit)
+    return Framework(
+        name,
+        version=str(probed["version"]),
+        cuda=str(probed["cuda"]) if probed["cuda"] else None,
+        gpus=int(str(probed["gpus"])),
+        horovod=None if built is None else {what: bool(yes) for what, yes in built.items()},
+        horovod_error=horovod_error,
+    )
+
+
+def _probe(code: str, limit: float) -> tuple[dict[str, object] | None, str]:
+    """What a probe printed as JSON on its last line, or None and the reason."""
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=limit,
+            stdin=subprocess.DEVNULL,
+            env=environ,
+        )
+    except subprocess.TimeoutExpired:
+        return None, f"the import took longer than {limit:g} s"
+    if done.returncode == 0:
+        return dict(json.loads(done.stdout.strip().splitlines()[-1])), ""
+    if done.returncode < 0:
+        return None, f"the import crashed (signal {-done.returncode})"
+    lines = done.stderr.strip().splitlines()
+    return None, lines[-1] if lines else f"exit status {done.returncode}"

@@ -1,0 +1,180 @@
+"""What the facts about a machine mean: a line a subject, and for each problem what mends it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from hvd_ext.cli.facts import Facts, Framework
+from hvd_ext.versions import HOROVOD, TENSORFLOW, TORCH
+
+Level = Literal["ok", "note", "problem"]
+REBUILD = "hvd-ext install-horovod"
+TESTED = {"torch": TORCH, "tensorflow": TENSORFLOW}
+TITLES = {"torch": "PyTorch", "tensorflow": "TensorFlow"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row of the doctor's table.
+
+    Args:
+        subject: what it is about.
+        value: what was found.
+        level: "ok"; "note", worth knowing and stops nothing; "problem", must be mended.
+        mend: the command (or the step) that mends it; never empty for a problem.
+    """
+
+    subject: str
+    value: str
+    level: Level = "ok"
+    mend: str = ""
+
+    def __post_init__(self) -> None:
+        if self.level == "problem" and not self.mend:
+            raise ValueError(f"the problem with {self.subject} needs a way to mend it")
+
+
+def judge(facts: Facts) -> list[Finding]:
+    """All findings about ``facts``, in the order of the table."""
+    rows = [_python(facts)]
+    rows += [_framework(framework) for framework in facts.frameworks]
+    rows += [_keras(facts), *_horovod(facts), _mpi(facts), _launcher(facts), _mpi4py(facts)]
+    rows += [_nccl(facts), _cores(facts)]
+    return rows
+
+
+def usable(facts: Facts) -> list[str]:
+    """The frameworks that Horovod can run with here: both libraries import."""
+    return [framework.name for framework in facts.frameworks if framework.horovod is not None]
+
+
+def _python(facts: Facts) -> Finding:
+    parts = tuple(int(part) for part in facts.python.split(".")[:2])
+    if parts < (3, 10):
+        mend = "make a new environment: python3.12 -m venv .venv"
+        return Finding("Python", f"{facts.python}; 3.10 or newer is needed", "problem", mend)
+    return Finding("Python", facts.python)
+
+
+def _framework(framework: Framework) -> Finding:
+    title = TITLES[framework.name]
+    if framework.version is None:
+        return Finding(title, "not installed", "note", f"pip install 'hvd-ext[{framework.name}]'")
+    if framework.error:
+        mend = f"pip install --force-reinstall --no-deps {framework.name}=={framework.version}"
+        value = f"{framework.version}, does not import: {framework.error}"
+        return Finding(title, value, "problem", mend)
+    device = f"CUDA {framework.cuda}, {framework.gpus} GPU" if framework.cuda else "CPU"
+    value = f"{framework.version} ({device})"
+    if framework.version.split("+")[0] != TESTED[framework.name]:
+        return Finding(title, f"{value}; tested with {TESTED[framework.name]}", "note")
+    return Finding(title, value)
+
+
+def _keras(facts: Facts) -> Finding:
+    if facts.keras is None:
+        wanted = any(f.name == "tensorflow" and f.version for f in facts.frameworks)
+        return Finding("Keras", "not installed", "note", "pip install keras" if wanted else "")
+    return Finding("Keras", facts.keras)
+
+
+def _horovod(facts: Facts) -> list[Finding]:
+    present = [framework for framework in facts.frameworks if framework.version is not None]
+    if not present:
+        mend = "pip install 'hvd-ext[torch]' (or [tensorflow]), then " + REBUILD
+        return [Finding("Horovod", "no framework to use it with", "problem", mend)]
+    if facts.horovod is None:
+        return [Finding("Horovod", "not installed", "problem", REBUILD)]
+    rows = [Finding("Horovod", facts.horovod)]
+    if facts.horovod != HOROVOD:
+        value = f"{facts.horovod}; tested with {HOROVOD}"
+        rows = [Finding("Horovod", value, "note", REBUILD)]
+    rows += [_binding(framework, facts) for framework in present]
+    if not usable(facts) and all(row.level != "problem" for row in rows):
+        rows.append(Finding("Horovod", "no installed framework can use it", "problem", REBUILD))
+    return rows
+
+
+def _binding(framework: Framework, facts: Facts) -> Finding:
+    """Whether Horovod's library for one framework is there, fits and loads."""
+    subject = f"Horovod for {TITLES[framework.name]}"
+    built = facts.built_for.get(framework.name)
+    if built is None:
+        # Left out on purpose (HOROVOD_WITHOUT_...) or installed later: only its user needs it.
+        return Finding(subject, "not built", "note", REBUILD)
+    if built != framework.version:
+        value = f"built for {framework.name} {built}, installed is {framework.version}"
+        return Finding(subject, value, "problem", REBUILD)
+    if framework.horovod is None:
+        reason = framework.horovod_error or framework.error or "unknown reason"
+        value = f"built for {built}, does not load: {reason}"
+        return Finding(subject, value, "problem", f"{REBUILD} --force")
+    with_ = ", ".join(what.upper() for what, yes in framework.horovod.items() if yes) or "nothing"
+    return Finding(subject, f"built for {built}, with {with_}")
+
+
+def _built_with(facts: Facts, what: str) -> bool:
+    return any(framework.horovod and framework.horovod.get(what) for framework in facts.frameworks)
+
+
+def _mpi(facts: Facts) -> Finding:
+    if not usable(facts):
+        return Finding("MPI", facts.mpirun_version or "none found", "note")
+    if not _built_with(facts, "mpi"):
+        return Finding("MPI", "Horovod is built without it; Gloo serves", "note", REBUILD)
+    if facts.mpirun is None:
+        mend = "load the MPI that Horovod was built with, or " + REBUILD
+        level: Level = "note" if _built_with(facts, "gloo") else "problem"
+        return Finding("MPI", f"no mpirun; Horovod uses {facts.libmpi}", level, mend)
+    value = f"{facts.mpirun_version} ({facts.mpirun})"
+    if facts.libmpi and not _same_tree(facts.mpirun, facts.libmpi):
+        mend = f"put the bin folder of {Path(facts.libmpi).parent} first on the PATH, or {REBUILD}"
+        return Finding("MPI", f"{value}, but Horovod loads {facts.libmpi}", "note", mend)
+    return Finding("MPI", value)
+
+
+def _same_tree(mpirun: str, libmpi: str) -> bool:
+    """Whether launcher and library belong to one installation: PREFIX/bin beside PREFIX/lib*.
+
+    A distribution's own MPI lies in /usr/lib/<machine>/..., with its launcher in /usr/bin.
+    """
+    prefix = Path(mpirun).resolve().parent.parent
+    return Path(libmpi).resolve().is_relative_to(prefix)
+
+
+def _launcher(facts: Facts) -> Finding:
+    found = [path for path in (facts.mpirun, facts.horovodrun) if path]
+    if facts.horovod is None:
+        return Finding("Launcher", ", ".join(found) or "none", "note")
+    if facts.horovodrun is None:
+        return Finding("Launcher", "no horovodrun", "problem", f"{REBUILD} --force")
+    if _open_mpi_major(facts) >= 5:
+        value = "horovodrun --gloo, mpirun (horovodrun --mpi does not know Open MPI 5)"
+        return Finding("Launcher", value, "note")
+    return Finding("Launcher", facts.horovodrun)
+
+
+def _open_mpi_major(facts: Facts) -> int:
+    words = facts.mpirun_version.replace(")", " ").split()
+    version = words[-1].split(".")[0] if "Open" in facts.mpirun_version and words else ""
+    return int(version) if version.isdigit() else 0
+
+
+def _mpi4py(facts: Facts) -> Finding:
+    if facts.mpi4py is None:
+        value = "not installed; hvd_ext.async_ps needs it"
+        return Finding("mpi4py", value, "note", "pip install 'hvd-ext[mpi]'")
+    return Finding("mpi4py", facts.mpi4py)
+
+
+def _nccl(facts: Facts) -> Finding:
+    if _built_with(facts, "nccl"):
+        return Finding("NCCL", "built in")
+    if not facts.gpu and not any(framework.gpus for framework in facts.frameworks):
+        return Finding("NCCL", "not built in; no GPU here to need it")
+    value = "not built in: gradients of a GPU travel through the CPU"
+    return Finding("NCCL", value, "note", f"HOROVOD_GPU_OPERATIONS=NCCL {REBUILD}")
+
+
+def _cores(facts: Facts) -> Finding:
+    return Finding("Cores", str(facts.cores))

@@ -9,6 +9,11 @@ import pytest
 from tests.ranks import Ranks
 
 
+def _size_of(item: pytest.Item) -> int:
+    callspec = getattr(item, "callspec", None)
+    return int(callspec.params.get("size", 2)) if callspec else 2
+
+
 @pytest.fixture(scope="session")
 def _pools() -> Iterator[dict[tuple[int, str], Ranks]]:
     pools: dict[tuple[int, str], Ranks] = {}
@@ -38,7 +43,9 @@ def ranks(_pools: dict[tuple[int, str], Ranks]) -> Callable[..., Ranks]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none, and say so."""
+    """Group a file's tests by number of ranks, so that ranks start seldom; skip GPU tests without one."""
+    order = {path: number for number, path in enumerate(dict.fromkeys(i.path for i in items))}
+    items.sort(key=lambda item: (order[item.path], _size_of(item)))
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     try:

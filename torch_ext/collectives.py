@@ -24,6 +24,7 @@ class Handle:
     ticket: Any
     kind: str
     counted: bool = True
+    dtype: torch.dtype | None = None
 
     def wait(self) -> torch.Tensor:
         """The result of the collective, a tensor on the device of its input."""
@@ -31,7 +32,7 @@ class Handle:
         tensor = result[0] if isinstance(result, tuple) else result
         if not self.counted:
             self.collectives.traffic.add(self.kind, received=nbytes(tensor))
-        return tensor
+        return tensor if self.dtype is None else tensor.view(self.dtype)
 
 
 class Collectives:
@@ -82,26 +83,26 @@ class Collectives:
                        kind: str = "gradients") -> Handle:
         """Send ``splits[s]`` rows of ``tensor`` to rank s; the result is what all sent here, by rank."""
         ticket = horovod.alltoall_async(
-            tensor, splits=torch.tensor(splits, dtype=torch.int32), name=name,
+            _carrier(tensor), splits=torch.tensor(splits, dtype=torch.int32), name=name,
             process_set=self.process_set,
         )
         row = nbytes(tensor) // max(1, tensor.shape[0])
         own = splits[self.rank] * row
         self.traffic.add(kind, sent=nbytes(tensor) - own, received=-own)
-        return Handle(self, ticket, kind, counted=False)
+        return Handle(self, ticket, kind, counted=False, dtype=tensor.dtype)
 
     def allgather_async(self, tensor: torch.Tensor, name: str, *, kind: str = "gradients") -> Handle:
         """Concatenate the ranks' tensors along their first axis, whose length may differ by rank."""
-        ticket = horovod.allgather_async(tensor, name=name, process_set=self.process_set)
+        ticket = horovod.allgather_async(_carrier(tensor), name=name, process_set=self.process_set)
         own = nbytes(tensor)
         self.traffic.add(kind, sent=(self.size - 1) * own, received=-own)
-        return Handle(self, ticket, kind, counted=False)
+        return Handle(self, ticket, kind, counted=False, dtype=tensor.dtype)
 
     def broadcast_async_(self, tensor: torch.Tensor, root: int, name: str, *,
                          kind: str = "weights") -> Handle:
         """Copy the tensor of member ``root`` of the process set to all, in place."""
         ticket = horovod.broadcast_async_(
-            tensor, self.global_rank(root), name=name, process_set=self.process_set
+            _carrier(tensor), self.global_rank(root), name=name, process_set=self.process_set
         )
         if self.rank == root:
             self.traffic.add(kind, sent=(self.size - 1) * nbytes(tensor))
@@ -114,6 +115,11 @@ class Collectives:
         if self.size == 1:
             return [thing]
         return list(horovod.allgather_object(thing, name=name, process_set=self.process_set))
+
+
+def _carrier(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory under a dtype that Horovod can move; it knows no bfloat16."""
+    return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
 
 
 def nbytes(tensor: torch.Tensor) -> int:

@@ -1,1 +1,5 @@
-"""delay: decisions."""
+"""Delay compensation: settings, slices and order of the synchronous method; rules and engine of the asynchronous one."""
+
+from hvd_ext.delay.config import DelayCompensated
+
+__all__ = ["DelayCompensated"]

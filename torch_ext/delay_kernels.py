@@ -1,0 +1,107 @@
+"""The delay-compensated sum of several workers' gradients, elementwise, on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+# Elements a thread takes at a time on the CPU: the five arrays of the recursion stay in its cache.
+CPU_CHUNK = 2**15
+
+
+@dataclass(frozen=True)
+class Recursion:
+    """What one call of :func:`compensated_sum` needs beside tensors.
+
+    Args:
+        step: ``lr / M``, the step of one worker.
+        lam: lam, or lam0 with ``adaptive``.
+        adaptive, decay, eps: the rule of ``MeanSquare``; unused for a constant lam.
+        cumulative: displacement by all gradients before, or by the worker's own step.
+        scale: the workers' gradients are ``scale`` times the rows given (loss scale, micro-batches).
+    """
+
+    step: float
+    lam: float
+    adaptive: bool
+    decay: float
+    eps: float
+    cumulative: bool
+    scale: float = 1.0
+
+
+def compensated_sum(rows: Sequence[torch.Tensor], rule: Recursion,
+                    mean_square: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
+    """Write ``sum_j c^j / scale`` into ``out``, taking up the rows in their order.
+
+    With ``g^j = scale * rows[j]`` the terms are ``c^j = g^j + lam g^j*g^j*(w~_j - w_t)`` (DC-ASGD
+    supplement eq. 95). Since ``w~_j - w_t = -step * sum_{i<j} c^i``, the running sum S itself is
+    the displacement and ``S <- S + g - step*lam*g*g*S`` is the whole recursion.
+
+    Args:
+        rows: the workers' gradients of this slice, 1-D, of equal length and floating dtype.
+        rule: the recursion's settings.
+        mean_square: MeanSquare of the slice, updated in place; float32 (float64 for float64 rows).
+            None with a constant lam.
+        out: 1-D of the rows' length; any floating dtype. Half precision is computed in float32.
+
+    Returns:
+        ``out``.
+    """
+    length = out.numel()
+    chunk = length if out.is_cuda else CPU_CHUNK * torch.get_num_threads()
+    for start in range(0, length, max(1, chunk)):
+        end = min(start + chunk, length)
+        pieces = [row[start:end] for row in rows]
+        ms = None if mean_square is None else mean_square[start:end]
+        _recursion(pieces, rule, ms, out[start:end])
+    return out
+
+
+def _recursion(rows: Sequence[torch.Tensor], rule: Recursion, mean_square: torch.Tensor | None,
+               out: torch.Tensor) -> None:
+    wide = accumulation_dtype(out.dtype)
+    total = out if out.dtype == wide else torch.empty(out.shape, dtype=wide, device=out.device)
+    strength = rule.step * rule.lam * rule.scale**2
+    for number, row in enumerate(rows):
+        gradient = row.to(wide)
+        if mean_square is not None:
+            mean_square.mul_(rule.decay).addcmul_(
+                gradient, gradient, value=(1 - rule.decay) * rule.scale**2
+            )
+        if number == 0 and rule.cumulative:
+            total.copy_(gradient)  # nothing was applied before the first
+            continue
+        if rule.cumulative:
+            correction = gradient * total
+        elif number == 0:
+            correction = gradient * gradient
+            total.zero_()
+        else:
+            correction = gradient * gradient
+        if mean_square is not None:
+            correction.mul_((mean_square + rule.eps).rsqrt_())
+        total.add_(gradient).addcmul_(gradient, correction, value=-strength)
+    if total is not out:
+        out.copy_(total)
+
+
+def plain_sum(rows: Sequence[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
+    """Write the rows' plain sum into ``out``, in their order, accumulated as in :func:`compensated_sum`."""
+    total = rows[0].to(accumulation_dtype(out.dtype), copy=True)
+    for row in rows[1:]:
+        total.add_(row)
+    return out.copy_(total)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def square_norm(flat: torch.Tensor) -> torch.Tensor:
+    """The squared 2-norm of a 1-D tensor, a 0-D tensor; half precision is summed in float32."""
+    wide = flat.to(accumulation_dtype(flat.dtype))
+    return torch.dot(wide, wide)

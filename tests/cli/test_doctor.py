@@ -1,0 +1,231 @@
+"""The doctor: every mismatch is a problem with a command that mends it, and nothing hangs."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hvd_ext.cli import doctor, facts, selftest
+from hvd_ext.cli.facts import Facts, Framework, read_metadata
+from hvd_ext.cli.findings import Finding, judge, usable
+from hvd_ext.cli.main import main
+from hvd_ext.cli.selftest import launch_command, run_limited
+from hvd_ext.versions import HOROVOD, TENSORFLOW, TORCH
+
+BUILT = {"mpi": True, "gloo": True, "nccl": False, "cuda": False}
+TORCH_OK = Framework("torch", TORCH, horovod=BUILT)
+TENSORFLOW_OK = Framework("tensorflow", TENSORFLOW, horovod=BUILT)
+GOOD = Facts(
+    python="3.11.7",
+    cores=2,
+    frameworks=(TORCH_OK, TENSORFLOW_OK),
+    keras="3.15.1",
+    horovod=HOROVOD,
+    built_for={"torch": TORCH, "tensorflow": TENSORFLOW},
+    mpirun="/env/bin/mpirun",
+    mpirun_version="mpirun (Open MPI) 4.1.8",
+    libmpi="/env/lib/libmpi.so.40",
+    horovodrun="/env/bin/horovodrun",
+    mpi4py="4.1.2",
+)
+CRASHED = Framework("torch", TORCH, horovod_error="undefined symbol: _ZN3c10")
+ABSENT = (Framework("torch"), Framework("tensorflow"))
+
+
+def of_level(found: Facts, level: str) -> dict[str, Finding]:
+    return {finding.subject: finding for finding in judge(found) if finding.level == level}
+
+
+def test_a_good_machine_has_no_problem_and_no_note() -> None:
+    assert of_level(GOOD, "problem") == {}
+    assert of_level(GOOD, "note") == {}
+    assert usable(GOOD) == ["torch", "tensorflow"]
+
+
+@pytest.mark.parametrize(
+    ("found", "subject", "value", "mend"),
+    [
+        (replace(GOOD, built_for={"torch": "2.9.0", "tensorflow": TENSORFLOW}),
+         "Horovod for PyTorch", f"built for torch 2.9.0, installed is {TORCH}",
+         "hvd-ext install-horovod"),
+        (replace(GOOD, built_for={"torch": f"{TORCH}+cu126", "tensorflow": TENSORFLOW}),
+         "Horovod for PyTorch", f"built for torch {TORCH}+cu126", "hvd-ext install-horovod"),
+        (replace(GOOD, built_for={"torch": TORCH, "tensorflow": "2.12.0"}),
+         "Horovod for TensorFlow", "built for tensorflow 2.12.0", "hvd-ext install-horovod"),
+        (replace(GOOD, frameworks=(CRASHED, TENSORFLOW_OK)),
+         "Horovod for PyTorch", "undefined symbol", "hvd-ext install-horovod --force"),
+        (replace(GOOD, horovod=None, built_for={}),
+         "Horovod", "not installed", "hvd-ext install-horovod"),
+        (replace(GOOD, frameworks=ABSENT, horovod=None, built_for={}),
+         "Horovod", "no framework", "pip install 'hvd-ext[torch]'"),
+        (replace(GOOD, built_for={}, frameworks=(Framework("torch", TORCH), ABSENT[1])),
+         "Horovod", "no installed framework can use it", "hvd-ext install-horovod"),
+        (replace(GOOD, frameworks=(replace(TORCH_OK, error="no libc10.so", horovod=None),
+                                   TENSORFLOW_OK)),
+         "PyTorch", "no libc10.so", "pip install --force-reinstall"),
+        (replace(GOOD, horovodrun=None), "Launcher", "no horovodrun", "--force"),
+        (replace(GOOD, python="3.9.18"), "Python", "3.10 or newer", "python3.12 -m venv"),
+        (replace(GOOD, mpirun=None, frameworks=(
+            replace(TORCH_OK, horovod={"mpi": True, "gloo": False}), ABSENT[1])),
+         "MPI", "no mpirun", "hvd-ext install-horovod"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and " " not in value else "",
+)
+def test_problem_names_the_mending_command(
+    found: Facts, subject: str, value: str, mend: str
+) -> None:
+    problem = of_level(found, "problem")[subject]
+    assert value in problem.value
+    assert mend in problem.mend
+
+
+@pytest.mark.parametrize(
+    ("found", "subject", "value"),
+    [
+        (replace(GOOD, frameworks=(TORCH_OK, ABSENT[1]), built_for={"torch": TORCH}),
+         "TensorFlow", "not installed"),
+        (replace(GOOD, built_for={"torch": TORCH}), "Horovod for TensorFlow", "not built"),
+        (replace(GOOD, mpi4py=None), "mpi4py", "not installed"),
+        (replace(GOOD, mpirun=None), "MPI", "no mpirun"),  # Gloo is there
+        (replace(GOOD, gpu=True), "NCCL", "not built in"),
+        (replace(GOOD, mpirun_version="mpirun (Open MPI) 5.0.11"), "Launcher", "Open MPI 5"),
+        (replace(GOOD, mpirun="/usr/bin/mpirun"), "MPI", "but Horovod loads /env/lib"),
+        (replace(GOOD, horovod="0.29.0"), "Horovod", "tested with"),
+        (replace(GOOD, frameworks=(replace(TORCH_OK, version="2.12.0"), TENSORFLOW_OK),
+                 built_for={"torch": "2.12.0", "tensorflow": TENSORFLOW}),
+         "PyTorch", "tested with"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and " " not in value else "",
+)
+def test_note_is_no_problem(found: Facts, subject: str, value: str) -> None:
+    assert of_level(found, "problem") == {}
+    assert value in of_level(found, "note")[subject].value
+
+
+def test_a_problem_without_a_way_out_cannot_be_made() -> None:
+    with pytest.raises(ValueError, match="needs a way to mend it"):
+        Finding("MPI", "broken", "problem")
+
+
+def horovod_package(folder: Path, metadata: str | None) -> Path:
+    """An installed Horovod as the doctor sees it: a package folder with its metadata."""
+    package = folder / "horovod"
+    package.mkdir()
+    if metadata is not None:
+        (package / "metadata.json").write_text(metadata)
+    return package
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        ('{\n"tensorflow": "2.21.0",\n"pytorch": "2.13.0+cpu",\n"dummy": "none"\n}',
+         {"tensorflow": "2.21.0", "torch": "2.13.0+cpu"}),
+        ('{"dummy": "none"}', {}),
+        ('{"pytorch": "2.13.0"', {}),
+        (None, {}),
+    ],
+)
+def test_metadata_of_an_installed_horovod(
+    tmp_path: Path, metadata: str | None, expected: dict[str, str]
+) -> None:
+    assert read_metadata(horovod_package(tmp_path, metadata)) == expected
+    assert read_metadata(None) == {}
+
+
+@pytest.mark.parametrize(("built", "status"), [(TORCH, 0), ("1.13.1", 1)])
+def test_exit_status_follows_the_metadata(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    built: str,
+    status: int,
+) -> None:
+    package = horovod_package(tmp_path, json.dumps({"pytorch": built, "dummy": "none"}))
+    monkeypatch.setattr(facts, "horovod_folder", lambda: package)
+    monkeypatch.setattr(facts, "loaded_libmpi", lambda folder: "")
+    monkeypatch.setattr(facts, "find_program", lambda name: f"/env/bin/{name}")
+    monkeypatch.setattr(facts, "_framework", lambda name, horovod, limit: (
+        TORCH_OK if name == "torch" else Framework(name)))
+    monkeypatch.setattr(facts.toolchain, "distribution_version", lambda name: HOROVOD)
+    assert main(["doctor", "--json", "--no-selftest"]) == status
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] is (status == 0)
+    found = {row["subject"]: row for row in report["findings"]}
+    row = found["Horovod for PyTorch"]
+    assert row["level"] == ("problem" if status else "ok")
+    assert (row["mend"] == "hvd-ext install-horovod") is bool(status)
+
+    assert main(["doctor", "--no-selftest"]) == status
+    table = capsys.readouterr().out
+    assert "Horovod for PyTorch" in table
+    assert ("Problems: 1." in table) is bool(status)
+
+
+def test_problems_leave_the_self_test_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "collect", lambda: replace(GOOD, horovod=None, built_for={}))
+    monkeypatch.setattr(doctor, "allreduce", lambda *_: pytest.fail("must not start ranks"))
+    assert doctor.examine(selftest=True, limit=1.0)[-1].subject == "Self-test"
+
+
+def test_timeout_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--timeout", "0"]) == 1
+    assert "--timeout must be above 0 seconds, got 0" in capsys.readouterr().err
+
+
+def test_launch_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selftest.os, "geteuid", lambda: 0)
+    command = launch_command(GOOD, ["prog"])
+    assert command is not None
+    assert command[:3] == ["/env/bin/mpirun", "-np", "2"]
+    assert command[-1] == "prog"
+    assert {"--allow-run-as-root", "--oversubscribe"} <= set(command)
+
+    monkeypatch.setattr(selftest.os, "geteuid", lambda: 1000)
+    assert "--allow-run-as-root" not in (launch_command(GOOD, ["prog"]) or [])
+    mpich = replace(GOOD, mpirun_version="HYDRA build details:")
+    assert launch_command(mpich, ["prog"]) == ["/env/bin/mpirun", "-np", "2", "prog"]
+
+    gloo = replace(GOOD, mpirun=None)
+    assert launch_command(gloo, ["p"]) == ["/env/bin/horovodrun", "--gloo", "-np", "2", "p"]
+    assert launch_command(replace(gloo, horovodrun=None), ["p"]) is None
+
+
+def test_what_hangs_is_killed_with_its_children() -> None:
+    child = "import time; print('child', flush=True); time.sleep(600)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    started = time.monotonic()
+    status, printed = run_limited([sys.executable, "-c", parent], 2.0)
+    assert status is None
+    assert "child" in printed
+    assert time.monotonic() - started < 60  # ended by the limit, not by the child
+
+
+def test_failing_ranks_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pretend(status: int | None, printed: str) -> Finding:
+        monkeypatch.setattr(selftest, "run_limited", lambda command, limit: (status, printed))
+        return selftest.allreduce(GOOD, "torch", 3.0)
+
+    done = selftest.DONE
+    assert pretend(0, f"{done} 0\n{done} 1\n").level == "ok"
+    assert "1 of 2 ranks" in pretend(0, f"{done} 0\n").value
+    failed = pretend(1, f"{done} 0\nTraceback ...\nImportError: libmpi.so.40\n")
+    assert failed.level == "problem"
+    assert "ImportError: libmpi.so.40" in failed.value
+    assert "no answer within 3 s" in pretend(None, "").value
+
+
+@pytest.mark.ranks
+@pytest.mark.smoke
+def test_doctor_finds_this_environment_in_order(capsys: pytest.CaptureFixture[str]) -> None:
+    status = main(["doctor", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert status == 0, report
+    tests = [row for row in report["findings"] if row["subject"].startswith("Self-test")]
+    assert tests
+    assert all("allreduce on 2 ranks" in row["value"] for row in tests)

@@ -1,0 +1,119 @@
+"""The checked patch: it edits exactly the source it was made for, and nothing else."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from hvd_ext.cli import horovod_source
+from hvd_ext.cli.console import Failure
+from hvd_ext.cli.horovod_source import EDITS, Edit, apply, digest, patch_id, unpack
+
+BEFORE = {"a.txt": "one\ntwo\n", "deep/b.txt": "three\n"}
+AFTER = {"a.txt": "one\n2\n", "deep/b.txt": "3\n"}
+CHANGES = {"a.txt": ("two", "2"), "deep/b.txt": ("three", "3")}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    for name, text in BEFORE.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+@pytest.fixture
+def edits() -> tuple[Edit, ...]:
+    return tuple(
+        Edit(name, digest(BEFORE[name].encode()), digest(AFTER[name].encode()), (change,), "test")
+        for name, change in CHANGES.items()
+    )
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {name: (folder / name).read_text() for name in BEFORE}
+
+
+def test_recognised_source_is_edited(source: Path, edits: tuple[Edit, ...]) -> None:
+    apply(source, edits)
+    assert contents(source) == AFTER
+
+
+@pytest.mark.parametrize("name", sorted(BEFORE))
+def test_one_changed_byte_is_refused_and_nothing_is_edited(
+    source: Path, edits: tuple[Edit, ...], name: str
+) -> None:
+    (source / name).write_text(BEFORE[name] + " ")
+    found = contents(source)
+    with pytest.raises(Failure, match=f"not recognised: {name} differs") as failure:
+        apply(source, edits)
+    assert contents(source) == found
+    assert digest((BEFORE[name] + " ").encode()) in str(failure.value)
+    assert "unchanged source archive" in failure.value.mend
+
+
+def test_missing_file_is_refused(source: Path, edits: tuple[Edit, ...]) -> None:
+    (source / "deep/b.txt").unlink()
+    with pytest.raises(Failure, match=r"deep/b\.txt cannot be read"):
+        apply(source, edits)
+    assert (source / "a.txt").read_text() == BEFORE["a.txt"]
+
+
+def test_a_second_application_is_refused(source: Path, edits: tuple[Edit, ...]) -> None:
+    apply(source, edits)
+    with pytest.raises(Failure, match="not recognised"):
+        apply(source, edits)
+    assert contents(source) == AFTER
+
+
+def test_result_other_than_recorded_is_an_error(source: Path) -> None:
+    wrong = Edit("a.txt", digest(BEFORE["a.txt"].encode()), "0" * 64, (("two", "2"),), "test")
+    with pytest.raises(AssertionError, match="expected 000"):
+        apply(source, (wrong,))
+
+
+def test_patch_names_three_files_and_real_checksums() -> None:
+    assert [edit.path for edit in EDITS] == [
+        "CMakeLists.txt",
+        "horovod/torch/CMakeLists.txt",
+        "horovod/tensorflow/CMakeLists.txt",
+    ]
+    sums = [value for edit in EDITS for value in (edit.before, edit.after)]
+    assert all(len(bytes.fromhex(value)) == 32 for value in sums)
+    assert len(set(sums)) == len(sums)
+    assert all(old != new for edit in EDITS for old, new in edit.replacements)
+
+
+def test_patch_id_follows_the_edits(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = patch_id()
+    monkeypatch.setattr(horovod_source, "EDITS", EDITS[:2])
+    assert patch_id() != before
+
+
+def archive(path: Path, names: list[str]) -> Path:
+    with tarfile.open(path, "w:gz") as tar:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"x"))
+    return path
+
+
+def test_unpack_finds_the_source_folder(tmp_path: Path) -> None:
+    packed = archive(tmp_path / "horovod.tar.gz", ["horovod-1/setup.py", "horovod-1/x/y.txt"])
+    assert unpack(packed, tmp_path / "out") == tmp_path / "out" / "horovod-1"
+
+
+def test_unpack_refuses_another_archive(tmp_path: Path) -> None:
+    packed = archive(tmp_path / "other.tar.gz", ["other/readme"])
+    with pytest.raises(Failure, match="not a source archive of Horovod"):
+        unpack(packed, tmp_path / "out")
+
+
+def test_unpack_refuses_what_is_no_archive(tmp_path: Path) -> None:
+    (tmp_path / "page.tar.gz").write_text("<html>404</html>")
+    with pytest.raises(Failure, match="cannot be unpacked"):
+        unpack(tmp_path / "page.tar.gz", tmp_path / "out")

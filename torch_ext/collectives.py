@@ -6,7 +6,8 @@ so that names in Horovod's timeline, process sets and byte accounting are decide
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import pickle
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ class Handle:
 
     collectives: Collectives
     ticket: Any
-    kind: str
+    kind: str | Mapping[str, int]
     counted: bool = True
     dtype: torch.dtype | None = None
 
@@ -31,7 +32,8 @@ class Handle:
         result = horovod.synchronize(self.ticket)
         tensor = result[0] if isinstance(result, tuple) else result
         if not self.counted:
-            self.collectives.traffic.add(self.kind, received=nbytes(tensor))
+            for kind, count in by_kind(self.kind, nbytes(tensor)).items():
+                self.collectives.traffic.add(kind, received=count)
         return tensor if self.dtype is None else tensor.view(self.dtype)
 
 
@@ -91,11 +93,15 @@ class Collectives:
         self.traffic.add(kind, sent=nbytes(tensor) - own, received=-own)
         return Handle(self, ticket, kind, counted=False, dtype=tensor.dtype)
 
-    def allgather_async(self, tensor: torch.Tensor, name: str, *, kind: str = "gradients") -> Handle:
-        """Concatenate the ranks' tensors along their first axis, whose length may differ by rank."""
+    def allgather_async(self, tensor: torch.Tensor, name: str, *,
+                        kind: str | Mapping[str, int] = "gradients") -> Handle:
+        """Concatenate the ranks' tensors along their first axis, whose length may differ by rank.
+
+        A message that holds several kinds says with ``kind`` how many bytes are of each.
+        """
         ticket = horovod.allgather_async(_carrier(tensor), name=name, process_set=self.process_set)
-        own = nbytes(tensor)
-        self.traffic.add(kind, sent=(self.size - 1) * own, received=-own)
+        for part, own in by_kind(kind, nbytes(tensor)).items():
+            self.traffic.add(part, sent=(self.size - 1) * own, received=-own)
         return Handle(self, ticket, kind, counted=False, dtype=tensor.dtype)
 
     def broadcast_async_(self, tensor: torch.Tensor, root: int, name: str, *,
@@ -114,12 +120,23 @@ class Collectives:
         """Every rank's picklable ``thing``, by rank. For errors and checks, not for data."""
         if self.size == 1:
             return [thing]
-        return list(horovod.allgather_object(thing, name=name, process_set=self.process_set))
+        mine = torch.frombuffer(bytearray(pickle.dumps(thing)), dtype=torch.uint8)
+        sizes = self.allgather_async(torch.tensor([mine.numel()]), f"{name}/sizes", kind="objects").wait()
+        gathered = self.allgather_async(mine, name, kind="objects").wait()
+        return [pickle.loads(part.numpy().tobytes()) for part in gathered.split(sizes.tolist())]
 
 
 def _carrier(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory under a dtype that Horovod can move; it knows no bfloat16."""
     return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+
+
+def by_kind(kind: str | Mapping[str, int], count: int) -> dict[str, int]:
+    """``count`` bytes by kind, where ``kind`` says what one message consists of."""
+    if isinstance(kind, str):
+        return {kind: count}
+    whole = sum(kind.values())
+    return {part: count * share // whole for part, share in kind.items()}
 
 
 def nbytes(tensor: torch.Tensor) -> int:

@@ -1,0 +1,46 @@
+"""Which rank owns which parameter, balanced by size and alike on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+EVERY_RANK = -1
+
+
+def assign(numels: Sequence[int], ranks: int, loads: Sequence[int] | None = None) -> list[int]:
+    """An owner for each parameter: the largest first, each to the rank that has least.
+
+    Args:
+        numels: elements of each parameter.
+        ranks: M.
+        loads: elements that each rank owns already.
+
+    Returns:
+        The owner of each parameter, in the order of ``numels``.
+    """
+    held = list(loads) if loads is not None else [0] * ranks
+    result = [0] * len(numels)
+    for index in sorted(range(len(numels)), key=lambda index: (-numels[index], index)):
+        rank = min(range(ranks), key=lambda rank: (held[rank], rank))
+        result[index] = rank
+        held[rank] += numels[index]
+    return result
+
+
+def owners(server: str, numels: Sequence[int], ranks: int,
+           loads: Sequence[int] | None = None) -> list[int]:
+    """The owner of each parameter under a server: a rank, or ``EVERY_RANK``."""
+    if server == "replicated":
+        return [EVERY_RANK] * len(numels)
+    if server == "rank0":
+        return [0] * len(numels)
+    return assign(numels, ranks, loads)
+
+
+def shares(owned: Sequence[int], numels: Sequence[int], ranks: int) -> list[int]:
+    """Elements of which each rank keeps the optimizer's state."""
+    held = [0] * ranks
+    for owner, numel in zip(owned, numels, strict=True):
+        for rank in range(ranks) if owner == EVERY_RANK else (owner,):
+            held[rank] += numel
+    return held

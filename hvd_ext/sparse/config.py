@@ -1,0 +1,143 @@
+"""The settings of TopK with error feedback, checked when they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import KW_ONLY, dataclass, fields
+from fnmatch import fnmatchcase
+
+from hvd_ext import checks
+from hvd_ext.sparse.wire import VALUE_BYTES
+
+DEFAULT_BUCKET_BYTES = 64 * 2**20  # Horovod's own fusion threshold, where it is not set
+
+Exclude = Sequence[str] | Callable[[str, tuple[int, ...]], bool]
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Send the ``k = max(1, round(ratio * n))`` largest entries, keep the rest for later.
+
+    Algorithm 1 of SPARS-AMS, lines 7 to 9: ``a = g + e``, ``s = TopK(a, k)``, ``e = a - s``.
+
+    Args:
+        ratio: kept fraction in (0, 1], or a function of the step (0, 1, 2, ...) that gives it.
+        selection: "exact", or "sampled": entries above a threshold estimated from a sample, between
+            ``(1 - tolerance) * k`` and ``k`` of them.
+        error_feedback: keep what was not sent and add it to the next gradient. False is for
+            comparison: what is not sent is lost.
+        values: type of the values on the wire: "float32", "float16", "bfloat16" or "float64". What
+            rounding to it takes away stays in the residual.
+        per_tensor: choose k entries of each tensor instead of k of each bucket.
+        bucket_bytes: bytes of gradient that are selected from and sent together.
+        exclude: tensors to send whole: names, patterns ("*.bias"), or a function of (name, shape).
+        min_size: a tensor with fewer elements is sent whole.
+        tolerance: how far below k a sampled selection may stay, as a fraction of k.
+        seed: of the sample.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or outside its limits.
+    """
+
+    ratio: float | Callable[[int], float] = 0.01
+    _: KW_ONLY
+    selection: str = "exact"
+    error_feedback: bool = True
+    values: str = "float32"
+    per_tensor: bool = False
+    bucket_bytes: int = DEFAULT_BUCKET_BYTES
+    exclude: Exclude | None = None
+    min_size: int = 1024
+    tolerance: float = 0.05
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not callable(self.ratio):
+            checked_ratio(self.ratio)
+        checks.choice("selection", self.selection, ("exact", "sampled"))
+        checks.flag("error_feedback", self.error_feedback)
+        checks.choice("values", self.values, VALUE_BYTES)
+        checks.flag("per_tensor", self.per_tensor)
+        checks.whole("bucket_bytes", self.bucket_bytes, low=1,
+                     hint="it is a number of bytes; 64 MiB is bucket_bytes=64 * 2**20")
+        checks.whole("min_size", self.min_size, low=0, hint="min_size=0 compresses every tensor")
+        checks.number("tolerance", self.tolerance, low=0.0, high=1.0, open_high=True)
+        checks.whole("seed", self.seed, low=0)
+        if self.exclude is not None and not callable(self.exclude):
+            if isinstance(self.exclude, str):
+                raise TypeError(f"exclude must be a list of names or a function, got the string "
+                                f"{self.exclude!r}; pass exclude=[{self.exclude!r}]")
+            patterns = tuple(self.exclude)
+            for pattern in patterns:
+                if not isinstance(pattern, str):
+                    raise TypeError(f"exclude must hold names, got {pattern!r}; to choose by shape "
+                                    "pass a function of (name, shape)")
+            object.__setattr__(self, "exclude", patterns)
+
+    def ratio_at(self, step: int) -> float:
+        """The kept fraction at a step, checked."""
+        if callable(self.ratio):
+            return checked_ratio(self.ratio(step), f"ratio({step})")
+        return float(self.ratio)
+
+    def excluded(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether the user wants this tensor sent whole."""
+        if self.exclude is None:
+            return False
+        if callable(self.exclude):
+            return bool(self.exclude(name, shape))
+        return any(fnmatchcase(name, pattern) for pattern in self.exclude)
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Refuse a pattern of ``exclude`` that fits no name: most likely it is misspelt.
+
+        Raises:
+            ValueError: a pattern fits none of the names.
+        """
+        if self.exclude is None or callable(self.exclude):
+            return
+        names = list(names)
+        for pattern in self.exclude:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+                raise ValueError(f"exclude has {pattern!r}, which fits no parameter; names here "
+                                 f"are like {shown}; correct it or leave it out")
+
+    def describe(self) -> str:
+        """The settings as text, alike on ranks that were given the same; functions unnamed."""
+        shown = {field.name: getattr(self, field.name) for field in fields(self)}
+        said = (f"{name}={'<function>' if callable(value) else repr(value)}"
+                for name, value in shown.items())
+        return f"TopK({', '.join(said)})"
+
+
+def checked_ratio(ratio: float, name: str = "ratio") -> float:
+    """``ratio`` when it is in (0, 1].
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    return checks.number(name, ratio, low=0.0, high=1.0, open_low=True,
+                         hint="for 1 % of the entries pass ratio=0.01")
+
+
+def keep_count(numel: int, ratio: float) -> int:
+    """k = max(1, round(ratio * n)), and 0 of 0."""
+    return min(numel, max(1, round(ratio * numel)))
+
+
+def warm_up(ratio: float, steps: int, start: float = 0.25) -> Callable[[int], float]:
+    """A ratio that falls from ``start`` to ``ratio`` by the same factor each step, then stays.
+
+    Raises:
+        TypeError, ValueError: a ratio outside (0, 1], fewer than one step.
+    """
+    checked_ratio(ratio)
+    checked_ratio(start, "start")
+    checks.whole("steps", steps, low=1)
+
+    def at(step: int) -> float:
+        done = min(1.0, step / steps)
+        return float(start * (ratio / start) ** done)
+
+    return at

@@ -1,0 +1,118 @@
+"""AMSGrad as SPARS-AMS has it: epsilon inside the root, no bias correction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from hvd_ext import checks
+
+
+class AMSGrad(torch.optim.Optimizer):
+    """SPARS-AMS Algorithm 1, lines 12 to 16 (Algorithm 2, lines 7 to 10), for dense gradients.
+
+    ``m = b1 m + (1 - b1) g``, ``v = b2 v + (1 - b2) g^2``, ``vhat = max(vhat, v)``,
+    ``w = w - lr m / sqrt(vhat + eps)``. ``torch.optim.Adam(amsgrad=True)`` differs: it corrects for
+    the start and adds eps outside the root, so its eps of 1e-8 compares to 1e-16 here.
+
+    Args:
+        params: parameters, or dicts of parameter groups.
+        lr: learning rate.
+        betas: decay of the first and second moment, each in [0, 1).
+        eps: added to vhat under the root; above 0.
+        weight_decay: added to the gradient as ``weight_decay * w``; with ``decoupled_weight_decay``
+            the weights shrink by ``lr * weight_decay`` instead, untouched by the moments.
+        decoupled_weight_decay: see ``weight_decay``.
+        maximize: go up instead of down.
+        foreach: update all parameters of a group together; one after another saves memory.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or outside its limits.
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float = 1e-3, *,
+                 betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+                 weight_decay: float = 0.0, decoupled_weight_decay: bool = False,
+                 maximize: bool = False, foreach: bool = True) -> None:
+        checks.number("lr", lr, low=0.0)
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise TypeError(f"betas must be a pair of numbers, got {betas!r}; pass "
+                            "betas=(0.9, 0.999)")
+        for name, beta in zip(("betas[0]", "betas[1]"), betas, strict=True):
+            checks.number(name, beta, low=0.0, high=1.0, open_high=True)
+        checks.number("eps", eps, low=0.0, open_low=True,
+                      hint="it stands under the root with vhat, which is 0 at first")
+        checks.number("weight_decay", weight_decay, low=0.0)
+        for name, value in (("decoupled_weight_decay", decoupled_weight_decay),
+                            ("maximize", maximize), ("foreach", foreach)):
+            checks.flag(name, value)
+        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay,
+                    "decoupled_weight_decay": decoupled_weight_decay, "maximize": maximize,
+                    "foreach": foreach}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient.
+
+        Returns:
+            What ``closure`` returned, or None.
+
+        Raises:
+            ValueError: a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for parameter in parameters:
+                if parameter.grad.is_sparse:
+                    raise ValueError("AMSGrad takes dense gradients, got a sparse one; make the "
+                                     "layer's gradient dense (nn.Embedding(sparse=False))")
+                self._prepare(parameter)
+            if group["foreach"]:
+                for same in _alike(parameters):
+                    self._update(same, group)
+            else:
+                for parameter in parameters:
+                    self._update([parameter], group)
+        return loss
+
+    def _prepare(self, parameter: torch.Tensor) -> None:
+        state = self.state[parameter]
+        if not state:
+            for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+                state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+    def _update(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
+        lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+        states = [self.state[parameter] for parameter in parameters]
+        moments, squares, largest = ([state[name] for state in states] for name in
+                                     ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
+        gradients: Any = [parameter.grad for parameter in parameters]
+        if group["maximize"]:
+            gradients = torch._foreach_neg(gradients)
+        if group["weight_decay"] and group["decoupled_weight_decay"]:
+            torch._foreach_mul_(parameters, 1.0 - lr * group["weight_decay"])
+        elif group["weight_decay"]:
+            gradients = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
+        torch._foreach_mul_(moments, beta1)  # line 13
+        torch._foreach_add_(moments, gradients, alpha=1.0 - beta1)
+        torch._foreach_mul_(squares, beta2)  # line 14
+        torch._foreach_addcmul_(squares, gradients, gradients, value=1.0 - beta2)
+        torch._foreach_maximum_(largest, squares)  # line 15
+        root = torch._foreach_add(largest, group["eps"])  # line 16
+        torch._foreach_sqrt_(root)
+        torch._foreach_addcdiv_(parameters, moments, root, value=-lr)
+
+
+def _alike(parameters: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Parameters by device and dtype: a foreach call takes one kind."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for parameter in parameters:
+        kinds.setdefault((parameter.device, parameter.dtype), []).append(parameter)
+    return list(kinds.values())

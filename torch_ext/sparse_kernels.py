@@ -1,0 +1,140 @@
+"""What TopK computes on tensors: choose, round, pack, unpack, add up. No collectives, no state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from hvd_ext.buckets import digest
+from hvd_ext.sparse import Layout, TopK
+from hvd_ext.sparse.plan import Segment
+from hvd_ext.sparse.selection import SAMPLE, enough, sample_ranks
+from hvd_ext.sparse.wire import HEADER_WORDS
+
+CHUNK = 2**18  # elements that stay in a core's cache while they are compared
+
+
+def select(flat: torch.Tensor, segments: Sequence[Segment], config: TopK,
+           seed: tuple[int, ...]) -> torch.Tensor:
+    """Positions of the entries to send (SPARS-AMS Algorithm 1, line 7).
+
+    Args:
+        flat: n finite numbers, float32 or float64.
+        segments: of each, the ``k`` largest by magnitude are chosen; equals by lowest position;
+            zeros never. ``config.selection == "sampled"`` may stay up to ``tolerance * k`` below k.
+        config: the method's settings.
+        seed: numbers that tell this draw from others; an exact selection does not depend on it.
+
+    Returns:
+        int64 positions in ``flat``, rising.
+    """
+    chosen = []
+    for number, segment in enumerate(segments):
+        piece = flat[segment.offset : segment.offset + segment.numel]
+        positions = _select_one(piece, segment.k, config, (*seed, number))
+        chosen.append(positions + segment.offset if segment.offset else positions)
+    return chosen[0] if len(chosen) == 1 else torch.cat(chosen)
+
+
+def _select_one(piece: torch.Tensor, k: int, config: TopK, seed: tuple[int, ...]) -> torch.Tensor:
+    ranks = sample_ranks(piece.numel(), k, config.selection)
+    if ranks:
+        sample = torch.topk(_sample(piece, seed), ranks[-1]).values
+        for rank in ranks:
+            found = _above(piece, float(sample[rank - 1]))
+            if found.numel() > k:
+                return found[largest(piece[found].abs(), k)]
+            if enough(found.numel(), k, config.selection, config.tolerance):
+                return found
+    return largest(piece.abs(), k)
+
+
+def largest(magnitudes: torch.Tensor, k: int) -> torch.Tensor:
+    """Rising positions of the ``k`` largest, equals by lowest position, zeros never."""
+    if k >= magnitudes.numel():
+        return _positions(magnitudes > 0)
+    least = torch.topk(magnitudes, k, sorted=False).values.min()
+    keep = magnitudes > least
+    if least > 0:
+        equal = _positions(magnitudes == least)
+        keep[equal[: k - int(keep.sum())]] = True
+    return _positions(keep)
+
+
+def _sample(piece: torch.Tensor, seed: tuple[int, ...]) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(digest(*seed))
+    places = torch.randint(piece.numel(), (SAMPLE,), generator=generator)
+    return piece[places.to(piece.device)].abs()
+
+
+def _above(piece: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Rising positions of magnitudes at or above the threshold, above it when it is zero."""
+    compare = torch.ge if threshold > 0 else torch.gt
+    if piece.device.type != "cpu":
+        return _positions(compare(piece.abs(), threshold))
+    found = []
+    for start in range(0, piece.numel(), CHUNK):
+        part = piece[start : start + CHUNK]
+        found.append(np.flatnonzero(compare(part.abs(), threshold).numpy()) + start)
+    return torch.from_numpy(np.concatenate(found))
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    """Rising positions where the mask is set; NumPy's search is the faster one for few of many."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.nonzero().flatten()
+
+
+def wire_dtype(config: TopK) -> torch.dtype:
+    """The dtype of the values on the wire."""
+    return getattr(torch, config.values)  # type: ignore[no-any-return]
+
+
+def split(flat: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Take the chosen entries out of ``flat`` = g + e, in place; what stays is the new e.
+
+    What rounding to ``dtype`` takes away stays in ``flat`` too, so that ``flat`` after plus the
+    result equals ``flat`` before, bit for bit (SPARS-AMS Algorithm 1, lines 7 and 8).
+
+    Returns:
+        The values to send, of ``dtype``, in the order of ``positions``; never infinite.
+    """
+    exact = flat[positions]
+    limit = torch.finfo(dtype).max
+    values = exact.clamp(-limit, limit).to(dtype)
+    flat[positions] = exact - values.to(flat.dtype)
+    return values
+
+
+def pack(positions: torch.Tensor, values: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """One message: int32, of ``layout.words`` words."""
+    count = positions.numel()
+    words = torch.zeros(layout.words, dtype=torch.int32, device=values.device)
+    words[0] = count
+    words[1] = layout.k
+    words[HEADER_WORDS : HEADER_WORDS + count] = positions
+    words[layout.data].view(values.dtype)[:count] = values
+    return words
+
+
+def headers(messages: torch.Tensor, ranks: int) -> list[list[int]]:
+    """Each rank's header, from messages in a row; (-1, -1) when they are not equally long."""
+    if messages.numel() % ranks or messages.numel() < ranks * HEADER_WORDS:
+        return [[-1, -1]] * ranks
+    return messages.view(ranks, -1)[:, :HEADER_WORDS].tolist()
+
+
+def add_up(messages: torch.Tensor, counts: Sequence[int], layout: Layout, dtype: torch.dtype,
+           out: torch.Tensor) -> None:
+    """Add every rank's entries to ``out``, rank by rank (SPARS-AMS Algorithm 1, line 12).
+
+    A rank's positions are unique, so each addition is one scatter whose result does not depend on
+    the order of its parts: all ranks, on CPU or GPU, get the same bits.
+    """
+    for count, words in zip(counts, messages.view(len(counts), -1), strict=True):
+        positions = words[HEADER_WORDS : HEADER_WORDS + count]
+        values = words[layout.data].view(dtype)[:count]
+        out.index_add_(0, positions, values.to(out.dtype))

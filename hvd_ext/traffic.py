@@ -19,12 +19,21 @@ class Traffic:
         self.sent[kind] += sent
         self.received[kind] += received
 
-    def step(self) -> None:
-        """Close a step: ``last_sent`` and ``last_received`` become the bytes since the last call."""
-        self.last_sent = _since(self.sent, self._sent_before)
-        self.last_received = _since(self.received, self._received_before)
+    def step(self, *, same: bool = False) -> None:
+        """Close a step: ``last_sent`` and ``last_received`` become the bytes since the last call.
+
+        With ``same`` these bytes are added to the step that was closed last.
+        """
+        sent = _since(self.sent, self._sent_before)
+        received = _since(self.received, self._received_before)
+        self.last_sent = _together(self.last_sent, sent) if same else sent
+        self.last_received = _together(self.last_received, received) if same else received
         self._sent_before = dict(self.sent)
         self._received_before = dict(self.received)
+
+
+def _together(first: dict[str, int], second: dict[str, int]) -> dict[str, int]:
+    return {kind: first.get(kind, 0) + second.get(kind, 0) for kind in {**first, **second}}
 
 
 def _since(now: dict[str, int], before: dict[str, int]) -> dict[str, int]:

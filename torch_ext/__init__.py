@@ -7,11 +7,15 @@ extends comes after it.
 from horovod.torch import *  # noqa: F403
 
 from hvd_ext.delay import DelayCompensated
+from hvd_ext.torch.amsgrad import AMSGrad
+from hvd_ext.torch.compression import Compression
 from hvd_ext.torch.optimizer import DistributedOptimizer
 from hvd_ext.torch.state import broadcast_optimizer_state
 
-__all__ = [  # noqa: PLE0604  (Horovod's names come first)
+__all__ = [
     *(name for name in dir() if not name.startswith("_")),
+    "AMSGrad",
+    "Compression",
     "DelayCompensated",
     "DistributedOptimizer",
     "broadcast_optimizer_state",

@@ -26,7 +26,7 @@ STATE_KEY = "hvd_ext"
 _OPTIMIZERS = itertools.count()
 
 
-def DistributedOptimizer(  # noqa: N802  (Horovod's name)
+def DistributedOptimizer(
     optimizer: torch.optim.Optimizer,
     named_parameters: Iterable[tuple[str, torch.Tensor]] | None = None,
     compression: Any = horovod.Compression.none,
@@ -96,7 +96,7 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
         from hvd_ext.torch.sparse import TopKReducer
 
         reducer = TopKReducer(collectives, backward_passes_per_step, compression,
-                              label=f"topk{suffix}", **common)
+                              label=f"topk{suffix}", scaler=grad_scaler, **common)
     else:
         reducer = PlainReducer(collectives, backward_passes_per_step, op=op,
                                compression=compression,
@@ -267,6 +267,8 @@ class ExtendedOptimizer(torch.optim.Optimizer):
         """
         loss = None
         if closure is not None:
+            if self._hvd_server is not None:
+                self._hvd_server.refuse_closure()
             with torch.enable_grad():
                 loss = closure()
         if self._should_synchronize:
@@ -284,7 +286,7 @@ class ExtendedOptimizer(torch.optim.Optimizer):
         inner = super(type(self), self).step
         if self._hvd_server is not None and self._hvd_reducer.collectives.included:
             result = self._hvd_server.step(inner)
-            self._hvd_reducer.collectives.traffic.step()
+            self._hvd_reducer.collectives.traffic.step(same=True)
         else:
             result = inner()
         return loss if closure is not None else result
@@ -313,7 +315,21 @@ class ExtendedOptimizer(torch.optim.Optimizer):
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state and, under "hvd_ext", this rank's of the extensions."""
+        """The wrapped optimizer's state and, under "hvd_ext", this rank's of the extensions.
+
+        With ``server="sharded"`` (and with "rank0" on the other ranks) the moments of parameters
+        that another rank owns are not in it; see ``gather_state_dict``.
+        """
+        return self._hvd_state_dict(gather=False)
+
+    def gather_state_dict(self) -> dict[str, Any]:
+        """As ``state_dict()``, with the moments of all parameters, whichever rank owns them.
+
+        A collective: call it on every rank. What it gives can be loaded under any ``server=``.
+        """
+        return self._hvd_state_dict(gather=True)
+
+    def _hvd_state_dict(self, *, gather: bool) -> dict[str, Any]:
         state = super().state_dict()
         collectives = self._hvd_reducer.collectives
         own: dict[str, Any] = {"rank": collectives.rank, "size": collectives.size,
@@ -321,7 +337,8 @@ class ExtendedOptimizer(torch.optim.Optimizer):
         if self._hvd_preconditioner is not None:
             own["preconditioner"] = self._hvd_preconditioner.state_dict()
         if self._hvd_server is not None:
-            state, own["server"] = self._hvd_server.state_dict(state)
+            server = self._hvd_server
+            state, own["server"] = server.gather(state) if gather else server.state_dict(state)
         return {**state, STATE_KEY: own}
 
     def load_state_dict(self, state_dict: dict[str, Any], *,
@@ -341,7 +358,8 @@ class ExtendedOptimizer(torch.optim.Optimizer):
         own = state_dict.pop(STATE_KEY, None)
         collectives = self._hvd_reducer.collectives
         here = (collectives.rank, collectives.size)
-        if own is not None and not reset_per_rank_state and (own["rank"], own["size"]) != here:
+        per_rank = own is not None and any(own.get(key) for key in ("reducer", "preconditioner"))
+        if per_rank and not reset_per_rank_state and (own["rank"], own["size"]) != here:
             raise ValueError(
                 f"this state was saved by rank {own['rank']} of {own['size']} and is loaded by rank "
                 f"{here[0]} of {here[1]}, but the extensions keep state per rank; save and load "

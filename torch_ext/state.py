@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import horovod.torch as horovod
 import torch
 
@@ -11,6 +9,9 @@ import torch
 def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int,
                               model: torch.nn.Module | None = None) -> None:
     """Horovod's function; refuses to pretend that state kept per rank came along.
+
+    With ``server="rank0"`` or ``"sharded"`` moments stay with their owners: only the parameter
+    groups' settings are broadcast, and a checkpoint is to be loaded on every rank.
 
     A checkpoint read on one rank and broadcast brings the wrapped optimizer's state, but the
     extensions' state is each rank's own. When the ranks' differ in age, that is an error.
@@ -29,5 +30,8 @@ def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int,
                 "rank's own checkpoint before broadcasting, or load the one file on every rank "
                 "with load_state_dict(state, reset_per_rank_state=True)"
             )
-    if optimizer is not None:
+    server = getattr(optimizer, "_hvd_server", None)
+    if server is not None and not server.alone:
+        server.broadcast_settings(root_rank)
+    elif optimizer is not None:
         horovod.broadcast_optimizer_state(optimizer, root_rank, model)

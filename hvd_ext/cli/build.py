@@ -58,7 +58,11 @@ def build_environ(
         environ["HVD_EXT_RPATH_USE_LINK_PATH"] = "ON" if gpu else "OFF"
     environ["HOROVOD_CMAKE"] = cmake
     environ.setdefault("CMAKE_POLICY_VERSION_MINIMUM", "3.5")
-    environ.setdefault("MAKEFLAGS", f"-j{jobs}")
+    if environ.pop("MAKELEVEL", None) is not None:
+        # Started from a Makefile: these are that make's own flags, not the user's wish.
+        environ.pop("MAKEFLAGS", None)
+        environ.pop("MFLAGS", None)
+    environ["MAKEFLAGS"] = environ.get("MAKEFLAGS") or f"-j{jobs}"
     # A generator of the user's other projects would not understand make's options.
     environ.pop("CMAKE_GENERATOR", None)
     return environ
@@ -71,7 +75,7 @@ def compile_wheel(source: Path, into: Path, *, environ: Mapping[str, str], log: 
         Failure: the build failed; the message ends with the log's telling lines.
     """
     command = [sys.executable, "-m", "pip", "wheel", "--verbose", "--no-deps"]
-    command += ["--no-build-isolation", "--wheel-dir", str(into), str(source)]
+    command += ["--no-build-isolation", "--no-cache-dir", "--wheel-dir", str(into), str(source)]
     started = time.monotonic()
     with log.open("w") as lines:
         lines.write(" ".join(command) + "\n")

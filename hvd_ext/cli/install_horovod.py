@@ -100,7 +100,8 @@ def run(args: argparse.Namespace) -> int:
     built_for = ", ".join(f"{name} {version}" for name, version in plan.frameworks.items())
     out().print(
         f"Horovod {HOROVOD} is installed for {escape(built_for)}; MPI: {escape(plan.mpi.version)} "
-        f"({time.monotonic() - started:.0f} s). Check it with: hvd-ext doctor"
+        f"({time.monotonic() - started:.0f} s). Check it with: hvd-ext doctor",
+        soft_wrap=True,
     )
     return 0
 
@@ -168,7 +169,8 @@ def _describe(plan: Plan, *, force: bool) -> None:
     console = out()
     console.print(f"key: {plan.slot.key}")
     console.print_json(json.dumps(plan.slot.parts))
-    console.print(f"pip would install: {escape(', '.join(plan.missing) or 'nothing')}")
+    needs = escape(", ".join(plan.missing) or "nothing")
+    console.print(f"pip would install: {needs}", soft_wrap=True)
     if wheel is None or force:
         console.print(f"would build into {plan.slot.folder} and install", soft_wrap=True)
     else:

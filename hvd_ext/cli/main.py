@@ -43,9 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return cast(Run, args.run)(args)
     except Failure as failure:
-        err().print(f"[bold red]hvd-ext:[/] {escape(str(failure))}")
+        err().print(f"[bold red]hvd-ext:[/] {escape(str(failure))}", soft_wrap=True)
         if failure.mend:
-            err().print(f"[bold]What to do:[/] {escape(failure.mend)}")
+            err().print(f"[bold]What to do:[/] {escape(failure.mend)}", soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         err().print("hvd-ext: interrupted")

@@ -68,6 +68,14 @@ def test_environment_keeps_what_the_user_set() -> None:
     assert environ["HVD_EXT_RPATH_USE_LINK_PATH"] == "ON"  # NCCL may lie anywhere
 
 
+def test_flags_of_a_make_around_it_are_not_the_users() -> None:
+    around = {"MAKELEVEL": "1", "MAKEFLAGS": " -- FRAMEWORKS=torch", "MFLAGS": "-w"}
+    environ = environ_of(around)
+    assert environ["MAKEFLAGS"] == "-j3"
+    assert not {"MAKELEVEL", "MFLAGS"} & set(environ)
+    assert environ_of({"MAKEFLAGS": ""})["MAKEFLAGS"] == "-j3"
+
+
 def test_environment_of_other_mpis() -> None:
     system = environ_of({}, mpi=Mpi("system", "4", Path("/opt/mpi/bin")))
     assert system["PATH"].startswith("/opt/mpi/bin")

@@ -34,7 +34,9 @@ LR = 0.0005
 SCALES = np.sqrt(np.array([4.0, 3.0, 2.0, 1.0]))
 
 
-def measure(grid: list[int], *, steps: int, runs: int, seed: int, curve_every: int) -> dict[str, Any]:
+def measure(
+    grid: list[int], *, steps: int, runs: int, seed: int, curve_every: int
+) -> dict[str, Any]:
     """Every momentum and delay at once; the same data stream for each of them.
 
     Returns the errors (momenta, delays, runs), the curves (momenta, delays, observations) of the
@@ -140,7 +142,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(arguments)
     grid = sorted({0, *options.grid})
     began = time.perf_counter()
-    result = measure(grid, steps=options.steps, runs=options.runs, seed=options.seed, curve_every=300)
+    result = measure(grid, steps=options.steps, runs=options.runs, seed=options.seed,
+                     curve_every=300)
     best = optimal_delays(grid, result["errors"], options.tolerance)
     console = Console()
     console.print(table(grid, result, best))

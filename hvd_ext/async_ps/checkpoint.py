@@ -48,7 +48,7 @@ def seal(folder: Path, plan: Plan, settings: Settings, books: dict[str, Any],
     manifest = {
         "servers": plan.servers, "workers": plan.workers, "numel": plan.numel, "dtype": dtype,
         "shapes": shapes, "rule": settings.rule.name, "depth": settings.depth,
-        "moves": settings.moves, "books": books,
+        "adaptive": settings.rule.adaptive, "moves": settings.moves, "books": books,
     }
     hidden = folder / (MANIFEST + ".part")
     with hidden.open("w") as file:
@@ -133,7 +133,8 @@ class Checkpoint:
                 f"{self.folder} holds a momentum that momentum=0 would drop; pass the momentum it "
                 "was trained with"
             )
-        now = {"workers": plan.workers, "rule": settings.rule.name, "depth": settings.depth}
+        now = {"workers": plan.workers, "rule": settings.rule.name, "depth": settings.depth,
+               "adaptive": settings.rule.adaptive}
         differ = {name: value for name, value in now.items() if saved[name] != value}
         if differ and not settings.reset_workers:
             told = ", ".join(f"{name} {saved[name]}, now {value}" for name, value in differ.items())

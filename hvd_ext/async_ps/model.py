@@ -35,11 +35,15 @@ class FlatBuffer(Protocol):
 
 
 class FlatModel(Protocol):
-    """A model as named parameters of fixed shapes that travel flat, all in one dtype."""
+    """A model as parameters of fixed shapes that travel flat, all in one dtype."""
 
-    names: Sequence[str]
-    shapes: Sequence[tuple[int, ...]]
-    dtype: np.dtype[Any]
+    @property
+    def shapes(self) -> Sequence[tuple[int, ...]]:
+        """Of the parameters, in their order."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """In which they travel, float32 or float64."""
 
     def buffer(self) -> FlatBuffer:
         """A new buffer of this model."""
@@ -58,13 +62,13 @@ class NumpyModel:
     def __init__(self, parameters: Sequence[Array]) -> None:
         self.parameters = list(parameters)
         for index, array in enumerate(self.parameters):
-            if not isinstance(array, np.ndarray) or array.dtype.type not in (np.float32, np.float64):
+            known = isinstance(array, np.ndarray) and array.dtype.type in (np.float32, np.float64)
+            if not known:
                 raise TypeError(
                     f"parameter {index} must be a float32 or float64 NumPy array, got "
                     f"{getattr(array, 'dtype', type(array).__name__)}"
                 )
-        self.names = [str(index) for index in range(len(self.parameters))]
-        self.shapes = [array.shape for array in self.parameters]
+        self.shapes: list[tuple[int, ...]] = [array.shape for array in self.parameters]
         self.dtype = np.result_type(np.float32, *self.parameters)
         self.gradients: Sequence[Array | None] = [None] * len(self.parameters)
 

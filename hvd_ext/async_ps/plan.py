@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from hvd_ext import checks
 
@@ -50,10 +51,10 @@ class Plan:
 
     @property
     def slices(self) -> tuple[slice, ...]:
-        """The slice of each server: contiguous, together everything, sizes differing by at most 1."""
+        """The slice of each server: contiguous, together all, sizes differing by at most 1."""
         base, rest = divmod(self.numel, self.servers)
         cuts = [server * base + min(server, rest) for server in range(self.servers + 1)]
-        return tuple(slice(low, high) for low, high in zip(cuts, cuts[1:], strict=False))
+        return tuple(slice(low, high) for low, high in pairwise(cuts))
 
     def is_server(self, rank: int) -> bool:
         """Whether a rank serves."""

@@ -28,8 +28,9 @@ class Display:
         self._bar: Progress | None = None
         if enabled and self.console.is_terminal:
             self._bar = Progress(
-                TextColumn("async"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}"),
-                TimeElapsedColumn(), console=self.console, auto_refresh=False,
+                TextColumn("async"), BarColumn(), MofNCompleteColumn(),
+                TextColumn("{task.fields[told]}"), TimeElapsedColumn(), console=self.console,
+                auto_refresh=False,
             )
             self._task = self._bar.add_task("", total=total, told="")
             self._bar.start()

@@ -11,7 +11,7 @@ LONGEST = 4096  # delays from here on share the histogram's last entry
 
 @dataclass
 class Delays:
-    """Mean, maximum and histogram of delays, in updates; entry t of the histogram counts tau = t."""
+    """Mean, maximum and histogram of delays, in updates; entry t of the histogram: tau = t."""
 
     count: int = 0
     total: int = 0

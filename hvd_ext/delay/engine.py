@@ -125,7 +125,9 @@ def _plan(delays: DelaySequence | Sequence[DelaySequence] | int, steps: int,
 
 
 def _at(setting: Setting, k: int) -> Any:
-    return setting(k) if callable(setting) else setting
+    """The setting at update k; a scalar as a plain float, which leaves float32 weights float32."""
+    value = setting(k) if callable(setting) else setting
+    return float(value) if np.ndim(value) == 0 else value
 
 
 def _momentum(setting: Setting | AutoMomentum, k: int, taus: NDArray[np.int64]) -> Any:

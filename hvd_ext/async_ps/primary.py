@@ -1,0 +1,283 @@
+"""The primary server, rank 0: one order for all updates, and an eye on everybody."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections import Counter
+from typing import Any
+
+from hvd_ext.async_ps import wire
+from hvd_ext.async_ps.checkpoint import latest, place, seal
+from hvd_ext.async_ps.config import Settings
+from hvd_ext.async_ps.errors import ServerLost, ServerStopped
+from hvd_ext.async_ps.model import Array, FlatModel
+from hvd_ext.async_ps.plan import Plan
+from hvd_ext.async_ps.progress import Display
+from hvd_ext.async_ps.registration import Membership
+from hvd_ext.async_ps.report import Report
+from hvd_ext.async_ps.sequencer import Commit, Sequencer
+from hvd_ext.async_ps.server import Server
+from hvd_ext.async_ps.transport import HeaderBox
+
+
+class Primary(Server):
+    """Serves its slice, orders the updates of all slices, watches workers and servers.
+
+    An update is committed once every server has the whole of its slice of the gradient; only then
+    is any of it applied.
+    """
+
+    def __init__(self, plan: Plan, member: Membership, settings: Settings, weights: Array,
+                 model: FlatModel) -> None:
+        super().__init__(plan, member, settings, weights)
+        self.books = Sequencer(settings, plan, weights.itemsize)
+        if member.checkpoint is not None:
+            self.books.load_state_dict(member.checkpoint.manifest["books"],
+                                       member.checkpoint.recording(),
+                                       reset_workers=settings.reset_workers)
+        self.display = Display(enabled=settings.progress, total=settings.total_updates)
+        self.others = range(1, plan.servers)
+        self._dtype = str(model.dtype)
+        self._shapes = [tuple(shape) for shape in model.shapes]
+        self._confirms = HeaderBox(self.comm, wire.CONFIRM)
+        self._confirmed: Counter[tuple[int, int]] = Counter()
+        self._saved = 0
+        self._seen = [time.monotonic()] * plan.workers
+
+    def serve(self) -> tuple[Report, Array]:
+        """Serves until every worker has finished or is left out.
+
+        Returns:
+            The report and the final weights (numel,).
+
+        Raises:
+            ServerLost: another server died.
+            ServerStopped: no worker is left, or the schedule of lr failed.
+            KeyboardInterrupt, SystemExit: stopped by Ctrl-C or SIGTERM, after a checkpoint.
+        """
+        self._seen = [time.monotonic()] * self.plan.workers
+        self.books.start_clock()
+        idle = wire.Idle()
+        with self.catching_signals():
+            try:
+                while not self._settled():
+                    if self._take():
+                        idle.reset()
+                    else:
+                        idle.wait()
+                    self.look()
+                return self._finish()
+            except ServerLost as error:
+                self._stop(str(error))
+                raise
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except Exception as error:
+                self._stop(f"the server failed: {error!r}")
+                raise
+            finally:
+                self.display.close()
+                self.close()
+
+    def close(self) -> None:
+        """Gives MPI and the watch back."""
+        self._confirms.close()
+        super().close()
+
+    def _settled(self) -> bool:
+        return all(told.finished or m in self.gone for m, told in enumerate(self.books.workers))
+
+    def _take(self) -> bool:
+        """One round through everything that may have arrived; whether anything had."""
+        busy = False
+        while (arrived := self.headers.take()) is not None:
+            busy = True
+            self._heard(arrived[0], arrived[1])
+        for push in self.inbox.arrived():
+            busy = True
+            self._confirm(push.worker, push.step)
+        busy |= self._take_confirms()
+        self.outbox.prune()
+        return busy
+
+    def _take_confirms(self) -> bool:
+        busy = False
+        while (arrived := self._confirms.take()) is not None:
+            busy = True
+            said = arrived[1]
+            if said["kind"] == wire.RECEIVED:
+                self._confirm(int(said["worker"]), int(said["step"]))
+            elif said["kind"] == wire.SAVED:
+                self._saved += 1
+            elif self.signal is None:
+                self.signal = int(said["size"])
+        return busy
+
+    def _heard(self, rank: int, said: Any) -> None:
+        """A header from a worker."""
+        m = self.plan.worker(rank)
+        self._seen[m] = time.monotonic()
+        kind = said["kind"]
+        if m in self.gone:
+            self.outbox.header(wire.header(wire.LEFT_OUT), rank, wire.REPLY)
+        elif kind in (wire.PUSH, wire.PUSH_NOT_FINITE):
+            self.inbox.expect(m, rank, int(said["step"]), finite=kind == wire.PUSH)
+        elif kind == wire.ASK_SNAPSHOT:
+            self._order(wire.header(wire.SEND_SNAPSHOT, worker=m))
+            self.outbox.header(wire.header(wire.SNAPSHOT_READY, update=self.books.update), rank,
+                               wire.REPLY)
+            self.snapshot(m)
+        elif kind == wire.FINISH:
+            self.books.workers[m].finished = True
+        elif kind == wire.LEAVE:
+            self._leave(m, "it left with an error of its own")
+
+    def _confirm(self, m: int, step: int) -> None:
+        """One more server has the whole of its slice of a push; commit when all have."""
+        self._confirmed[m, step] += 1
+        if self._confirmed[m, step] < self.plan.servers:
+            return
+        del self._confirmed[m, step]
+        if m in self.gone:
+            return
+        reply = {"worker": m, "step": step}
+        if self.inbox.first(m).gradient is None:
+            slot = self.books.drop(m)
+            self._order(wire.header(wire.DROP, worker=m, step=slot))
+            self.drop(m, slot)
+            told = self.books.workers[m]
+            if told.not_finite == 1:
+                self.display.say(f"async: a gradient of worker {m} (rank {told.rank}) is not "
+                                 "finite; dropped, and further ones are counted")
+        else:
+            made = self.books.commit(m)
+            self._order(_order_of(made))
+            self.apply(made)
+        self.outbox.header(wire.header(wire.PULLED, update=self.books.update, **reply),
+                           self.plan.rank(m), wire.REPLY)
+        every = self.settings.checkpoint_every
+        if every is not None and self.books.update % every == 0:
+            self.checkpoint()
+
+    def _order(self, made: wire.Header) -> None:
+        for rank in self.others:
+            self.outbox.header(made.copy(), rank, wire.ORDER)
+
+    def checkpoint(self) -> None:
+        """All servers write the state between two updates."""
+        assert self.settings.checkpoint_dir is not None
+        folder = place(self.settings.checkpoint_dir, self.books.update)
+        if latest(folder) is not None or self.books.update == self._resumed_at():
+            return
+        self._saved = 0
+        self._order(wire.header(wire.SAVE, update=self.books.update))
+        self.save(self.books.update)
+        while self._saved < len(self.others):
+            self._take_confirms()
+            self.outbox.prune()
+            self._look_at_processes()
+            time.sleep(2e-4)
+        seal(folder, self.plan, self.settings, self.books.state_dict(), self.books.recording,
+             dtype=self._dtype, shapes=self._shapes)
+        self._seen = [time.monotonic()] * self.plan.workers
+
+    def _resumed_at(self) -> int:
+        return self.member.checkpoint.update if self.member.checkpoint is not None else -1
+
+    def look_around(self, now: float) -> None:
+        """Processes that ended, workers that are silent, signals, the terminal."""
+        self._look_at_processes()
+        limit = self.settings.worker_timeout
+        for m, told in enumerate(self.books.workers):
+            silent = now - self._seen[m]
+            if limit is not None and silent > limit and m not in self.gone and not told.finished:
+                self._leave(m, f"silent for {silent:.0f} s (worker_timeout={limit:g})")
+        if self.signal is not None:
+            number, self.signal = self.signal, None
+            self._interrupted(number)
+        if self.display.due():
+            self.display.show(self.books.report())
+
+    def _look_at_processes(self) -> None:
+        assert self.member.host is not None
+        for rank in self.member.host.lost():
+            if self.plan.is_server(rank):
+                raise ServerLost(f"server rank {rank} is lost after {self.books.update} updates; "
+                                 + self._way_back())
+            m = self.plan.worker(rank)
+            if self.books.workers[m].finished:
+                self.forget(m)
+            elif m not in self.gone:
+                self._leave(m, "its process ended")
+
+    def _leave(self, m: int, why: str) -> None:
+        told = self.books.workers[m]
+        told.left_out = why
+        self._order(wire.header(wire.FORGET, worker=m))
+        self.forget(m)
+        self.outbox.header(wire.header(wire.LEFT_OUT), told.rank, wire.REPLY)
+        self.display.say(f"async: worker {m} (rank {told.rank}) is left out after {told.updates} "
+                         f"updates: {why}")
+
+    def _way_back(self) -> str:
+        folder = self.settings.checkpoint_dir
+        found = latest(folder) if folder is not None else None
+        if found is None:
+            return "there is no checkpoint; pass checkpoint_dir and checkpoint_every"
+        return f"start again with resume={str(found)!r}"
+
+    def _interrupted(self, number: int) -> None:
+        if self.settings.checkpoint_dir is not None:
+            self.checkpoint()
+        said = (f"stopped by {signal.Signals(number).name} after {self.books.update} updates; "
+                + self._way_back())
+        self.display.say(f"async: {said}")
+        self._stop(said)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt(said)
+        raise SystemExit(128 + number)
+
+    def _stop(self, why: str) -> None:
+        """Tells everybody that the run is over, and why."""
+        text = bytearray(why.encode())
+        self._order(wire.header(wire.STOP, size=len(text)))
+        for rank in self.others:
+            self.outbox.send(text, rank, wire.TEXT)
+        for m in range(self.plan.workers):
+            if m not in self.gone:
+                rank = self.plan.rank(m)
+                self.outbox.header(wire.header(wire.STOPPED, size=len(text)), rank, wire.REPLY)
+                self.outbox.send(text, rank, wire.TEXT)
+        deadline = time.monotonic() + 0.5
+        while not self.outbox.empty and time.monotonic() < deadline:
+            self.outbox.prune()
+            time.sleep(1e-3)
+
+    def _finish(self) -> tuple[Report, Array]:
+        """Everybody gets the final weights."""
+        if self.settings.checkpoint_dir is not None:
+            self.checkpoint()
+        if not any(told.finished for told in self.books.workers):
+            raise ServerStopped(f"no worker is left after {self.books.update} updates; "
+                                + self._way_back())
+        report = self.books.report()
+        if self.settings.progress:
+            self.display.show(report)
+        text = bytearray(report.to_json().encode())
+        for m, told in enumerate(self.books.workers):
+            if told.finished and m not in self.gone:
+                self._order(wire.header(wire.SEND_SNAPSHOT, worker=m))
+                made = wire.header(wire.DONE, update=self.books.update, size=len(text))
+                self.outbox.header(made, told.rank, wire.REPLY)
+                self.outbox.send(text, told.rank, wire.TEXT)
+                self.snapshot(m)
+        self._order(wire.header(wire.END))
+        whole = self.gather()
+        self.flush()
+        return report, whole
+
+
+def _order_of(made: Commit) -> wire.Header:
+    return wire.header(wire.COMMIT, worker=made.worker, step=made.slot, version=made.delay,
+                       update=made.update, lr=made.lr, momentum=made.momentum)

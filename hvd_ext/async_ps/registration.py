@@ -1,0 +1,189 @@
+"""All ranks meet: a communicator of our own, everything that must agree compared, ends watched.
+
+Every rank learns of every rank's fault, so that all of them raise within seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from hvd_ext.async_ps.checkpoint import Checkpoint
+from hvd_ext.async_ps.config import Settings
+from hvd_ext.async_ps.model import Array, FlatModel
+from hvd_ext.async_ps.plan import Plan
+from hvd_ext.async_ps.watch import LOCAL, Guest, Host
+
+RECORD = 4096  # bytes
+
+
+@dataclass
+class Membership:
+    """What a rank holds after registration.
+
+    Attributes:
+        comm: a communicator of this run's own.
+        host: the primary server's end of the watch; None on the others.
+        guest: the others' end.
+        checkpoint: the one to go on from; None for a fresh start.
+    """
+
+    comm: MPI.Comm
+    host: Host | None
+    guest: Guest | None
+    checkpoint: Checkpoint | None
+
+
+def register(comm: MPI.Comm, servers: int, model: FlatModel, weights: Array,
+             settings: Settings) -> tuple[Plan, Membership]:
+    """Called by all ranks of ``comm`` together.
+
+    Args:
+        comm: the ranks that take part; left untouched.
+        servers: number of server ranks.
+        model, weights: this rank's model and its weights, flat (n,).
+        settings: the run's settings.
+
+    Raises:
+        ValueError: ranks differ in parameters, weights or settings, or there are too few.
+        TimeoutError: not all ranks came within ``settings.start_timeout``.
+    """
+    if comm.size < 2:
+        Plan(comm.size, servers, len(weights))
+    deadline = time.monotonic() + settings.start_timeout
+    own, request = comm.Idup()
+    _wait(request, deadline, settings)
+    plan, error = _attempt(lambda: Plan(comm.size, servers, len(weights)))
+    mine = {
+        "error": error, "numel": len(weights), "dtype": str(model.dtype),
+        "shapes": [list(shape) for shape in model.shapes][:60],
+        "shapes_digest": _digest(json.dumps([list(shape) for shape in model.shapes]).encode()),
+        "weights": _digest(np.ascontiguousarray(weights).tobytes()),
+        "settings": f"servers={servers} {settings.digest()}",
+        "node": MPI.Get_processor_name(),
+    }
+    records = _exchange(own, mine, deadline, settings)
+    _compare(records, settings)
+    assert plan is not None
+    local = len({record["node"] for record in records}) == 1
+    host = Host(local=local) if own.rank == 0 else None
+    checkpoint, error = _attempt(lambda: _resume(plan, model, settings))
+    offered = {
+        "error": error, "port": host.port if host else 0, "token": host.token if host else "",
+        "addresses": [] if local else _addresses(), "node": MPI.Get_processor_name(),
+        "update": checkpoint.update if checkpoint else -1,
+    }
+    offers = _exchange(own, offered, deadline, settings)
+    first = offers[0]
+    for rank, offer in enumerate(offers):
+        if offer["error"]:
+            raise ValueError(f"rank {rank}: {offer['error']}")
+        if offer["update"] != first["update"]:
+            raise ValueError(
+                f"rank {rank} found the checkpoint after {offer['update']} updates, rank 0 the one "
+                f"after {first['update']}; put checkpoints where all ranks see the same files"
+            )
+    guest = None
+    if host is None:
+        same = first["node"] == MPI.Get_processor_name()
+        guest = Guest(own.rank, addresses=[LOCAL] if same else first["addresses"],
+                      port=first["port"], token=first["token"], seconds=5.0)
+    else:
+        host.accept(set(range(1, own.size)), seconds=10.0)
+    return plan, Membership(own, host, guest, checkpoint)
+
+
+def _resume(plan: Plan | None, model: FlatModel, settings: Settings) -> Checkpoint | None:
+    if settings.resume is None or plan is None:
+        return None
+    found = Checkpoint(settings.resume)
+    found.check(plan, settings, dtype=str(model.dtype),
+                shapes=[tuple(shape) for shape in model.shapes])
+    return found
+
+
+def _attempt(make: Callable[[], Any]) -> tuple[Any, str | None]:
+    """The result, or what went wrong as a text the other ranks can be told."""
+    try:
+        return make(), None
+    except (ValueError, TypeError, OSError, KeyError) as error:
+        return None, str(error)
+
+
+def _compare(records: list[dict[str, Any]], settings: Settings) -> None:
+    first = records[0]
+    for rank, record in enumerate(records):
+        if record["error"]:
+            raise ValueError(f"rank {rank}: {record['error']}")
+        if (record["shapes_digest"], record["dtype"]) != (first["shapes_digest"], first["dtype"]):
+            raise ValueError(
+                f"rank {rank} is refused: its parameters differ from rank 0's, "
+                f"{_difference(record, first)}; build the same model on every rank"
+            )
+        if record["settings"] != first["settings"]:
+            raise ValueError(
+                f"rank {rank} was given other settings than rank 0; pass the same arguments to "
+                "ParameterServer on every rank"
+            )
+    if settings.resume is None and not settings.broadcast:
+        for rank, record in enumerate(records):
+            if record["weights"] != first["weights"]:
+                raise ValueError(
+                    f"the weights of rank {rank} differ from rank 0's at the start; set the same "
+                    "seed before building the model, or pass broadcast=True to start from rank 0's"
+                )
+
+
+def _difference(record: dict[str, Any], first: dict[str, Any]) -> str:
+    if record["dtype"] != first["dtype"]:
+        return f"{record['dtype']} instead of {first['dtype']}"
+    for index, (shape, expected) in enumerate(zip(record["shapes"], first["shapes"], strict=False)):
+        if shape != expected:
+            return f"parameter {index} is {tuple(shape)} instead of {tuple(expected)}"
+    return f"{record['numel']} entries instead of {first['numel']}"
+
+
+def _exchange(comm: MPI.Comm, record: dict[str, Any], deadline: float,
+              settings: Settings) -> list[dict[str, Any]]:
+    """Every rank's record, by rank."""
+    text = json.dumps(record).encode()
+    if len(text) > RECORD and "shapes" in record:
+        text = json.dumps({**record, "shapes": []}).encode()
+    if len(text) > RECORD:
+        text = json.dumps({**record, "error": str(record["error"])[: RECORD // 2]}).encode()
+    mine = np.frombuffer(text.ljust(RECORD), dtype=np.uint8)
+    everyone = np.empty((comm.size, RECORD), dtype=np.uint8)
+    _wait(comm.Iallgather(mine, everyone), deadline, settings)
+    return [json.loads(row.tobytes().decode().rstrip()) for row in everyone]
+
+
+def _wait(request: MPI.Request, deadline: float, settings: Settings) -> None:
+    while not request.Test():
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"not all ranks constructed ParameterServer within {settings.start_timeout:g} s; "
+                "look for an error on another rank, or raise start_timeout"
+            )
+        time.sleep(0.001)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def _addresses() -> list[str]:
+    """Under which this host may be reached, the likeliest first."""
+    name = socket.gethostname()
+    found = [name]
+    with contextlib.suppress(OSError):
+        found += [str(info[4][0]) for info in socket.getaddrinfo(name, None, socket.AF_INET)]
+    return list(dict.fromkeys(found))

@@ -1,0 +1,111 @@
+"""A server that owns a slice and follows the primary server's orders."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+import numpy as np
+
+from hvd_ext.async_ps import wire
+from hvd_ext.async_ps.config import Settings
+from hvd_ext.async_ps.errors import ServerLost, ServerStopped
+from hvd_ext.async_ps.model import Array
+from hvd_ext.async_ps.plan import Plan
+from hvd_ext.async_ps.registration import Membership
+from hvd_ext.async_ps.sequencer import Commit
+from hvd_ext.async_ps.server import Server
+from hvd_ext.async_ps.transport import HeaderBox
+
+
+class Secondary(Server):
+    """Confirms to the primary what has arrived whole, applies it when told."""
+
+    def __init__(self, plan: Plan, member: Membership, settings: Settings, weights: Array) -> None:
+        super().__init__(plan, member, settings, weights)
+        self._orders = HeaderBox(self.comm, wire.ORDER)
+        self._ended = False
+        self._interrupted = False
+
+    def serve(self) -> Array:
+        """Serves until the primary says that the run is over; the final weights (numel,).
+
+        Raises:
+            ServerLost: the primary server died.
+            ServerStopped: the primary server stopped the run.
+        """
+        idle = wire.Idle()
+        with self.catching_signals():
+            try:
+                while not self._ended:
+                    if self._take():
+                        idle.reset()
+                    else:
+                        idle.wait()
+                    self.look()
+                whole = self.gather()
+                self.flush()
+                return whole
+            finally:
+                self.close()
+
+    def close(self) -> None:
+        """Gives MPI and the watch back."""
+        self._orders.close()
+        super().close()
+
+    def _take(self) -> bool:
+        busy = False
+        while (arrived := self.headers.take()) is not None:
+            busy = True
+            rank, said = arrived
+            m = self.plan.worker(rank)
+            if m not in self.gone:
+                self.inbox.expect(m, rank, int(said["step"]), finite=said["kind"] == wire.PUSH)
+        for push in self.inbox.arrived():
+            busy = True
+            self._confirm(wire.header(wire.RECEIVED, worker=push.worker, step=push.step))
+        while not self._ended and (arrived := self._orders.take()) is not None:
+            busy = True
+            self._obey(arrived[1])
+        self.outbox.prune()
+        return busy
+
+    def _confirm(self, made: wire.Header) -> None:
+        self.outbox.header(made, 0, wire.CONFIRM)
+
+    def _obey(self, said: Any) -> None:
+        kind, m = said["kind"], int(said["worker"])
+        if kind == wire.COMMIT:
+            self.apply(Commit(int(said["update"]), m, int(said["step"]), int(said["version"]),
+                              float(said["lr"]), float(said["momentum"])))
+        elif kind == wire.DROP:
+            self.drop(m, int(said["step"]))
+        elif kind == wire.FORGET:
+            self.forget(m)
+        elif kind == wire.SEND_SNAPSHOT:
+            self.snapshot(m)
+        elif kind == wire.SAVE:
+            self.save(int(said["update"]))
+            self._confirm(wire.header(wire.SAVED))
+        elif kind == wire.END:
+            self._ended = True
+        elif kind == wire.STOP:
+            text = np.empty(int(said["size"]), dtype=np.uint8)
+            self.comm.Recv(text, source=0, tag=wire.TEXT)
+            raise ServerStopped(text.tobytes().decode())
+
+    def look_around(self, now: float) -> None:
+        """The primary's process, and signals, which are the primary's to act on."""
+        assert self.member.guest is not None
+        if self.signal is not None and not self._interrupted:
+            self._interrupted = True
+            self._confirm(wire.header(wire.INTERRUPTED, size=int(signal.Signals(self.signal))))
+        if self.member.guest.lost() and not self._ended:
+            while (arrived := self._orders.take()) is not None:  # it may have said why
+                self._obey(arrived[1])
+            if not self._ended:
+                raise ServerLost(
+                    "the primary server (rank 0) is lost; start again with resume= and the "
+                    "folder given as checkpoint_dir"
+                )

@@ -1,0 +1,147 @@
+"""Sends that are kept until they are done, pushes that are collected until they are whole."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from hvd_ext.async_ps import wire
+from hvd_ext.async_ps.model import Array
+
+
+class Outbox:
+    """Non-blocking sends; each keeps its buffer until MPI has let go of it."""
+
+    def __init__(self, comm: MPI.Comm) -> None:
+        self._comm = comm
+        self._pending: list[tuple[MPI.Request, int, Any]] = []
+        self._abandoned: list[tuple[MPI.Request, int, Any]] = []
+
+    def send(self, buffer: Any, rank: int, tag: int) -> MPI.Request:
+        """Starts a send; the buffer must not change before it is done."""
+        request = self._comm.Isend(buffer, dest=rank, tag=tag)
+        self._pending.append((request, rank, buffer))
+        return request
+
+    def header(self, made: wire.Header, rank: int, tag: int) -> None:
+        """Starts to send a header."""
+        self.send(wire.raw(made), rank, tag)
+
+    def prune(self) -> None:
+        """Lets MPI move on, forgets what is done."""
+        self._pending = [entry for entry in self._pending if not entry[0].Test()]
+
+    def forget(self, rank: int) -> None:
+        """A rank is gone: what it will never take is kept aside, its buffers untouched."""
+        self._abandoned += [entry for entry in self._pending if entry[1] == rank]
+        self._pending = [entry for entry in self._pending if entry[1] != rank]
+
+    @property
+    def empty(self) -> bool:
+        """Whether everything has been sent."""
+        return not self._pending
+
+
+class HeaderBox:
+    """Receives headers of one tag from anybody, one receive always posted."""
+
+    def __init__(self, comm: MPI.Comm, tag: int) -> None:
+        self._comm = comm
+        self._tag = tag
+        self._header = wire.header(0)
+        self._status = MPI.Status()
+        self._post()
+
+    def _post(self) -> None:
+        self._request = self._comm.Irecv(wire.raw(self._header), source=MPI.ANY_SOURCE,
+                                         tag=self._tag)
+
+    def take(self) -> tuple[int, Any] | None:
+        """The next header as (rank, record), or None."""
+        if not self._request.Test(self._status):
+            return None
+        rank, record = self._status.Get_source(), self._header[0].copy()
+        self._post()
+        return rank, record
+
+    def close(self) -> None:
+        """Takes the posted receive back."""
+        self._request.Cancel()
+        self._request.Wait()
+
+
+@dataclass
+class Push:
+    """A worker's gradient on its way in; ``gradient`` (n,) is None when it is not finite."""
+
+    worker: int
+    step: int
+    gradient: Array | None
+    request: MPI.Request | None
+    announced: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of it has arrived."""
+        if self.request is not None and self.request.Test():
+            self.request = None
+        return self.request is None
+
+
+class Inbox:
+    """Pushes by worker, in the order they were sent.
+
+    Args:
+        comm: the run's communicator.
+        size, dtype: of this server's slice.
+        workers, depth: how many, and how many pushes each may have under way.
+    """
+
+    def __init__(self, comm: MPI.Comm, size: int, dtype: np.dtype[Any], workers: int) -> None:
+        self._comm = comm
+        self._size = size
+        self._dtype = dtype
+        self._pushes: list[deque[Push]] = [deque() for _ in range(workers)]
+        self._free: list[list[Array]] = [[] for _ in range(workers)]
+        self._abandoned: list[Push] = []
+
+    def expect(self, worker: int, rank: int, step: int, *, finite: bool) -> None:
+        """A header said that a push is coming."""
+        if not finite:
+            self._pushes[worker].append(Push(worker, step, None, None))
+            return
+        free = self._free[worker]
+        gradient = free.pop() if free else np.empty(self._size, self._dtype)
+        request = self._comm.Irecv(gradient, source=rank, tag=wire.GRADIENT)
+        self._pushes[worker].append(Push(worker, step, gradient, request))
+
+    def arrived(self) -> list[Push]:
+        """The first push of each worker that is whole and was not announced before."""
+        ready = []
+        for pushes in self._pushes:
+            for push in pushes:
+                if not push.whole:
+                    break
+                if not push.announced:
+                    push.announced = True
+                    ready.append(push)
+        return ready
+
+    def first(self, worker: int) -> Push:
+        """A worker's oldest push."""
+        return self._pushes[worker][0]
+
+    def done(self, worker: int) -> None:
+        """The oldest push has been applied or dropped; its buffer serves again."""
+        push = self._pushes[worker].popleft()
+        if push.gradient is not None:
+            self._free[worker].append(push.gradient)
+
+    def forget(self, worker: int) -> None:
+        """A worker is gone: what has not arrived whole is never looked at again."""
+        self._abandoned += self._pushes[worker]
+        self._pushes[worker].clear()

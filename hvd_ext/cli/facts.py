@@ -1,6 +1,7 @@
 """What is installed on this machine, found without importing a framework into this process."""
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -74,6 +75,7 @@ class Facts:
         mpirun_version: first line that it prints as its version.
         libmpi: the MPI library that Horovod's library loads; empty where unknown or none.
         horovodrun: path, or None.
+        distutils: whether it can be imported, which horovodrun does; Python 3.12 has none of its own.
         mpi4py: version, or None.
         gpu: whether the machine has an NVIDIA GPU, whatever the frameworks see.
     """
@@ -88,6 +90,7 @@ class Facts:
     mpirun_version: str = ""
     libmpi: str = ""
     horovodrun: str | None = None
+    distutils: bool = True
     mpi4py: str | None = None
     gpu: bool = False
 
@@ -115,6 +118,7 @@ def collect(limit: float = 180.0) -> Facts:
         mpirun_version=toolchain.first_line([mpirun, "--version"]) if mpirun else "",
         libmpi=loaded_libmpi(folder),
         horovodrun=find_program("horovodrun"),
+        distutils=importlib.util.find_spec("distutils") is not None,
         mpi4py=toolchain.distribution_version("mpi4py"),
         gpu=shutil.which("nvidia-smi") is not None
         and "GPU" in toolchain.printed(["nvidia-smi", "-L"]),

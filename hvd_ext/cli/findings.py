@@ -148,6 +148,9 @@ def _launcher(facts: Facts) -> Finding:
         return Finding("Launcher", ", ".join(found) or "none", "note")
     if facts.horovodrun is None:
         return Finding("Launcher", "no horovodrun", "problem", f"{REBUILD} --force")
+    if not facts.distutils:
+        value = "horovodrun needs distutils, which this Python and setuptools lack"
+        return Finding("Launcher", value, "problem", "pip install 'setuptools<81'")
     if _open_mpi_major(facts) >= 5:
         value = "horovodrun --gloo, mpirun (horovodrun --mpi does not know Open MPI 5)"
         return Finding("Launcher", value, "note")

@@ -69,6 +69,7 @@ def test_a_good_machine_has_no_problem_and_no_note() -> None:
                                    TENSORFLOW_OK)),
          "PyTorch", "no libc10.so", "pip install --force-reinstall"),
         (replace(GOOD, horovodrun=None), "Launcher", "no horovodrun", "--force"),
+        (replace(GOOD, distutils=False), "Launcher", "distutils", "pip install 'setuptools<81'"),
         (replace(GOOD, python="3.9.18"), "Python", "3.10 or newer", "python3.12 -m venv"),
         (replace(GOOD, mpirun=None, frameworks=(
             replace(TORCH_OK, horovod={"mpi": True, "gloo": False}), ABSENT[1])),

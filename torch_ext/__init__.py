@@ -10,6 +10,8 @@ from hvd_ext.delay import DelayCompensated
 from hvd_ext.torch.amsgrad import AMSGrad
 from hvd_ext.torch.compression import Compression
 from hvd_ext.torch.optimizer import DistributedOptimizer
+from hvd_ext.torch.seng import SENG
+from hvd_ext.torch.seng_layers import register_seng_rule
 from hvd_ext.torch.state import broadcast_optimizer_state
 
 __all__ = [
@@ -18,5 +20,7 @@ __all__ = [
     "Compression",
     "DelayCompensated",
     "DistributedOptimizer",
+    "SENG",
     "broadcast_optimizer_state",
+    "register_seng_rule",
 ]

@@ -12,7 +12,7 @@ COLUMNS = ("layer", "kind", "held", "n", "n_G", "n_A", "groups", "rho", "kappa",
 
 
 class Report(dict[str, Any]):
-    """A dict with ``layers`` (a dict each, keys as in ``COLUMNS``) and totals; prints as a table."""
+    """A dict with ``layers`` (dicts with the keys of ``COLUMNS``) and totals; prints as a table."""
 
     def table(self) -> Table:
         """The layers as a table of the rich library."""

@@ -1,0 +1,58 @@
+"""A layer's gradients as flat tensors that can be changed in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from hvd_ext.torch.seng_capture import working_dtype
+from hvd_ext.torch.seng_model import Layer
+
+
+class Gradients:
+    """Views of a layer's ``.grad``, one ``(n,)`` a parameter, times ``factor``.
+
+    A gradient in half precision, or not contiguous, is a copy that ``write_back`` returns; a
+    missing one counts as zero, so that every rank sends the same messages, and stays missing.
+    """
+
+    def __init__(self, layer: Layer, factor: float = 1.0) -> None:
+        self.flat: list[torch.Tensor] = []
+        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._present: list[torch.Tensor] = []
+        dtype = working_dtype(layer)
+        for parameter in layer.parameters:
+            gradient = parameter.grad
+            if gradient is None:
+                self.flat.append(parameter.new_zeros(parameter.numel(), dtype=dtype))
+                continue
+            flat = gradient.detach().reshape(-1).to(dtype)
+            if flat.data_ptr() != gradient.data_ptr():
+                self._copies.append((flat, gradient))
+            if factor != 1.0:
+                flat.mul_(factor)
+            self.flat.append(flat)
+            self._present.append(flat)
+
+    def write_back(self, factor: float = 1.0) -> None:
+        """Multiply by ``factor`` and put copies back into ``.grad``."""
+        if factor != 1.0:
+            for flat in self._present:
+                flat.mul_(factor)
+        for flat, gradient in self._copies:
+            gradient.copy_(flat.view(gradient.shape))
+
+
+def all_finite(gradients: Iterable[torch.Tensor]) -> bool:
+    """Whether no element is infinite or NaN."""
+    dense: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for gradient in gradients:
+        values = gradient.coalesce().values() if gradient.is_sparse else gradient
+        if values.numel():
+            dense.setdefault((values.device, values.dtype), []).append(values)
+    for group in dense.values():
+        largest = torch.stack(torch._foreach_norm(group, float("inf")))
+        if not bool(torch.isfinite(largest).all()):
+            return False
+    return True

@@ -1,0 +1,201 @@
+"""Kernels of SENG: tensors in, tensors out.
+
+Shapes: rho samples, n_G × n_A one group's gradient matrix, kappa columns of a sample's factors, r
+the columns kept, q (zeta_G, zeta_A) sampled rows. An implicit layer's factors are kept as
+``(groups, n, r rho)``, column ``j rho + i`` the j-th of sample i, so that a sum over samples is a
+matrix-vector product. The factor ``1/sqrt(rho)`` of U is part of U and of G.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from hvd_ext.seng import jitters
+
+CHUNK = 1 << 14
+GRAM_BLOCK = 1 << 22
+
+
+def per_sample_products(g: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """``u_i = vec(G_i A_i^T)`` (SENG eq. 3).
+
+    Args:
+        g: (rho, groups, n_G, kappa).
+        a: (rho, groups, n_A, kappa).
+
+    Returns:
+        (rho, groups n_G n_A).
+    """
+    return torch.matmul(g, a.transpose(-1, -2)).flatten(1)
+
+
+def truncate(g: torch.Tensor, a: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cut each sample's factors to ``rank`` columns by an SVD of the smaller one (SENG eq. 15).
+
+    With G = Q S V^T the smaller, ``G <- Q_r S_r`` and ``A <- A V_r``; the other way round when A is
+    smaller. The SVD comes from the eigenvectors of the smaller Gram matrix. Signs are fixed so
+    that the columns of A sum to something not negative: eq. 23 adds columns over samples.
+
+    Args:
+        g: (..., n_G, kappa), a: (..., n_A, kappa), finite.
+
+    Returns:
+        Both with min(kappa, rank, n_G, n_A) columns, or unchanged when kappa <= rank.
+    """
+    kappa = g.shape[-1]
+    if kappa <= rank:
+        return g, a
+    swap = a.shape[-2] < g.shape[-2]
+    small, other = (a, g) if swap else (g, a)
+    rank = min(rank, small.shape[-2])
+    if kappa <= small.shape[-2]:
+        _, vectors = torch.linalg.eigh(small.mT @ small)
+        right = vectors[..., -rank:].flip(-1)
+        small = small @ right
+    else:
+        values, vectors = torch.linalg.eigh(small @ small.mT)
+        left = vectors[..., -rank:].flip(-1)
+        lengths = values[..., -rank:].flip(-1).clamp_min(0.0).sqrt()
+        tiny = lengths[..., :1] * torch.finfo(lengths.dtype).eps ** 0.5
+        inverse = torch.where(lengths > tiny, 1.0 / lengths, 0.0)
+        right = (small.mT @ left) * inverse.unsqueeze(-2)
+        small = left * lengths.unsqueeze(-2)
+    other = other @ right
+    g, a = (other, small) if swap else (small, other)
+    signs = torch.where(a.sum(-2, keepdim=True) < 0, -1.0, 1.0).to(a.dtype)
+    return g * signs, a * signs
+
+
+def columns_together(factor: torch.Tensor) -> torch.Tensor:
+    """(rho, groups, n, r) as (groups, n, r rho)."""
+    return factor.permute(1, 2, 3, 0).flatten(2)
+
+
+def pad_columns(factor: torch.Tensor, rho: int, r: int) -> torch.Tensor:
+    """(groups, n, r' rho) with zero columns added up to r of them for each sample."""
+    missing = r * rho - factor.shape[-1]
+    return F.pad(factor, (0, missing)) if missing > 0 else factor
+
+
+def gram_explicit(xi: torch.Tensor) -> torch.Tensor:
+    """``Xi^T Xi`` (SENG eq. 12) of ``xi`` (rho, q) in its precision, bfloat16 summed in float32."""
+    if xi.dtype not in (torch.bfloat16, torch.float16):
+        return xi @ xi.mT
+    total = xi.new_zeros((xi.shape[0], xi.shape[0]), dtype=torch.float32)
+    for start in range(0, xi.shape[1], CHUNK):
+        part = xi[:, start:start + CHUNK].float()
+        total.addmm_(part, part.mT)
+    return total
+
+
+def gram_implicit(xg: torch.Tensor, xa: torch.Tensor, rho: int) -> torch.Tensor:
+    """``(u_i)^T u_j ~ elesum((Xi_Ai^T Xi_Aj) o (Xi_Gi^T Xi_Gj))`` (SENG eq. 21), summed over groups.
+
+    Args:
+        xg: (groups, zeta_G, r rho), xa: (groups, zeta_A, r rho).
+
+    Returns:
+        (rho, rho).
+    """
+    columns = xg.shape[-1]
+    total = xg.new_zeros((rho, rho))
+    step = max(rho, GRAM_BLOCK // max(1, columns * xg.shape[0]) // rho * rho)
+    for start in range(0, columns, step):
+        part = slice(start, start + step)
+        product = (xa[..., part].mT @ xa).mul_(xg[..., part].mT @ xg).sum(0)
+        total += product.view(-1, rho, columns // rho, rho).sum((0, 2))
+    return total
+
+
+def project_explicit(xi: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """``Xi^T z`` for ``xi`` (rho, q) and ``z`` (q,): (rho,)."""
+    if xi.dtype == z.dtype:
+        return torch.mv(xi, z)
+    total = z.new_zeros(xi.shape[0])
+    for start in range(0, z.numel(), CHUNK):
+        part = slice(start, start + CHUNK)
+        total.addmv_(xi[:, part].to(z.dtype), z[part])
+    return total
+
+
+def project_implicit(xg: torch.Tensor, xa: torch.Tensor, z: torch.Tensor, rho: int) -> torch.Tensor:
+    """``u_i^T z ~ elesum((Xi_z^T Xi_Gi) o Xi_Ai)`` (SENG eq. 19), summed over groups.
+
+    Args:
+        xg: (groups, zeta_G, r rho), xa: (groups, zeta_A, r rho), z: (groups, zeta_G, zeta_A),
+            with the weights of Omega_G and Omega_A already in all three.
+
+    Returns:
+        (rho,).
+    """
+    return torch.matmul(z.mT, xg).mul_(xa).sum((0, 1)).view(-1, rho).sum(0)
+
+
+def expand_explicit(u: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """``out <- U b`` for ``u`` (rho, n), ``b`` (rho,), ``out`` (n,)."""
+    if u.dtype == b.dtype:
+        return torch.mv(u.t(), b, out=out)
+    for start in range(0, out.numel(), CHUNK):
+        part = slice(start, start + CHUNK)
+        torch.mv(u[:, part].to(b.dtype).t(), b, out=out[part])
+    return out
+
+
+def subtract_explicit(gradient: torch.Tensor, u: torch.Tensor, b: torch.Tensor,
+                      lam: float) -> None:
+    """``gradient <- (gradient - U b) / lam`` in place (SENG eq. 8), gradient (n,)."""
+    if u.dtype == b.dtype:
+        gradient.addmv_(u.t(), b, beta=1.0 / lam, alpha=-1.0 / lam)
+        return
+    for start in range(0, gradient.numel(), CHUNK):
+        part = slice(start, start + CHUNK)
+        gradient[part].addmv_(u[:, part].to(b.dtype).t(), b, beta=1.0 / lam, alpha=-1.0 / lam)
+
+
+def factored_means(g: torch.Tensor, a: torch.Tensor, c: torch.Tensor, total: torch.Tensor
+                   ) -> tuple[torch.Tensor, torch.Tensor]:
+    """``sum_i sqrt|c_i| G_i`` and ``sum_i c_i/total A_i`` (SENG eq. 23), zero where total is zero.
+
+    Args:
+        g: (groups, n_G, r rho), a: (groups, n_A, r rho), c: (rho,),
+            total: ``sum_i sqrt|c_i|``, a tensor of no dimension.
+
+    Returns:
+        (groups, n_G, r) and (groups, n_A, r).
+    """
+    rho = c.numel()
+    weights = torch.where(total > 0, c / total, 0.0)
+    g_mean = torch.matmul(g.view(*g.shape[:2], -1, rho), c.abs().sqrt())
+    a_mean = torch.matmul(a.view(*a.shape[:2], -1, rho), weights)
+    return g_mean, a_mean
+
+
+def expand_exact(g: torch.Tensor, a: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """``U c`` of SENG eq. 22 as one product: (groups, n_G, n_A)."""
+    weighted = g.view(*g.shape[:2], -1, c.numel()) * c
+    return torch.matmul(weighted.flatten(2), a.mT)
+
+
+def factor(gram: torch.Tensor, lam: float) -> tuple[torch.Tensor | None, float]:
+    """Cholesky factor of ``lam I + gram`` in float64, and the jitter it took; None when it has none.
+
+    Args:
+        gram: (rho, rho), finite or not.
+    """
+    gram = gram.double()
+    mean = float(gram.diagonal().mean()) if gram.numel() else 0.0
+    if not torch.isfinite(gram).all():
+        return None, 0.0
+    for jitter in jitters(mean):
+        shifted = gram.clone()
+        shifted.diagonal().add_(lam + jitter)
+        lower, info = torch.linalg.cholesky_ex(shifted)
+        if int(info) == 0 and bool(torch.isfinite(lower).all()):
+            return lower, jitter
+    return None, 0.0
+
+
+def solve(lower: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
+    """``b = (lam I + U^T U)^{-1} rhs`` (SENG eq. 9) by two triangular solves, in rhs's precision."""
+    return torch.cholesky_solve(rhs.double().unsqueeze(1), lower).squeeze(1).to(rhs.dtype)

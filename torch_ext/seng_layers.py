@@ -1,0 +1,222 @@
+"""What SENG knows of each kind of layer: which parameters it has, and its per-sample gradients.
+
+A rule is a function ``rule(module, x, gz, pick)``. ``x`` is the module's first input and ``gz`` the
+gradient of the loss with respect to its output, both with the samples along the first axis and as
+the forward pass had them. ``pick(t)`` keeps the samples the curvature is taken from and casts to
+the working precision; everything that is returned must have gone through it. A rule returns either
+
+* :class:`Factors` when the gradient of the weight for sample i is ``G_i A_i^T``, or
+* a dict from parameter name to per-sample gradients, shape ``(samples, *parameter.shape)``.
+
+Scaling is not a rule's business: return what ``gz`` gives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass
+class Factors:
+    """``weight`` gradient of sample i in group k is ``g[i, k] @ a[i, k].T``.
+
+    ``g`` (samples, groups, n_G, kappa) and ``a`` (samples, groups, n_A, kappa); viewed as
+    ``(groups, n_G, n_A)`` the weight's gradient is that product. The bias gradient is ``g`` summed
+    over kappa (a row of ones under A), unless ``bias`` (samples, bias size) gives it.
+    """
+
+    g: torch.Tensor
+    a: torch.Tensor
+    bias: torch.Tensor | None = None
+
+
+Pick = Callable[[torch.Tensor], torch.Tensor]
+PerSample = dict[str, torch.Tensor]
+Rule = Callable[[nn.Module, torch.Tensor, torch.Tensor, Pick], "Factors | PerSample"]
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A rule with what must be known of its layers before the first forward pass.
+
+    ``groups(module)`` gives (groups, n_G, n_A) of the weight's gradient for a rule that returns
+    :class:`Factors`, None for one that returns per-sample gradients. ``ones`` says whether the
+    bias is a row of ones under A.
+    """
+
+    kind: str
+    rule: Rule
+    groups: Callable[[nn.Module], tuple[int, int, int]] | None = None
+    ones: bool = True
+
+
+_RULES: dict[type[nn.Module], Registered] = {}
+
+
+def register_seng_rule(module_type: type[nn.Module], rule: Rule, *, kind: str | None = None,
+                       groups: Callable[[nn.Module], tuple[int, int, int]] | None = None,
+                       ones: bool = True, replace: bool = False) -> None:
+    """Teach SENG a layer type of your own; call it before constructing ``SENG``.
+
+    Example, a learned scale of each feature::
+
+        def scale_rule(module, x, gz, pick):
+            products = pick(x) * pick(gz)                   # (samples, ..., features)
+            return {"weight": products.flatten(1, -2).sum(1) if products.dim() > 2 else products}
+
+        hvd.register_seng_rule(Scale, scale_rule)
+
+    Args:
+        module_type: the layer's class. Subclasses that keep its ``forward`` use the rule too.
+        rule: see the head of this module; parameters are taken by their names in the module.
+        kind: name in the report, the class's name unless given.
+        groups: for a rule that returns :class:`Factors`: (groups, n_G, n_A) of a module's weight.
+        ones: with ``groups``: whether the bias is a row of ones under A.
+        replace: allow to replace a rule that exists.
+
+    Raises:
+        TypeError: ``module_type`` is no module class, or ``rule`` is not callable.
+        ValueError: the type has a rule already and ``replace`` is False.
+    """
+    if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
+        raise TypeError(f"module_type must be a subclass of torch.nn.Module, got {module_type!r}")
+    if not callable(rule):
+        raise TypeError(f"rule must be a function (module, x, gz, pick), got {rule!r}")
+    if module_type in _RULES and not replace:
+        raise ValueError(f"{module_type.__name__} has a SENG rule already; pass replace=True to "
+                         "replace it")
+    _RULES[module_type] = Registered(kind or module_type.__name__, rule, groups, ones)
+
+
+def rule_for(module: nn.Module) -> Registered | None:
+    """The rule of the module's class, or of the class its ``forward`` comes from."""
+    for base in type(module).__mro__:
+        if base in _RULES:
+            same = type(module).forward is base.forward  # type: ignore[attr-defined]
+            return _RULES[base] if same else None
+    return None
+
+
+def _linear(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick) -> Factors:
+    if x.dim() == 1:
+        x, gz = x.unsqueeze(0), gz.unsqueeze(0)
+    x, gz = pick(x), pick(gz)
+    a = x.reshape(x.shape[0], -1, x.shape[-1]).mT
+    g = gz.reshape(gz.shape[0], -1, gz.shape[-1]).mT
+    return Factors(g.unsqueeze(1), a.unsqueeze(1))
+
+
+def patches(x: torch.Tensor, kernel: tuple[int, ...], stride: tuple[int, ...],
+            dilation: tuple[int, ...], positions: tuple[int, ...]) -> torch.Tensor:
+    """Sliding blocks of a padded ``x`` (rho, C, *space): (rho, C, prod kernel, prod positions)."""
+    if math.prod(kernel) == 1 and all(step == 1 for step in stride):
+        return x.flatten(2).unsqueeze(2)
+    x = x.contiguous()
+    steps = x.stride()[2:]
+    view = x.as_strided(
+        (*x.shape[:2], *kernel, *positions),
+        (*x.stride()[:2], *(s * d for s, d in zip(steps, dilation, strict=True)),
+         *(s * t for s, t in zip(steps, stride, strict=True))),
+    )
+    return view.reshape(*x.shape[:2], math.prod(kernel), math.prod(positions))
+
+
+def _convolution(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick) -> Factors:
+    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    if x.dim() == len(module.kernel_size) + 1:
+        x, gz = x.unsqueeze(0), gz.unsqueeze(0)
+    x, gz = pick(x), pick(gz)
+    padding = module._reversed_padding_repeated_twice
+    if any(padding):
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x = F.pad(x, padding, mode=mode)
+    a = patches(x, module.kernel_size, module.stride, module.dilation, tuple(gz.shape[2:]))
+    rho, groups = x.shape[0], module.groups
+    kappa = a.shape[-1]
+    return Factors(gz.reshape(rho, groups, -1, kappa), a.reshape(rho, groups, -1, kappa))
+
+
+def _transposed(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick) -> Factors:
+    # z is the adjoint of a convolution, so x and the patches of gz change places: the weight
+    # (in, out/groups, k, k) has the gradient sum over positions of x · patch(gz).
+    assert isinstance(module, nn.ConvTranspose2d)
+    if x.dim() == 3:
+        x, gz = x.unsqueeze(0), gz.unsqueeze(0)
+    x, gz = pick(x), pick(gz)
+    bias = gz.sum((2, 3)) if module.bias is not None else None
+    rows, columns = (int(p) for p in module.padding)
+    need = [(size - 1) * s + d * (k - 1) + 1 for size, s, d, k in
+            zip(x.shape[2:], module.stride, module.dilation, module.kernel_size, strict=True)]
+    # Positive on the right where the last patch ends beyond gz, negative where output_padding
+    # added rows that no patch reads.
+    after = [need[0] - rows - gz.shape[2], need[1] - columns - gz.shape[3]]
+    padded = F.pad(gz, (columns, after[1], rows, after[0]))
+    a = patches(padded, module.kernel_size, module.stride, module.dilation, tuple(x.shape[2:]))
+    rho, groups = x.shape[0], module.groups
+    kappa = a.shape[-1]
+    return Factors(x.reshape(rho, groups, -1, kappa), a.reshape(rho, groups, -1, kappa), bias)
+
+
+def _batch_norm(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick) -> PerSample:
+    assert isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)
+    shape = (1, -1) + (1,) * (x.dim() - 2)
+    if module.training or module.running_mean is None:
+        # Statistics of the whole batch, not only of the samples that are kept.
+        axes = [axis for axis in range(x.dim()) if axis != 1]
+        wide = x if x.dtype == torch.float64 else x.float()
+        variance, mean = torch.var_mean(wide, axes, correction=0)
+    else:
+        mean, variance = module.running_mean, module.running_var
+    x, gz = pick(x), pick(gz)
+    inverse = (variance + module.eps).rsqrt().to(x.dtype)
+    return _affine((x - mean.to(x.dtype).view(shape)) * gz, gz, inverse)
+
+
+def _affine(centred: torch.Tensor, gz: torch.Tensor, inverse: torch.Tensor) -> PerSample:
+    """Sums over everything but samples (axis 0) and channels (axis 1)."""
+    weight, bias = centred, gz
+    if gz.dim() > 2:
+        weight, bias = weight.flatten(2).sum(2), bias.flatten(2).sum(2)
+    return {"weight": weight * inverse, "bias": bias}
+
+
+def _layer_norm(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick) -> PerSample:
+    assert isinstance(module, nn.LayerNorm)
+    shape = tuple(module.normalized_shape)
+    if x.dim() == len(shape):
+        x, gz = x.unsqueeze(0), gz.unsqueeze(0)
+    x, gz = pick(x), pick(gz)
+    x_hat = F.layer_norm(x, shape, eps=module.eps)
+    return {"weight": (x_hat * gz).reshape(x.shape[0], -1, *shape).sum(1),
+            "bias": gz.reshape(x.shape[0], -1, *shape).sum(1)}
+
+
+def _group_norm(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick) -> PerSample:
+    assert isinstance(module, nn.GroupNorm)
+    x, gz = pick(x), pick(gz)
+    x_hat = F.group_norm(x, module.num_groups, eps=module.eps)
+    return _affine(x_hat * gz, gz, torch.ones((), dtype=x.dtype, device=x.device))
+
+
+def _matrix(module: nn.Module) -> tuple[int, int, int]:
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    groups = int(getattr(module, "groups", 1))
+    n_g = weight.shape[0] // groups
+    return groups, n_g, weight.numel() // (groups * n_g)
+
+
+register_seng_rule(nn.Linear, _linear, groups=_matrix)
+for _type in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+    register_seng_rule(_type, _convolution, groups=_matrix)
+register_seng_rule(nn.ConvTranspose2d, _transposed, groups=_matrix, ones=False)
+for _type in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+    register_seng_rule(_type, _batch_norm)
+register_seng_rule(nn.LayerNorm, _layer_norm)
+register_seng_rule(nn.GroupNorm, _group_norm)

@@ -1,1 +1,17 @@
-"""Horovod for TensorFlow with more: ``import hvd_ext.tensorflow as hvd``."""
+"""Horovod for TensorFlow with more: ``import hvd_ext.tensorflow as hvd``.
+
+Everything public in ``horovod.tensorflow`` is here under its own name; what this package adds or
+extends comes after it.
+"""
+
+# ruff: noqa: F401  (names are given on)
+
+from horovod.tensorflow import *  # noqa: F403
+
+from hvd_ext.replicas import ReplicasDifferError
+from hvd_ext.tensorflow import elastic
+from hvd_ext.tensorflow.distributed import DistributedOptimizer
+from hvd_ext.tensorflow.replicas import assert_replicas_equal
+from hvd_ext.tensorflow.tape import distributed_tape as DistributedGradientTape
+from hvd_ext.tensorflow.tape import partial_distributed_tape as PartialDistributedGradientTape
+from hvd_ext.tensorflow.variables import broadcast_variables

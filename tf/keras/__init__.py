@@ -1,1 +1,16 @@
-"""Keras front end of hvd-ext."""
+"""Horovod for Keras 3 with more: ``import hvd_ext.tensorflow.keras as hvd``.
+
+Everything public in ``horovod.tensorflow.keras`` is here under its own name; what this package
+adds or extends comes after it.
+"""
+
+# ruff: noqa: F401  (names are given on)
+
+from horovod.tensorflow.keras import *  # noqa: F403
+
+from hvd_ext.replicas import ReplicasDifferError
+from hvd_ext.tensorflow.keras import callbacks, elastic
+from hvd_ext.tensorflow.keras.load import load_model
+from hvd_ext.tensorflow.optimizer import distribute as DistributedOptimizer
+from hvd_ext.tensorflow.replicas import assert_replicas_equal
+from hvd_ext.tensorflow.variables import broadcast_variables

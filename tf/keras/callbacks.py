@@ -1,0 +1,231 @@
+"""Horovod's Keras callbacks for Keras 3, and one that tells when replicas drift apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import horovod.tensorflow as horovod
+import keras
+import tensorflow as tf
+from horovod.tensorflow.keras.callbacks import *  # noqa: F403
+from horovod.tensorflow.keras.callbacks import BestModelCheckpoint
+
+from hvd_ext import checks
+from hvd_ext.tensorflow.collectives import Collectives
+from hvd_ext.tensorflow.keras_hooks import require_tensorflow_backend
+from hvd_ext.tensorflow.replicas import assert_replicas_equal
+from hvd_ext.tensorflow.variables import as_tf, broadcast_variables
+
+__all__ = [
+    "AssertReplicasEqualCallback", "BestModelCheckpoint", "BroadcastGlobalVariablesCallback",
+    "LearningRateScheduleCallback", "LearningRateWarmupCallback", "MetricAverageCallback",
+]
+
+
+class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
+    """Copies the model's weights and the optimizer's variables from one rank to all.
+
+    Before the first step when they exist by then, as they do in ``model.fit``, else after it.
+    Seeds of random layers are left alone, so that ranks drop out different units.
+
+    Args:
+        root_rank: the rank to copy from.
+        device: where to run the broadcasts.
+        local_variables: variables that keep their values on each rank.
+    """
+
+    def __init__(self, root_rank: int, device: str = "", local_variables: Any = None) -> None:
+        super().__init__()
+        require_tensorflow_backend(type(self).__name__)
+        self.root_rank = root_rank
+        self.device = device
+        self.broadcast_done = False
+        self._local: set[int] = set()
+        if isinstance(local_variables, tf.Variable | keras.Variable):
+            local_variables = [local_variables]
+        for variable in local_variables or ():
+            if not isinstance(variable, tf.Variable | keras.Variable):
+                raise ValueError(f"local_variables must be variables, got {variable!r}")
+            self.register_local_var(variable)
+
+    def register_local_var(self, variable: Any) -> None:
+        """Leave a variable alone."""
+        self._local.add(id(as_tf(variable)))
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        if self.model.built and self.model.optimizer.built:
+            self._broadcast()
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._broadcast()
+
+    def _broadcast(self) -> None:
+        if self.broadcast_done:
+            return
+        everything = [*self.model.weights, *self.model.optimizer.variables]
+        with tf.device(self.device):
+            broadcast_variables([one for one in everything if id(as_tf(one)) not in self._local],
+                                root_rank=self.root_rank)
+        self.broadcast_done = True
+
+
+class MetricAverageCallback(keras.callbacks.Callback):
+    """Averages each epoch's metrics over the ranks, for callbacks that come after it in the list."""
+
+    def __init__(self, device: str = "") -> None:
+        super().__init__()
+        require_tensorflow_backend(type(self).__name__)
+        self.device = device
+        self._collectives = Collectives(device_dense=device)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        if not logs:
+            return
+        names = sorted(logs)
+        by_rank = self._collectives.allgather_object(
+            {name: float(logs[name]) for name in names}, "MetricAverageCallback")
+        if any(sorted(rank) != names for rank in by_rank):
+            said = "; ".join(f"rank {number}: {', '.join(sorted(rank))}"
+                             for number, rank in enumerate(by_rank))
+            raise ValueError("the ranks have different metrics to average (" + said + "); give "
+                             "validation_data and metrics on every rank")
+        for name in names:
+            logs[name] = sum(rank[name] for rank in by_rank) / len(by_rank)
+
+
+class LearningRateScheduleCallback(keras.callbacks.Callback):
+    """Sets the learning rate to ``initial_lr * multiplier`` in a range of epochs.
+
+    Args:
+        initial_lr: the learning rate that ``multiplier`` scales.
+        multiplier: a number, raised to the epochs since ``start_epoch``, or a function of the
+            epoch; of a fractional epoch unless ``staircase``.
+        start_epoch: the first epoch of the range.
+        end_epoch: the first epoch after it, or None.
+        staircase: change at the start of an epoch rather than of every batch.
+        momentum_correction: when the learning rate changes by a factor, scale the momentum
+            buffers by it too (Goyal et al. 2017, section 3.1).
+        steps_per_epoch: batches in an epoch, where Keras cannot tell.
+    """
+
+    def __init__(self, initial_lr: float, multiplier: float | Callable[[float], float],
+                 start_epoch: int = 0, end_epoch: int | None = None, staircase: bool = True,
+                 momentum_correction: bool = True, steps_per_epoch: int | None = None) -> None:
+        super().__init__()
+        require_tensorflow_backend(type(self).__name__)
+        if initial_lr is None:
+            raise ValueError("initial_lr is required: the learning rate that is scaled")
+        self.initial_lr = checks.number("initial_lr", initial_lr, low=0.0)
+        self.multiplier = multiplier if callable(multiplier) else (
+            lambda epoch: multiplier ** (epoch - start_epoch))
+        self.start_epoch = start_epoch
+        self.end_epoch = end_epoch
+        self.staircase = staircase
+        self.momentum_correction = momentum_correction
+        self.steps_per_epoch = steps_per_epoch
+        self.current_epoch = 0
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        if not self.staircase and not self.steps_per_epoch:
+            self.steps_per_epoch = self.params.get("steps")
+            if not self.steps_per_epoch:
+                raise ValueError(f"Keras does not know the number of batches in an epoch; give "
+                                 f"steps_per_epoch to {type(self).__name__}")
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self.current_epoch = epoch
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        after = self.end_epoch is not None and self.current_epoch >= self.end_epoch
+        if self.current_epoch < self.start_epoch or after:
+            return
+        if self.staircase and batch == 0:
+            self._adjust(self.current_epoch)
+        elif not self.staircase:
+            self._adjust(self.current_epoch + batch / self.steps_per_epoch)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        if logs is not None:
+            logs["lr"] = float(self.model.optimizer.learning_rate)
+
+    def _adjust(self, epoch: float) -> None:
+        optimizer = self.model.optimizer
+        before = float(optimizer.learning_rate)
+        after = self.initial_lr * self.multiplier(epoch)
+        optimizer.learning_rate = after
+        if self.momentum_correction and before > 0.0 and after != before:
+            for buffer in _momenta(optimizer):
+                buffer.assign(buffer * (after / before))
+
+
+class LearningRateWarmupCallback(LearningRateScheduleCallback):
+    """Raises the learning rate from ``initial_lr / hvd.size()`` to ``initial_lr``, batch by batch.
+
+    Goyal et al. 2017, "Accurate, Large Minibatch SGD", section 2.2.
+
+    Args:
+        initial_lr: the learning rate at the end of the warm-up.
+        warmup_epochs: its length in epochs.
+        momentum_correction, steps_per_epoch: as for ``LearningRateScheduleCallback``.
+        verbose: 1 to print a line on rank 0 at the end.
+    """
+
+    def __init__(self, initial_lr: float, warmup_epochs: float = 5,
+                 momentum_correction: bool = True, steps_per_epoch: int | None = None,
+                 verbose: int = 0) -> None:
+        checks.number("warmup_epochs", warmup_epochs, low=0.0, open_low=True)
+
+        def multiplier(epoch: float) -> float:
+            # The batch that is about to begin counts, so that the last one meets initial_lr.
+            epoch += 1.0 / self.steps_per_epoch
+            return (epoch * (horovod.size() - 1) / warmup_epochs + 1) / horovod.size()
+
+        super().__init__(initial_lr, multiplier, start_epoch=0, end_epoch=warmup_epochs,
+                         staircase=False, momentum_correction=momentum_correction,
+                         steps_per_epoch=steps_per_epoch)
+        self.verbose = verbose
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        super().on_epoch_end(epoch, logs)
+        if epoch == self.end_epoch - 1 and self.verbose > 0 and horovod.rank() == 0:
+            rate = float(self.model.optimizer.learning_rate)
+            print(f"\nEpoch {epoch + 1}: finished gradual learning rate warmup to {rate:g}.")
+
+
+class AssertReplicasEqualCallback(keras.callbacks.Callback):
+    """Stops training with an error on every rank as soon as the replicas are not the same bits.
+
+    Args:
+        batches: check after every so many batches; None for the end of each epoch only.
+        statistics: as for :func:`hvd_ext.tensorflow.assert_replicas_equal`.
+        optimizer: compare the optimizer's variables too.
+    """
+
+    def __init__(self, batches: int | None = None, *, statistics: bool = False,
+                 optimizer: bool = True) -> None:
+        super().__init__()
+        require_tensorflow_backend(type(self).__name__)
+        self.batches = None if batches is None else checks.whole("batches", batches, low=1)
+        self.statistics = checks.flag("statistics", statistics)
+        self.optimizer = checks.flag("optimizer", optimizer)
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        if self.batches is not None and (batch + 1) % self.batches == 0:
+            self._check()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self._check()
+
+    def _check(self) -> None:
+        assert_replicas_equal(self.model, statistics=self.statistics,
+                              optimizer=self.model.optimizer if self.optimizer else None)
+
+
+def _momenta(optimizer: Any) -> Iterable[Any]:
+    """The momentum buffers of SGD and RMSprop, which hold steps and so carry the learning rate."""
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    if not getattr(optimizer, "momentum", None) or not optimizer.built:
+        return ()
+    buffers = getattr(optimizer, "momentums", None) or getattr(optimizer, "_momentums", ())
+    return [buffer for buffer in buffers if buffer is not None]

@@ -1,0 +1,13 @@
+"""Horovod elastic for Keras, with a state that takes Keras 3 models."""
+
+from horovod.tensorflow.keras.elastic import (
+    CommitStateCallback,
+    UpdateBatchStateCallback,
+    UpdateEpochStateCallback,
+    run,
+)
+
+from hvd_ext.tensorflow.elastic import TensorFlowKerasState as KerasState
+
+__all__ = ["CommitStateCallback", "KerasState", "UpdateBatchStateCallback",
+           "UpdateEpochStateCallback", "run"]

@@ -1,0 +1,55 @@
+"""``load_model``: a saved model with its optimizer distributed again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import horovod.tensorflow as horovod
+import keras
+
+from hvd_ext.tensorflow.keras_hooks import require_tensorflow_backend
+from hvd_ext.tensorflow.optimizer import distribute
+
+
+def load_model(filepath: Any, custom_optimizers: Iterable[type] | None = None,
+               custom_objects: dict[str, Any] | None = None,
+               compression: Any = horovod.Compression.none, legacy_opts: bool = False,
+               **options: Any) -> Any:
+    """Load a Keras model whose optimizer continues with its state, reducing gradients.
+
+    Args:
+        filepath: what ``keras.models.load_model`` takes.
+        custom_optimizers: optimizer classes of one's own that the file may hold.
+        custom_objects: further classes and functions by name.
+        compression: as for ``DistributedOptimizer``.
+        legacy_opts: must be False; Keras 3 has no legacy optimizers.
+        options: further arguments of ``DistributedOptimizer``. Give those that the saved
+            optimizer was made with: their state is in the file.
+
+    Raises:
+        ValueError: ``legacy_opts`` is True.
+    """
+    require_tensorflow_backend("hvd.load_model")
+    if legacy_opts:
+        raise ValueError("legacy_opts=True: Keras 3 has no legacy optimizers; leave it out")
+    known = {name: kind for name, kind in vars(keras.optimizers).items()
+             if isinstance(kind, type) and issubclass(kind, keras.Optimizer)
+             and kind not in (keras.Optimizer, keras.optimizers.LossScaleOptimizer)}
+    known.update({keras.saving.get_registered_name(kind): kind
+                  for kind in custom_optimizers or ()})
+    wrapped = {name: _distributing(kind, {"compression": compression, **options})
+               for name, kind in known.items()}
+    return keras.models.load_model(filepath, custom_objects={**wrapped, **(custom_objects or {})})
+
+
+def _distributing(kind: type, options: dict[str, Any]) -> type:
+    """A stand-in for ``kind`` while a file is read, whose ``from_config`` distributes."""
+
+    class FromFile(kind):  # type: ignore[misc, valid-type]
+        @classmethod
+        def from_config(cls, config: dict[str, Any], **arguments: Any) -> Any:
+            return distribute(kind.from_config(config, **arguments), **options)
+
+    FromFile.__name__ = kind.__name__
+    return FromFile

@@ -1,0 +1,83 @@
+"""Two decisions that Keras takes without asking the optimizer, and that ranks must take alike.
+
+Keras offers no hook for either, so two methods of its classes are extended once, when the first
+distributed optimizer is made. They behave as before for every other optimizer.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import keras
+import tensorflow as tf
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
+
+ATTRIBUTE = "_hvd_ext"
+
+
+def distribution_of(optimizer: Any) -> Any:
+    """The distribution of a distributed optimizer, also inside a ``LossScaleOptimizer``, or None."""
+    found = getattr(optimizer, ATTRIBUTE, None)
+    inner = getattr(optimizer, "inner_optimizer", None)
+    return found if found is not None or inner is None else distribution_of(inner)
+
+
+def require_tensorflow_backend(what: str) -> None:
+    """Refuse Keras on another backend, where its optimizers never see TensorFlow's gradients.
+
+    Raises:
+        RuntimeError: Keras runs on another backend.
+    """
+    backend = keras.backend.backend()
+    if backend != "tensorflow":
+        way = "; or train with hvd_ext.torch" if backend == "torch" else ""
+        raise RuntimeError(
+            f"{what} needs Keras on the TensorFlow backend, Keras runs on {backend!r}: set "
+            f"KERAS_BACKEND=tensorflow in the environment before Keras is imported{way}")
+
+
+def refuse_xla(what: str) -> None:
+    """Refuse to be traced for XLA, which has no kernels for Horovod's collectives.
+
+    Raises:
+        NotImplementedError: the function being traced will be compiled by XLA.
+    """
+    if tf.executing_eagerly():
+        return
+    if GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
+        raise NotImplementedError(
+            f"{what} inside a function compiled with jit_compile=True: XLA cannot run Horovod's "
+            "collectives; pass jit_compile=False to model.compile (or tf.function). What is "
+            "worth compiling can be a jit-compiled function of its own, called from the step")
+
+
+@functools.cache
+def install() -> None:
+    """Extend the two methods. Does nothing when called again."""
+    scaled = keras.optimizers.LossScaleOptimizer
+    check_finite = scaled.check_finite
+
+    @functools.wraps(check_finite)
+    def check_finite_on_all_ranks(self: Any, grads: Any) -> Any:
+        # The answer decides whether the inner optimizer, with its collectives, runs at all.
+        finite = check_finite(self, grads)
+        distribution = distribution_of(self)
+        if distribution is None:
+            return finite
+        refuse_xla("hvd.DistributedOptimizer")
+        return distribution.collectives.all_true(finite, f"{distribution.prefix}/finite")
+
+    scaled.check_finite = check_finite_on_all_ranks
+
+    trainer = next(kind for kind in keras.Model.__mro__
+                   if "_resolve_auto_jit_compile" in kind.__dict__)
+    resolve = trainer._resolve_auto_jit_compile
+
+    @functools.wraps(resolve)
+    def resolve_auto_jit_compile(self: Any) -> Any:
+        if distribution_of(getattr(self, "optimizer", None)) is not None:
+            return False
+        return resolve(self)
+
+    trainer._resolve_auto_jit_compile = resolve_auto_jit_compile

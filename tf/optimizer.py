@@ -1,0 +1,290 @@
+"""``DistributedOptimizer`` for Keras 3: the wrapped optimizer itself, with reduced gradients.
+
+Keras 3 hands gradients to ``optimizer.apply`` and nowhere else, whether they come from
+``model.fit``, a ``train_step`` or ``apply_gradients``. They are reduced there at the last moment
+before they are clipped: after Keras has unscaled them, dropped missing ones and accumulated
+``gradient_accumulation_steps`` of them, so that each of these works as in one process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import horovod.tensorflow as horovod
+import keras
+import tensorflow as tf
+
+from hvd_ext import checks
+from hvd_ext.tensorflow import keras_hooks
+from hvd_ext.tensorflow.collectives import Collectives
+from hvd_ext.tensorflow.reduce import Reducer, divide_by_ranks
+from hvd_ext.tensorflow.reducers import make_reducer
+from hvd_ext.tensorflow.variables import as_tf, mark_per_rank, name_of
+
+BASE = keras.Optimizer
+# What a class must not override for its gradients to be met between accumulation and clipping.
+PASSED_THROUGH = ("apply", "_backend_apply_gradients", "_clip_gradients")
+
+
+class Distribution:
+    """What a distributed optimizer knows beyond the wrapped one."""
+
+    def __init__(self, optimizer: Any, reducer: Reducer, *, passes: int, average_passes: bool,
+                 scale_local: bool, sparse_as_dense: bool, preconditioner: Any) -> None:
+        self.reducer = reducer
+        self.collectives = reducer.collectives
+        self.prefix = reducer.prefix
+        self.passes = passes
+        self.average_passes = average_passes
+        self.scale_local = scale_local
+        self.sparse_as_dense = sparse_as_dense
+        self.preconditioner = preconditioner
+        self.local: set[int] = set()
+        self.counter: Any = None
+        self.sums: dict[str, Any] = {}
+        self.standard = all(_inherits(type(optimizer), name) for name in PASSED_THROUGH)
+        self.applying: list[Any] | None = None
+        self.reduced = False
+
+    def build(self, optimizer: Any, variables: Sequence[Any]) -> None:
+        """Make the state that reduction and accumulation over passes need, in the optimizer."""
+
+        def make(shape: Sequence[int], dtype: Any, name: str, per_rank: bool) -> tf.Variable:
+            variable = optimizer.add_variable(shape=tuple(shape), name=name, dtype=tf.as_dtype(dtype).name)
+            return as_tf(mark_per_rank(variable) if per_rank else variable)
+
+        shared = [variable for variable in variables if id(as_tf(variable)) not in self.local]
+        self.reducer.build(shared, make)
+        if self.passes > 1:
+            self.counter = make((), "int64", "passes_done", False)
+            self.sums = {
+                optimizer._var_key(variable): make(variable.shape, variable.dtype, f"sum_of_passes_{number}", True)
+                for number, variable in enumerate(variables)
+            }
+
+    def reduce(self, optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+        """The gradients over all ranks; those of local variables stay, scaled by 1/M if asked."""
+        keras_hooks.refuse_xla("hvd.DistributedOptimizer")
+        self.reduced = True
+        result = list(gradients)
+        far = [index for index, variable in enumerate(variables)
+               if id(as_tf(variable)) not in self.local]
+        owners = [variables[index] for index in far]
+        inputs = self.reducer.inputs(optimizer)
+        reduced = self.reducer([gradients[index] for index in far], owners, **inputs)
+        if self.preconditioner is not None:
+            reduced = self.preconditioner.precondition(reduced, owners, self.collectives)
+        for index, gradient in zip(far, reduced, strict=True):
+            result[index] = gradient
+        if self.scale_local and self.local:
+            for index in set(range(len(result))) - set(far):
+                result[index] = divide_by_ranks(result[index], self.collectives)
+        return result
+
+    @contextlib.contextmanager
+    def application(self) -> Iterator[None]:
+        """Around the wrapped ``apply``: an optimizer that reduced nothing is an error."""
+        self.reduced = False
+        yield
+        if not self.reduced:
+            raise RuntimeError("the wrapped optimizer updated its variables without passing the "
+                               "gradients on to be reduced; please report this optimizer")
+
+
+class _Distributed:
+    """What the class of a distributed optimizer overrides in the wrapped one."""
+
+    _hvd_ext: Distribution
+
+    @property
+    def variables(self) -> _CallableList:
+        """All variables; also ``optimizer.variables()``, as Horovod's elastic states call it."""
+        return _CallableList(super().variables)
+
+    def build(self, variables: Sequence[Any]) -> None:
+        super().build(variables)
+        self._hvd_ext.build(self, list(variables))
+
+    def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
+        if len(grads) == 0:
+            return
+        distribution = self._hvd_ext
+        if trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
+            if not self.built:
+                with tf.init_scope(), keras.name_scope(self.name, caller=self):
+                    self.build(trainable_variables)
+                self.built = True
+        variables = self._trainable_variables if trainable_variables is None else trainable_variables
+        if len(grads) != len(variables):
+            raise ValueError(f"got {len(grads)} gradients for {len(variables)} variables; pass one "
+                             "gradient, or None, for each variable")
+        grads = _reduce_overwrites(self, list(grads), variables)
+        if distribution.passes > 1:
+            self._apply_after_passes(grads, variables)
+        else:
+            self._reduce_and_apply(grads, variables)
+
+    def _reduce_and_apply(self, grads: Sequence[Any], variables: Sequence[Any]) -> None:
+        distribution = self._hvd_ext
+        with distribution.application():
+            if not distribution.standard:
+                grads = distribution.reduce(self, grads, variables)
+            super().apply(grads, variables)
+
+    def _backend_apply_gradients(self, grads: Sequence[Any], trainable_variables: Sequence[Any]) -> None:
+        self._hvd_ext.applying = list(trainable_variables)
+        super()._backend_apply_gradients(grads, trainable_variables)
+        self._hvd_ext.applying = None
+
+    def _clip_gradients(self, grads: Sequence[Any]) -> Any:
+        distribution = self._hvd_ext
+        if distribution.standard and distribution.applying is not None:
+            grads = distribution.reduce(self, grads, distribution.applying)
+        return super()._clip_gradients(grads)
+
+    def _apply_after_passes(self, grads: Sequence[Any], variables: Sequence[Any]) -> None:
+        """Horovod's backward_passes_per_step: sum here, reduce and apply on the last pass."""
+        distribution = self._hvd_ext
+        sums: list[Any] = []
+        for gradient, variable in zip(grads, variables, strict=True):
+            total = distribution.sums[self._var_key(variable)]
+            if isinstance(gradient, tf.IndexedSlices):
+                if not distribution.sparse_as_dense:
+                    raise ValueError(
+                        f"the gradient of {name_of(variable)} is a tf.IndexedSlices, which cannot "
+                        "be summed over backward_passes_per_step; pass sparse_as_dense=True")
+                gradient = tf.convert_to_tensor(gradient)
+            if gradient is not None:
+                total.assign_add(tf.cast(gradient, total.dtype))
+            sums.append(None if gradient is None else total)
+        done = distribution.counter.assign_add(1)
+
+        def last_pass() -> None:
+            divisor = distribution.passes if distribution.average_passes else 1
+            self._reduce_and_apply(
+                [None if total is None else total / divisor for total in sums], variables)
+            for total in distribution.sums.values():
+                total.assign(tf.zeros_like(total))
+            distribution.counter.assign(0)
+
+        def other_pass() -> None:
+            self._iterations.assign_add(1)
+
+        keras.ops.cond(tf.greater_equal(done, distribution.passes), last_pass, other_pass)
+
+    def register_local_var(self, variable: Any) -> None:
+        """Keep a variable's gradient on this rank: it is not reduced."""
+        if self.built:
+            raise ValueError(f"register_local_var({name_of(variable)}) after the optimizer was "
+                             "built; call it before the first step")
+        self._hvd_ext.local.add(id(as_tf(variable)))
+
+
+class _CallableList(list):
+    def __call__(self) -> _CallableList:
+        return self
+
+
+def distribute(optimizer: Any, name: str | None = None, device_dense: str = "",
+               device_sparse: str = "", compression: Any = horovod.Compression.none,
+               sparse_as_dense: bool = False, gradient_predivide_factor: float = 1.0,
+               op: Any = horovod.Average, backward_passes_per_step: int = 1,
+               average_aggregated_gradients: bool = False, num_groups: int = 0, groups: Any = None,
+               process_set: Any = horovod.global_process_set, scale_local_gradients: bool = True,
+               *, preconditioner: Any = None, server: str | None = None) -> Any:
+    """Make a Keras optimizer reduce gradients over all ranks before it applies them.
+
+    The optimizer given is changed in place and returned: its class (by ``isinstance`` and by
+    name), its state if it has any, its schedules, clipping, weight decay and averages stay.
+
+    Args:
+        optimizer: a ``keras.optimizers.Optimizer``, also a ``LossScaleOptimizer``.
+        name: prefix of the operations' names in Horovod's timeline; by default the optimizer's.
+        op: ``Average``, ``Sum`` or ``DelayCompensated(...)``.
+        compression: ``Compression.none``, ``Compression.fp16`` or ``Compression.topk(...)``.
+        preconditioner: ``SENG(model, ...)`` or None.
+        server: "replicated" or None.
+
+    The other arguments are those of ``horovod.tensorflow.keras.DistributedOptimizer``.
+
+    Raises:
+        RuntimeError: Keras runs on another backend than TensorFlow.
+        TypeError: ``optimizer`` is no Keras optimizer.
+        ValueError: it is distributed already, or arguments contradict each other.
+        NotImplementedError: an extension that the TensorFlow front end does not have.
+    """
+    keras_hooks.require_tensorflow_backend("hvd.DistributedOptimizer")
+    if not isinstance(optimizer, BASE):
+        raise TypeError(f"optimizer must be a keras.optimizers.Optimizer, got {optimizer!r}")
+    if keras_hooks.distribution_of(optimizer) is not None:
+        raise ValueError(
+            f"the optimizer {optimizer.name!r} is distributed already: its gradients would be "
+            "reduced twice; call hvd.DistributedOptimizer once (hvd.load_model does it too)")
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        # The inner one meets gradients unscaled; whether they are finite is agreed on before.
+        distribute(
+            optimizer.inner_optimizer, name, device_dense, device_sparse, compression,
+            sparse_as_dense, gradient_predivide_factor, op, backward_passes_per_step,
+            average_aggregated_gradients, num_groups, groups, process_set, scale_local_gradients,
+            preconditioner=preconditioner, server=server)
+        return optimizer
+    passes = checks.whole("backward_passes_per_step", backward_passes_per_step, low=1)
+    if passes > 1 and optimizer.gradient_accumulation_steps:
+        raise ValueError(
+            f"backward_passes_per_step={passes} and the optimizer's gradient_accumulation_steps="
+            f"{optimizer.gradient_accumulation_steps} both accumulate gradients; give one of them")
+    if num_groups:
+        warnings.warn("num_groups has been replaced by groups", DeprecationWarning, stacklevel=3)
+        groups = num_groups if groups is None else groups
+    reducer = make_reducer(
+        Collectives(process_set, device_dense=device_dense, device_sparse=device_sparse),
+        name or optimizer.name, op=op, compression=compression, sparse_as_dense=sparse_as_dense,
+        gradient_predivide_factor=gradient_predivide_factor, groups=groups, passes=passes)
+    if server not in (None, "replicated"):
+        raise NotImplementedError(
+            f"server={server!r} is not available in the TensorFlow front end; leave it out (every "
+            "rank applies the update), or train with hvd_ext.torch")
+    keras_hooks.install()
+    distribution = Distribution(
+        optimizer, reducer, passes=passes, average_passes=average_aggregated_gradients,
+        scale_local=scale_local_gradients, sparse_as_dense=sparse_as_dense,
+        preconditioner=preconditioner)
+    object.__setattr__(optimizer, keras_hooks.ATTRIBUTE, distribution)
+    object.__setattr__(optimizer, "__class__", distributed_class(type(optimizer)))
+    if optimizer.built:
+        distribution.build(optimizer, list(optimizer._trainable_variables))
+    return optimizer
+
+
+@functools.cache
+def distributed_class(wrapped: type) -> type:
+    """A subclass of ``wrapped`` under its name, so that saved models load without this package."""
+    kind = type(wrapped.__name__, (_Distributed, wrapped), {
+        "__module__": wrapped.__module__, "__qualname__": wrapped.__qualname__,
+        "__doc__": wrapped.__doc__})
+    registered = keras.saving.get_registered_name(wrapped)
+    if registered != wrapped.__name__:
+        keras.src.saving.object_registration.GLOBAL_CUSTOM_NAMES[kind] = registered
+    return kind
+
+
+def _inherits(kind: type, name: str) -> bool:
+    return getattr(kind, name) is getattr(BASE, name)
+
+
+def _reduce_overwrites(optimizer: Any, grads: list[Any], variables: Sequence[Any]) -> list[Any]:
+    """Gradients that Keras writes into their variables as they are (float8 scales): the maximum."""
+    collectives: Collectives = optimizer._hvd_ext.collectives
+    for index, (gradient, variable) in enumerate(zip(grads, variables, strict=True)):
+        if gradient is None or not getattr(variable, "overwrite_with_gradient", False):
+            continue
+        name = f"{optimizer._hvd_ext.prefix}/overwrite/{name_of(variable)}"
+        maximum: Callable[[], Any] = functools.partial(
+            collectives.allreduce, gradient, name, op=horovod.Max)
+        grads[index] = collectives.if_many(maximum, functools.partial(tf.identity, gradient))
+    return grads

@@ -1,0 +1,121 @@
+"""``DistributedGradientTape``: a tape whose gradients are reduced over all ranks.
+
+Horovod's own cannot take Keras 3 variables; this one takes them and tf.Variables.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import horovod.tensorflow as horovod
+import keras
+import tensorflow as tf
+
+from hvd_ext.tensorflow.collectives import Collectives
+from hvd_ext.tensorflow.keras_hooks import refuse_xla
+from hvd_ext.tensorflow.reduce import Reducer, divide_by_ranks
+from hvd_ext.tensorflow.reducers import REDUCTIONS, make_reducer
+from hvd_ext.tensorflow.variables import as_tf
+
+
+class _DistributedGradientTape(tf.GradientTape):
+    """A ``tf.GradientTape`` with ``gradient`` reduced."""
+
+    def __init__(self, tape: tf.GradientTape, reducer: Reducer,
+                 scale_local_gradients: bool) -> None:
+        super().__init__()
+        self.__dict__.update(tape.__dict__)
+        self._reducer = reducer
+        self._scale_local = scale_local_gradients
+        self._local_sources: set[int] = set()
+
+    def register_local_source(self, source: Any) -> None:
+        """Keep a variable's gradient on this rank: it is not reduced."""
+        self._local_sources.add(id(as_tf(source)))
+
+    def gradient(self, target: Any, sources: Any, output_gradients: Any = None,
+                 unconnected_gradients: Any = tf.UnconnectedGradients.NONE,
+                 use_generic_names: bool = False) -> Any:
+        """The gradient of ``target`` over all ranks, with the structure of ``sources``."""
+        del use_generic_names  # names never depend on the graph here
+        refuse_xla("hvd.DistributedGradientTape")
+        flat_sources = keras.tree.flatten(sources)
+        flat = super().gradient(target, flat_sources, output_gradients, unconnected_gradients)
+        far = [index for index, source in enumerate(flat_sources)
+               if id(as_tf(source)) not in self._local_sources]
+        reduced = self._reducer([flat[index] for index in far],
+                                [flat_sources[index] for index in far])
+        result = list(flat)
+        for index, gradient in zip(far, reduced, strict=True):
+            result[index] = gradient
+        if self._scale_local:
+            for index in set(range(len(result))) - set(far):
+                result[index] = divide_by_ranks(result[index], self._reducer.collectives)
+        return keras.tree.pack_sequence_as(sources, result)
+
+    def get_local_and_global_gradients(
+        self, target: Any, sources: Sequence[Any], output_gradients: Any = None,
+        use_generic_names: bool = False,
+    ) -> tuple[list[tuple[Any, Any]], list[tuple[Any, Any]]]:
+        """(source, gradient) pairs of the local sources, and of the reduced ones."""
+        gradients = self.gradient(target, sources, output_gradients,
+                                  use_generic_names=use_generic_names)
+        pairs = list(zip(sources, gradients, strict=True))
+        kept = [pair for pair in pairs if id(as_tf(pair[0])) in self._local_sources]
+        return kept, [pair for pair in pairs if id(as_tf(pair[0])) not in self._local_sources]
+
+
+def distributed_tape(gradtape: tf.GradientTape, device_dense: str = "", device_sparse: str = "",
+                     compression: Any = horovod.Compression.none, sparse_as_dense: bool = False,
+                     op: Any = horovod.Average, gradient_predivide_factor: float = 1.0,
+                     num_groups: int = 0, groups: Any = None,
+                     process_set: Any = horovod.global_process_set,
+                     scale_local_gradients: bool = True, *, preconditioner: Any = None) -> Any:
+    """A tape that reduces gradients over all ranks, as ``horovod.tensorflow.DistributedGradientTape``.
+
+    Sources may be Keras 3 variables or tf.Variables; the ranks' tapes need the same ones.
+
+    Raises:
+        TypeError: ``gradtape`` is no ``tf.GradientTape``.
+        ValueError: it is distributed already, or arguments contradict each other.
+        NotImplementedError: an extension that the TensorFlow front end does not have.
+    """
+    if not isinstance(gradtape, tf.GradientTape):
+        raise TypeError(f"gradtape must be a tf.GradientTape, got {gradtape!r}")
+    if isinstance(gradtape, _DistributedGradientTape):
+        raise ValueError("the tape is distributed already: its gradients would be reduced twice; "
+                         "call hvd.DistributedGradientTape once")
+    del preconditioner
+    groups = (num_groups or None) if groups is None else groups
+    make = _make_reducer if isinstance(groups, list) else _kept_reducer
+    reducer = make(op, compression, sparse_as_dense, gradient_predivide_factor, process_set,
+                   device_dense, device_sparse, groups)
+    return _DistributedGradientTape(gradtape, reducer, scale_local_gradients)
+
+
+def partial_distributed_tape(gradtape: tf.GradientTape, *args: Any, local_layers: Any = None,
+                             **options: Any) -> Any:
+    """A distributed tape that leaves the gradients of ``local_layers`` on their rank."""
+    layers = [local_layers] if isinstance(local_layers, keras.Layer) else list(local_layers or [])
+    if not all(isinstance(layer, keras.Layer) for layer in layers):
+        raise ValueError(f"local_layers must be Keras layers, got {local_layers!r}")
+    tape = distributed_tape(gradtape, *args, **options)
+    for layer in layers:
+        for variable in layer.trainable_weights:
+            tape.register_local_source(variable)
+    return tape
+
+
+def _make_reducer(op: Any, compression: Any, sparse_as_dense: bool, predivide: float,
+                  process_set: Any, device_dense: str, device_sparse: str, groups: Any) -> Reducer:
+    return make_reducer(
+        Collectives(process_set, device_dense=device_dense, device_sparse=device_sparse),
+        "DistributedGradientTape", op=op, compression=compression,
+        sparse_as_dense=sparse_as_dense, gradient_predivide_factor=predivide, groups=groups,
+        allowed=(*REDUCTIONS, horovod.Adasum, horovod.Min, horovod.Max, horovod.Product))
+
+
+# A tape is made anew each step; what it compiled for the step before is kept.
+_kept_reducer = functools.cache(_make_reducer)

@@ -1,0 +1,47 @@
+"""Keras variables and tf.Variables side by side: one view of both, names, and their broadcast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import horovod.tensorflow as horovod
+import keras
+import tensorflow as tf
+
+PER_RANK = "_hvd_ext_per_rank"
+
+
+def as_tf(variable: Any) -> tf.Variable:
+    """The ``tf.Variable`` behind a Keras variable; anything else as it is."""
+    return variable.value if isinstance(variable, keras.Variable) else variable
+
+
+def name_of(variable: Any) -> str:
+    """A readable name: the path of a Keras variable, the name of a ``tf.Variable``."""
+    return str(getattr(variable, "path", None) or variable.name.split(":")[0])
+
+
+def mark_per_rank(variable: Any) -> Any:
+    """Say that a variable holds this rank's own state, so that no broadcast overwrites it."""
+    setattr(as_tf(variable), PER_RANK, True)
+    return variable
+
+
+def is_per_rank(variable: Any) -> bool:
+    """Whether :func:`mark_per_rank` was called on it."""
+    return getattr(as_tf(variable), PER_RANK, False) is True
+
+
+def broadcast_variables(variables: Iterable[Any], root_rank: int,
+                        process_set: Any = horovod.global_process_set,
+                        inplace: bool = False) -> Any:
+    """Copy variables from rank ``root_rank`` to all, as ``horovod.tensorflow.broadcast_variables``.
+
+    Takes Keras 3 variables as well as tf.Variables. State that belongs to one rank (residuals of
+    a compression, gradients accumulated so far) is left alone.
+    """
+    shared = [as_tf(variable) for variable in variables if not is_per_rank(variable)]
+    if not shared:
+        return None
+    return horovod.broadcast_variables(shared, root_rank, process_set=process_set, inplace=inplace)

@@ -43,8 +43,6 @@ def build_environ(
         environ.setdefault(f"HOROVOD_{wanted}_{label}", "1")
     if "HOROVOD_WITH_MXNET" not in environ:
         environ.setdefault("HOROVOD_WITHOUT_MXNET", "1")
-    if "HOROVOD_WITHOUT_GLOO" not in environ:
-        environ.setdefault("HOROVOD_WITH_GLOO", "1")
     if mpi.flavour == "none":
         environ["HOROVOD_WITHOUT_MPI"] = "1"
     else:

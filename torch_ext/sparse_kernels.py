@@ -103,7 +103,7 @@ def split(flat: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> to
         The values to send, of ``dtype``, in the order of ``positions``; never infinite.
     """
     exact = flat[positions]
-    limit = torch.finfo(dtype).max
+    limit = min(torch.finfo(dtype).max, torch.finfo(flat.dtype).max)
     values = exact.clamp(-limit, limit).to(dtype)
     flat[positions] = exact - values.to(flat.dtype)
     return values

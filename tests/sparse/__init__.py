@@ -1,0 +1,1 @@
+"""TopK with error feedback, AMSGrad, their oracle."""

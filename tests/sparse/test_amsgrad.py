@@ -1,0 +1,144 @@
+"""AMSGrad against the oracle, its options, its errors, its state."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from hvd_ext.torch.amsgrad import AMSGrad
+from tests.reference.spars_ams import amsgrad_step
+
+
+def run(parameters, steps, **options):
+    generator = torch.Generator().manual_seed(0)
+    optimizer = AMSGrad(parameters, **options)
+    gradients = []
+    for _ in range(steps):
+        for p in parameters:
+            p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+        gradients.append([p.grad.double().numpy().copy() for p in parameters])
+        optimizer.step()
+    return optimizer, gradients
+
+
+def parameters_of(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
+            for shape in ((7, 5), (5,), ())]
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-5)])
+def test_against_the_oracle(foreach, dtype, tolerance):
+    parameters = parameters_of(dtype)
+    before = [p.detach().double().numpy().copy() for p in parameters]
+    settings = {"lr": 0.03, "betas": (0.8, 0.95), "eps": 1e-3}
+    _, gradients = run(parameters, 30, foreach=foreach, **settings)
+    for index, parameter in enumerate(parameters):
+        w = before[index]
+        state = {name: np.zeros_like(w) for name in ("m", "v", "vhat")}
+        for step in gradients:
+            w = amsgrad_step(w, step[index], state, lr=0.03, beta1=0.8, beta2=0.95, eps=1e-3)
+        np.testing.assert_allclose(parameter.detach().double().numpy(), w, rtol=tolerance, atol=tolerance)
+
+
+def test_it_is_not_torchs_adam():
+    mine, theirs = parameters_of(), parameters_of()
+    run(mine, 1, lr=0.1)
+    adam = torch.optim.Adam(theirs, lr=0.1, amsgrad=True)
+    generator = torch.Generator().manual_seed(0)
+    for p in theirs:
+        p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+    adam.step()
+    assert not torch.allclose(mine[0], theirs[0], rtol=0.1)
+
+
+def test_weight_decay_in_the_gradient_and_beside_it():
+    coupled, plain = parameters_of(), parameters_of()
+    optimizer = AMSGrad(coupled, 0.1, weight_decay=0.3)
+    for p in coupled:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    other = AMSGrad(plain, 0.1)
+    for p in plain:
+        p.grad = torch.ones_like(p) + 0.3 * p.detach()
+    other.step()
+    assert all(torch.equal(a, b) for a, b in zip(coupled, plain, strict=True))
+
+    decoupled = parameters_of()
+    start = [p.detach().clone() for p in decoupled]
+    optimizer = AMSGrad(decoupled, 0.1, weight_decay=0.3, decoupled_weight_decay=True)
+    for p in decoupled:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert all(torch.allclose(p, w * (1 - 0.03)) for p, w in zip(decoupled, start, strict=True))
+
+
+def test_maximize_is_the_other_way():
+    up, down = parameters_of(), parameters_of()
+    start = [p.detach().clone() for p in up]
+    run(up, 1, maximize=True)
+    run(down, 1)
+    for u, d, w in zip(up, down, start, strict=True):
+        assert torch.allclose(u - w, w - d)
+
+
+def test_groups_state_and_missing_gradients():
+    first, second, third = parameters_of()
+    optimizer = AMSGrad([{"params": [first], "lr": 0.0}, {"params": [second, third]}], 0.1)
+    before = [first.detach().clone(), third.detach().clone()]
+    first.grad, second.grad = torch.ones_like(first), torch.ones_like(second)
+    optimizer.step()
+    assert torch.equal(first, before[0])
+    assert torch.equal(third, before[1])
+    assert set(optimizer.state) == {first, second}
+    saved = copy.deepcopy(optimizer.state_dict())
+    twin = parameters_of()
+    with torch.no_grad():
+        for p, q in zip(twin, (first, second, third), strict=True):
+            p.copy_(q)
+    restored = AMSGrad([{"params": twin[:1], "lr": 0.0}, {"params": twin[1:]}], 0.7)
+    restored.load_state_dict(saved)
+    for p, q in zip(twin, (first, second, third), strict=True):
+        p.grad = q.grad = torch.full_like(q, 0.5)
+    optimizer.step()
+    restored.step()
+    assert all(torch.equal(p, q) for p, q in zip(twin, (first, second, third), strict=True))
+
+
+def test_closure_is_called_with_gradients_on():
+    (p,) = [torch.nn.Parameter(torch.ones(3))]
+    optimizer = AMSGrad([p])
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (p * p).sum()
+        loss.backward()
+        return loss
+
+    assert float(optimizer.step(closure).detach()) == 3.0
+    assert bool((p < 1).all())
+
+
+@pytest.mark.parametrize(("settings", "said"), [
+    ({"lr": -1}, r"lr must be in \[0, inf\)"), ({"betas": (0.9, 1.0)}, r"betas\[1\] must be in \[0, 1\)"),
+    ({"eps": 0.0}, r"eps must be in \(0, inf\).*under the root"),
+    ({"weight_decay": -0.1}, "weight_decay must be in"),
+])
+def test_bad_settings(settings, said):
+    with pytest.raises(ValueError, match=said):
+        AMSGrad(parameters_of(), **settings)
+    with pytest.raises(TypeError, match="betas must be a pair"):
+        AMSGrad(parameters_of(), betas=0.9)
+    with pytest.raises(TypeError, match="foreach must be True or False"):
+        AMSGrad(parameters_of(), foreach=None)
+
+
+def test_sparse_gradient():
+    table = torch.nn.Embedding(5, 2, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match="dense gradients"):
+        AMSGrad(table.parameters()).step()

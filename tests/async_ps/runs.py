@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
-from pathlib import Path
 
 import numpy as np
 
 N = 1003
 SHAPES = [(17, 23), (23,), (589,)]
 SCALE = np.linspace(0.5, 2.0, N)
-RECOVERY = ["--enable-recovery"]
 
 
 def start(dtype=np.float32, seed=0):
@@ -155,22 +151,6 @@ def disagree(case):
     try:
         ParameterServer(parameters, **options)
     except ValueError as error:
-        return str(error)
-    return None
-
-
-def one_rank_stays_away():
-    """Three ranks construct a server, the fourth never does."""
-    from mpi4py import MPI
-
-    from hvd_ext.async_ps.numpy import ParameterServer
-
-    if MPI.COMM_WORLD.rank == 3:
-        time.sleep(3.0)
-        return None
-    try:
-        ParameterServer(start(), lr=0.1, start_timeout=2.0)
-    except TimeoutError as error:
         return str(error)
     return None
 

@@ -1,0 +1,156 @@
+"""Programs in which a rank dies, hangs, fails or is interrupted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from hvd_ext.async_ps import wire
+from tests.async_ps.runs import gradient, split, start, train
+
+LAST = 2  # the worker things happen to, of three
+
+
+def killed(options, steps):
+    """The last worker is killed between two of its pushes."""
+
+    def die(ps, batch, g):
+        if ps.worker == LAST and batch == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return train(options, steps, pause=0.002, hook=die)
+
+
+def killed_with_half_a_push_sent(options, steps):
+    """The last worker is killed when only the first of two servers has its slice."""
+
+    def die(ps, batch, g):
+        if ps.worker == LAST and batch == 5:
+            worker = ps._worker
+            made = wire.header(wire.PUSH, worker=worker.number, step=worker.pushes)
+            worker._outbox.header(made, 0, wire.TO_SERVER)
+            worker._outbox.header(made, 1, wire.TO_SERVER)
+            worker.comm.Send(g[worker.plan.slices[0]], dest=0, tag=wire.GRADIENT)
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return train(options, steps, pause=0.002, hook=die)
+
+
+def killed_within_a_large_push(options):
+    """The last worker is killed while a push of 16 MB has not been taken by the server yet."""
+    import numpy as np
+
+    from hvd_ext.async_ps.numpy import ParameterServer
+
+    parameters = [np.zeros(4_000_000, np.float32)]
+    ps = ParameterServer(parameters, progress=False, **options)
+    if ps.is_server:
+        report = ps.serve()
+        return report, np.unique(parameters[0])
+    for batch in range(6):
+        if ps.worker == LAST and batch == 3:
+            worker = ps._worker
+            made = wire.header(wire.PUSH, worker=worker.number, step=worker.pushes)
+            worker._outbox.send(np.ones(4_000_000, np.float32), 0, wire.GRADIENT)
+            worker._outbox.header(made, 0, wire.TO_SERVER)
+            os.kill(os.getpid(), signal.SIGKILL)
+        ps.step([np.ones(4_000_000, np.float32)])
+    ps.finish()
+    return None, np.unique(parameters[0])
+
+
+def hung(options, steps):
+    """The last worker stops dead without ending."""
+
+    def stop(ps, batch, g):
+        if ps.worker == LAST and batch == 5:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    return train(options, steps, pause=0.002, hook=stop)
+
+
+def late(options, steps):
+    """The last worker sleeps for longer than the servers wait, then wants to go on."""
+
+    def sleep(ps, batch, g):
+        if ps.worker == LAST and batch == 5:
+            time.sleep(2.5)
+
+    return train(options, steps, pause=0.002, hook=sleep)
+
+
+def failing(options, steps):
+    """The last worker raises an error of its own inside ``with``."""
+    from hvd_ext.async_ps.numpy import ParameterServer
+
+    parameters = start()
+    with ParameterServer(parameters, progress=False, **options) as ps:
+        if ps.is_server:
+            return ps.serve()
+        for batch in range(steps):
+            if ps.worker == LAST and batch == 5:
+                raise ZeroDivisionError("a bug in the training loop")
+            ps.step(split(gradient(parameters[2].repeat(2)[:1003], ps.worker, batch)))
+        return ps.finish()
+
+
+def all_killed(options, steps):
+    """Every worker is killed."""
+
+    def die(ps, batch, g):
+        if batch == 5 + ps.worker:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return train(options, steps, pause=0.002, hook=die)
+
+
+def server_killed(options, steps, rank):
+    """A server is killed by a worker, some time after the first checkpoint."""
+    from mpi4py import MPI
+
+    pids = MPI.COMM_WORLD.allgather(os.getpid())
+
+    def shoot(ps, batch, g):
+        if ps.worker == 0 and batch == 30:
+            os.kill(pids[rank], signal.SIGKILL)
+
+    return train(options, steps, pause=0.002, hook=shoot)
+
+
+def endless(options, flag):
+    """Trains until it is interrupted; writes ``flag`` once it is under way."""
+
+    def tell(ps, batch, g):
+        if batch == 20:
+            Path(flag).touch()
+
+    return train(options, 10**9, pause=0.002, hook=tell)
+
+
+def trained(options, steps):
+    """An ordinary run."""
+    return train(options, steps, pause=0.001)
+
+
+def failing_schedule(options, steps):
+    """The learning rate's function fails on the server."""
+    return train({**options, "lr": _bad_lr}, steps)
+
+
+def _bad_lr(update):
+    return 0.02 if update < 20 else -1.0
+
+
+def one_rank_stays_away():
+    """Three ranks construct a server, the fourth never does."""
+    from mpi4py import MPI
+
+    from hvd_ext.async_ps.numpy import ParameterServer
+
+    if MPI.COMM_WORLD.rank == 3:
+        time.sleep(2.5)
+        return
+    ParameterServer(start(), lr=0.1, start_timeout=2.0)

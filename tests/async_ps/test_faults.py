@@ -1,0 +1,151 @@
+"""Ranks that die, hang or fail: nothing is lost, nothing is applied half, nothing hangs."""
+
+import signal
+
+import numpy as np
+import pytest
+
+from hvd_ext.async_ps import Checkpoint
+from hvd_ext.delay.async_rules import AsyncRule
+from hvd_ext.delay.engine import replay
+from tests.async_ps.program import run_program
+from tests.async_ps.runs import N, flat, gradient, start
+
+pytestmark = pytest.mark.ranks
+OPTIONS = {"lr": 0.02, "rule": "dc-asgd-c", "lam": 0.3}
+
+
+def replayed(recording, steps=None):
+    """The weights the engine reaches with the recorded delays."""
+    return replay(
+        lambda w, k: gradient(w, int(recording.senders[k]), int(recording.batches[k])),
+        flat(start()), steps=len(recording) if steps is None else steps, delays=recording,
+        lr=0.02, rule=AsyncRule(name="dc-asgd-c", lam=0.3),
+    ).weights
+
+
+def check_left_out(ended, servers, why, *, lost=1):
+    """The others finished, on weights made of whole updates only."""
+    ranks = sorted(ended.outcomes)
+    dead = ranks[-lost:]
+    told = ended.outcomes[0]
+    assert told.state == "returned", (told, ended.output)
+    report = told.value["report"]
+    assert why in report.workers[2].left_out
+    assert report.workers[2].updates == 5
+    assert [worker.updates for worker in report.workers[:2]] == [40, 40]
+    np.testing.assert_array_equal(told.value["weights"], replayed(told.value["recording"]))
+    for rank in ranks:
+        if rank not in dead:
+            assert ended.outcomes[rank].state == "returned", ended.outcomes[rank]
+            np.testing.assert_array_equal(ended.outcomes[rank].value["weights"],
+                                          told.value["weights"])
+    assert f"worker 2 (rank {servers + 2}) is left out after 5 updates" in ended.output
+
+
+@pytest.mark.parametrize("servers", [1, 2])
+def test_killed_worker_is_left_out(tmp_path, servers):
+    ended = run_program(tmp_path / "p", "killed", servers + 3, {**OPTIONS, "servers": servers}, 40)
+    assert ended.status == 0, ended.output
+    check_left_out(ended, servers, "its process ended")
+
+
+def test_half_a_push_is_never_applied(tmp_path):
+    ended = run_program(tmp_path / "p", "killed_with_half_a_push_sent", 5,
+                        {**OPTIONS, "servers": 2}, 40)
+    assert ended.status == 0, ended.output
+    check_left_out(ended, 2, "its process ended")
+
+
+@pytest.mark.parametrize("flags", [
+    [], ["--mca", "btl", "tcp,self"], ["--mca", "btl_vader_single_copy_mechanism", "none"],
+], ids=["shared memory", "tcp", "no single copy"])
+def test_worker_killed_within_a_large_push(tmp_path, flags):
+    ended = run_program(tmp_path / "p", "killed_within_a_large_push", 4,
+                        {"lr": 0.5, "rule": "asgd"}, mpirun_args=["--enable-recovery", *flags])
+    assert ended.status == 0, ended.output
+    report, values = ended.outcomes[0].value
+    assert report.workers[2].left_out == "its process ended"
+    assert report.updates in (15, 16)  # with the last push of the dead worker whole, or without
+    np.testing.assert_array_equal(values, [-0.5 * report.updates])
+
+
+def test_hung_worker_is_left_out(tmp_path):
+    ended = run_program(tmp_path / "p", "hung", 4, {**OPTIONS, "worker_timeout": 1.5}, 40,
+                        timeout=12)
+    assert ended.status is None  # mpirun waits for the process that hangs; see the docs
+    check_left_out(ended, 1, "silent for")
+
+
+def test_worker_that_comes_back_too_late_is_told(tmp_path):
+    ended = run_program(tmp_path / "p", "late", 4, {**OPTIONS, "worker_timeout": 1.0}, 40)
+    check_left_out(ended, 1, "silent for")
+    assert ended.outcomes[3].state == "raised"
+    assert "LeftOut: worker 2 (rank 3) was left out" in ended.outcomes[3].value
+    assert "raise it, or call ping()" in ended.outcomes[3].value
+
+
+def test_worker_with_an_error_of_its_own_is_left_out(tmp_path):
+    ended = run_program(tmp_path / "p", "failing", 4, OPTIONS, 40)
+    assert "ZeroDivisionError" in ended.outcomes[3].value
+    report = ended.outcomes[0].value
+    assert report.workers[2].left_out == "it left with an error of its own"
+    assert report.updates == 85
+
+
+def test_without_workers_the_server_ends_with_an_error(tmp_path):
+    ended = run_program(tmp_path / "p", "all_killed", 4,
+                        {**OPTIONS, "checkpoint_dir": tmp_path / "c"}, 40)
+    assert "no worker is left after 18 updates; start again with" in ended.outcomes[0].value
+    assert Checkpoint(tmp_path / "c").update == 18
+
+
+@pytest.mark.parametrize(("servers", "lost"), [(1, 0), (2, 0), (2, 1)])
+def test_lost_server_ends_everything_and_leaves_a_checkpoint(tmp_path, servers, lost):
+    options = {**OPTIONS, "servers": servers, "checkpoint_dir": tmp_path / "c",
+               "checkpoint_every": 20}
+    ended = run_program(tmp_path / "p", "server_killed", servers + 2, options, 10**6, lost)
+    assert ended.seconds < 25
+    assert ended.outcomes[lost].state == "died"
+    for rank, outcome in ended.outcomes.items():
+        if rank != lost:
+            assert outcome.state == "raised", outcome
+            assert "lost" in outcome.value or "a parameter server died" in outcome.value
+            assert "start again with resume=" in outcome.value
+    saved = Checkpoint(tmp_path / "c")
+    assert saved.update >= 20
+    assert saved.update % 20 == 0
+    np.testing.assert_array_equal(flat(saved.weights()), replayed(saved.recording()))
+
+
+@pytest.mark.parametrize("servers", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_leaves_a_checkpoint_to_go_on_from(tmp_path, servers, number):
+    options = {**OPTIONS, "servers": servers, "checkpoint_dir": tmp_path / "c"}
+    ended = run_program(tmp_path / "p", "endless", servers + 2, options, str(tmp_path / "flag"),
+                        interrupt_after=str(tmp_path / "flag"), send=number)
+    assert ended.status not in (0, None)
+    assert ended.seconds < 20
+    saved = Checkpoint(tmp_path / "c")
+    assert saved.update >= 20
+    np.testing.assert_array_equal(flat(saved.weights()), replayed(saved.recording()))
+    steps = saved.update + 10
+    again = run_program(tmp_path / "q", "trained", servers + 2,
+                        {**options, "resume": tmp_path / "c"}, steps)
+    told = again.outcomes[0].value
+    assert told["report"].updates == 2 * steps
+    assert told["weights"].shape == (N,)
+    np.testing.assert_array_equal(told["weights"], replayed(told["recording"]))
+
+
+def test_failing_schedule_ends_everything(tmp_path):
+    ended = run_program(tmp_path / "p", "failing_schedule", 4, {"rule": "asgd"}, 40)
+    for outcome in ended.outcomes.values():
+        assert outcome.state == "raised"
+        assert "lr at update 20 must be in" in outcome.value
+
+
+def test_a_rank_that_never_comes_is_an_error_not_a_hang(tmp_path):
+    ended = run_program(tmp_path / "p", "one_rank_stays_away", 4)
+    for rank in range(3):
+        assert "not all ranks constructed ParameterServer within 2 s" in ended.outcomes[rank].value

@@ -1,0 +1,185 @@
+"""Cost of a SENG step against plain SGD: ResNet-18 (11.2 million parameters), 32 × 32 images.
+
+    python -m benchmarks.seng_step --json out.json          # one rank, two threads
+    python -m benchmarks.seng_step --ranks 2 --json out.json  # block and lagged side by side
+
+One step is forward, backward, (precondition,) momentum SGD. Steps of plain SGD, of SENG between
+refreshes and of SENG with a refresh take turns in one process, so that other load meets all of
+them alike; ratios are of medians (and of the fastest steps). All layers are preconditioned.
+"amortised" is what ``--update-freq`` makes of the two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import hvd_ext.torch as hvd
+from examples.resnet import resnet18
+
+
+class Trainer:
+    """A model of its own with SGD, and SENG when given arguments of it."""
+
+    def __init__(self, options: argparse.Namespace, **seng: Any) -> None:
+        torch.manual_seed(0)
+        self.model = resnet18(classes=10, stem=options.stem)
+        sgd = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+        self.seng = hvd.SENG(self.model, damping=1.0, update_freq=10**9, **seng) if seng else None
+        self.distributed = options.ranks > 1
+        self.optimizer: Any = sgd
+        if self.distributed:
+            self.optimizer = hvd.DistributedOptimizer(
+                sgd, named_parameters=self.model.named_parameters(), preconditioner=self.seng)
+        torch.manual_seed(hvd.rank() if self.distributed else 0)
+        self.x = torch.randn(options.batch, 3, 32, 32)
+        self.y = torch.randint(0, 10, (options.batch,))
+
+    def refresh_next(self) -> None:
+        """Let the coming step take the curvature anew."""
+        assert self.seng is not None
+        self.seng._due = True
+        self.seng._arm()
+
+    def step(self) -> float:
+        """Seconds of one training step."""
+        begin = time.perf_counter()
+        self.optimizer.zero_grad()
+        F.cross_entropy(self.model(self.x), self.y).backward()
+        if self.seng is not None and not self.distributed:
+            self.seng.step()
+        self.optimizer.step()
+        return time.perf_counter() - begin
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Times of the kinds of step, by name, in seconds, and SENG's report."""
+    settings = {
+        "explicit_threshold": options.explicit_threshold, "sketch_size": options.sketch_size,
+        "rank": options.rank, "row_sketch": options.row_sketch, "subsample": options.subsample,
+        "curvature_dtype": options.curvature_dtype,
+    }
+    couplings = ["block", "lagged"] if options.ranks > 1 else ["block"]
+    plain = Trainer(options)
+    trainers = {coupling: Trainer(options, coupling=coupling, **settings)
+                for coupling in couplings}
+    for trainer in (plain, plain, *trainers.values(), *trainers.values()):
+        trainer.step()
+    times: dict[str, list[float]] = {}
+    waited: dict[str, float] = dict.fromkeys(couplings, 0.0)
+
+    def turn(name: str, step: Callable[[], float]) -> None:
+        times.setdefault(name, []).append(step())
+
+    for _ in range(options.repeats):
+        turn("sgd", plain.step)
+        for coupling, trainer in trainers.items():
+            before = trainer.seng.waited
+            turn(coupling, trainer.step)
+            waited[coupling] += trainer.seng.waited - before
+    for _ in range(options.refreshes):
+        turn("sgd", plain.step)
+        for coupling, trainer in trainers.items():
+            trainer.refresh_next()
+            turn(f"{coupling}, refresh", trainer.step)
+    shares = {c: waited[c] / sum(times[c]) for c in couplings}
+    report = trainers[couplings[0]].seng.report()
+    for trainer in trainers.values():
+        trainer.seng.close()
+    return {"times": times, "waiting_share": shares, "report": report, "settings": settings,
+            "parameters": sum(p.numel() for p in plain.model.parameters())}
+
+
+def summarise(result: dict[str, Any], update_freq: int) -> dict[str, Any]:
+    """Ratios to plain SGD."""
+    base = {f.__name__: f(result["times"]["sgd"]) for f in (median, min)}
+    ratios: dict[str, dict[str, float]] = {}
+    for name, taken in result["times"].items():
+        ratios[name] = {"seconds": median(taken),
+                        "ratio": median(taken) / base["median"],
+                        "ratio_of_fastest": min(taken) / base["min"]}
+    for name in [n for n in ratios if f"{n}, refresh" in ratios]:
+        for key in ("ratio", "ratio_of_fastest"):
+            between, refresh = ratios[name][key], ratios[f"{name}, refresh"][key]
+            ratios.setdefault(f"{name}, amortised over {update_freq}", {})[key] = (
+                between + (refresh - between) / update_freq)
+    return ratios
+
+
+def show(result: dict[str, Any], ratios: dict[str, Any], options: argparse.Namespace) -> None:
+    """Print the tables."""
+    console = Console(width=180)
+    console.print(Text.from_ansi(str(result["report"])))
+    report = result["report"]
+    console.print(f"curvature: {report['bytes']:,} bytes held; {report['formula_bytes']:,} by the "
+                  "formulas of SENG Table 2 (the difference: small systems and row numbers)")
+    table = Table(title=f"ResNet-18 ({options.stem} stem), {result['parameters']:,} parameters, "
+                        f"batch {options.batch}, {options.ranks} ranks of {options.threads} threads")
+    for column in ("step", "seconds", "ratio to SGD", "ratio of fastest", "waiting"):
+        table.add_column(column, justify="left" if column == "step" else "right")
+    for name, row in ratios.items():
+        share = result["waiting_share"].get(name)
+        table.add_row(name, f"{row['seconds']:.3f}" if "seconds" in row else "",
+                      f"{row['ratio']:.3f}", f"{row['ratio_of_fastest']:.3f}",
+                      "" if share is None or options.ranks == 1 else f"{share:.1%}")
+    console.print(table)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Runs the benchmark; returns what goes into the JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--threads", type=int, help="a rank; 2 for one rank, else 1")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--stem", choices=("cifar", "imagenet"), default="cifar")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--refreshes", type=int, default=5)
+    parser.add_argument("--update-freq", type=int, default=200)
+    parser.add_argument("--explicit-threshold", type=int, default=100_000)
+    parser.add_argument("--sketch-size", type=int, default=262_144)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--row-sketch", type=int, default=256)
+    parser.add_argument("--subsample", type=int)
+    parser.add_argument("--curvature-dtype", choices=("float32", "bfloat16"))
+    parser.add_argument("--json", type=Path, help="write the results here")
+    options = parser.parse_args(arguments)
+    options.threads = options.threads or (2 if options.ranks == 1 else 1)
+    if options.ranks > 1 and "OMPI_COMM_WORLD_RANK" not in os.environ:
+        command = ["mpirun", "-np", str(options.ranks), "--oversubscribe", "--allow-run-as-root",
+                   "--bind-to", "none", sys.executable, "-m", "benchmarks.seng_step",
+                   *(arguments if arguments is not None else sys.argv[1:])]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+        raise SystemExit(subprocess.run(command, env=environment, check=False).returncode)
+    torch.set_num_threads(options.threads)
+    if options.ranks > 1:
+        hvd.init()
+    result = measure(options)
+    ratios = summarise(result, options.update_freq)
+    summary = {"benchmark": "seng_step", "ratios": ratios, "stem": options.stem,
+               "batch": options.batch, "ranks": options.ranks, "threads": options.threads,
+               "settings": result["settings"], "waiting_share": result["waiting_share"],
+               "bytes": result["report"]["bytes"], "times": result["times"],
+               "formula_bytes": result["report"]["formula_bytes"]}
+    if options.ranks == 1 or hvd.rank() == 0:
+        show(result, ratios, options)
+        if options.json:
+            options.json.write_text(json.dumps(summary, indent=1))
+    return summary
+
+
+if __name__ == "__main__":
+    main()

@@ -8,31 +8,34 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hvd_ext.cli import toolchain
 
-# Each runs in a process of its own: a library built for another framework may crash on import.
+# Run in processes of their own: a library built for another framework may crash on import.
 _FRAMEWORK_PROBES = {
     "torch": (
         "import json, torch\n"
         "print(json.dumps({'version': torch.__version__, 'cuda': torch.version.cuda,"
-        " 'gpus': torch.cuda.device_count()}))\n"
+        " 'gpus': torch.cuda.device_count()}), flush=True)\n"
     ),
     "tensorflow": (
         "import json, tensorflow as tf\n"
         "print(json.dumps({'version': tf.__version__,"
         " 'cuda': tf.sysconfig.get_build_info().get('cuda_version'),"
-        " 'gpus': len(tf.config.list_physical_devices('GPU'))}))\n"
+        " 'gpus': len(tf.config.list_physical_devices('GPU'))}),"
+        " flush=True)\n"
     ),
 }
 _HOROVOD_PROBE = (
     "import json, horovod.{name} as hvd\n"
     "print(json.dumps({{what: bool(getattr(hvd, what + '_built')())"
-    " for what in ('mpi', 'gloo', 'nccl', 'cuda', 'rocm', 'ccl')}}))\n"
+    " for what in ('mpi', 'gloo', 'nccl', 'cuda', 'rocm', 'ccl')}}), flush=True)\n"
 )
 
 
@@ -165,44 +168,45 @@ def loaded_libmpi(folder: Path | None) -> str:
 
 
 def _framework(name: str, horovod: str | None, limit: float) -> Framework:
-    """Import one framework, then Horovod's library for it, each in a process of its own."""
+    """Import one framework, then Horovod's library for it, in a process of their own."""
     version = toolchain.installed(name)
     if version is None:
         return Framework(name)
-    probed, error = _probe(_FRAMEWORK_PROBES[name], limit)
-    if probed is None:
-        return Framework(name, version, error=error)
-    built, horovod_error = None, ""
+    code = _FRAMEWORK_PROBES[name]
     if horovod is not None:
-        built, horovod_error = _probe(_HOROVOD_PROBE.format(name=name), limit)
+        code += _HOROVOD_PROBE.format(name=name)
+    told, error = _probe(code, limit)
+    if not told:
+        return Framework(name, version, error=error)
     return Framework(
         name,
-        version=str(probed["version"]),
-        cuda=str(probed["cuda"]) if probed["cuda"] else None,
-        gpus=int(str(probed["gpus"])),
-        horovod=None if built is None else {what: bool(yes) for what, yes in built.items()},
-        horovod_error=horovod_error,
+        version=told[0]["version"],
+        cuda=told[0]["cuda"],
+        gpus=told[0]["gpus"],
+        horovod=told[1] if len(told) > 1 else None,
+        horovod_error=error,
     )
 
 
-def _probe(code: str, limit: float) -> tuple[dict[str, object] | None, str]:
-    """What a probe printed as JSON on its last line, or None and the reason."""
+def _probe(code: str, limit: float) -> tuple[list[dict[str, Any]], str]:
+    """The JSON lines that a probe printed before it ended, and why it ended early, if it did."""
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=limit,
-            stdin=subprocess.DEVNULL,
-            env=environ,
-        )
-    except subprocess.TimeoutExpired:
-        return None, f"the import took longer than {limit:g} s"
-    if done.returncode == 0:
-        return dict(json.loads(done.stdout.strip().splitlines()[-1])), ""
-    if done.returncode < 0:
-        return None, f"the import crashed (signal {-done.returncode})"
-    lines = done.stderr.strip().splitlines()
-    return None, lines[-1] if lines else f"exit status {done.returncode}"
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        try:
+            status = subprocess.run(
+                [sys.executable, "-c", code],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                timeout=limit,
+                stdin=subprocess.DEVNULL,
+                env=environ,
+            ).returncode
+            error = f"the import crashed (signal {-status})" if status < 0 else ""
+        except subprocess.TimeoutExpired:
+            status, error = 1, f"the import took longer than {limit:g} s"
+        output.seek(0)
+        lines = output.read().strip().splitlines()
+    told = [json.loads(line) for line in lines if line.startswith('{"')]
+    if status and not error:
+        error = lines[-1] if lines else f"exit status {status}"
+    return told, error

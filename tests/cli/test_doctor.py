@@ -168,6 +168,33 @@ def test_exit_status_follows_the_metadata(
     assert ("Problems: 1." in table) is bool(status)
 
 
+@pytest.mark.parametrize(
+    ("horovod", "error", "horovod_error"),
+    [
+        ("raise ImportError('undefined symbol: x')", "", "ImportError: undefined symbol: x"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "", "crashed (signal 11)"),
+        ("import time; time.sleep(600)", "", "longer than 2 s"),
+        ("print('{{\"mpi\": true}}')", "", ""),
+    ],
+)
+def test_import_in_its_own_process(
+    monkeypatch: pytest.MonkeyPatch, horovod: str, error: str, horovod_error: str
+) -> None:
+    first = "print('{\"version\": \"1.2\", \"cuda\": null, \"gpus\": 0}', flush=True)\n"
+    monkeypatch.setattr(facts.toolchain, "installed", lambda name: "1.2")
+    monkeypatch.setitem(facts._FRAMEWORK_PROBES, "torch", first)
+    monkeypatch.setattr(facts, "_HOROVOD_PROBE", horovod)
+    found = facts._framework("torch", "0.28.1", 2.0)
+    assert (found.version, found.error) == ("1.2", error)
+    assert horovod_error in found.horovod_error
+    assert (found.horovod == {"mpi": True}) is not bool(horovod_error)
+
+    monkeypatch.setitem(facts._FRAMEWORK_PROBES, "torch", "raise OSError('libc10.so')\n")
+    broken = facts._framework("torch", "0.28.1", 2.0)
+    assert (broken.version, broken.horovod) == ("1.2", None)
+    assert "libc10.so" in broken.error
+
+
 def test_problems_leave_the_self_test_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "collect", lambda: replace(GOOD, horovod=None, built_for={}))
     monkeypatch.setattr(doctor, "allreduce", lambda *_: pytest.fail("must not start ranks"))

@@ -13,8 +13,8 @@ Gradient = Callable[[Vector, int, int], Vector]  # (weights, worker, step) -> gr
 
 def top_k(a: npt.NDArray, k: int) -> npt.NDArray[np.int64]:
     """Positions of the k largest magnitudes, equals by lowest position, zeros left out; rising."""
-    order = sorted(range(len(a)), key=lambda i: (-abs(a[i]), i))
-    return np.array(sorted(i for i in order[:k] if a[i] != 0), dtype=np.int64)
+    order = np.lexsort((np.arange(len(a)), -np.abs(a)))
+    return np.sort(np.array([i for i in order[:k] if a[i] != 0], dtype=np.int64))
 
 
 def amsgrad_step(w: Vector, g: Vector, state: dict[str, Vector], *, lr: float, beta1: float,

@@ -167,7 +167,9 @@ class SENG:
         """After the backward pass, before the gradients' reduction is waited for: take what was
         captured on a refresh step. Nothing counts before ``precondition()`` sees the gradient."""
         self._prepared = True
-        if not self._due or self._candidate is not None:
+        # One that is still there belongs to a step that was not taken.
+        self._discard()
+        if not self._due:
             return
         refresh = Refresh(self._layers, self.settings, self._collectives, self.name)
         captured = self.capture.collect()
@@ -327,13 +329,15 @@ class SENG:
     def _skip(self) -> None:
         """Leave a gradient that is not finite alone, and all that would have followed from it."""
         self._skipped += 1
-        self._candidate = None
-        if self._candidate_pending is not None:
-            for started in self._candidate_pending.values():
-                self._wait(started)
-            self._candidate_pending = None
+        self._discard()
         if self._due:
             self.capture.start(self._step)
+
+    def _discard(self) -> None:
+        self._candidate = None
+        for started in (self._candidate_pending or {}).values():
+            self._wait(started)
+        self._candidate_pending = None
 
     def _drop_lagged(self) -> None:
         for pending in (self._pending, self._candidate_pending):

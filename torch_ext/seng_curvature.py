@@ -72,24 +72,25 @@ class Product:
         first = gradients[self.indices[0]]
         weight = first.view(self.g.shape[0], self.g.shape[1], self.width)
         xg, xa = self.xg.to(first.dtype), self.xa.to(first.dtype)
-        weight = self._rows(weight)
-        if self.rows_a is not None and self.weights_a is not None:
-            columns = self.rows_a[:self.split]
-            weight = weight.index_select(2, columns) * self.weights_a[:self.split]
+        weight = self._sketched(weight, slice(0, self.split), 0)
         total = kernels.project_implicit(xg, xa[:, :self.split], weight, rho)
         if self.split == xa.shape[1]:
             return total
         bias = torch.stack([gradients[k].view(self.g.shape[:2]) for k in self.indices[1:]], 2)
-        bias = self._rows(bias)
-        if self.rows_a is not None and self.weights_a is not None:
-            columns = self.rows_a[self.split:] - self.width
-            bias = bias.index_select(2, columns) * self.weights_a[self.split:]
+        bias = self._sketched(bias, slice(self.split, None), self.width)
         return total + kernels.project_implicit(xg, xa[:, self.split:], bias, rho)
 
-    def _rows(self, matrix: torch.Tensor) -> torch.Tensor:
-        if self.rows_g is None or self.weights_g is None:
-            return matrix
-        return matrix.index_select(1, self.rows_g) * self.weights_g.unsqueeze(1)
+    def _sketched(self, matrix: torch.Tensor, part: slice, start: int) -> torch.Tensor:
+        """``Omega_G matrix Omega_A^T``, where ``matrix`` holds n_A's rows from ``start`` on."""
+        if self.rows_g is not None and self.rows_a is not None:
+            matrix = matrix[:, self.rows_g.unsqueeze(1), self.rows_a[part] - start]
+        elif self.rows_g is not None:
+            matrix = matrix.index_select(1, self.rows_g)
+        elif self.rows_a is not None:
+            matrix = matrix.index_select(2, self.rows_a[part] - start)
+        if self.weights_g is not None:
+            matrix = matrix * self.weights_g.unsqueeze(1)
+        return matrix if self.weights_a is None else matrix * self.weights_a[part]
 
     def targets(self, gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Views of the gradients that ``U c`` is subtracted from, weight (groups, n_G, n_A) first."""

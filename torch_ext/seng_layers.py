@@ -165,25 +165,23 @@ def _transposed(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick
 
 def _batch_norm(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick) -> PerSample:
     assert isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)
-    shape = (1, -1) + (1,) * (x.dim() - 2)
-    if module.training or module.running_mean is None:
-        # Statistics of the whole batch, not only of the samples that are kept.
-        axes = [axis for axis in range(x.dim()) if axis != 1]
-        wide = x if x.dtype == torch.float64 else x.float()
-        variance, mean = torch.var_mean(wide, axes, correction=0)
-    else:
-        mean, variance = module.running_mean, module.running_var
-    x, gz = pick(x), pick(gz)
-    inverse = (variance + module.eps).rsqrt().to(x.dtype)
-    return _affine((x - mean.to(x.dtype).view(shape)) * gz, gz, inverse)
+    batch_statistics = module.training or module.running_mean is None
+    # Statistics of the whole batch, not only of the samples that are kept.
+    x_hat = F.batch_norm(
+        x if x.dtype == torch.float64 else x.float(),
+        None if batch_statistics else module.running_mean,
+        None if batch_statistics else module.running_var,
+        training=batch_statistics, eps=module.eps,
+    )
+    return _affine(pick(x_hat), pick(gz))
 
 
-def _affine(centred: torch.Tensor, gz: torch.Tensor, inverse: torch.Tensor) -> PerSample:
+def _affine(x_hat: torch.Tensor, gz: torch.Tensor) -> PerSample:
     """Sums over everything but samples (axis 0) and channels (axis 1)."""
-    weight, bias = centred, gz
-    if gz.dim() > 2:
-        weight, bias = weight.flatten(2).sum(2), bias.flatten(2).sum(2)
-    return {"weight": weight * inverse, "bias": bias}
+    if gz.dim() == 2:
+        return {"weight": x_hat * gz, "bias": gz}
+    x_hat, gz = x_hat.flatten(2), gz.flatten(2)
+    return {"weight": (x_hat * gz).sum(2), "bias": gz.sum(2)}
 
 
 def _layer_norm(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick) -> PerSample:
@@ -201,7 +199,7 @@ def _group_norm(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick
     assert isinstance(module, nn.GroupNorm)
     x, gz = pick(x), pick(gz)
     x_hat = F.group_norm(x, module.num_groups, eps=module.eps)
-    return _affine(x_hat * gz, gz, torch.ones((), dtype=x.dtype, device=x.device))
+    return _affine(x_hat, gz)
 
 
 def _matrix(module: nn.Module) -> tuple[int, int, int]:

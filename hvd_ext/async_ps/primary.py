@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections import Counter
+from collections import Counter, deque
 from typing import Any
 
 from hvd_ext.async_ps import wire
@@ -42,6 +42,7 @@ class Primary(Server):
         self._shapes = [tuple(shape) for shape in model.shapes]
         self._confirms = HeaderBox(self.comm, wire.CONFIRM)
         self._confirmed: Counter[tuple[int, int]] = Counter()
+        self._received: deque[tuple[int, int]] = deque()
         self._saved = 0
         self._seen = [time.monotonic()] * plan.workers
 
@@ -69,7 +70,7 @@ class Primary(Server):
                     self.look()
                 return self._finish()
             except ServerLost as error:
-                self._stop(str(error))
+                self._stop(str(error), lost=True)
                 raise
             except (KeyboardInterrupt, SystemExit):
                 raise
@@ -97,22 +98,23 @@ class Primary(Server):
         for push in self.inbox.arrived():
             busy = True
             self._confirm(push.worker, push.step)
-        busy |= self._take_confirms()
+        self._take_confirms()
+        while self._received:
+            busy = True
+            self._confirm(*self._received.popleft())
         self.outbox.prune()
         return busy
 
-    def _take_confirms(self) -> bool:
-        busy = False
+    def _take_confirms(self) -> None:
+        """What other servers say; pushes wait in line, for a checkpoint may be under way."""
         while (arrived := self._confirms.take()) is not None:
-            busy = True
             said = arrived[1]
             if said["kind"] == wire.RECEIVED:
-                self._confirm(int(said["worker"]), int(said["step"]))
+                self._received.append((int(said["worker"]), int(said["step"])))
             elif said["kind"] == wire.SAVED:
                 self._saved += 1
             elif self.signal is None:
                 self.signal = int(said["size"])
-        return busy
 
     def _heard(self, rank: int, said: Any) -> None:
         """A header from a worker."""
@@ -192,7 +194,7 @@ class Primary(Server):
         for m, told in enumerate(self.books.workers):
             silent = now - self._seen[m]
             if limit is not None and silent > limit and m not in self.gone and not told.finished:
-                self._leave(m, f"silent for {silent:.0f} s (worker_timeout={limit:g})")
+                self._leave(m, f"silent for {silent:.0f} s (worker_timeout={limit:g})", alive=True)
         if self.signal is not None:
             number, self.signal = self.signal, None
             self._interrupted(number)
@@ -211,12 +213,13 @@ class Primary(Server):
             elif m not in self.gone:
                 self._leave(m, "its process ended")
 
-    def _leave(self, m: int, why: str) -> None:
+    def _leave(self, m: int, why: str, *, alive: bool = False) -> None:
         told = self.books.workers[m]
         told.left_out = why
         self._order(wire.header(wire.FORGET, worker=m))
         self.forget(m)
-        self.outbox.header(wire.header(wire.LEFT_OUT), told.rank, wire.REPLY)
+        if alive:
+            self.outbox.header(wire.header(wire.LEFT_OUT), told.rank, wire.REPLY)
         self.display.say(f"async: worker {m} (rank {told.rank}) is left out after {told.updates} "
                          f"updates: {why}")
 
@@ -238,16 +241,17 @@ class Primary(Server):
             raise KeyboardInterrupt(said)
         raise SystemExit(128 + number)
 
-    def _stop(self, why: str) -> None:
+    def _stop(self, why: str, *, lost: bool = False) -> None:
         """Tells everybody that the run is over, and why."""
         text = bytearray(why.encode())
-        self._order(wire.header(wire.STOP, size=len(text)))
+        self._order(wire.header(wire.STOP, size=len(text), version=lost))
         for rank in self.others:
             self.outbox.send(text, rank, wire.TEXT)
         for m in range(self.plan.workers):
             if m not in self.gone:
                 rank = self.plan.rank(m)
-                self.outbox.header(wire.header(wire.STOPPED, size=len(text)), rank, wire.REPLY)
+                made = wire.header(wire.STOPPED, size=len(text), version=lost)
+                self.outbox.header(made, rank, wire.REPLY)
                 self.outbox.send(text, rank, wire.TEXT)
         deadline = time.monotonic() + 0.5
         while not self.outbox.empty and time.monotonic() < deadline:

@@ -93,7 +93,8 @@ class Secondary(Server):
         elif kind == wire.STOP:
             text = np.empty(int(said["size"]), dtype=np.uint8)
             self.comm.Recv(text, source=0, tag=wire.TEXT)
-            raise ServerStopped(text.tobytes().decode())
+            kind_of = ServerLost if said["version"] else ServerStopped
+            raise kind_of(text.tobytes().decode())
 
     def look_around(self, now: float) -> None:
         """The primary's process, and signals, which are the primary's to act on."""

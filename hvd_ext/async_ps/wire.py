@@ -24,7 +24,7 @@ HEADER = np.dtype([
 # tags
 TO_SERVER, GRADIENT, REPLY, WEIGHTS, SNAPSHOT, TEXT, CONFIRM, ORDER, EXCHANGE = range(1, 10)
 
-# kinds, worker to server
+# kinds, worker to server; in STOPPED and STOP a version of 1 says that a server was lost
 PUSH, PUSH_NOT_FINITE, ASK_SNAPSHOT, PING, FINISH, LEAVE = range(1, 7)
 # kinds, server to worker
 PULLED, LEFT_OUT, STOPPED, DONE, SNAPSHOT_READY = range(11, 16)

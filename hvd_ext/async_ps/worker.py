@@ -164,7 +164,7 @@ class Worker:
         if said["kind"] == wire.STOPPED:
             text = self._text(int(said["size"]))
             self.close()
-            raise ServerStopped(text)
+            raise (ServerLost if said["version"] else ServerStopped)(text)
         if said["kind"] != kind:
             raise RuntimeError(f"expected message {kind} from the primary server, got {said}")
         return said

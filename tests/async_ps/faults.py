@@ -109,13 +109,18 @@ def all_killed(options, steps):
 
 def server_killed(options, steps, rank):
     """A server is killed by a worker, some time after the first checkpoint."""
+    return server_signalled(options, steps, rank, signal.SIGKILL)
+
+
+def server_signalled(options, steps, rank, number):
+    """A server gets a signal from a worker, some time after the start."""
     from mpi4py import MPI
 
     pids = MPI.COMM_WORLD.allgather(os.getpid())
 
     def shoot(ps, batch, g):
         if ps.worker == 0 and batch == 30:
-            os.kill(pids[rank], signal.SIGKILL)
+            os.kill(pids[rank], number)
 
     return train(options, steps, pause=0.002, hook=shoot)
 

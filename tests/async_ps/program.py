@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,16 +32,18 @@ class Ended:
 
 def run_program(folder: Path, name: str, size: int, *args: Any, timeout: float = 40.0,
                 interrupt_after: str | None = None, send: int = signal.SIGINT,
-                mpirun_args: list[str] | None = None) -> Ended:
+                mpirun_args: list[str] | None = None, until: Sequence[int] = ()) -> Ended:
     """Runs ``tests.async_ps.faults.<name>(*args)`` on ``size`` ranks until the program ends.
 
-    ``interrupt_after``: sends a signal to mpirun once this file exists. A program that does not
-    end in time is killed; its status is then None.
+    ``interrupt_after``: sends a signal to mpirun once this file exists. ``until``: it is killed
+    once these ranks are through, for programs that do not end of themselves. A program that does
+    not end in time is killed; its status is then None.
     """
     folder.mkdir(exist_ok=True)
     (folder / "args").write_bytes(pickle.dumps(args))
     command = [sys.executable, "-m", "tests.async_ps.program", name, str(folder)]
-    launch = launch_command(size, command, "mpirun", RECOVERY if mpirun_args is None else mpirun_args)
+    flags = RECOVERY if mpirun_args is None else mpirun_args
+    launch = launch_command(size, command, "mpirun", flags)
     began = time.monotonic()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with (folder / "log").open("wb") as log:
@@ -51,6 +54,10 @@ def run_program(folder: Path, name: str, size: int, *args: Any, timeout: float =
                 if Path(interrupt_after).exists():
                     process.send_signal(send)
                     interrupt_after = None
+                time.sleep(0.01)
+            while until and process.poll() is None and time.monotonic() - began < timeout:
+                if all((folder / f"outcome.{rank}").exists() for rank in until):
+                    raise subprocess.TimeoutExpired(launch, timeout)
                 time.sleep(0.01)
             status = process.wait(max(1.0, timeout - (time.monotonic() - began)))
         except subprocess.TimeoutExpired:

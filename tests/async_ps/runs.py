@@ -14,7 +14,8 @@ SCALE = np.linspace(0.5, 2.0, N)
 def start(dtype=np.float32, seed=0):
     flat = np.random.default_rng(seed).normal(size=N).astype(dtype)
     cuts = np.cumsum([int(np.prod(s)) for s in SHAPES])[:-1]
-    return [part.reshape(shape).copy() for part, shape in zip(np.split(flat, cuts), SHAPES)]
+    parts = np.split(flat, cuts)
+    return [part.reshape(shape).copy() for part, shape in zip(parts, SHAPES, strict=True)]
 
 
 def flat(arrays):
@@ -29,7 +30,7 @@ def gradient(w, worker, batch):
 
 def split(w):
     cuts = np.cumsum([int(np.prod(s)) for s in SHAPES])[:-1]
-    return [part.reshape(shape) for part, shape in zip(np.split(w, cuts), SHAPES)]
+    return [part.reshape(shape) for part, shape in zip(np.split(w, cuts), SHAPES, strict=True)]
 
 
 def train(options, steps, *, dtype="float32", pause=0.0, slow=None, size=None, hook=None,

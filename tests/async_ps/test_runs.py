@@ -153,7 +153,7 @@ def test_roles_do_not_mix(pool):
 def test_fewer_than_two_ranks():
     from hvd_ext.async_ps.plan import Plan
 
-    with pytest.raises(ValueError, match="at least 2 ranks.*got 1; start the program with mpirun"):
+    with pytest.raises(ValueError, match=r"at least 2 ranks.*got 1; start the program with mpirun"):
         Plan(1, 1, 10)
     with pytest.raises(ValueError, match="no trainable parameter"):
         Plan(2, 1, 0)

@@ -1,0 +1,427 @@
+"""From step to step on one rank: hooks, refreshes, failures, mixed precision, state, report."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import hvd_ext.torch as hvd
+from tests.reference import seng as reference
+from tests.seng.per_sample import flat_gradient, held_u
+
+LAM = 0.25
+
+
+def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(inplace=True),
+        nn.Conv2d(4, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(36, 3)).to(dtype)
+
+
+def batch(seed: int, rho: int = 6, dtype: torch.dtype = torch.float64):
+    made = torch.Generator().manual_seed(seed)
+    return (torch.randn(rho, 2, 5, 5, generator=made, dtype=torch.float64).to(dtype),
+            torch.randint(0, 3, (rho,), generator=made))
+
+
+def loss_of(model: nn.Module, data) -> torch.Tensor:
+    return nn.functional.cross_entropy(model(data[0]), data[1])
+
+
+def train(model: nn.Module, seng, optimizer, seeds, rho=lambda seed: 6) -> None:
+    for seed in seeds:
+        optimizer.zero_grad()
+        loss_of(model, batch(seed, rho(seed))).backward()
+        seng.step()
+        optimizer.step()
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._backward_hooks) + len(m._forward_pre_hooks)
+               for m in model.modules())
+
+
+def test_hooks_exist_only_on_refresh_steps():
+    model = network()
+    seng = hvd.SENG(model, damping=LAM, update_freq=3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    seen = []
+    for seed in range(7):
+        seen.append(hooks(model))
+        train(model, seng, optimizer, [seed])
+        assert not seng.capture._open
+    assert [count > 0 for count in seen] == [True, False, False, True, False, False, True]
+    seng.reset_state()
+    assert hooks(model)
+    seng.close()
+    assert not hooks(model)
+
+
+def test_curvature_stays_between_refreshes_and_damping_follows_its_schedule():
+    model = network()
+
+    def damping(step: int) -> float:
+        return LAM / (1 + step)
+
+    seng = hvd.SENG(model, damping=damping, update_freq=3, sketch=None)
+    held = None
+    for step in range(4):
+        model.zero_grad()
+        loss_of(model, batch(step)).backward()
+        g = [flat_gradient(layer).numpy() for layer in seng._layers]
+        seng.step()
+        now = [held_u(seng, layer).numpy() for layer in seng._layers]
+        if step in (1, 2):
+            for old, new in zip(held, now, strict=True):
+                np.testing.assert_array_equal(old, new)
+        elif step == 3:
+            assert not np.array_equal(held[0], now[0])
+        held = now
+        for layer, u, gradient in zip(seng._layers, now, g, strict=True):
+            np.testing.assert_allclose(flat_gradient(layer).numpy(),
+                                       reference.direction(u, gradient, damping(step)), rtol=1e-6,
+                                       atol=1e-9)
+
+
+def test_lagged_on_one_rank_is_the_equation():
+    model = network()
+    seng = hvd.SENG(model, damping=LAM, update_freq=3, sketch=None, coupling="lagged")
+    previous = None
+    for step in range(8):
+        model.zero_grad()
+        loss_of(model, batch(step)).backward()
+        g = [flat_gradient(layer).numpy() for layer in seng._layers]
+        seng.step()
+        for k, layer in enumerate(seng._layers):
+            u = held_u(seng, layer).numpy()
+            lagged = g[k] if previous is None else previous[k]
+            np.testing.assert_allclose(flat_gradient(layer).numpy(),
+                                       reference.block_direction([u], g[k], LAM, lagged),
+                                       rtol=1e-6, atol=1e-9)
+        previous = g
+
+
+def test_forward_passes_without_a_backward_pass_do_not_count():
+    model = network()
+    seng = hvd.SENG(model, damping=LAM, sketch=None)
+    with torch.no_grad():
+        model(batch(5)[0])
+    model(batch(6)[0])
+    loss_of(model, batch(0)).backward()
+    seng.step()
+    assert all(row["rho"] == 6 and row["failures"] == 0 for row in seng.report()["layers"])
+
+
+def test_gradient_that_is_not_finite_is_left_alone_and_the_refresh_comes_next():
+    for coupling in ("block", "lagged"):
+        model = network()
+        seng = hvd.SENG(model, damping=LAM, update_freq=2, coupling=coupling)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        train(model, seng, optimizer, [0, 1])
+        before = seng.state_dict()
+        model.zero_grad()
+        loss_of(model, batch(2)).backward()
+        model[6].bias.grad[1] = float("nan")
+        grads = [p.grad.clone() for p in model.parameters()]
+        seng.step()
+        for p, g in zip(model.parameters(), grads, strict=True):
+            np.testing.assert_array_equal(p.grad.numpy(), g.numpy())
+        after = seng.state_dict()
+        assert after.pop("skipped") == before.pop("skipped") + 1
+        assert same(before, after)
+        assert hooks(model)
+        train(model, seng, optimizer, [3])
+        assert seng.report()["layers"][0]["age"] == 1
+
+
+def same(one, other) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    return one == other
+
+
+class Poisoned(nn.Module):
+    """A scale whose captured gradients can be made useless."""
+
+    broken = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight
+
+
+def poisoned_rule(module, x, gz, pick):
+    u = pick(x) * pick(gz)
+    return {"weight": u * float("nan") if Poisoned.broken else u}
+
+
+def test_captured_tensor_that_is_not_finite_keeps_the_former_curvature_and_says_so_once():
+    hvd.register_seng_rule(Poisoned, poisoned_rule, replace=True)
+    model = nn.Sequential(network(), Poisoned())
+    seng = hvd.SENG(model, damping=LAM, update_freq=1, sketch=None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    Poisoned.broken = True
+    try:
+        with pytest.warns(UserWarning, match=r"could not refresh 1: .*not finite.* g/\(1"):
+            loss_of(model, batch(0)).backward()
+            g = model[1].weight.grad.clone()
+            seng.step()
+        torch.testing.assert_close(model[1].weight.grad, g / (1 + LAM))
+        Poisoned.broken = False
+        train(model, seng, optimizer, [1])
+        layer = seng._layers[-1]
+        held = held_u(seng, layer)
+        Poisoned.broken = True
+        with pytest.warns(UserWarning, match="keeps its former curvature"):
+            train(model, seng, optimizer, [2])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            train(model, seng, optimizer, [3])
+    finally:
+        Poisoned.broken = False
+    assert torch.equal(held_u(seng, layer), held)
+    row = seng.report()["layers"][-1]
+    assert (row["failures"], row["age"]) == (3, 3)
+    assert seng.report()["layers"][0]["age"] == 1
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_system_that_cannot_be_factored_keeps_the_former_curvature(monkeypatch):
+    from hvd_ext.torch import seng_kernels
+
+    model = network()
+    seng = hvd.SENG(model, damping=LAM, update_freq=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(model, seng, optimizer, [0])
+    monkeypatch.setattr(seng_kernels, "factor", lambda gram, lam: (None, 0.0))
+    with pytest.warns(UserWarning, match="could not be factored"):
+        train(model, seng, optimizer, [1])
+    assert {row["age"] for row in seng.report()["layers"]} == {2}
+
+
+def test_layer_that_no_forward_pass_used_is_said_and_left():
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)
+
+    model = Half()
+    seng = hvd.SENG(model, damping=LAM)
+    model(torch.randn(4, 3)).square().mean().backward()
+    with pytest.warns(UserWarning, match="unused: it was not used"):
+        seng.step()
+    assert model.unused.weight.grad is None
+
+
+@pytest.mark.parametrize("rho", [5, 1])
+def test_last_batch_of_another_size(rho):
+    model = network()
+    seng = hvd.SENG(model, damping=LAM, update_freq=2, sketch=None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(model, seng, optimizer, range(5), rho=lambda seed: rho if seed in (1, 2) else 6)
+    assert seng.report()["layers"][0]["rho"] == 6
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_scaled_loss_is_unscaled():
+    plain, scaled = network(torch.float32), network(torch.float32)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    for model, own in ((plain, None), (scaled, scaler)):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        seng = hvd.SENG(model, damping=LAM, sketch=None, grad_scaler=own)
+        loss = loss_of(model, batch(0, dtype=torch.float32))
+        (loss if own is None else own.scale(loss)).backward()
+        if own is not None:
+            own.unscale_(optimizer)
+        seng.step()
+    for one, other in zip(plain.parameters(), scaled.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_autocast_with_a_gradient_scaler_trains_through_an_overflow():
+    model = network(torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    seng = hvd.SENG(model, damping=LAM, update_freq=2, grad_scaler=scaler)
+    data = batch(0, dtype=torch.float32)
+    losses = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(40):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = loss_of(model, data)
+            losses.append(loss.item())
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            seng.step()
+            scaler.step(optimizer)
+            scaler.update()
+    assert seng.report()["skipped"] > 0
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_accumulated_micro_batches_take_the_curvature_of_the_last():
+    model = network()
+    seng = hvd.SENG(model, damping=LAM, sketch=None, loss_scale=0.5)
+    for seed in (0, 1):
+        (loss_of(model, batch(seed)) / 2).backward()
+    seng.step()
+    alone = network()
+    other = hvd.SENG(alone, damping=LAM, sketch=None)
+    alone.load_state_dict(model.state_dict())
+    loss_of(alone, batch(1)).backward()
+    other.step()
+    for one, two in zip(seng._layers, other._layers, strict=True):
+        torch.testing.assert_close(held_u(seng, one), held_u(other, two))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_in_half_precision(dtype):
+    model, exact = network(dtype), network(torch.float32)
+    exact.load_state_dict(model.state_dict())
+    for one in (model, exact):
+        seng = hvd.SENG(one, damping=LAM, sketch=None)
+        loss_of(one, batch(0, dtype=next(one.parameters()).dtype)).backward()
+        seng.step()
+    for one, other in zip(model.parameters(), exact.parameters(), strict=True):
+        assert one.grad.dtype == dtype
+        torch.testing.assert_close(one.grad.float(), other.grad, rtol=0.1, atol=0.05)
+
+
+def test_curvature_in_bfloat16_takes_half_the_bytes_and_stays_close():
+    found = {}
+    for name in (None, "bfloat16"):
+        for threshold in (0, 10**9):
+            model = network(torch.float32)
+            seng = hvd.SENG(model, damping=LAM, explicit_threshold=threshold, sketch=None,
+                            uc="exact", rank=100, curvature_dtype=name)
+            loss_of(model, batch(0, dtype=torch.float32)).backward()
+            seng.step()
+            row = seng.report()["layers"][2]
+            found[name, threshold] = (row["formula_bytes"], model[3].weight.grad)
+    for threshold in (0, 10**9):
+        (big, exact), (small, close) = found[None, threshold], found["bfloat16", threshold]
+        assert small * 2 == big
+        torch.testing.assert_close(close, exact, rtol=0.05, atol=0.02 * float(exact.abs().max()))
+
+
+def test_memory_format_does_not_matter():
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model = network().to(memory_format=layout)
+        seng = hvd.SENG(model, damping=LAM, sketch=None)
+        data = batch(0)
+        loss_of(model, (data[0].to(memory_format=layout), data[1])).backward()
+        seng.step()
+        found.append([p.grad.clone() for p in model.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+SETTINGS = [
+    {"coupling": "block", "sketch": "uniform", "sketch_size": 50},
+    {"coupling": "lagged", "explicit_threshold": 0, "rank": 3, "row_sketch": 4,
+     "sketch": "leverage"},
+    {"coupling": "full", "explicit_threshold": 0, "uc": "exact", "curvature_dtype": "bfloat16"},
+    {"coupling": "lagged", "damping": lambda step: 0.5 / (1 + step)},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("steps", [2, 3])
+def test_resuming_gives_the_same_next_step_bit_for_bit(settings, steps):
+    settings = {"damping": LAM, **settings}
+
+    def made():
+        model = network(torch.float32)
+        return (model, hvd.SENG(model, update_freq=3, **settings),
+                torch.optim.SGD(model.parameters(), lr=0.1))
+
+    def go(model, seng, optimizer, seeds):
+        for seed in seeds:
+            optimizer.zero_grad()
+            loss_of(model, batch(seed, dtype=torch.float32)).backward()
+            seng.step()
+            optimizer.step()
+
+    first = made()
+    go(*first, range(steps))
+    file = io.BytesIO()
+    torch.save((first[0].state_dict(), first[1].state_dict()), file)
+    go(*first, range(10, 14))
+    file.seek(0)
+    second = made()
+    weights, state = torch.load(file, weights_only=True)
+    second[0].load_state_dict(weights)
+    second[1].load_state_dict(state)
+    go(*second, range(10, 14))
+    for one, other in zip(first[0].parameters(), second[0].parameters(), strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(one.grad, other.grad)
+    assert same(first[1].state_dict(), second[1].state_dict())
+
+
+def test_foreign_state_is_refused_with_the_reason():
+    seng = hvd.SENG(network(), damping=LAM)
+    state = seng.state_dict()
+    with pytest.raises(ValueError, match="saved by 2 ranks and there are 1"):
+        seng.load_state_dict({**state, "ranks": 2})
+    with pytest.raises(ValueError, match="format None"):
+        seng.load_state_dict({})
+    with pytest.raises(ValueError, match="rank was 16 and is 8"):
+        hvd.SENG(network(), damping=LAM, rank=8).load_state_dict(state)
+    with pytest.raises(ValueError, match="layer 'x' that this model has not"):
+        seng.load_state_dict({**state, "layers": {"x": {}}})
+
+
+def test_report_as_data_and_as_a_table():
+    model = network(torch.float32)
+    seng = hvd.SENG(model, damping=LAM, explicit_threshold=140, rank=2, row_sketch=6)
+    loss_of(model, batch(0, dtype=torch.float32)).backward()
+    seng.step()
+    report = seng.report()
+    conv = report["layers"][2]
+    assert conv["kind"] == "Conv2d"
+    assert {key: conv[key] for key in ("held", "n", "n_G", "n_A", "kappa", "rank", "sketch", "age",
+                                       "jitter", "rho", "failures")} == {
+        "held": "implicit", "n": 148, "n_G": 4, "n_A": 37, "kappa": 9, "rank": 2,
+        "sketch": "all × 6", "age": 1, "jitter": 0.0, "rho": 6, "failures": 0}
+    # Factors and the sampled rows of A, in float32; the rest are the small system and the rows.
+    assert conv["formula_bytes"] == 4 * 2 * 6 * (4 + 37 + 6)
+    assert conv["bytes"] == conv["formula_bytes"] + 2 * 8 * 36 + 6 * (8 + 4)
+    assert conv["coefficient_norm"] > 0
+    assert report["identity_parameters"] == 0
+    assert "Conv2d" in str(report)
+    assert str(148) in str(report)
+
+
+def test_bad_use_says_what_to_change():
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
+        hvd.SENG([torch.nn.Parameter(torch.ones(1))], damping=LAM)
+    with pytest.raises(ValueError, match="no trainable layer.*register_seng_rule"):
+        hvd.SENG(nn.Sequential(nn.ReLU()), damping=LAM)
+    with pytest.raises(ValueError, match="at most 148"):
+        hvd.SENG(network(), damping=LAM, sketch_size=1000)
+    with pytest.raises(ValueError, match="damping must be"):
+        hvd.SENG(network(), damping=0)
+    with pytest.raises(TypeError, match="list of module names"):
+        hvd.SENG(network(), damping=LAM, exclude="0")
+    with pytest.raises(RuntimeError, match=r"call loss\.backward\(\) before it"):
+        hvd.SENG(network(), damping=LAM).step()

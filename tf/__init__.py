@@ -6,12 +6,16 @@ extends comes after it.
 
 # ruff: noqa: F401  (names are given on)
 
+import importlib
+
 from horovod.tensorflow import *  # noqa: F403
 
 from hvd_ext.replicas import ReplicasDifferError
-from hvd_ext.tensorflow import elastic
 from hvd_ext.tensorflow.distributed import DistributedOptimizer
 from hvd_ext.tensorflow.replicas import assert_replicas_equal
 from hvd_ext.tensorflow.tape import distributed_tape as DistributedGradientTape
 from hvd_ext.tensorflow.tape import partial_distributed_tape as PartialDistributedGradientTape
 from hvd_ext.tensorflow.variables import broadcast_variables
+
+# Horovod's modules of these names are here already; an import from this package would find them.
+elastic = importlib.import_module("hvd_ext.tensorflow.elastic")

@@ -50,8 +50,8 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "ema": lambda: O.SGD(0.1, use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=2),
     "loss_scale_factor": lambda: O.SGD(0.1, loss_scale_factor=8.0),
     "accumulation": lambda: O.SGD(0.1, momentum=0.9, gradient_accumulation_steps=2),
-    "multi": lambda: O.MultiOptimizer({"kernel": O.SGD(0.1), "bias": O.Adam(0.01)})
-    if "MultiOptimizer" in vars(O) else O.SGD(0.1),
+    "multi": lambda: O.MultiOptimizer(O.OptimizerMap(
+        O.SGD(0.1), {".*bias": O.Adam(0.01, clipnorm=0.1)})),
     "muon": lambda: O.Muon(0.01),
 }
 

@@ -6,11 +6,16 @@ adds or extends comes after it.
 
 # ruff: noqa: F401  (names are given on)
 
+import importlib
+
 from horovod.tensorflow.keras import *  # noqa: F403
 
 from hvd_ext.replicas import ReplicasDifferError
-from hvd_ext.tensorflow.keras import callbacks, elastic
 from hvd_ext.tensorflow.keras.load import load_model
 from hvd_ext.tensorflow.optimizer import distribute as DistributedOptimizer
 from hvd_ext.tensorflow.replicas import assert_replicas_equal
 from hvd_ext.tensorflow.variables import broadcast_variables
+
+# Horovod's modules of these names are here already; an import from this package would find them.
+callbacks = importlib.import_module("hvd_ext.tensorflow.keras.callbacks")
+elastic = importlib.import_module("hvd_ext.tensorflow.keras.elastic")

@@ -1,0 +1,137 @@
+"""Distributed tapes: the joined batch's gradient, in eager mode and in tf.function, traced once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+tf = pytest.importorskip("tensorflow", reason="TensorFlow is not installed")
+pytest.importorskip("horovod.tensorflow", reason="Horovod is not built for TensorFlow")
+
+import keras  # noqa: E402
+
+import hvd_ext.tensorflow as hvd  # noqa: E402
+from tests.tensorflow import training  # noqa: E402
+
+
+def train(distribute, rank, size, compiled, sparse=False):
+    """Five steps of SGD with a tape; the weights, and how often the step was traced."""
+    model = training.embedding_model() if sparse else training.dense_model()
+    optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
+    x, y = training.data()
+    if sparse:
+        x = (np.abs(x) * 3).astype("int32") % 6
+    traced = []
+
+    def step(x, y):
+        traced.append(1)
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((model(x) - y) ** 2)
+        gradients = distribute(tape).gradient(loss, model.trainable_variables)
+        optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+
+    run = tf.function(step) if compiled else step
+    rows = training.BATCH * 2
+    for start in range(0, 5 * rows, rows):
+        run(tf.constant(x[start:start + rows][rank::size]),
+            tf.constant(y[start:start + rows][rank::size]))
+    return training.weights(model), len(traced)
+
+
+def tapes_on_ranks(compiled):
+    rank, size = hvd.rank(), hvd.size()
+    found = {
+        "plain": train(hvd.DistributedGradientTape, rank, size, compiled),
+        "groups": train(lambda tape: hvd.DistributedGradientTape(tape, groups=2), rank, size,
+                        compiled),
+        "slices": train(hvd.DistributedGradientTape, rank, size, compiled, True),
+        "dense": train(lambda tape: hvd.DistributedGradientTape(tape, sparse_as_dense=True), rank,
+                       size, compiled, True),
+        "optimizer": None,
+    }
+    model = training.dense_model()
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1, momentum=0.9))
+    x, y = training.data()
+
+    def step(x, y):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((model(x) - y) ** 2)
+        gradients = tape.gradient(loss, model.trainable_variables)
+        optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+
+    run = tf.function(step) if compiled else step
+    for start in range(0, 40, 8):
+        run(tf.constant(x[start:start + 8][rank::size]), tf.constant(y[start:start + 8][rank::size]))
+    found["optimizer"] = training.weights(model), 1
+    return found
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("compiled", [False, True])
+def test_tape_equals_one_process(ranks, compiled):
+    by_rank = ranks(2, init="tensorflow").run(tapes_on_ranks, compiled)
+    for case in by_rank[0]:
+        sparse = case in ("slices", "dense")
+        reference, _ = train(lambda tape: tape, 0, 1, False, sparse)
+        for (weights, traced), (first, _) in zip([rank[case] for rank in by_rank],
+                                                 [by_rank[0][case]] * 2, strict=True):
+            if compiled:
+                assert traced == 1 or case == "optimizer" or traced == 2  # variables are made once
+            for mine, one, same in zip(weights, reference, first, strict=True):
+                np.testing.assert_allclose(mine, one, atol=1e-5, rtol=1e-5)
+                np.testing.assert_array_equal(mine, same)
+
+
+def local_sources():
+    a, b = tf.Variable([2.0, 3.0]), tf.Variable(1.0)
+    scale = float(hvd.rank() + 1)
+    with tf.GradientTape(persistent=True) as tape:
+        loss = scale * (tf.reduce_sum(a) + b)
+    wrapped = hvd.DistributedGradientTape(tape)
+    wrapped.register_local_source(b)
+    kept, reduced = wrapped.get_local_and_global_gradients(loss, [a, b])
+    unscaled = hvd.DistributedGradientTape(tape, scale_local_gradients=False)
+    unscaled.register_local_source(b)
+    structured = hvd.DistributedGradientTape(tape).gradient(loss, {"a": a, "rest": [b, a]})
+    layer = keras.layers.Dense(1)
+    layer.build((None, 1))
+    with tf.GradientTape() as second:
+        loss = scale * tf.reduce_sum(layer(tf.ones((1, 1))))
+    partial = hvd.PartialDistributedGradientTape(second, local_layers=layer)
+    mine = partial.gradient(loss, layer.trainable_variables)
+    return (float(kept[0][1]), reduced[0][1].numpy().tolist(),
+            float(unscaled.gradient(loss_of(unscaled, a, b, scale), [b])[0]),
+            structured["a"].numpy().tolist(), float(structured["rest"][0]), float(mine[1][0]))
+
+
+def loss_of(tape, a, b, scale):
+    with tape:
+        loss = scale * (tf.reduce_sum(a) + b)
+    return loss
+
+
+@pytest.mark.ranks
+def test_local_sources_and_structures(ranks):
+    first, second = ranks(2, init="tensorflow").run(local_sources)
+    assert first == (0.5, [1.5, 1.5], 1.0, [1.5, 1.5], 1.5, 0.5)
+    assert second == (1.0, [1.5, 1.5], 2.0, [1.5, 1.5], 1.5, 1.0)
+
+
+def test_bad_input():
+    with pytest.raises(TypeError, match="must be a tf.GradientTape"):
+        hvd.DistributedGradientTape(None)
+    wrapped = hvd.DistributedGradientTape(tf.GradientTape())
+    with pytest.raises(ValueError, match="distributed already"):
+        hvd.DistributedGradientTape(wrapped)
+    with pytest.raises(ValueError, match="local_layers must be Keras layers"):
+        hvd.PartialDistributedGradientTape(tf.GradientTape(), local_layers=[3])
+
+    @tf.function(jit_compile=True)
+    def step(weight):
+        with tf.GradientTape() as tape:
+            tape.watch(weight)
+            loss = weight * weight
+        return hvd.DistributedGradientTape(tape).gradient(loss, [weight])
+
+    with pytest.raises(NotImplementedError, match="jit_compile=False"):
+        step(tf.constant(1.0))

@@ -80,7 +80,7 @@ class ParameterServer:
 
         self._buffer = model.buffer()
         self._buffer.take_weights()
-        weights = self._buffer.host()
+        weights = self._buffer.read()
         self._plan, member = register(
             MPI.COMM_WORLD if comm is None else comm, servers, model, weights, settings
         )
@@ -142,16 +142,17 @@ class ParameterServer:
             ServerStopped: no worker is left, or the primary server stopped.
             KeyboardInterrupt, SystemExit: Ctrl-C or SIGTERM; a checkpoint has been written.
         """
-        if self.is_server and self._over:
+        if not self.is_server:
+            raise RuntimeError("serve() is for server ranks; workers call step() and finish()")
+        if self._over:
             raise RuntimeError("serve() was already called; construct a new ParameterServer")
         self._over = True
         if self._primary is not None:
             self._report, whole = self._primary.serve()
-        elif self._secondary is not None:
-            whole = self._secondary.serve()
         else:
-            raise RuntimeError("serve() is for server ranks; workers call step() and finish()")
-        self._buffer.host()[...] = whole
+            assert self._secondary is not None
+            whole = self._secondary.serve()
+        self._buffer.write(whole)
         self._buffer.put_weights()
         return self._report
 

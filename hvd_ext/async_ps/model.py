@@ -30,8 +30,11 @@ class FlatBuffer(Protocol):
     def largest(self) -> float:
         """The largest magnitude in the buffer; NaN if any entry is NaN."""
 
-    def host(self) -> Array:
-        """The buffer as a NumPy array in host memory (n,), a view where it can be one."""
+    def read(self) -> Array:
+        """The buffer's entries in host memory (n,); maybe a view."""
+
+    def write(self, entries: Array) -> None:
+        """Overwrites the buffer with entries in host memory (n,)."""
 
 
 class FlatModel(Protocol):
@@ -87,9 +90,13 @@ class HostBuffer:
         """The largest magnitude in the buffer; NaN if any entry is NaN."""
         return float(max(self.wire.max(), -self.wire.min()))
 
-    def host(self) -> Array:
+    def read(self) -> Array:
         """The buffer itself."""
         return self.wire
+
+    def write(self, entries: Array) -> None:
+        """Overwrites the buffer."""
+        self.wire[...] = entries
 
 
 class _NumpyBuffer(HostBuffer):

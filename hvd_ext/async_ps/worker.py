@@ -96,7 +96,7 @@ class Worker:
     def snapshot(self) -> tuple[int, Array]:
         """All servers' weights between two updates: how many updates so far, and w (numel,)."""
         self._drain()
-        whole = np.empty(self.plan.numel, self._weights[0].host().dtype)
+        whole = np.empty(self.plan.numel, self._weights[0].read().dtype)
         requests = self._receive(whole, wire.SNAPSHOT)
         self._outbox.header(wire.header(wire.ASK_SNAPSHOT), 0, wire.TO_SERVER)
         update = int(self._reply(wire.SNAPSHOT_READY)["update"])

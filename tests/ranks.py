@@ -28,6 +28,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -74,8 +75,9 @@ class Ranks:
         self.folder = Path(tempfile.mkdtemp(prefix="ranks-"))
         self.tasks = 0
         self.log = self.folder / "log"
-        worker = [sys.executable, "-m", "tests.ranks", str(self.folder), init or ""]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+        worker = [sys.executable, "-m", "tests.ranks", str(self.folder), init or "none", str(os.getpid())]
+        # Idle ranks negotiate once a cycle; the default of 1 ms keeps the cores busy with nothing.
+        environment = {"HOROVOD_CYCLE_TIME": "3", **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
                        "TF_CPP_MIN_LOG_LEVEL": "3", **(env or {})}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -210,15 +212,15 @@ def own_rank() -> int:
     raise RuntimeError("not started by mpirun or horovodrun")
 
 
-def _serve(folder: Path, init: str) -> None:
+def _serve(folder: Path, init: str, owner: int) -> None:
     rank = own_rank()
-    parent = os.getppid()
-    if init:
+    threading.Thread(target=_end_with, args=(owner,), daemon=True).start()
+    if init != "none":
         importlib.import_module(f"horovod.{init}").init()
     if init == "torch":
         importlib.import_module("torch").set_num_threads(1)
     number = 1
-    while not (folder / "stop").exists() and os.getppid() == parent:
+    while not (folder / "stop").exists():
         path = folder / f"task{number}"
         if not path.exists():
             time.sleep(0.005)
@@ -228,6 +230,13 @@ def _serve(folder: Path, init: str) -> None:
         hidden.write_bytes(pickle.dumps(outcome))
         hidden.rename(folder / f"result{number}.{rank}")
         number += 1
+
+
+def _end_with(owner: int) -> None:
+    """End this rank, whatever it does, when the session that started it is gone."""
+    while Path(f"/proc/{owner}").exists():
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def _run_task(folder: Path, rank: int, module: str, name: str, args: tuple[Any, ...],
@@ -247,4 +256,6 @@ def _run_task(folder: Path, rank: int, module: str, name: str, args: tuple[Any, 
 
 if __name__ == "__main__":
     # The module under its own name, so that what it pickles can be read elsewhere.
-    importlib.import_module("tests.ranks")._serve(Path(sys.argv[1]), sys.argv[2])
+    importlib.import_module("tests.ranks")._serve(
+        Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    )

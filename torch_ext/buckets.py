@@ -149,14 +149,14 @@ class BucketReducer(Reducer):
         return gradient.to_dense()
 
     def give_back(self, entry: Entry, reduced: torch.Tensor) -> None:
-        """Make ``reduced`` (of the parameter's shape) the entry's gradient, without a copy where possible."""
+        """Copy ``reduced``, of the parameter's shape, into the entry's gradient."""
         parameter = entry.parameter
         if entry in self._sparse:
             parameter.grad = reduced.to(parameter.dtype).to_sparse()
-        elif not parameter.is_contiguous():
+        elif parameter.grad is None:
             parameter.grad = torch.empty_like(parameter).copy_(reduced)
         else:
-            parameter.grad = reduced.to(parameter.dtype)
+            parameter.grad.copy_(reduced)
 
     # Agreement of the ranks
 

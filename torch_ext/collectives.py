@@ -13,6 +13,7 @@ from typing import Any
 
 import horovod.torch as horovod
 import torch
+from horovod.torch import mpi_ops
 
 from hvd_ext.traffic import Traffic
 
@@ -82,11 +83,15 @@ class Collectives:
         return Handle(self, ticket, kind)
 
     def alltoall_async(self, tensor: torch.Tensor, splits: Sequence[int], name: str, *,
-                       kind: str = "gradients") -> Handle:
-        """Send ``splits[s]`` rows of ``tensor`` to rank s; the result is what all sent here, by rank."""
-        ticket = horovod.alltoall_async(
-            _carrier(tensor), splits=torch.tensor(splits, dtype=torch.int32), name=name,
-            process_set=self.process_set,
+                       kind: str = "gradients", out: torch.Tensor | None = None) -> Handle:
+        """Send ``splits[s]`` rows of ``tensor`` to rank s; the result is what all sent here, by rank.
+
+        ``out`` lends memory for the result, which is resized in place: fresh memory for every
+        message costs more in page faults than the message itself on a CPU.
+        """
+        ticket = mpi_ops._alltoall_async(
+            _carrier(tensor), torch.tensor(splits, dtype=torch.int32), _memory(out, tensor),
+            torch.empty(0, dtype=torch.int32), name, self.process_set,
         )
         row = nbytes(tensor) // max(1, tensor.shape[0])
         own = splits[self.rank] * row
@@ -94,12 +99,16 @@ class Collectives:
         return Handle(self, ticket, kind, counted=False, dtype=tensor.dtype)
 
     def allgather_async(self, tensor: torch.Tensor, name: str, *,
-                        kind: str | Mapping[str, int] = "gradients") -> Handle:
+                        kind: str | Mapping[str, int] = "gradients",
+                        out: torch.Tensor | None = None) -> Handle:
         """Concatenate the ranks' tensors along their first axis, whose length may differ by rank.
 
-        A message that holds several kinds says with ``kind`` how many bytes are of each.
+        A message that holds several kinds says with ``kind`` how many bytes are of each. ``out``
+        lends memory for the result, as in :meth:`alltoall_async`.
         """
-        ticket = horovod.allgather_async(_carrier(tensor), name=name, process_set=self.process_set)
+        ticket = mpi_ops._allgather_async(
+            _carrier(tensor), _memory(out, tensor), name, self.process_set
+        )
         for part, own in by_kind(kind, nbytes(tensor)).items():
             self.traffic.add(part, sent=(self.size - 1) * own, received=-own)
         return Handle(self, ticket, kind, counted=False, dtype=tensor.dtype)
@@ -137,6 +146,11 @@ def by_kind(kind: str | Mapping[str, int], count: int) -> dict[str, int]:
         return {kind: count}
     whole = sum(kind.values())
     return {part: count * share // whole for part, share in kind.items()}
+
+
+def _memory(out: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """The tensor that Horovod is to resize and fill."""
+    return _carrier(like).new_empty(0) if out is None else _carrier(out)
 
 
 def nbytes(tensor: torch.Tensor) -> int:

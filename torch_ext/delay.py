@@ -56,6 +56,8 @@ class DelayReducer(BucketReducer):
         self.mean_square: dict[int, torch.Tensor] = {}
         self._ranks = collectives.size if collectives.included else 1
         self._send: dict[tuple[int, int], torch.Tensor] = {}
+        self._receive: dict[tuple[int, int], torch.Tensor] = {}
+        self._spare: dict[Entry, torch.Tensor] = {}
         self._norms: dict[tuple[int, int], torch.Tensor] = {}
         self._handles: dict[tuple[int, int], Handle] = {}
         self._present: set[int] = set()
@@ -92,7 +94,9 @@ class DelayReducer(BucketReducer):
             target.view(gradient.shape).copy_(gradient)
             self._present.add(part)
             if self._by_microbatch:
-                entry.parameter.grad = None  # the next micro-batch is a worker of its own
+                # The next micro-batch is a worker of its own; its memory is kept for the result.
+                self._spare.setdefault(entry, gradient)
+                entry.parameter.grad = None
         if not late:
             self._present.add(part)
 
@@ -114,7 +118,10 @@ class DelayReducer(BucketReducer):
         if self.collectives.size > 1:
             splits = slice_sizes(bucket.numel, self.collectives.size)
             name = f"{self.label}/bucket{bucket.index}" + (f"/part{part}" if part else "")
-            self._handles[bucket.index, part] = self.collectives.alltoall_async(flat, splits, name)
+            memory = self._receive.setdefault((bucket.index, part), flat.new_empty(0))
+            self._handles[bucket.index, part] = self.collectives.alltoall_async(
+                flat, splits, name, out=memory
+            )
 
     # At the end of the step
 
@@ -133,6 +140,8 @@ class DelayReducer(BucketReducer):
             for slot in bucket.slots:
                 entry = self.entries[slot.index]
                 piece = flat[slot.offset : slot.offset + slot.numel]
+                if entry.parameter.grad is None:
+                    entry.parameter.grad = self._spare.get(entry)
                 self.give_back(entry, piece.view(entry.parameter.shape))
         self.steps += good
         self.unusable_steps += not good
@@ -160,11 +169,13 @@ class DelayReducer(BucketReducer):
         if ranks > 1:
             received = [self._handles[bucket.index, part].wait() for part in range(parts)]
             own = slice_sizes(bucket.numel, ranks)[self.collectives.rank]
+            # What was sent has arrived: its memory serves for the result.
+            out = self._buffer(bucket, 0)[:own]
         else:
             received = [self._buffer(bucket, part) for part in range(parts)]
             own = bucket.numel
+            out = self._receive.setdefault((bucket.index, 0), torch.empty_like(received[0]))
         rows = [received[w.part][w.rank * own : (w.rank + 1) * own] for w in order]
-        out = torch.empty(own, dtype=received[0].dtype, device=received[0].device)
         if not rows:
             out.zero_()
         elif good:
@@ -175,7 +186,9 @@ class DelayReducer(BucketReducer):
         out.div_(ranks)
         if ranks == 1:
             return out
-        return self.collectives.allgather_async(out, f"{self.label}/bucket{bucket.index}/reduced")
+        return self.collectives.allgather_async(
+            out, f"{self.label}/bucket{bucket.index}/reduced", out=self._receive[bucket.index, 0]
+        )
 
     def _lr(self, bucket: Bucket) -> float:
         """The learning rate of the bucket's parameter group at this step."""
@@ -225,6 +238,7 @@ class DelayReducer(BucketReducer):
         self._norms.clear()
         self._handles.clear()
         self._present.clear()
+        self._spare.clear()
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -256,7 +270,7 @@ class DelayReducer(BucketReducer):
         self.steps = self.unusable_steps = 0
 
     def report(self) -> dict[str, Any]:
-        held = [*self._send.values(), *self.mean_square.values()]
+        held = [*self._send.values(), *self._receive.values(), *self.mean_square.values()]
         return {
             "workers": self.collectives.size * self.parts_of_step(),
             "buckets": len(self.buckets),

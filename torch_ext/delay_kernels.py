@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 # Elements a thread takes at a time on the CPU: the five arrays of the recursion stay in its cache.
-CPU_CHUNK = 2**15
+CPU_CHUNK = 2**16
 
 
 @dataclass(frozen=True)
@@ -51,22 +51,24 @@ def compensated_sum(rows: Sequence[torch.Tensor], rule: Recursion,
         ``out``.
     """
     length = out.numel()
-    chunk = length if out.is_cuda else CPU_CHUNK * torch.get_num_threads()
+    chunk = length if out.is_cuda else min(length, CPU_CHUNK * torch.get_num_threads())
+    wide = accumulation_dtype(out.dtype)
+    scratch = torch.empty((3, chunk), dtype=wide, device=out.device)
     for start in range(0, length, max(1, chunk)):
         end = min(start + chunk, length)
         pieces = [row[start:end] for row in rows]
         ms = None if mean_square is None else mean_square[start:end]
-        _recursion(pieces, rule, ms, out[start:end])
+        _recursion(pieces, rule, ms, out[start:end], scratch[:, : end - start])
     return out
 
 
 def _recursion(rows: Sequence[torch.Tensor], rule: Recursion, mean_square: torch.Tensor | None,
-               out: torch.Tensor) -> None:
-    wide = accumulation_dtype(out.dtype)
-    total = out if out.dtype == wide else torch.empty(out.shape, dtype=wide, device=out.device)
+               out: torch.Tensor, scratch: torch.Tensor) -> None:
+    correction, root, wide = scratch
+    total = out if out.dtype == wide.dtype else wide
     strength = rule.step * rule.lam * rule.scale**2
     for number, row in enumerate(rows):
-        gradient = row.to(wide)
+        gradient = row.to(wide.dtype)
         if mean_square is not None:
             mean_square.mul_(rule.decay).addcmul_(
                 gradient, gradient, value=(1 - rule.decay) * rule.scale**2
@@ -74,15 +76,12 @@ def _recursion(rows: Sequence[torch.Tensor], rule: Recursion, mean_square: torch
         if number == 0 and rule.cumulative:
             total.copy_(gradient)  # nothing was applied before the first
             continue
-        if rule.cumulative:
-            correction = gradient * total
-        elif number == 0:
-            correction = gradient * gradient
+        if number == 0:
             total.zero_()
-        else:
-            correction = gradient * gradient
+        torch.mul(gradient, total if rule.cumulative else gradient, out=correction)
         if mean_square is not None:
-            correction.mul_((mean_square + rule.eps).rsqrt_())
+            torch.add(mean_square, rule.eps, out=root)
+            correction.mul_(root.rsqrt_())
         total.add_(gradient).addcmul_(gradient, correction, value=-strength)
     if total is not out:
         out.copy_(total)

@@ -58,10 +58,10 @@ class Reducer(abc.ABC):
         """What this rank keeps between steps. Empty when it keeps nothing."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  (most keep nothing)
         """Take back what ``state_dict()`` gave, bit for bit."""
 
-    def reset_state(self) -> None:
+    def reset_state(self) -> None:  # noqa: B027
         """Start the state anew."""
 
     def report(self) -> dict[str, Any]:

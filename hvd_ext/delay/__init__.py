@@ -1,4 +1,4 @@
-"""Delay compensation: settings, slices and order of the synchronous method; rules and engine of the asynchronous one."""
+"""Delay compensation: plan of the synchronous method, rules and engine of the asynchronous one."""
 
 from hvd_ext.delay.config import DelayCompensated
 

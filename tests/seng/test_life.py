@@ -256,9 +256,9 @@ def test_scaled_loss_is_unscaled():
 
 def test_autocast_with_a_gradient_scaler_trains_through_an_overflow():
     model = network(torch.float32)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05 / 64)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
-    seng = hvd.SENG(model, damping=LAM, update_freq=2, grad_scaler=scaler)
+    seng = hvd.SENG(model, damping=LAM, update_freq=2, grad_scaler=scaler, loss_scale=64.0)
     data = batch(0, dtype=torch.float32)
     losses = []
     with warnings.catch_warnings():
@@ -266,7 +266,7 @@ def test_autocast_with_a_gradient_scaler_trains_through_an_overflow():
         for _ in range(40):
             optimizer.zero_grad()
             with torch.autocast("cpu", torch.bfloat16):
-                loss = loss_of(model, data)
+                loss = 64.0 * loss_of(model, data)
             losses.append(loss.item())
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
@@ -425,3 +425,50 @@ def test_bad_use_says_what_to_change():
         hvd.SENG(network(), damping=LAM, exclude="0")
     with pytest.raises(RuntimeError, match=r"call loss\.backward\(\) before it"):
         hvd.SENG(network(), damping=LAM).step()
+
+
+@pytest.mark.parametrize("coupling", ["block", "lagged"])
+def test_scaled_gradients_of_a_distributed_optimizer_pass_through(coupling):
+    """``attach`` says that gradients come still scaled, by another factor at each step."""
+    class Scaler:
+        scale = 1.0
+
+        def get_scale(self) -> float:
+            return self.scale
+
+        def is_enabled(self) -> bool:
+            return True
+
+    plain, scaled, scaler = network(), network(), Scaler()
+    one = hvd.SENG(plain, damping=LAM, update_freq=3, coupling=coupling, explicit_threshold=200)
+    two = hvd.SENG(scaled, damping=LAM, update_freq=3, coupling=coupling, explicit_threshold=200)
+    two.attach(None, None)
+    two.set_grad_scaler(scaler)
+    for step in range(7):
+        scaler.scale = [8.0, 8.0, 4.0, 16.0, 16.0, 2.0, 2.0][step]
+        for model, seng, factor in ((plain, one, 1.0), (scaled, two, scaler.scale)):
+            model.zero_grad()
+            (factor * loss_of(model, batch(step))).backward()
+            seng.before_reduce()
+            seng.precondition()
+        for p, q in zip(plain.parameters(), scaled.parameters(), strict=True):
+            torch.testing.assert_close(q.grad / scaler.scale, p.grad)
+
+
+def test_another_number_of_ranks_drops_what_depends_on_it():
+    class Ranks:
+        size = 1
+
+    model = network()
+    seng = hvd.SENG(model, damping=LAM, update_freq=10, coupling="lagged")
+    seng.attach(None, None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(model, seng, optimizer, [0, 1])
+    assert seng._pending is not None
+    assert not hooks(model)
+    seng._ranks = 2
+    seng.attach(Ranks(), None)
+    assert seng._pending is None
+    assert hooks(model)
+    train(model, seng, optimizer, [2])
+    assert seng.report()["layers"][0]["age"] == 1

@@ -26,9 +26,10 @@ from hvd_ext.torch.reduce import Entry
 class TopKReducer(BucketReducer):
     """The reducer of ``compression=hvd.Compression.topk(...)``: SPARS-AMS Algorithm 1, lines 7-12.
 
-    A bucket keeps two flat buffers: the residual e, and g + e of this step, which becomes the next
-    residual when the step is taken. A step in which some rank's gradient is not finite is skipped
-    by all; e is then what it was. Residuals are float32, float64 for float64 gradients.
+    A bucket keeps two flat buffers: the residual e, and g + e of this step. When the step is taken
+    they change places: what is left of g + e is the next residual, and the old one's memory takes
+    the mean. A step in which some rank's gradient is not finite is skipped by all; e is then what
+    it was. Residuals are float32, float64 for float64 gradients.
 
     Args:
         collectives: the ranks to reduce over.
@@ -51,6 +52,7 @@ class TopKReducer(BucketReducer):
         self._kept_scale = 1.0  # the loss scale that the residual carries
         self._sum: dict[int, torch.Tensor] = {}  # g + e; of buckets that go whole, g
         self._messages: dict[int, Handle | torch.Tensor] = {}
+        self._received: dict[int, torch.Tensor] = {}
         self._scale_now: float | None = None
         self._finite = True
         self._sent = 0
@@ -140,7 +142,8 @@ class TopKReducer(BucketReducer):
             message = self._compress(bucket, total, finite)
             if self.collectives.size > 1:
                 parts = self._layout(bucket).parts()
-                message = self.collectives.allgather_async(message, name, kind=parts)
+                memory = self._received.setdefault(bucket.index, message.new_empty(0))
+                message = self.collectives.allgather_async(message, name, kind=parts, out=memory)
         self._messages[bucket.index] = message
 
     def _measure(self, bucket: Bucket) -> bool:
@@ -183,7 +186,7 @@ class TopKReducer(BucketReducer):
         if good:
             for index, messages in gathered.items():
                 self._add_up(self.buckets[index], messages)
-            self._keep_residuals()
+            self._kept_scale = self._scale()
         else:
             for entry in self.entries:  # so that a GradScaler sees it and backs off
                 entry.parameter.grad = torch.full_like(entry.parameter, math.nan)
@@ -211,16 +214,20 @@ class TopKReducer(BucketReducer):
         return all(row[0] == 1.0 for row in rows)
 
     def _add_up(self, bucket: Bucket, messages: torch.Tensor) -> None:
-        """The mean of what all ranks sent becomes the gradient."""
-        ranks = self.collectives.size
-        total = self._buffer(bucket)
+        """The mean of what all ranks sent becomes the gradient, what was left of g + e the residual."""
         if bucket.kind[-1] == DENSE:
-            mean = messages.clone()
+            mean = messages
         else:
-            layout = self._layout(bucket)
+            ranks, layout = self.collectives.size, self._layout(bucket)
             counts = check_messages(messages.numel(), kernels.headers(messages, ranks), layout,
                                     f"{self.label}/bucket{bucket.index}")
-            mean = torch.zeros_like(total)
+            left = self._buffer(bucket)
+            if self.config.error_feedback:
+                mean = self.residual.get(bucket.index)
+                mean = torch.zeros_like(left) if mean is None else mean.zero_()
+                self.residual[bucket.index], self._sum[bucket.index] = left, mean
+            else:
+                mean = left.zero_()
             kernels.add_up(messages, counts, layout, kernels.wire_dtype(self.config), mean)
             if ranks > 1:
                 mean.div_(ranks)
@@ -228,18 +235,6 @@ class TopKReducer(BucketReducer):
             entry = self.entries[slot.index]
             piece = mean[slot.offset : slot.offset + slot.numel]
             self.give_back(entry, piece.view(entry.parameter.shape))
-
-    def _keep_residuals(self) -> None:
-        """What was left of g + e is the residual now; the old one's memory is used next."""
-        self._kept_scale = self._scale()
-        if not self.config.error_feedback:
-            return
-        for bucket in self.buckets:
-            if bucket.kind[-1] == TOPK:
-                spare = self.residual.get(bucket.index)
-                self.residual[bucket.index] = self._sum.pop(bucket.index)
-                if spare is not None:
-                    self._sum[bucket.index] = spare
 
     def forget(self) -> None:
         super().forget()
@@ -296,7 +291,6 @@ class TopKReducer(BucketReducer):
     def reset_state(self) -> None:
         self.forget()
         self.residual = {}
-        self._sum = {}
         self.steps = self.skipped_steps = 0
         self._kept_scale = 1.0
         self._last = {}
@@ -315,7 +309,7 @@ class TopKReducer(BucketReducer):
         """Figures of the last step; norms are of this rank's gradient and residual, unscaled."""
         norms = [float(torch.linalg.vector_norm(r, dtype=torch.float64))
                  for r in self.residual.values()]
-        held = [*self._sum.values(), *self.residual.values()]
+        held = [*self._sum.values(), *self.residual.values(), *self._received.values()]
         return {
             **self._last,
             "residual_norm": math.hypot(*norms) / self._kept_scale,

@@ -43,10 +43,12 @@ def _select_one(piece: torch.Tensor, k: int, config: TopK, seed: tuple[int, ...]
     if ranks:
         sample = torch.topk(_sample(piece, seed), ranks[-1]).values
         for rank in ranks:
-            found = _above(piece, float(sample[rank - 1]))
+            threshold = float(sample[rank - 1])
+            found = _above(piece, threshold)
             if found.numel() > k:
                 return found[largest(piece[found].abs(), k)]
-            if enough(found.numel(), k, config.selection, config.tolerance):
+            # Above a threshold of zero lies everything that may be chosen.
+            if threshold == 0 or enough(found.numel(), k, config.selection, config.tolerance):
                 return found
     return largest(piece.abs(), k)
 

@@ -10,7 +10,10 @@ import importlib
 
 from horovod.tensorflow import *  # noqa: F403
 
+from hvd_ext.delay import DelayCompensated
 from hvd_ext.replicas import ReplicasDifferError
+from hvd_ext.tensorflow.amsgrad import AMSGrad
+from hvd_ext.tensorflow.compression import Compression
 from hvd_ext.tensorflow.distributed import DistributedOptimizer
 from hvd_ext.tensorflow.replicas import assert_replicas_equal
 from hvd_ext.tensorflow.tape import distributed_tape as DistributedGradientTape

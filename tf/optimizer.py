@@ -21,8 +21,8 @@ import tensorflow as tf
 from hvd_ext import checks
 from hvd_ext.tensorflow import keras_hooks
 from hvd_ext.tensorflow.collectives import Collectives
-from hvd_ext.tensorflow.reduce import Reducer, divide_by_ranks
-from hvd_ext.tensorflow.reducers import make_reducer
+from hvd_ext.tensorflow.reduce import PlainReducer, Reducer, divide_by_ranks
+from hvd_ext.tensorflow.reducers import make_reducer, refuse_absent
 from hvd_ext.tensorflow.variables import as_tf, mark_per_rank, name_of
 
 BASE = keras.Optimizer
@@ -34,7 +34,7 @@ class Distribution:
     """What a distributed optimizer knows beyond the wrapped one."""
 
     def __init__(self, optimizer: Any, reducer: Reducer, *, passes: int, average_passes: bool,
-                 scale_local: bool, sparse_as_dense: bool, preconditioner: Any) -> None:
+                 scale_local: bool, sparse_as_dense: bool, reset_per_rank_state: bool) -> None:
         self.reducer = reducer
         self.collectives = reducer.collectives
         self.prefix = reducer.prefix
@@ -42,32 +42,33 @@ class Distribution:
         self.average_passes = average_passes
         self.scale_local = scale_local
         self.sparse_as_dense = sparse_as_dense
-        self.preconditioner = preconditioner
+        self.reset_per_rank_state = reset_per_rank_state
         self.local: set[int] = set()
         self.counter: Any = None
         self.sums: dict[str, Any] = {}
-        self.standard = all(_inherits(type(optimizer), name) for name in PASSED_THROUGH)
+        self.standard = passes_through(optimizer)
         self.applying: list[Any] | None = None
         self.reduced = False
 
     def build(self, optimizer: Any, variables: Sequence[Any]) -> None:
         """Make the state that reduction and accumulation over passes need, in the optimizer."""
-
-        def make(shape: Sequence[int], dtype: Any, name: str, per_rank: bool) -> tf.Variable:
-            variable = optimizer.add_variable(shape=tuple(shape), name=name, dtype=tf.as_dtype(dtype).name)
-            return as_tf(mark_per_rank(variable) if per_rank else variable)
-
+        make = functools.partial(make_state, optimizer)
         shared = [variable for variable in variables if id(as_tf(variable)) not in self.local]
         self.reducer.build(shared, make)
         if self.passes > 1:
+            parts = self.reducer.parts_shape()
             self.counter = make((), "int64", "passes_done", False)
-            self.sums = {
-                optimizer._var_key(variable): make(variable.shape, variable.dtype, f"sum_of_passes_{number}", True)
-                for number, variable in enumerate(variables)
-            }
+            for number, variable in enumerate(variables):
+                key = optimizer._var_key(variable)
+                self.sums[key] = make((*parts, *variable.shape), variable.dtype,
+                                      f"passes_{number}", True)
 
-    def reduce(self, optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
-        """The gradients over all ranks; those of local variables stay, scaled by 1/M if asked."""
+    def reduce(self, optimizer: Any, gradients: Sequence[Any],
+               variables: Sequence[Any]) -> tuple[list[Any], Any]:
+        """The gradients over all ranks, and whether the step may be taken (None: always).
+
+        Those of local variables stay, scaled by 1/M if asked.
+        """
         keras_hooks.refuse_xla("hvd.DistributedOptimizer")
         self.reduced = True
         result = list(gradients)
@@ -75,15 +76,13 @@ class Distribution:
                if id(as_tf(variable)) not in self.local]
         owners = [variables[index] for index in far]
         inputs = self.reducer.inputs(optimizer)
-        reduced = self.reducer([gradients[index] for index in far], owners, **inputs)
-        if self.preconditioner is not None:
-            reduced = self.preconditioner.precondition(reduced, owners, self.collectives)
+        reduced, good = self.reducer([gradients[index] for index in far], owners, **inputs)
         for index, gradient in zip(far, reduced, strict=True):
             result[index] = gradient
         if self.scale_local and self.local:
             for index in set(range(len(result))) - set(far):
                 result[index] = divide_by_ranks(result[index], self.collectives)
-        return result
+        return result, good
 
     @contextlib.contextmanager
     def application(self) -> Iterator[None]:
@@ -133,23 +132,37 @@ class _Distributed:
         distribution = self._hvd_ext
         with distribution.application():
             if not distribution.standard:
-                grads = distribution.reduce(self, grads, variables)
+                grads, _ = distribution.reduce(self, grads, variables)
             super().apply(grads, variables)
 
-    def _backend_apply_gradients(self, grads: Sequence[Any], trainable_variables: Sequence[Any]) -> None:
-        self._hvd_ext.applying = list(trainable_variables)
-        super()._backend_apply_gradients(grads, trainable_variables)
-        self._hvd_ext.applying = None
+    def _backend_apply_gradients(self, grads: Sequence[Any],
+                                 trainable_variables: Sequence[Any]) -> None:
+        distribution = self._hvd_ext
+        apply = super()._backend_apply_gradients
+        if not distribution.standard:
+            apply(grads, trainable_variables)
+        elif self.gradient_accumulation_steps:
+            distribution.applying = list(trainable_variables)
+            apply(grads, trainable_variables)
+            distribution.applying = None
+        else:
+            reduced, good = distribution.reduce(self, grads, trainable_variables)
+            if good is None:
+                apply(reduced, trainable_variables)
+            else:  # a step that is skipped is not counted either
+                keras.ops.cond(good, lambda: apply(reduced, trainable_variables),
+                               lambda: self._iterations.assign_sub(1))
 
     def _clip_gradients(self, grads: Sequence[Any]) -> Any:
         distribution = self._hvd_ext
-        if distribution.standard and distribution.applying is not None:
-            grads = distribution.reduce(self, grads, distribution.applying)
+        if distribution.applying is not None:  # the mean over gradient_accumulation_steps
+            grads, _ = distribution.reduce(self, grads, distribution.applying)
         return super()._clip_gradients(grads)
 
     def _apply_after_passes(self, grads: Sequence[Any], variables: Sequence[Any]) -> None:
         """Horovod's backward_passes_per_step: sum here, reduce and apply on the last pass."""
         distribution = self._hvd_ext
+        apart = bool(distribution.reducer.parts_shape())  # each pass is a worker of its own
         sums: list[Any] = []
         for gradient, variable in zip(grads, variables, strict=True):
             total = distribution.sums[self._var_key(variable)]
@@ -159,13 +172,16 @@ class _Distributed:
                         f"the gradient of {name_of(variable)} is a tf.IndexedSlices, which cannot "
                         "be summed over backward_passes_per_step; pass sparse_as_dense=True")
                 gradient = tf.convert_to_tensor(gradient)
-            if gradient is not None:
+            if gradient is not None and apart:
+                done = distribution.counter.read_value()
+                total.scatter_nd_update([[done]], [tf.cast(gradient, total.dtype)])
+            elif gradient is not None:
                 total.assign_add(tf.cast(gradient, total.dtype))
             sums.append(None if gradient is None else total)
         done = distribution.counter.assign_add(1)
 
         def last_pass() -> None:
-            divisor = distribution.passes if distribution.average_passes else 1
+            divisor = distribution.passes if distribution.average_passes and not apart else 1
             self._reduce_and_apply(
                 [None if total is None else total / divisor for total in sums], variables)
             for total in distribution.sums.values():
@@ -176,6 +192,20 @@ class _Distributed:
             self._iterations.assign_add(1)
 
         keras.ops.cond(tf.greater_equal(done, distribution.passes), last_pass, other_pass)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Take back what a file holds; state of one rank only by that rank."""
+        super().load_own_variables(store)
+        reducer = self._hvd_ext.reducer
+        if self._hvd_ext.reset_per_rank_state:
+            reducer.reset_per_rank_state()
+        reducer.check_stamp()
+
+    def reset_per_rank_state(self) -> None:
+        """Start anew what belongs to this rank: residuals, MeanSquare, gradients accumulated."""
+        self._hvd_ext.reducer.reset_per_rank_state()
+        for total in self._hvd_ext.sums.values():
+            total.assign(tf.zeros_like(total))
 
     def register_local_var(self, variable: Any) -> None:
         """Keep a variable's gradient on this rank: it is not reduced."""
@@ -196,7 +226,8 @@ def distribute(optimizer: Any, name: str | None = None, device_dense: str = "",
                op: Any = horovod.Average, backward_passes_per_step: int = 1,
                average_aggregated_gradients: bool = False, num_groups: int = 0, groups: Any = None,
                process_set: Any = horovod.global_process_set, scale_local_gradients: bool = True,
-               *, preconditioner: Any = None, server: str | None = None) -> Any:
+               *, preconditioner: Any = None, server: str | None = None,
+               reset_per_rank_state: bool = False) -> Any:
     """Make a Keras optimizer reduce gradients over all ranks before it applies them.
 
     The optimizer given is changed in place and returned: its class (by ``isinstance`` and by
@@ -209,6 +240,8 @@ def distribute(optimizer: Any, name: str | None = None, device_dense: str = "",
         compression: ``Compression.none``, ``Compression.fp16`` or ``Compression.topk(...)``.
         preconditioner: ``SENG(model, ...)`` or None.
         server: "replicated" or None.
+        reset_per_rank_state: when the optimizer's variables are loaded from a file, start anew
+            the state that belongs to one rank (TopK's residuals, MeanSquare).
 
     The other arguments are those of ``horovod.tensorflow.keras.DistributedOptimizer``.
 
@@ -231,7 +264,8 @@ def distribute(optimizer: Any, name: str | None = None, device_dense: str = "",
             optimizer.inner_optimizer, name, device_dense, device_sparse, compression,
             sparse_as_dense, gradient_predivide_factor, op, backward_passes_per_step,
             average_aggregated_gradients, num_groups, groups, process_set, scale_local_gradients,
-            preconditioner=preconditioner, server=server)
+            preconditioner=preconditioner, server=server,
+            reset_per_rank_state=reset_per_rank_state)
         return optimizer
     passes = checks.whole("backward_passes_per_step", backward_passes_per_step, low=1)
     if passes > 1 and optimizer.gradient_accumulation_steps:
@@ -241,19 +275,19 @@ def distribute(optimizer: Any, name: str | None = None, device_dense: str = "",
     if num_groups:
         warnings.warn("num_groups has been replaced by groups", DeprecationWarning, stacklevel=3)
         groups = num_groups if groups is None else groups
+    refuse_absent(preconditioner, server)
     reducer = make_reducer(
         Collectives(process_set, device_dense=device_dense, device_sparse=device_sparse),
         name or optimizer.name, op=op, compression=compression, sparse_as_dense=sparse_as_dense,
-        gradient_predivide_factor=gradient_predivide_factor, groups=groups, passes=passes)
-    if server not in (None, "replicated"):
-        raise NotImplementedError(
-            f"server={server!r} is not available in the TensorFlow front end; leave it out (every "
-            "rank applies the update), or train with hvd_ext.torch")
+        gradient_predivide_factor=gradient_predivide_factor, groups=groups, passes=passes,
+        average_passes=average_aggregated_gradients)
+    if not isinstance(reducer, PlainReducer):
+        check_extension(optimizer, reducer)
     keras_hooks.install()
     distribution = Distribution(
         optimizer, reducer, passes=passes, average_passes=average_aggregated_gradients,
         scale_local=scale_local_gradients, sparse_as_dense=sparse_as_dense,
-        preconditioner=preconditioner)
+        reset_per_rank_state=reset_per_rank_state)
     object.__setattr__(optimizer, keras_hooks.ATTRIBUTE, distribution)
     object.__setattr__(optimizer, "__class__", distributed_class(type(optimizer)))
     if optimizer.built:
@@ -273,8 +307,35 @@ def distributed_class(wrapped: type) -> type:
     return kind
 
 
-def _inherits(kind: type, name: str) -> bool:
-    return getattr(kind, name) is getattr(BASE, name)
+def passes_through(optimizer: Any) -> bool:
+    """Whether its class leaves the way of a gradient from ``apply`` to clipping as Keras has it."""
+    return all(getattr(type(optimizer), name) is getattr(BASE, name) for name in PASSED_THROUGH)
+
+
+def make_state(optimizer: Any, shape: Sequence[int], dtype: Any, name: str,
+               per_rank: bool) -> tf.Variable:
+    """A variable of zeros that the optimizer's checkpoints hold."""
+    variable = optimizer.add_variable(shape=tuple(shape), name=name,
+                                      dtype=tf.as_dtype(dtype).name)
+    return as_tf(mark_per_rank(variable) if per_rank else variable)
+
+
+def check_extension(optimizer: Any, reducer: Reducer) -> None:
+    """Refuse optimizers that an extension cannot serve.
+
+    Raises:
+        NotImplementedError: the optimizer has its own way of a gradient.
+        ValueError: it accumulates gradients where the extension needs each.
+    """
+    what = type(reducer).__name__.removesuffix("Reducer")
+    if not passes_through(optimizer):
+        raise NotImplementedError(
+            f"{what} with {type(optimizer).__name__}, which handles gradients in a way of its own: "
+            "wrap a plain optimizer, or leave the extension out")
+    if optimizer.gradient_accumulation_steps and not reducer.takes_accumulated:
+        raise ValueError(
+            f"{what} with gradient_accumulation_steps={optimizer.gradient_accumulation_steps}: "
+            "leave it out and pass backward_passes_per_step to hvd.DistributedOptimizer")
 
 
 def _reduce_overwrites(optimizer: Any, grads: list[Any], variables: Sequence[Any]) -> list[Any]:

@@ -8,6 +8,7 @@ still runs; in eager mode they start together.
 from __future__ import annotations
 
 import abc
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ MakeVariable = Callable[..., tf.Variable]
 class Reducer(abc.ABC):
     """Turns each rank's local gradients into the reduced gradient, the same bits on every rank."""
 
+    takes_accumulated = True  # whether a mean over gradient_accumulation_steps will do
+
     def __init__(self, collectives: Collectives, prefix: str) -> None:
         self.collectives = collectives
         self.prefix = prefix
@@ -39,17 +42,32 @@ class Reducer(abc.ABC):
         del make_variable
         self.variables = list(variables)
 
+    def parts_shape(self) -> tuple[int, ...]:
+        """Leading shape of the gradients taken: (micro-batches,) or ()."""
+        return ()
+
+    def check_stamp(self) -> None:
+        """Refuse state that another rank saved. Here there is none."""
+        return
+
+    def reset_per_rank_state(self) -> None:
+        """Start the state of this rank anew. Here there is none."""
+        return
+
     def inputs(self, optimizer: Any) -> dict[str, tf.Tensor]:
         """What ``reduce`` needs of an optimizer at this step, as tensors."""
         del optimizer
         return {}
 
     def __call__(self, gradients: Sequence[Gradient | None], variables: Sequence[Any],
-                 **inputs: Any) -> list[Gradient | None]:
-        """The reduced gradients; None where there was none. ``inputs`` are tensors."""
+                 **inputs: Any) -> tuple[list[Gradient | None], Any]:
+        """The reduced gradients, None where there was none, and whether the step may be taken.
+
+        ``inputs`` are tensors. The second result is None when it always may.
+        """
         present = [index for index, gradient in enumerate(gradients) if gradient is not None]
         if not present:
-            return list(gradients)
+            return list(gradients), None
         sent = [gradients[index] for index in present]
         owners = [variables[index] for index in present]
         if tf.executing_eagerly():
@@ -59,18 +77,18 @@ class Reducer(abc.ABC):
                     lambda sent, inputs: self.reduce(sent, owners, **inputs),
                     reduce_retracing=True, autograph=False,
                 )
-            reduced = self._functions[key](sent, inputs)
+            reduced, good = self._functions[key](sent, inputs)
         else:
-            reduced = self.reduce(sent, owners, **inputs)
+            reduced, good = self.reduce(sent, owners, **inputs)
         result = list(gradients)
         for index, gradient in zip(present, reduced, strict=True):
             result[index] = gradient
-        return result
+        return result, good
 
     @abc.abstractmethod
     def reduce(self, gradients: list[Gradient], variables: Sequence[Any],
-               **inputs: Any) -> list[Gradient]:
-        """The reduced gradients of ``variables``; called while a graph is traced."""
+               **inputs: Any) -> tuple[list[Gradient], Any]:
+        """What ``__call__`` returns, for variables that have a gradient; in a graph being traced."""
 
 
 class PlainReducer(Reducer):
@@ -90,11 +108,11 @@ class PlainReducer(Reducer):
                           "postscale_factor": gradient_predivide_factor}
 
     def reduce(self, gradients: list[Gradient], variables: Sequence[Any],
-               **inputs: Any) -> list[Gradient]:
+               **inputs: Any) -> tuple[list[Gradient], Any]:
         if self.sparse_as_dense:
             gradients = [tf.convert_to_tensor(gradient) for gradient in gradients]
         return list(self.collectives.if_many(
-            lambda: self._communicate(gradients, variables), lambda: list(gradients)))
+            lambda: self._communicate(gradients, variables), lambda: list(gradients))), None
 
     def _communicate(self, gradients: list[Gradient], variables: Sequence[Any]) -> list[Gradient]:
         options = {"op": self.op, "compression": self.compression, **self.scale}
@@ -131,7 +149,7 @@ class PlainReducer(Reducer):
         if isinstance(self.groups, int):
             count = min(self.groups, len(dense))
             cuts = [len(dense) * number // max(1, count) for number in range(count + 1)]
-            groups = [dense[low:high] for low, high in zip(cuts, cuts[1:], strict=False)]
+            groups = [dense[low:high] for low, high in itertools.pairwise(cuts)]
             return groups + [[index] for index in alone]
         number_of = {name_of(variables[index]): index for index in dense}
         groups = []

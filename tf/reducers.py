@@ -6,35 +6,76 @@ from typing import Any
 
 import horovod.tensorflow as horovod
 
+from hvd_ext import composition
+from hvd_ext.delay import DelayCompensated
+from hvd_ext.sparse import TopK
 from hvd_ext.tensorflow.collectives import Collectives
+from hvd_ext.tensorflow.delay import DelayReducer
 from hvd_ext.tensorflow.reduce import PlainReducer, Reducer
+from hvd_ext.tensorflow.sparse import TopKReducer
 
-REDUCTIONS = (horovod.Average, horovod.Sum)
+REDUCTIONS = {"Average": horovod.Average, "Sum": horovod.Sum}
+OTHER_REDUCTIONS = {"Adasum": horovod.Adasum, "Min": horovod.Min, "Max": horovod.Max,
+                    "Product": horovod.Product}
 
 
 def make_reducer(collectives: Collectives, prefix: str, *, op: Any, compression: Any,
                  sparse_as_dense: bool, gradient_predivide_factor: float, groups: Any,
-                 passes: int = 1, allowed: tuple[Any, ...] = REDUCTIONS) -> Reducer:
+                 passes: int = 1, average_passes: bool = False,
+                 allowed: dict[str, Any] = REDUCTIONS) -> Reducer:
     """The reducer of ``op`` and ``compression``, whose names start with ``prefix``.
 
     Raises:
         ValueError: an unknown op, or arguments that contradict each other.
         NotImplementedError: an extension that the TensorFlow front end does not have.
     """
-    del passes
-    if not any(op is reduction or op == reduction for reduction in allowed):
-        raise ValueError(f"op must be hvd.Average or hvd.Sum here, got {op!r}")
-    if not (hasattr(compression, "compress") and hasattr(compression, "decompress")):
-        raise NotImplementedError(
-            f"compression={compression!r} is not available in the TensorFlow front end; use "
-            "hvd.Compression.none or hvd.Compression.fp16")
-    if gradient_predivide_factor != 1.0 and op != horovod.Average:
-        raise ValueError(f"gradient_predivide_factor={gradient_predivide_factor} needs "
-                         "op=hvd.Average; leave it at 1.0")
+    delay = isinstance(op, DelayCompensated)
+    topk = isinstance(compression, TopK)
+    names = [name for name, reduction in allowed.items() if op is reduction or op == reduction]
+    if not names and not delay:
+        raise ValueError(f"op must be one of {', '.join('hvd.' + name for name in allowed)} or "
+                         f"hvd.DelayCompensated(...) here, got {op!r}")
     if groups is not None and not (isinstance(groups, list) or
                                    (isinstance(groups, int) and groups > 0)):
         raise ValueError("groups must be a number of groups above 0 or a list of lists of "
                          f"variables, got {groups!r}")
-    return PlainReducer(collectives, prefix, op=op, compression=compression,
-                        sparse_as_dense=sparse_as_dense, groups=groups,
-                        gradient_predivide_factor=gradient_predivide_factor)
+    composition.check(delay=delay, topk=topk, op_name="Average" if delay else names[0],
+                      predivide=gradient_predivide_factor, server=None,
+                      multiple_evaluations=False)
+    options = {"groups": groups, "sparse_as_dense": sparse_as_dense}
+    if topk:
+        return TopKReducer(collectives, prefix, compression, **options)
+    _check_compression(compression)
+    if not delay:
+        return PlainReducer(collectives, prefix, op=op, compression=compression,
+                            gradient_predivide_factor=gradient_predivide_factor, **options)
+    microbatch = op.virtual_workers == "microbatch"
+    if microbatch and passes == 1:
+        raise ValueError(
+            "virtual_workers='microbatch' needs backward_passes_per_step above 1, the number of "
+            "micro-batches a step; got 1. Pass it, or use virtual_workers='rank'")
+    return DelayReducer(collectives, prefix, op, parts=passes if microbatch else 1,
+                        mean_of_parts=average_passes, half=compression is horovod.Compression.fp16,
+                        **options)
+
+
+def refuse_absent(preconditioner: Any, server: str | None) -> None:
+    """Refuse extensions that this front end does not have.
+
+    Raises:
+        NotImplementedError: one of them was asked for.
+    """
+    if preconditioner is not None:
+        raise NotImplementedError(
+            "preconditioner= is not available in the TensorFlow front end; leave it out, or train "
+            "with hvd_ext.torch")
+    if server not in (None, "replicated"):
+        raise NotImplementedError(
+            f"server={server!r} is not available in the TensorFlow front end; leave it out (every "
+            "rank applies the update), or train with hvd_ext.torch")
+
+
+def _check_compression(compression: Any) -> None:
+    if not (hasattr(compression, "compress") and hasattr(compression, "decompress")):
+        raise ValueError(f"compression must be hvd.Compression.none, .fp16 or .topk(...), got "
+                         f"{compression!r}")

@@ -6,6 +6,7 @@ Horovod's own cannot take Keras 3 variables; this one takes them and tf.Variable
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,22 +14,29 @@ import horovod.tensorflow as horovod
 import keras
 import tensorflow as tf
 
+from hvd_ext.delay import DelayCompensated
+from hvd_ext.sparse import TopK
+from hvd_ext.tensorflow import keras_hooks
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.keras_hooks import refuse_xla
+from hvd_ext.tensorflow.optimizer import make_state
 from hvd_ext.tensorflow.reduce import Reducer, divide_by_ranks
-from hvd_ext.tensorflow.reducers import REDUCTIONS, make_reducer
+from hvd_ext.tensorflow.reducers import OTHER_REDUCTIONS, REDUCTIONS, make_reducer, refuse_absent
 from hvd_ext.tensorflow.variables import as_tf
+
+ON_OPTIMIZER = "_hvd_ext_tape"
 
 
 class _DistributedGradientTape(tf.GradientTape):
     """A ``tf.GradientTape`` with ``gradient`` reduced."""
 
-    def __init__(self, tape: tf.GradientTape, reducer: Reducer,
-                 scale_local_gradients: bool) -> None:
+    def __init__(self, tape: tf.GradientTape, reducer: Reducer, scale_local_gradients: bool,
+                 optimizer: Any = None) -> None:
         super().__init__()
         self.__dict__.update(tape.__dict__)
         self._reducer = reducer
         self._scale_local = scale_local_gradients
+        self._optimizer = optimizer
         self._local_sources: set[int] = set()
 
     def register_local_source(self, source: Any) -> None:
@@ -45,8 +53,11 @@ class _DistributedGradientTape(tf.GradientTape):
         flat = super().gradient(target, flat_sources, output_gradients, unconnected_gradients)
         far = [index for index, source in enumerate(flat_sources)
                if id(as_tf(source)) not in self._local_sources]
-        reduced = self._reducer([flat[index] for index in far],
-                                [flat_sources[index] for index in far])
+        owners = [flat_sources[index] for index in far]
+        reduced, good = self._reduce([flat[index] for index in far], owners)
+        if good is not None:  # as after a plain allreduce, what is not finite reaches every rank
+            reduced = [None if gradient is None else tf.where(good, gradient, math.nan)
+                       for gradient in reduced]
         result = list(flat)
         for index, gradient in zip(far, reduced, strict=True):
             result[index] = gradient
@@ -54,6 +65,16 @@ class _DistributedGradientTape(tf.GradientTape):
             for index in set(range(len(result))) - set(far):
                 result[index] = divide_by_ranks(result[index], self._reducer.collectives)
         return keras.tree.pack_sequence_as(sources, result)
+
+    def _reduce(self, gradients: list[Any], owners: list[Any]) -> tuple[list[Any], Any]:
+        if self._optimizer is None:
+            return self._reducer(gradients, owners)
+        if not self._reducer.variables:
+            with tf.init_scope():
+                if not self._optimizer.built:
+                    self._optimizer.build(owners)
+                self._reducer.build(owners, functools.partial(make_state, self._optimizer))
+        return self._reducer(gradients, owners, **self._reducer.inputs(self._optimizer))
 
     def get_local_and_global_gradients(
         self, target: Any, sources: Sequence[Any], output_gradients: Any = None,
@@ -72,10 +93,14 @@ def distributed_tape(gradtape: tf.GradientTape, device_dense: str = "", device_s
                      op: Any = horovod.Average, gradient_predivide_factor: float = 1.0,
                      num_groups: int = 0, groups: Any = None,
                      process_set: Any = horovod.global_process_set,
-                     scale_local_gradients: bool = True, *, preconditioner: Any = None) -> Any:
-    """A tape that reduces gradients over all ranks, as ``horovod.tensorflow.DistributedGradientTape``.
+                     scale_local_gradients: bool = True, *, preconditioner: Any = None,
+                     optimizer: Any = None) -> Any:
+    """A tape that reduces gradients over all ranks, with the arguments of Horovod's own.
 
-    Sources may be Keras 3 variables or tf.Variables; the ranks' tapes need the same ones.
+    Sources may be Keras 3 variables or tf.Variables; the ranks' tapes need the same ones. With
+    ``op=DelayCompensated(...)`` or ``compression=Compression.topk(...)`` give ``optimizer=``, the
+    Keras optimizer that will apply the gradients: its learning rate is used, and its variables
+    hold what is kept between steps. Pass the same settings each step.
 
     Raises:
         TypeError: ``gradtape`` is no ``tf.GradientTape``.
@@ -87,12 +112,28 @@ def distributed_tape(gradtape: tf.GradientTape, device_dense: str = "", device_s
     if isinstance(gradtape, _DistributedGradientTape):
         raise ValueError("the tape is distributed already: its gradients would be reduced twice; "
                          "call hvd.DistributedGradientTape once")
-    del preconditioner
+    refuse_absent(preconditioner, None)
     groups = (num_groups or None) if groups is None else groups
-    make = _make_reducer if isinstance(groups, list) else _kept_reducer
-    reducer = make(op, compression, sparse_as_dense, gradient_predivide_factor, process_set,
-                   device_dense, device_sparse, groups)
-    return _DistributedGradientTape(gradtape, reducer, scale_local_gradients)
+    settings = (op, compression, sparse_as_dense, gradient_predivide_factor, process_set,
+                device_dense, device_sparse)
+    if not (isinstance(op, DelayCompensated) or isinstance(compression, TopK)):
+        make = _make_reducer if isinstance(groups, list) else _kept_reducer
+        reducer = make(*settings, groups)
+        return _DistributedGradientTape(gradtape, reducer, scale_local_gradients)
+    if not isinstance(optimizer, keras.Optimizer):
+        what = "DelayCompensated" if isinstance(op, DelayCompensated) else "Compression.topk"
+        raise ValueError(
+            f"a tape with {what} keeps state between steps and needs optimizer=, the Keras "
+            f"optimizer that applies its gradients; got {optimizer!r}. Pass it, or wrap the "
+            "optimizer with hvd.DistributedOptimizer instead of the tape")
+    if keras_hooks.distribution_of(optimizer) is not None:
+        raise ValueError("optimizer= is distributed already: gradients would be reduced twice; "
+                         "use hvd.DistributedOptimizer or hvd.DistributedGradientTape, not both")
+    kept = optimizer.__dict__.get(ON_OPTIMIZER)
+    if kept is None or kept[0] != settings:
+        kept = settings, _make_reducer(*settings, groups)
+        object.__setattr__(optimizer, ON_OPTIMIZER, kept)
+    return _DistributedGradientTape(gradtape, kept[1], scale_local_gradients, optimizer)
 
 
 def partial_distributed_tape(gradtape: tf.GradientTape, *args: Any, local_layers: Any = None,
@@ -114,7 +155,7 @@ def _make_reducer(op: Any, compression: Any, sparse_as_dense: bool, predivide: f
         Collectives(process_set, device_dense=device_dense, device_sparse=device_sparse),
         "DistributedGradientTape", op=op, compression=compression,
         sparse_as_dense=sparse_as_dense, gradient_predivide_factor=predivide, groups=groups,
-        allowed=(*REDUCTIONS, horovod.Adasum, horovod.Min, horovod.Max, horovod.Product))
+        allowed={**REDUCTIONS, **OTHER_REDUCTIONS})
 
 
 # A tape is made anew each step; what it compiled for the step before is kept.

@@ -184,5 +184,5 @@ def test_bad_input(monkeypatch):
     with pytest.raises(ValueError, match="built first"):
         hvd.elastic.KerasState(keras.Sequential([keras.layers.Dense(2)]))
     monkeypatch.setattr(keras.backend, "backend", lambda: "torch")
-    with pytest.raises(RuntimeError, match="or train with hvd_ext.torch"):
+    with pytest.raises(RuntimeError, match=r"or train with hvd_ext\.torch"):
         hvd.callbacks.MetricAverageCallback()

@@ -118,7 +118,7 @@ def test_local_sources_and_structures(ranks):
 
 
 def test_bad_input():
-    with pytest.raises(TypeError, match="must be a tf.GradientTape"):
+    with pytest.raises(TypeError, match=r"must be a tf\.GradientTape"):
         hvd.DistributedGradientTape(None)
     wrapped = hvd.DistributedGradientTape(tf.GradientTape())
     with pytest.raises(ValueError, match="distributed already"):

@@ -1,0 +1,260 @@
+"""``compression=hvd.Compression.topk`` and ``hvd.AMSGrad`` under TensorFlow, against Algorithm 1."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+tf = pytest.importorskip("tensorflow", reason="TensorFlow is not installed")
+pytest.importorskip("horovod.tensorflow", reason="Horovod is not built for TensorFlow")
+pytest.importorskip("torch", reason="the shared problems and the cross-checks need PyTorch")
+
+import keras  # noqa: E402
+import torch  # noqa: E402
+
+import hvd_ext.tensorflow.keras as hvd  # noqa: E402
+from hvd_ext.sparse import Layout, TopK  # noqa: E402
+from hvd_ext.sparse.plan import Segment  # noqa: E402
+from hvd_ext.tensorflow import sparse_kernels as kernels  # noqa: E402
+from hvd_ext.torch import sparse_kernels as torch_kernels  # noqa: E402
+from hvd_ext.torch.amsgrad import AMSGrad as TorchAMSGrad  # noqa: E402
+from tests.reference import spars_ams  # noqa: E402
+from tests.tensorflow import made, training  # noqa: E402
+from tests.torch.problems import worker_gradients  # noqa: E402
+
+SHAPES = [(37, 11), (50,), (9, 9)]
+TOTAL = 37 * 11 + 50 + 81
+KEEP = {"ratio": 0.05, "min_size": 0}
+
+
+def vector(seed, n=5000, dtype=np.float32):
+    rng = np.random.default_rng(seed)
+    made_vector = rng.standard_normal(n).astype(dtype)
+    made_vector[rng.integers(0, n, n // 5)] = 0
+    made_vector[7] = made_vector[3] = 1.5  # ties
+    return made_vector
+
+
+@pytest.mark.parametrize("k", [1, 50, 4999])
+def test_selection_is_pytorchs(k):
+    flat, config = vector(k), TopK(0.01)
+    segments = [Segment(0, 3000, k % 3000 or 1), Segment(3000, 2000, min(k, 2000))]
+    ours = kernels.select(tf.constant(flat), segments, config, (0,), tf.constant(0))
+    theirs = torch_kernels.select(torch.from_numpy(flat), segments, config, (0,))
+    np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
+
+
+@pytest.mark.parametrize("selection", ["exact", "sampled"])
+def test_selection_of_a_large_bucket(selection):
+    flat = np.random.default_rng(1).standard_normal(300_000).astype(np.float32)
+    config = TopK(0.01, selection=selection)
+    found = kernels.select(tf.constant(flat), [Segment(0, flat.size, 3000)], config, (5,),
+                           tf.constant(9)).numpy()
+    best = spars_ams_top(flat, 3000)
+    if selection == "exact":
+        np.testing.assert_array_equal(found, best)
+    else:
+        assert 0.95 * 3000 <= len(found) <= 3000
+        assert set(found) <= set(best) or np.abs(flat[found]).min() >= np.abs(flat[best]).min()
+    assert (np.diff(found) > 0).all()
+
+
+def spars_ams_top(flat, k):
+    return np.sort(np.lexsort((np.arange(flat.size), -np.abs(flat)))[:k])
+
+
+@pytest.mark.parametrize("values", ["float32", "float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("k", [7, 8])
+def test_messages_are_pytorchs_bit_for_bit(values, k):
+    flat = vector(3, 200, np.float64 if values == "float64" else np.float32)
+    flat[:3] = [1e30, -1e30, 65520.0]
+    positions = spars_ams_top(flat, k)[:6]
+    dtype, layout = getattr(torch, values), Layout(k, values)
+    left = torch.from_numpy(flat.copy())
+    sent = torch_kernels.split(left, torch.from_numpy(positions), dtype)
+    message = torch_kernels.pack(torch.from_numpy(positions), sent, layout)
+    ours, residual = kernels.split(tf.constant(flat), tf.constant(positions, tf.int32),
+                                   tf.as_dtype(values))
+    words = kernels.pack(tf.constant(positions, tf.int32), ours, layout)
+    np.testing.assert_array_equal(words.numpy(), message.numpy())
+    np.testing.assert_array_equal(residual.numpy(), left.numpy())
+    np.testing.assert_array_equal(  # e_new + s == a
+        (residual + tf.scatter_nd(positions[:, None], tf.cast(ours, residual.dtype),
+                                  residual.shape)).numpy(), flat)
+    total = kernels.add_up(tf.stack([words, words]), layout, tf.as_dtype(values), 2,
+                           tf.zeros(200, residual.dtype)).numpy()
+    np.testing.assert_array_equal(total[positions], 2 * tf.cast(ours, residual.dtype).numpy())
+
+
+def amsgrad_steps(cases, steps, compiled):
+    found = {}
+    for name, options in cases.items():
+        variables = made.make_variables(SHAPES)
+        compression = hvd.Compression.topk(**options) if options else hvd.Compression.none
+        optimizer = hvd.DistributedOptimizer(hvd.AMSGrad(0.01), compression=compression)
+        seen = made.run_steps(optimizer, variables, hvd.rank(), steps, compiled=compiled)
+        hvd.assert_replicas_equal(variables, optimizer=optimizer)
+        found[name] = seen
+    return found
+
+
+def oracle(ranks, steps, options):
+    def gradient(weights, worker, step):
+        return made.flat([g.astype("float32") for g in
+                          worker_gradients(SHAPES, worker=worker, step=step)])
+
+    # Buckets hold the last variable first; the oracle's pieces are in the variables' order.
+    order = np.concatenate([np.arange(TOTAL - 81, TOTAL), np.arange(407, 457), np.arange(407)])
+    back = np.argsort(order)
+    start = made.flat(made.make_variables(SHAPES))
+    keep = (lambda n: max(1, round(options["ratio"] * n))) if options else (lambda n: n)
+    pieces = None
+    if options.get("per_tensor"):
+        pieces = [slice(0, 81), slice(81, 131), slice(131, TOTAL)]
+    trajectory, _ = spars_ams.algorithm_1(
+        lambda w, worker, step: gradient(w, worker, step)[order], start[order], workers=ranks,
+        steps=steps, keep=keep, lr=0.01, feedback=options.get("error_feedback", True),
+        pieces=pieces)
+    return [weights[back] for weights in trajectory]
+
+
+CASES = {
+    "dense": {}, "bucket": KEEP, "per tensor": {**KEEP, "per_tensor": True},
+    "no feedback": {**KEEP, "error_feedback": False}, "all": {"ratio": 1.0, "min_size": 0},
+}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("size", "compiled"), [(2, True), (2, False), (4, True)])
+def test_thirty_steps_of_algorithm_1(ranks, size, compiled):
+    cases = CASES if size == 2 and compiled else {"bucket": KEEP}
+    found = ranks(size, init="tensorflow").run(amsgrad_steps, cases, 30, compiled, timeout=200)
+    for name, options in cases.items():
+        expected = oracle(size, 30, options)
+        for rank in found:
+            for mine, reference in zip(rank[name], expected, strict=True):
+                np.testing.assert_allclose(mine, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_amsgrad_is_pytorchs():
+    for options in ({}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "decoupled_weight_decay": True}):
+        ours = made.make_variables(SHAPES)
+        theirs = [torch.nn.Parameter(torch.from_numpy(v.numpy())) for v in ours]
+        reference = TorchAMSGrad(theirs, lr=0.01, betas=(0.8, 0.99), eps=1e-6, **options)
+        optimizer = hvd.AMSGrad(0.01, betas=(0.8, 0.99), eps=1e-6, **options)
+        for step, mine in enumerate(made.run_steps(optimizer, ours, 0, 5, compiled=True)):
+            for parameter, g in zip(theirs, worker_gradients(SHAPES, worker=0, step=step),
+                                    strict=True):
+                parameter.grad = torch.from_numpy(g.astype("float32"))
+            reference.step()
+            np.testing.assert_allclose(mine, made.flat([p.detach() for p in theirs]), rtol=1e-5,
+                                       atol=1e-6)
+
+
+def save_and_continue(folder):
+    rank, size = hvd.rank(), hvd.size()
+    options = {"compression": hvd.Compression.topk(0.1, min_size=10)}
+    model = training.fit(training.dense_model(),
+                         hvd.DistributedOptimizer(hvd.AMSGrad(0.01), **options), rank, size)
+    hvd.assert_replicas_equal(model, optimizer=model.optimizer)
+    residuals = model.optimizer._hvd_ext.reducer.per_rank_state()
+    path = f"{folder}/model{rank}.keras"
+    model.save(path)
+    again = hvd.load_model(path, custom_optimizers=[hvd.AMSGrad], **options)
+    loaded = again.optimizer._hvd_ext.reducer.per_rank_state()
+    for mine, saved in zip(loaded, residuals, strict=True):
+        np.testing.assert_array_equal(mine.numpy(), saved.numpy())
+    for one in (model, again):
+        training.fit(one, one.optimizer, rank, size, epochs=1)
+    return [training.weights(one) for one in (model, again)], [r.numpy() for r in residuals]
+
+
+@pytest.mark.ranks
+def test_fit_save_load_continue(ranks, tmp_path):
+    first, second = ranks(2, init="tensorflow").run(save_and_continue, str(tmp_path), timeout=200)
+    for weights in (first[0][1], *second[0]):
+        for mine, reference in zip(weights, first[0][0], strict=True):
+            np.testing.assert_array_equal(mine, reference)
+    assert not np.array_equal(first[1][0], second[1][0])  # residuals are each rank's own
+
+
+def nan_on_one_rank():
+    variables = made.make_variables(SHAPES)
+    optimizer = hvd.DistributedOptimizer(hvd.AMSGrad(0.01), compression=hvd.Compression.topk(0.1))
+    reducer = optimizer._hvd_ext.reducer
+    residuals = []
+
+    def spoil(step, gradients):
+        residuals.append([r.numpy() for r in reducer.per_rank_state()])
+        bad = step == 2 and hvd.rank() == 1
+        return [tf.fill(g.shape, np.inf) if bad else g for g in gradients]
+
+    seen = made.run_steps(optimizer, variables, hvd.rank(), 4, compiled=True, change=spoil)
+    return seen, residuals, int(optimizer.iterations), int(reducer.skipped_steps)
+
+
+@pytest.mark.ranks
+def test_step_with_a_bad_gradient_is_skipped_by_all(ranks):
+    for seen, residuals, iterations, skipped in ranks(2, init="tensorflow").run(nan_on_one_rank):
+        np.testing.assert_array_equal(seen[2], seen[1])
+        assert not np.array_equal(seen[3], seen[2])
+        for before, after in zip(residuals[2], residuals[3], strict=True):
+            np.testing.assert_array_equal(before, after)
+        assert (iterations, skipped) == (3, 1)
+
+
+def tape_steps():
+    variables = made.make_variables(SHAPES)
+    optimizer = hvd.AMSGrad(0.01)
+    import hvd_ext.tensorflow as tensors
+
+    @tf.function
+    def step(*gradients):
+        with tf.GradientTape() as tape:
+            loss = tf.add_n([tf.reduce_sum(v * g) for v, g in zip(variables, gradients, strict=True)])
+        tape = tensors.DistributedGradientTape(
+            tape, compression=hvd.Compression.topk(**KEEP), optimizer=optimizer)
+        found = tape.gradient(loss, variables)
+        optimizer.apply_gradients(zip(found, variables, strict=True))
+
+    for number in range(5):
+        step(*[tf.constant(g, tf.float32) for g in
+               worker_gradients(SHAPES, worker=hvd.rank(), step=number)])
+    traces = step.experimental_get_tracing_count()
+    return made.flat(variables), traces
+
+
+@pytest.mark.ranks
+def test_tape_keeps_its_state_in_the_optimizer(ranks):
+    for weights, traces in ranks(2, init="tensorflow").run(tape_steps):
+        np.testing.assert_allclose(weights, oracle(2, 5, KEEP)[-1], rtol=1e-4, atol=1e-5)
+        assert traces <= 2
+
+
+def test_bad_input():
+    sgd = keras.optimizers.SGD
+    topk = hvd.Compression.topk
+    with pytest.raises(NotImplementedError, match="function of the step"):
+        hvd.DistributedOptimizer(sgd(0.1), compression=topk(lambda step: 0.1))
+    with pytest.raises(ValueError, match="do not go together"):
+        hvd.DistributedOptimizer(sgd(0.1), compression=topk(0.1), op=hvd.Sum)
+    with pytest.raises(ValueError, match="pass backward_passes_per_step"):
+        hvd.DistributedOptimizer(sgd(0.1, gradient_accumulation_steps=2), compression=topk(0.1))
+    with pytest.raises(NotImplementedError, match="way of its own"):
+        hvd.DistributedOptimizer(training.OPTIMIZERS["multi"](), compression=topk(0.1))
+    with pytest.raises(ValueError, match=r"betas\[0\] must be in \[0, 1\), got 1.0"):
+        hvd.AMSGrad(betas=(1.0, 0.9))
+    with pytest.raises(ValueError, match="eps must be"):
+        hvd.AMSGrad(eps=0)
+
+
+def embedding_with_topk():
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1),
+                                         compression=hvd.Compression.topk(0.1))
+    with pytest.raises(ValueError, match=r"IndexedSlices, which TopK cannot take"):
+        training.fit(training.embedding_model(), optimizer, hvd.rank(), hvd.size(), tokens=True)
+
+
+@pytest.mark.ranks
+def test_indexed_slices_are_refused_with_the_way_out(ranks):
+    ranks(2, init="tensorflow").run(embedding_with_topk)

@@ -6,6 +6,7 @@ extends comes after it.
 
 from horovod.torch import *  # noqa: F403
 
+from hvd_ext import openmpi
 from hvd_ext.delay import DelayCompensated
 from hvd_ext.torch.amsgrad import AMSGrad
 from hvd_ext.torch.compression import Compression
@@ -13,6 +14,8 @@ from hvd_ext.torch.optimizer import DistributedOptimizer
 from hvd_ext.torch.seng import SENG
 from hvd_ext.torch.seng_layers import register_seng_rule
 from hvd_ext.torch.state import broadcast_optimizer_state
+
+openmpi.tell_where_it_lies()
 
 __all__ = [
     *(name for name in dir() if not name.startswith("_")),

@@ -1,0 +1,51 @@
+"""Owners are balanced and alike everywhere; which checkpoint fits where."""
+
+from __future__ import annotations
+
+import pytest
+
+from hvd_ext.servers import Shard, assign, check_loadable, owners, shares
+from hvd_ext.servers.ownership import EVERY_RANK
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_no_rank_owns_more_than_the_mean_and_one_parameter(ranks):
+    numels = [7, 4096, 64, 64, 1000, 0, 1, 2304, 2304, 640, 10, 512]
+    owned = assign(numels, ranks)
+    held = shares(owned, numels, ranks)
+    assert sum(held) == sum(numels)
+    assert max(held) <= sum(numels) / ranks + max(numels)
+    assert assign(numels, ranks) == owned
+
+
+def test_equal_parameters_are_dealt_evenly():
+    assert assign([5] * 6, 3) == [0, 1, 2, 0, 1, 2]
+
+
+def test_later_parameters_go_where_least_is():
+    assert assign([10, 1], 2, loads=[100, 95]) == [1, 0]
+
+
+def test_owners_of_each_server():
+    assert owners("rank0", [3, 2], 4) == [0, 0]
+    assert owners("replicated", [3, 2], 4) == [EVERY_RANK] * 2
+    assert owners("sharded", [3, 2], 2) == [0, 1]
+    assert shares(owners("replicated", [3, 2], 2), [3, 2], 2) == [5, 5]
+
+
+def test_what_can_be_loaded_where():
+    whole = Shard("rank0", 0, 2, None)
+    part = Shard("sharded", 1, 2, (1, 3))
+    nothing = Shard("rank0", 1, 2, ())
+    for here in (whole, part, nothing, Shard("replicated", 0, 4, None)):
+        check_loadable(None, here)
+        check_loadable(whole, here)
+    check_loadable(part, part)
+    check_loadable(nothing, nothing)
+    check_loadable(part, Shard("sharded", 0, 4, (3,)))
+    for saved, here in ((part, whole), (part, Shard("sharded", 0, 2, (0, 2))), (nothing, part)):
+        with pytest.raises(ValueError, match=r"Save optimizer.gather_state_dict\(\)"):
+            check_loadable(saved, here)
+    with pytest.raises(ValueError, match="the file of rank 0 is complete"):
+        check_loadable(nothing, whole)
+    assert Shard.from_dict(part.to_dict()) == part

@@ -91,8 +91,10 @@ class Ranks:
         """Call ``function(*args)`` on every rank; the results by rank (``Outcome``s without check)."""
         self.tasks += 1
         first = self.tasks == 1
-        module = sys.modules[function.__module__]
-        task = (module.__name__, function.__qualname__, args, timeout)
+        name = function.__module__
+        if name == "__main__":  # a benchmark started with -m: ranks import it under its own name
+            name = sys.modules[name].__spec__.name
+        task = (name, function.__qualname__, args, timeout)
         hidden = self.folder / "task.part"
         hidden.write_bytes(pickle.dumps(task))
         hidden.rename(self.folder / f"task{self.tasks}")

@@ -1,8 +1,11 @@
 """``hvd.Compression``: how gradients travel."""
 
 import horovod.torch as horovod
+from horovod.torch.compression import Compressor, FP16Compressor, NoneCompressor
 
 from hvd_ext.sparse import TopK
+
+__all__ = ["Compression", "Compressor", "FP16Compressor", "NoneCompressor"]
 
 
 class Compression(horovod.Compression):

@@ -5,7 +5,7 @@
     python -m benchmarks.async_digits momentum --json momentum.json --plot momentum.png
 
 One process, the delay engine: M workers whose computing times vary by 20 % (``Simulated``), a
-64-32-10 network, mini-batches of 16, 20 epochs of the whole training set whatever M, constant
+64-32-10 network, mini-batches of 8, 20 epochs of the whole training set whatever M, constant
 learning rate after a linear warm-up over the first two epochs, the same for every method. All
 learning rates and seeds of a method are computed at once. Each method is tuned over the grid
 below; what is shown is the mean test error over the seeds at its best setting.
@@ -29,7 +29,7 @@ from hvd_ext.delay.async_rules import AsyncRule
 from hvd_ext.delay.engine import replay
 from hvd_ext.delay.sequences import Simulated
 
-RATES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
+RATES = (0.05, 0.075, 0.1, 0.15, 0.2, 0.3)
 WORKERS = (4, 8, 16)
 LAMS = {"dc-asgd-c": ((0.5, 0.0), (2.0, 0.0), (8.0, 0.0)),  # (lam, decay)
         "dc-asgd-a": ((1.0, 0.95), (2.0, 0.95), (2.0, 0.0), (4.0, 0.0))}
@@ -43,7 +43,7 @@ class Bench:
     def __init__(self, data: Data, *, rates: tuple[float, ...], seeds: int, epochs: int) -> None:
         self.rates, self.seeds = rates, seeds
         runs = [seed for _ in rates for seed in range(seeds)]
-        self.net = Network(data, hidden=32, batch=16, seeds=runs)
+        self.net = Network(data, hidden=32, batch=8, seeds=runs)
         self.lr = np.repeat(np.asarray(rates, np.float32), seeds)[:, None]
         self.draws = self.net.batches * epochs
 
@@ -69,8 +69,7 @@ class Bench:
     def synchronous(self, workers: int) -> np.ndarray:
         """One update of the mean of M gradients for every M mini-batches.
 
-        The learning rate is M times as large, as is usual (linear scaling), up to the largest
-        one of the grid times two.
+        The learning rates are M times those of the network's rows (linear scaling).
         """
         def gradient(w: np.ndarray, k: int) -> np.ndarray:
             total = self.net.gradient(w, k * workers)
@@ -99,11 +98,11 @@ def table(data: Data, seeds: int, epochs: int, say: Callable[[str], None]) -> di
              **best(bench.asynchronous(1, AsyncRule(name="asgd")), RATES)}]
     for workers in WORKERS:
         say(f"{workers} workers")
-        small = tuple(rate / workers for rate in RATES) + RATES[:3]
-        rates = tuple(sorted(set(small)))
-        sync = Bench(data, rates=rates, seeds=seeds, epochs=epochs)
+        # the same learning rates as the others, and linearly scaled ones
+        scaled = tuple(sorted({rate / workers for rate in RATES} | set(RATES[:4])))
+        sync = Bench(data, rates=scaled, seeds=seeds, epochs=epochs)
         rows.append({"workers": workers, "method": "SSGD",
-                     **best(sync.synchronous(workers), rates)})
+                     **best(sync.synchronous(workers), tuple(r * workers for r in scaled))})
         rows.append({"workers": workers, "method": "ASGD",
                      **best(bench.asynchronous(workers, AsyncRule(name="asgd")), RATES)})
         for name, settings in LAMS.items():

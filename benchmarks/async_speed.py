@@ -107,7 +107,8 @@ def rank_sync(task: dict[str, Any]) -> dict[str, float] | None:
         steps += 1
         going[0] = time.perf_counter() - began < task["seconds"]
         comm.Bcast(going)
-    return {"per_second": steps * comm.size / (time.perf_counter() - began)}
+    seconds = time.perf_counter() - began
+    return {"per_second": steps * comm.size / seconds} if comm.rank == 0 else None
 
 
 def launch(kind: str, ranks: int, task: dict[str, Any]) -> dict[str, float]:

@@ -19,7 +19,7 @@ Array = NDArray[Any]
 
 RULES = ("asgd", "dc-asgd-c", "dc-asgd-a")
 DEFAULT_LAM = {"asgd": 0.0, "dc-asgd-c": 0.04, "dc-asgd-a": 2.0}  # DC-ASGD section 6.1
-BLOCK = 16_384  # elements: the arrays of one block stay in a core's second-level cache
+BLOCK = 32_768  # elements: the arrays of one block stay in a core's second-level cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +94,12 @@ def apply_update(rule: AsyncRule, w: Array, gradient: Array, *, lr: Any, momentu
     step, extra = work
     if rule.compensates:
         assert w_bak is not None
+        np.multiply(gradient, gradient, out=extra)
         np.subtract(w, w_bak, out=step)
-        step *= gradient
-        step *= gradient
+        step *= extra
         if rule.adaptive:
             assert mean_square is not None
             # DC-ASGD section 6: MeanSquare(t) = m MeanSquare(t-1) + (1 - m) g(w_t)^2
-            np.multiply(gradient, gradient, out=extra)
             extra *= 1.0 - rule.decay
             mean_square *= rule.decay
             mean_square += extra

@@ -14,6 +14,7 @@ from hvd_ext.versions import HVD_EXT
 COMMANDS = (
     "install_horovod",
     "doctor",
+    "plan",
 )
 
 

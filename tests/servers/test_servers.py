@@ -113,10 +113,13 @@ def resume(kind, server, saved, own):
     with torch.no_grad():
         for p, w in zip(parameters, weights, strict=True):
             p.copy_(w)
+    said = ""
     try:
         optimizer.load_state_dict(mine if own else gathered)
     except ValueError as error:
-        return str(error)
+        said = str(error)
+    if any(hvd.allgather_object(said)):
+        return said
     hvd.broadcast_optimizer_state(optimizer, 0)
     for step in range(5, 10):
         step_once(parameters, optimizer, step)

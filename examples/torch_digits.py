@@ -24,8 +24,8 @@ import hvd_ext.torch as hvd
 from examples.digits import Deal, Digits, load
 
 
-def parse() -> argparse.Namespace:
-    """The command line."""
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line, or ``arguments`` in its place."""
     parser = argparse.ArgumentParser(prog="python -m examples.torch_digits", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -49,7 +49,7 @@ def parse() -> argparse.Namespace:
     add("--json", type=Path, help="write the results here")
     add("--plot", type=Path, help="write a PNG of the test error by epoch here")
     add("--quiet", action="store_true", help="no progress bar, no table")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def make_model(hidden: int, seed: int) -> torch.nn.Module:
@@ -157,9 +157,9 @@ def plot(path: Path, runs: list[dict[str, Any]], label: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run what the command line asks for; rank 0 reports."""
-    args = parse()
+    args = parse(arguments)
     hvd.init()
     torch.set_num_threads(1)
     first = hvd.rank() == 0

@@ -52,7 +52,7 @@ def check_drop_in():
         delayed(parameters, extended)
     with pytest.raises(ValueError, match="LBFGS"):
         delayed(parameters, torch.optim.LBFGS(parameters))
-    with pytest.raises(ValueError, match="Compression.topk and op=DelayCompensated"):
+    with pytest.raises(ValueError, match=r"Compression\.topk and op=DelayCompensated"):
         delayed(parameters, compression=hvd.Compression.topk(0.01))
     with pytest.raises(ValueError, match="Found duplicates: p0"):
         hvd.DistributedOptimizer(torch.optim.SGD(parameters, lr=0.1), op=hvd.DelayCompensated(),

@@ -1,0 +1,128 @@
+"""Bucket plans, slices, the ranks' agreement: decisions tested without a process."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from hvd_ext import checks, composition
+from hvd_ext.buckets import TensorSpec, differences, digest, plan_buckets
+from hvd_ext.delay.slices import Worker, application_order, slice_sizes, usable
+from hvd_ext.header import pack_row, unpack_rows
+from hvd_ext.traffic import Traffic
+
+
+def specs(*sizes, kind=("float32",)):
+    return [TensorSpec(f"p{i}", (size,), 4, kind) for i, size in enumerate(sizes)]
+
+
+def test_buckets_go_backwards_and_keep_their_size():
+    plan = plan_buckets(specs(10, 20, 30, 5), bucket_bytes=4 * 35)
+    assert [[slot.index for slot in bucket.slots] for bucket in plan] == [[3, 2], [1, 0]]
+    assert [[slot.offset for slot in bucket.slots] for bucket in plan] == [[0, 5], [0, 20]]
+    assert [bucket.numel for bucket in plan] == [35, 30]
+    assert [bucket.index for bucket in plan] == [0, 1]
+
+
+def test_a_tensor_larger_than_a_bucket_goes_alone():
+    plan = plan_buckets(specs(1, 100, 1), bucket_bytes=8)
+    assert [[slot.index for slot in bucket.slots] for bucket in plan] == [[2], [1], [0]]
+
+
+def test_kinds_do_not_share_a_bucket():
+    mixed = [*specs(3, 4), TensorSpec("h", (5,), 2, ("float16",))]
+    plan = plan_buckets(mixed, bucket_bytes=10**6)
+    assert sorted(bucket.kind for bucket in plan) == [("float16",), ("float32",)]
+
+
+def test_groups_make_buckets_whatever_their_size():
+    plan = plan_buckets(specs(10, 20, 30, 5), bucket_bytes=4, groups=[[0, 2], [1]])
+    assert [sorted(slot.index for slot in bucket.slots) for bucket in plan] == [[0, 2], [1], [3]]
+
+
+def test_every_element_is_in_one_bucket_once():
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(0, 50, 40).tolist()
+    seen = {}
+    for bucket in plan_buckets(specs(*sizes), bucket_bytes=256):
+        end = 0
+        for slot in bucket.slots:
+            assert slot.offset == end
+            end += slot.numel
+            seen[slot.index] = slot.numel
+    assert seen == dict(enumerate(sizes))
+
+
+@pytest.mark.parametrize(("numel", "ranks"), [(0, 3), (1, 4), (7, 2), (10, 5), (11, 4)])
+def test_slices_cover_all_and_are_as_equal_as_can_be(numel, ranks):
+    sizes = slice_sizes(numel, ranks)
+    assert sum(sizes) == numel
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_shorter_steps_come_first_and_ties_go_by_rank():
+    workers = [Worker(0, 0, 4.0), Worker(1, 0, 1.0), Worker(2, 0, 4.0), Worker(1, 1, 0.5)]
+    assert [(w.rank, w.part) for w in application_order(workers, "norm")] == [(1, 1), (1, 0), (0, 0), (2, 0)]
+    assert [(w.rank, w.part) for w in application_order(workers, "rank")] == [(0, 0), (1, 0), (1, 1), (2, 0)]
+    assert usable(workers)
+    assert not usable([*workers, Worker(3, 0, math.nan)])
+    assert not usable([*workers, Worker(3, 0, math.inf)])
+
+
+def test_header_brings_every_ranks_numbers_back():
+    rows = [[1.5, -0.0, math.inf], [], [math.nan]]
+    gathered = np.concatenate([pack_row(7 + i, row) for i, row in enumerate(rows)])
+    digests, back = unpack_rows(gathered)
+    assert digests == [7, 8, 9]
+    assert back[:2] == rows[:2]
+    assert math.isnan(back[2][0])
+
+
+def test_digest_tells_plans_apart_and_fits_the_header():
+    assert digest("a", specs(3)) == digest("a", specs(3))
+    assert digest("a", specs(3)) != digest("a", specs(4))
+    assert 0 <= digest("a") < 2**62
+
+
+def test_differences_name_the_rank_and_the_parameter():
+    lines = differences(["a", "b"], [["a", "b"], ["a", "c"], ["b", "a"]])
+    assert lines == ["rank 1: has not b; has c", "rank 2: has the same in another order"]
+
+
+def test_traffic_of_a_step_is_what_came_since_the_last():
+    traffic = Traffic()
+    traffic.add("values", sent=5)
+    traffic.step()
+    traffic.add("values", sent=7, received=2)
+    traffic.step()
+    assert dict(traffic.last_sent) == {"values": 7}
+    assert dict(traffic.last_received) == {"values": 2}
+    assert traffic.sent["values"] == 12
+
+
+@pytest.mark.parametrize(("changed", "said"), [
+    ({"delay": True, "topk": True}, "do not go together"),
+    ({"topk": True, "op_name": "Adasum"}, "op=Adasum do not go together"),
+    ({"delay": True, "predivide": 2.0}, "gradient_predivide_factor"),
+    ({"server": "cloud"}, "'cloud'"),
+    ({"multiple_evaluations": True}, "LBFGS"),
+])
+def test_combinations_without_meaning_are_refused(changed, said):
+    settings = {"delay": False, "topk": False, "op_name": "Average", "predivide": 1.0, "server": None,
+                "multiple_evaluations": False}
+    composition.check(**settings)
+    with pytest.raises(ValueError, match=said):
+        composition.check(**{**settings, **changed})
+
+
+def test_messages_say_value_limit_and_way_out():
+    with pytest.raises(ValueError, match=r"ratio must be in \(0, 1\], got 1.5; pass 0.01"):
+        checks.number("ratio", 1.5, low=0, high=1, open_low=True, hint="pass 0.01")
+    with pytest.raises(ValueError, match=r"rank must be at least 1, got 0"):
+        checks.whole("rank", 0, low=1)
+    with pytest.raises(TypeError, match=r"must be a whole number, got 1\.5"):
+        checks.whole("rank", 1.5, low=1)
+    with pytest.raises(TypeError, match="must be a number, got True"):
+        checks.number("lam", True)

@@ -152,6 +152,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if options.quick:
         options.target, options.seeds, options.steps = 1.5, 1, 500
         grids = {m: {k: v[len(v) // 2:][:1] for k, v in grid.items()} for m, grid in grids.items()}
+    torch.set_num_threads(1)
     digits = torch.from_numpy(load_digits().data / 16.0).float()
     console = Console()
     found, began = {}, time.perf_counter()

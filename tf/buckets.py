@@ -37,7 +37,6 @@ class BucketReducer(Reducer):
         self.specs: list[TensorSpec] = []
         self.buckets: list[Bucket] = []
         self.steps: Any = None
-        self.stamp: Any = None
         self._checked: Any = None
         self._number: dict[int, int] = {}
 
@@ -80,13 +79,13 @@ class BucketReducer(Reducer):
     def per_rank_state(self) -> list[tf.Variable]:
         """The variables that belong to this rank alone."""
 
-    def check_stamp(self) -> None:
+    def check_stamp(self, saved: Any) -> None:
         """Refuse state that was loaded from another rank's file, or another number of ranks.
 
         Raises:
             ValueError: the state is another rank's.
         """
-        rank, ranks = (int(number) for number in self.stamp.numpy())
+        rank, ranks = (int(number) for number in saved)
         if (rank, ranks) != (self.collectives.rank, self.collectives.size):
             raise ValueError(
                 f"the optimizer's state in the file is that of rank {rank} of {ranks}, this is "

@@ -16,14 +16,15 @@ from typing import Any
 
 import horovod.tensorflow as horovod
 import keras
+import numpy as np
 import tensorflow as tf
 
 from hvd_ext import checks
 from hvd_ext.tensorflow import keras_hooks
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.reduce import PlainReducer, Reducer, divide_by_ranks
-from hvd_ext.tensorflow.reducers import make_reducer, refuse_absent
-from hvd_ext.tensorflow.variables import as_tf, mark_per_rank, name_of
+from hvd_ext.tensorflow.reducers import check_preconditioner, make_reducer, refuse_absent
+from hvd_ext.tensorflow.variables import as_tf, is_per_rank, mark_per_rank, name_of
 
 BASE = keras.Optimizer
 # What a class must not override for its gradients to be met between accumulation and clipping.
@@ -34,7 +35,8 @@ class Distribution:
     """What a distributed optimizer knows beyond the wrapped one."""
 
     def __init__(self, optimizer: Any, reducer: Reducer, *, passes: int, average_passes: bool,
-                 scale_local: bool, sparse_as_dense: bool, reset_per_rank_state: bool) -> None:
+                 scale_local: bool, sparse_as_dense: bool, preconditioner: Any,
+                 reset_per_rank_state: bool) -> None:
         self.reducer = reducer
         self.collectives = reducer.collectives
         self.prefix = reducer.prefix
@@ -42,6 +44,7 @@ class Distribution:
         self.average_passes = average_passes
         self.scale_local = scale_local
         self.sparse_as_dense = sparse_as_dense
+        self.preconditioner = preconditioner
         self.reset_per_rank_state = reset_per_rank_state
         self.local: set[int] = set()
         self.counter: Any = None
@@ -77,6 +80,8 @@ class Distribution:
         owners = [variables[index] for index in far]
         inputs = self.reducer.inputs(optimizer)
         reduced, good = self.reducer([gradients[index] for index in far], owners, **inputs)
+        if self.preconditioner is not None:
+            reduced = self.preconditioner.precondition(reduced, owners, self.collectives)
         for index, gradient in zip(far, reduced, strict=True):
             result[index] = gradient
         if self.scale_local and self.local:
@@ -149,9 +154,14 @@ class _Distributed:
             reduced, good = distribution.reduce(self, grads, trainable_variables)
             if good is None:
                 apply(reduced, trainable_variables)
-            else:  # a step that is skipped is not counted either
-                keras.ops.cond(good, lambda: apply(reduced, trainable_variables),
-                               lambda: self._iterations.assign_sub(1))
+            else:
+                def take() -> None:
+                    apply(reduced, trainable_variables)
+
+                def skip() -> None:
+                    self._iterations.assign_sub(1)  # a step not taken is not counted
+
+                keras.ops.cond(good, take, skip)
 
     def _clip_gradients(self, grads: Sequence[Any]) -> Any:
         distribution = self._hvd_ext
@@ -173,8 +183,9 @@ class _Distributed:
                         "be summed over backward_passes_per_step; pass sparse_as_dense=True")
                 gradient = tf.convert_to_tensor(gradient)
             if gradient is not None and apart:
-                done = distribution.counter.read_value()
-                total.scatter_nd_update([[done]], [tf.cast(gradient, total.dtype)])
+                now = tf.equal(tf.range(distribution.passes, dtype=tf.int64), distribution.counter)
+                now = tf.reshape(now, (-1, *[1] * len(gradient.shape)))
+                total.assign(tf.where(now, tf.cast(gradient, total.dtype)[None], total))
             elif gradient is not None:
                 total.assign_add(tf.cast(gradient, total.dtype))
             sums.append(None if gradient is None else total)
@@ -194,12 +205,23 @@ class _Distributed:
         keras.ops.cond(tf.greater_equal(done, distribution.passes), last_pass, other_pass)
 
     def load_own_variables(self, store: Any) -> None:
-        """Take back what a file holds; state of one rank only by that rank."""
-        super().load_own_variables(store)
-        reducer = self._hvd_ext.reducer
-        if self._hvd_ext.reset_per_rank_state:
-            reducer.reset_per_rank_state()
-        reducer.check_stamp()
+        """Take back what a file holds; state of one rank only on that rank.
+
+        Raises:
+            ValueError: the file is another rank's.
+        """
+        distribution, variables = self._hvd_ext, self.variables
+        if len(store.keys()) != len(variables):
+            super().load_own_variables(store)  # Keras says why it loads nothing
+            return
+        values = {key: store[key] for key in list(store.keys())}
+        for number, variable in enumerate(variables):
+            mine = distribution.reducer.stamp is as_tf(variable)
+            if distribution.reset_per_rank_state and is_per_rank(variable):
+                values[str(number)] = np.asarray(as_tf(variable))
+            elif mine:
+                distribution.reducer.check_stamp(values[str(number)])
+        super().load_own_variables(values)
 
     def reset_per_rank_state(self) -> None:
         """Start anew what belongs to this rank: residuals, MeanSquare, gradients accumulated."""
@@ -238,7 +260,7 @@ def distribute(optimizer: Any, name: str | None = None, device_dense: str = "",
         name: prefix of the operations' names in Horovod's timeline; by default the optimizer's.
         op: ``Average``, ``Sum`` or ``DelayCompensated(...)``.
         compression: ``Compression.none``, ``Compression.fp16`` or ``Compression.topk(...)``.
-        preconditioner: ``SENG(model, ...)`` or None.
+        preconditioner: ``SENG(model, ...)``: what the reduced gradient is turned into.
         server: "replicated" or None.
         reset_per_rank_state: when the optimizer's variables are loaded from a file, start anew
             the state that belongs to one rank (TopK's residuals, MeanSquare).
@@ -275,19 +297,27 @@ def distribute(optimizer: Any, name: str | None = None, device_dense: str = "",
     if num_groups:
         warnings.warn("num_groups has been replaced by groups", DeprecationWarning, stacklevel=3)
         groups = num_groups if groups is None else groups
-    refuse_absent(preconditioner, server)
+    check_preconditioner(preconditioner)
+    refuse_absent(server)
     reducer = make_reducer(
         Collectives(process_set, device_dense=device_dense, device_sparse=device_sparse),
         name or optimizer.name, op=op, compression=compression, sparse_as_dense=sparse_as_dense,
         gradient_predivide_factor=gradient_predivide_factor, groups=groups, passes=passes,
         average_passes=average_aggregated_gradients)
     if not isinstance(reducer, PlainReducer):
-        check_extension(optimizer, reducer)
+        check_extension(optimizer, type(reducer).__name__.removesuffix("Reducer"),
+                        takes_accumulated=reducer.takes_accumulated)
+    if preconditioner is not None:
+        check_extension(optimizer, "SENG", takes_accumulated=False)
+        if passes > 1:
+            raise NotImplementedError(
+                f"SENG with backward_passes_per_step={passes} is not available in the TensorFlow "
+                "front end, where it takes its curvature from one pass; use larger batches")
     keras_hooks.install()
     distribution = Distribution(
         optimizer, reducer, passes=passes, average_passes=average_aggregated_gradients,
         scale_local=scale_local_gradients, sparse_as_dense=sparse_as_dense,
-        reset_per_rank_state=reset_per_rank_state)
+        preconditioner=preconditioner, reset_per_rank_state=reset_per_rank_state)
     object.__setattr__(optimizer, keras_hooks.ATTRIBUTE, distribution)
     object.__setattr__(optimizer, "__class__", distributed_class(type(optimizer)))
     if optimizer.built:
@@ -320,22 +350,22 @@ def make_state(optimizer: Any, shape: Sequence[int], dtype: Any, name: str,
     return as_tf(mark_per_rank(variable) if per_rank else variable)
 
 
-def check_extension(optimizer: Any, reducer: Reducer) -> None:
-    """Refuse optimizers that an extension cannot serve.
+def check_extension(optimizer: Any, what: str, *, takes_accumulated: bool) -> None:
+    """Refuse optimizers that the extension ``what`` cannot serve.
 
     Raises:
         NotImplementedError: the optimizer has its own way of a gradient.
         ValueError: it accumulates gradients where the extension needs each.
     """
-    what = type(reducer).__name__.removesuffix("Reducer")
     if not passes_through(optimizer):
         raise NotImplementedError(
             f"{what} with {type(optimizer).__name__}, which handles gradients in a way of its own: "
             "wrap a plain optimizer, or leave the extension out")
-    if optimizer.gradient_accumulation_steps and not reducer.takes_accumulated:
+    if optimizer.gradient_accumulation_steps and not takes_accumulated:
+        way = "" if what == "SENG" else " and pass backward_passes_per_step to DistributedOptimizer"
         raise ValueError(
             f"{what} with gradient_accumulation_steps={optimizer.gradient_accumulation_steps}: "
-            "leave it out and pass backward_passes_per_step to hvd.DistributedOptimizer")
+            f"leave it out{way}")
 
 
 def _reduce_overwrites(optimizer: Any, grads: list[Any], variables: Sequence[Any]) -> list[Any]:

@@ -26,6 +26,7 @@ class Reducer(abc.ABC):
     """Turns each rank's local gradients into the reduced gradient, the same bits on every rank."""
 
     takes_accumulated = True  # whether a mean over gradient_accumulation_steps will do
+    stamp: Any = None  # a variable (rank, ranks) beside state that belongs to one rank
 
     def __init__(self, collectives: Collectives, prefix: str) -> None:
         self.collectives = collectives
@@ -45,10 +46,6 @@ class Reducer(abc.ABC):
     def parts_shape(self) -> tuple[int, ...]:
         """Leading shape of the gradients taken: (micro-batches,) or ()."""
         return ()
-
-    def check_stamp(self) -> None:
-        """Refuse state that another rank saved. Here there is none."""
-        return
 
     def reset_per_rank_state(self) -> None:
         """Start the state of this rank anew. Here there is none."""

@@ -59,16 +59,26 @@ def make_reducer(collectives: Collectives, prefix: str, *, op: Any, compression:
                         **options)
 
 
-def refuse_absent(preconditioner: Any, server: str | None) -> None:
-    """Refuse extensions that this front end does not have.
+def check_preconditioner(preconditioner: Any) -> None:
+    """Refuse what is no preconditioner.
 
     Raises:
-        NotImplementedError: one of them was asked for.
+        TypeError: it is none.
     """
-    if preconditioner is not None:
-        raise NotImplementedError(
-            "preconditioner= is not available in the TensorFlow front end; leave it out, or train "
-            "with hvd_ext.torch")
+    if preconditioner is not None and not hasattr(preconditioner, "precondition"):
+        raise TypeError(f"preconditioner must be hvd.SENG(model, ...), got {preconditioner!r}")
+
+
+def refuse_absent(server: str | None) -> None:
+    """Refuse a ``server=`` that this front end does not have.
+
+    Raises:
+        ValueError: an unknown one.
+        NotImplementedError: the update would run elsewhere than on every rank.
+    """
+    if server is not None and server not in composition.SERVERS:
+        composition.check(delay=False, topk=False, op_name="Average", predivide=1.0, server=server,
+                          multiple_evaluations=False)
     if server not in (None, "replicated"):
         raise NotImplementedError(
             f"server={server!r} is not available in the TensorFlow front end; leave it out (every "

@@ -21,7 +21,7 @@ from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.keras_hooks import refuse_xla
 from hvd_ext.tensorflow.optimizer import make_state
 from hvd_ext.tensorflow.reduce import Reducer, divide_by_ranks
-from hvd_ext.tensorflow.reducers import OTHER_REDUCTIONS, REDUCTIONS, make_reducer, refuse_absent
+from hvd_ext.tensorflow.reducers import OTHER_REDUCTIONS, REDUCTIONS, check_preconditioner, make_reducer
 from hvd_ext.tensorflow.variables import as_tf
 
 ON_OPTIMIZER = "_hvd_ext_tape"
@@ -31,12 +31,13 @@ class _DistributedGradientTape(tf.GradientTape):
     """A ``tf.GradientTape`` with ``gradient`` reduced."""
 
     def __init__(self, tape: tf.GradientTape, reducer: Reducer, scale_local_gradients: bool,
-                 optimizer: Any = None) -> None:
+                 optimizer: Any, preconditioner: Any) -> None:
         super().__init__()
         self.__dict__.update(tape.__dict__)
         self._reducer = reducer
         self._scale_local = scale_local_gradients
         self._optimizer = optimizer
+        self._preconditioner = preconditioner
         self._local_sources: set[int] = set()
 
     def register_local_source(self, source: Any) -> None:
@@ -58,6 +59,8 @@ class _DistributedGradientTape(tf.GradientTape):
         if good is not None:  # as after a plain allreduce, what is not finite reaches every rank
             reduced = [None if gradient is None else tf.where(good, gradient, math.nan)
                        for gradient in reduced]
+        if self._preconditioner is not None:
+            reduced = self._preconditioner.precondition(reduced, owners, self._reducer.collectives)
         result = list(flat)
         for index, gradient in zip(far, reduced, strict=True):
             result[index] = gradient
@@ -112,14 +115,15 @@ def distributed_tape(gradtape: tf.GradientTape, device_dense: str = "", device_s
     if isinstance(gradtape, _DistributedGradientTape):
         raise ValueError("the tape is distributed already: its gradients would be reduced twice; "
                          "call hvd.DistributedGradientTape once")
-    refuse_absent(preconditioner, None)
+    check_preconditioner(preconditioner)
     groups = (num_groups or None) if groups is None else groups
     settings = (op, compression, sparse_as_dense, gradient_predivide_factor, process_set,
                 device_dense, device_sparse)
     if not (isinstance(op, DelayCompensated) or isinstance(compression, TopK)):
         make = _make_reducer if isinstance(groups, list) else _kept_reducer
         reducer = make(*settings, groups)
-        return _DistributedGradientTape(gradtape, reducer, scale_local_gradients)
+        return _DistributedGradientTape(gradtape, reducer, scale_local_gradients, None,
+                                        preconditioner)
     if not isinstance(optimizer, keras.Optimizer):
         what = "DelayCompensated" if isinstance(op, DelayCompensated) else "Compression.topk"
         raise ValueError(
@@ -133,7 +137,8 @@ def distributed_tape(gradtape: tf.GradientTape, device_dense: str = "", device_s
     if kept is None or kept[0] != settings:
         kept = settings, _make_reducer(*settings, groups)
         object.__setattr__(optimizer, ON_OPTIMIZER, kept)
-    return _DistributedGradientTape(gradtape, kept[1], scale_local_gradients, optimizer)
+    return _DistributedGradientTape(gradtape, kept[1], scale_local_gradients, optimizer,
+                                    preconditioner)
 
 
 def partial_distributed_tape(gradtape: tf.GradientTape, *args: Any, local_layers: Any = None,

@@ -13,10 +13,16 @@ import keras  # noqa: E402
 
 import hvd_ext.tensorflow.keras as hvd  # noqa: E402
 from tests.tensorflow import made, training  # noqa: E402
-from tests.torch import test_delay as in_torch  # noqa: E402
 from tests.torch.problems import UNEVEN  # noqa: E402
 
 LR = 0.2
+
+
+def torch_tests():
+    """The PyTorch tests; Horovod serves one framework a process, so never on a TensorFlow rank."""
+    from tests.torch import test_delay
+
+    return test_delay
 
 
 def weights_of_steps(rules, compiled):
@@ -33,6 +39,7 @@ def weights_of_steps(rules, compiled):
 @pytest.mark.ranks
 @pytest.mark.parametrize(("size", "compiled"), [(2, True), (2, False), (4, True)])
 def test_sgd_lands_where_the_oracle_does(ranks, size, compiled):
+    in_torch = torch_tests()
     rules = in_torch.RULES if compiled and size == 2 else {"adaptive": {}}
     found = ranks(size, init="tensorflow").run(weights_of_steps, rules, compiled, timeout=150)
     for name, rule in rules.items():
@@ -45,7 +52,7 @@ def test_sgd_lands_where_the_oracle_does(ranks, size, compiled):
 @pytest.mark.ranks
 def test_same_trajectory_as_pytorch(ranks):
     ours = ranks(2, init="tensorflow").run(weights_of_steps, {"adaptive": {}}, True, timeout=150)
-    theirs = ranks(2).run(in_torch.gradients_of_steps, {}, 4, (LR, LR))
+    theirs = ranks(2).run(torch_tests().gradients_of_steps, {}, 4, (LR, LR))
     for mine, (_, weights) in zip(ours[0]["adaptive"], theirs[0][0], strict=True):
         np.testing.assert_allclose(mine, weights, rtol=1e-5, atol=1e-6)
 
@@ -64,7 +71,7 @@ def microbatches(average):
 @pytest.mark.parametrize("average", [True, False])
 def test_microbatches_are_workers(ranks, average):
     found = ranks(2, init="tensorflow").run(microbatches, average, timeout=150)
-    for step, (_, landed) in enumerate(in_torch.oracle_steps({}, 4, steps=3, lrs=(LR, LR))):
+    for step, (_, landed) in enumerate(torch_tests().oracle_steps({}, 4, steps=3, lrs=(LR, LR))):
         for rank in found:
             np.testing.assert_allclose(rank[step], landed, rtol=2e-5, atol=2e-6)
 

@@ -16,8 +16,6 @@ import hvd_ext.tensorflow.keras as hvd  # noqa: E402
 from hvd_ext.sparse import Layout, TopK  # noqa: E402
 from hvd_ext.sparse.plan import Segment  # noqa: E402
 from hvd_ext.tensorflow import sparse_kernels as kernels  # noqa: E402
-from hvd_ext.torch import sparse_kernels as torch_kernels  # noqa: E402
-from hvd_ext.torch.amsgrad import AMSGrad as TorchAMSGrad  # noqa: E402
 from tests.reference import spars_ams  # noqa: E402
 from tests.tensorflow import made, training  # noqa: E402
 from tests.torch.problems import worker_gradients  # noqa: E402
@@ -25,6 +23,13 @@ from tests.torch.problems import worker_gradients  # noqa: E402
 SHAPES = [(37, 11), (50,), (9, 9)]
 TOTAL = 37 * 11 + 50 + 81
 KEEP = {"ratio": 0.05, "min_size": 0}
+
+
+def torch_kernels():
+    """PyTorch's kernels; Horovod serves one framework a process, so never on a TensorFlow rank."""
+    from hvd_ext.torch import sparse_kernels
+
+    return sparse_kernels
 
 
 def vector(seed, n=5000, dtype=np.float32):
@@ -40,7 +45,7 @@ def test_selection_is_pytorchs(k):
     flat, config = vector(k), TopK(0.01)
     segments = [Segment(0, 3000, k % 3000 or 1), Segment(3000, 2000, min(k, 2000))]
     ours = kernels.select(tf.constant(flat), segments, config, (0,), tf.constant(0))
-    theirs = torch_kernels.select(torch.from_numpy(flat), segments, config, (0,))
+    theirs = torch_kernels().select(torch.from_numpy(flat), segments, config, (0,))
     np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
 
 
@@ -71,8 +76,8 @@ def test_messages_are_pytorchs_bit_for_bit(values, k):
     positions = spars_ams_top(flat, k)[:6]
     dtype, layout = getattr(torch, values), Layout(k, values)
     left = torch.from_numpy(flat.copy())
-    sent = torch_kernels.split(left, torch.from_numpy(positions), dtype)
-    message = torch_kernels.pack(torch.from_numpy(positions), sent, layout)
+    sent = torch_kernels().split(left, torch.from_numpy(positions), dtype)
+    message = torch_kernels().pack(torch.from_numpy(positions), sent, layout)
     ours, residual = kernels.split(tf.constant(flat), tf.constant(positions, tf.int32),
                                    tf.as_dtype(values))
     words = kernels.pack(tf.constant(positions, tf.int32), ours, layout)
@@ -137,6 +142,8 @@ def test_thirty_steps_of_algorithm_1(ranks, size, compiled):
 
 
 def test_amsgrad_is_pytorchs():
+    from hvd_ext.torch.amsgrad import AMSGrad as TorchAMSGrad
+
     for options in ({}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "decoupled_weight_decay": True}):
         ours = made.make_variables(SHAPES)
         theirs = [torch.nn.Parameter(torch.from_numpy(v.numpy())) for v in ours]

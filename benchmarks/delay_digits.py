@@ -58,6 +58,7 @@ def plot(path: Path, rows: list[dict[str, Any]]) -> None:
         axes.axhline(sequential, color="black", linestyle="--", label="sequential SGD")
         axes.set(xscale="log", yscale="log", xlabel="workers M of batch 16", title=f"lr {lr:g} a worker")
         axes.set_xticks(WORKERS, [str(w) for w in WORKERS])
+        axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     panels[0].set_ylabel("test error %")
     panels[-1].legend(fontsize=8)
     figure.tight_layout()

@@ -1,0 +1,150 @@
+"""Selection, feedback and exchange of TopK against ``torch.topk`` + residual + allgather.
+
+    mpirun -np 2 python -m benchmarks.topk_exchange --json out.json
+
+The 11.2 million parameters of a ResNet-18. The baseline is what one
+writes first: the exact ``torch.topk`` of the flat gradient plus residual, an allgather of indices,
+an allgather of values, an addition of each rank's part. It gets its gradient flat and leaves its
+result flat; TopK's time also holds the way from and to each parameter's ``.grad``. All are timed in
+turn in the same run, a barrier before each; the time is the slowest rank's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import hvd_ext.torch as hvd
+from examples.resnet import resnet18
+from hvd_ext.sparse import TopK, keep_count, payoff
+from hvd_ext.torch.collectives import Collectives
+from hvd_ext.torch.reduce import Entry
+from hvd_ext.torch.sparse import TopKReducer
+
+BASELINE = "torch.topk + allgather"
+
+
+class Plain:
+    """Exact TopK with error feedback and two allgathers, on one flat vector."""
+
+    def __init__(self, numel: int, ratio: float) -> None:
+        self.k = keep_count(numel, ratio)
+        self.residual = torch.zeros(numel)
+
+    def __call__(self, gradient: torch.Tensor) -> torch.Tensor:
+        total = gradient + self.residual
+        _, positions = torch.topk(total.abs(), self.k)
+        values = total[positions]
+        total[positions] = 0
+        self.residual = total
+        all_positions = hvd.allgather(positions, name="plain/indices").chunk(hvd.size())
+        all_values = hvd.allgather(values, name="plain/values").chunk(hvd.size())
+        mean = torch.zeros_like(gradient)
+        for where, what in zip(all_positions, all_values, strict=True):
+            mean.index_add_(0, where, what)
+        return mean / hvd.size()
+
+
+class Ours:
+    """The reducer of ``compression=hvd.Compression.topk(...)``, told of each gradient in turn."""
+
+    def __init__(self, entries: list[Entry], config: TopK, label: str) -> None:
+        self.reducer = TopKReducer(Collectives(), 1, config, label=label)
+        self.reducer.set_entries(entries)
+
+    def __call__(self) -> None:
+        for entry in reversed(self.reducer.entries):
+            self.reducer.gradient_ready(entry, 1)
+        self.reducer.finish()
+
+
+def timed(run: Callable[[], Any], set_up: Callable[[], None]) -> float:
+    """Milliseconds of the slowest rank."""
+    set_up()
+    hvd.allreduce(torch.zeros(1), name="barrier")
+    began = time.perf_counter()
+    run()
+    spent = time.perf_counter() - began
+    return 1e3 * float(hvd.allreduce(torch.tensor(spent), name="slowest", op=hvd.Max))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Time all variants in turn; rank 0 prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ratio", type=float, default=0.01)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(argv)
+    hvd.init()
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(hvd.rank())
+    entries, gradients = [], []
+    for number, shape in enumerate(p.shape for p in resnet18(classes=10).parameters()):
+        parameter = torch.nn.Parameter(torch.zeros(shape))
+        scale = float(torch.rand((), generator=generator)) + 0.1
+        gradients.append(torch.randn(shape, generator=generator) * scale)
+        parameter.grad = torch.zeros(shape)
+        entries.append(Entry(f"p{number}", parameter, 0, {}))
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    numel = flat.numel()
+
+    def set_up() -> None:
+        for entry, gradient in zip(entries, gradients, strict=True):
+            entry.parameter.grad.copy_(gradient)
+
+    plain = Plain(numel, args.ratio)
+    ours = {name: Ours(entries, TopK(args.ratio, selection=name), f"bench_{name}")
+            for name in ("exact", "sampled")}
+    variants: dict[str, Callable[[], Any]] = {BASELINE: lambda: plain(flat), **ours}
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(args.repeats + 2):
+        for name, run in variants.items():
+            times[name].append(timed(run, set_up))
+    medians = {name: statistics.median(values[2:]) for name, values in times.items()}
+
+    traffic = ours["sampled"].reducer.collectives.traffic
+    sent = sum(traffic.sent[kind] for kind in ("values", "indices", "dense")) / (args.repeats + 2)
+    dense = payoff.ring_bytes(numel, hvd.size(), payoff.DENSE_BYTES)
+    figures = {
+        "parameters": numel, "ranks": hvd.size(), "ratio": args.ratio,
+        "milliseconds": medians,
+        "against_baseline": {name: value / medians[BASELINE] for name, value in medians.items()},
+        "kept_fraction": {name: variant.reducer.report()["kept_fraction"]
+                          for name, variant in ours.items()},
+        "selection_ns_per_element": {name: variant.reducer.report()["selection_seconds"] / numel * 1e9
+                                     for name, variant in ours.items()},
+        "sent_bytes": sent, "dense_bytes": dense, "sent_of_dense": sent / dense,
+    }
+    if hvd.rank() == 0:
+        show(figures)
+        if args.json:
+            args.json.write_text(json.dumps(figures, indent=1))
+
+
+def show(figures: dict[str, Any]) -> None:
+    """A table for people."""
+    table = Table("exchange", "ms", "against baseline", "kept", title=(
+        f"{figures['parameters']:,} parameters, {figures['ranks']} ranks, "
+        f"ratio {figures['ratio']:g}"))
+    for name, value in figures["milliseconds"].items():
+        kept = figures["kept_fraction"].get(name)
+        table.add_row(name, f"{value:.1f}", f"{figures['against_baseline'][name]:.2f}",
+                      "" if kept is None else f"{kept:.4f}")
+    console = Console()
+    console.print(table)
+    console.print(f"sent by a rank: {figures['sent_bytes']:,.0f} bytes, "
+                  f"{100 * figures['sent_of_dense']:.2f} % of the {figures['dense_bytes']:,} of a "
+                  "dense allreduce")
+
+
+if __name__ == "__main__":
+    main()

@@ -43,6 +43,7 @@ class Primary(Server):
         self._confirms = HeaderBox(self.comm, wire.CONFIRM)
         self._confirmed: Counter[tuple[int, int]] = Counter()
         self._received: deque[tuple[int, int]] = deque()
+        self._silent: set[int] = set()  # workers left out whose process has not ended
         self._saved = 0
         self._seen = [time.monotonic()] * plan.workers
 
@@ -121,8 +122,9 @@ class Primary(Server):
         m = self.plan.worker(rank)
         self._seen[m] = time.monotonic()
         kind = said["kind"]
-        if m in self.gone:
-            self.outbox.header(wire.header(wire.LEFT_OUT), rank, wire.REPLY)
+        if m in self.gone:  # what a dead worker had sent may come in late; nobody waits for it
+            if m in self._silent:
+                self.outbox.header(wire.header(wire.LEFT_OUT), rank, wire.REPLY)
         elif kind in (wire.PUSH, wire.PUSH_NOT_FINITE):
             self.inbox.expect(m, rank, int(said["step"]), finite=kind == wire.PUSH)
         elif kind == wire.ASK_SNAPSHOT:
@@ -219,6 +221,7 @@ class Primary(Server):
         self._order(wire.header(wire.FORGET, worker=m))
         self.forget(m)
         if alive:
+            self._silent.add(m)
             self.outbox.header(wire.header(wire.LEFT_OUT), told.rank, wire.REPLY)
         self.display.say(f"async: worker {m} (rank {told.rank}) is left out after {told.updates} "
                          f"updates: {why}")

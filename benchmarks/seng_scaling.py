@@ -2,9 +2,10 @@
 
     python -m benchmarks.seng_scaling --json out.json
 
-Each operation is timed alone (CPU time of its one thread), on random tensors, at a base size and with one quantity doubled
-twice; the exponent is the slope of log time against log size, and Table 2's is printed beside it.
-Figures well below Table 2's mean that fixed costs still count at these sizes. Bytes held are
+Each operation is timed alone (CPU time of its one thread), on random tensors, at a base size and
+with one quantity doubled twice; the exponent is the slope of log time against log size, and
+Table 2's is printed beside it. Smaller ones mean that fixed costs still count at these sizes,
+larger ones that the operands no longer fit a cache. Bytes held are
 measured on a layer and set beside the formula (rho n; (n_G + n_A) r rho).
 """
 

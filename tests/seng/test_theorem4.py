@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -57,7 +59,7 @@ def residuals(steps: int, alpha: float, **settings) -> list[float]:
 def test_linear_convergence_survives_sketching(settings):
     alpha = 0.4
     found = residuals(12, alpha, **settings)
-    rates = [after / before for before, after in zip(found, found[1:], strict=False)]
+    rates = [after / before for before, after in itertools.pairwise(found)]
     # (1 - alpha)^2 without a sketch; the theorem's zeta = 1 - alpha bounds them all.
     assert max(rates) < 1 - alpha
     if settings["sketch"] is None:

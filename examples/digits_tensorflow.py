@@ -20,7 +20,8 @@ import hvd_ext.tensorflow as hvd
 from examples.digits import Deal, Digits, load
 
 
-def parse(program: str, description: str | None) -> argparse.Namespace:
+def parse(program: str, description: str | None,
+          arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line: the options of ``examples.torch_digits``."""
     parser = argparse.ArgumentParser(prog=f"python -m examples.{program}", description=description,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -35,6 +36,9 @@ def parse(program: str, description: str | None) -> argparse.Namespace:
     add("--compression", choices=["none", "fp16", "topk"], default="none")
     add("--ratio", type=float, default=0.01, help="kept share of --compression topk")
     add("--server", choices=["replicated", "rank0", "sharded"], default=None)
+    add("--preconditioner", choices=["none", "seng"], default="none")
+    add("--damping", type=float, default=0.3, help="damping of --preconditioner seng")
+    add("--update-freq", type=int, default=20, help="steps between SENG's refreshes")
     add("--lr", type=float, default=0.1, help="learning rate of one worker's step")
     add("--epochs", type=int, default=20)
     add("--hidden", type=int, default=64, help="width of the hidden layer")
@@ -42,7 +46,7 @@ def parse(program: str, description: str | None) -> argparse.Namespace:
     add("--json", type=Path, help="write the results here")
     add("--plot", type=Path, help="write a PNG of the test error by epoch here")
     add("--quiet", action="store_true", help="no progress bar, no table")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def make_model(hidden: int, seed: int) -> keras.Model:
@@ -87,11 +91,18 @@ def extensions(args: argparse.Namespace, microbatch: bool) -> dict[str, Any]:
     return {"op": op[args.op](), "compression": compression[args.compression]()}
 
 
-def distribute(args: argparse.Namespace, deal: Deal) -> keras.Optimizer:
+def preconditioner(args: argparse.Namespace, model: keras.Model) -> Any:
+    """SENG for ``model`` when the command line asks for it."""
+    if args.preconditioner == "none":
+        return None
+    return hvd.SENG(model, damping=args.damping, update_freq=args.update_freq)
+
+
+def distribute(args: argparse.Namespace, model: keras.Model, deal: Deal) -> keras.Optimizer:
     """The optimizer with its gradients reduced, after the micro-batches of a step."""
     return hvd.DistributedOptimizer(
         make_optimizer(args, deal), backward_passes_per_step=deal.passes,
-        average_aggregated_gradients=True, server=args.server,
+        average_aggregated_gradients=True, server=args.server, preconditioner=preconditioner(args, model),
         **extensions(args, microbatch=deal.passes > 1))
 
 
@@ -104,9 +115,10 @@ def error_percent(model: keras.Model, data: Digits) -> float:
 
 
 def main(program: str, description: str | None,
-         train: Callable[[argparse.Namespace, int, Digits, Callable[[], None]], dict[str, Any]]) -> None:
+         train: Callable[[argparse.Namespace, int, Digits, Callable[[], None]], dict[str, Any]],
+         arguments: list[str] | None = None) -> None:
     """Run ``train`` once a seed; rank 0 shows a progress bar, a table, and writes what was asked."""
-    args = parse(program, description)
+    args = parse(program, description, arguments)
     hvd.init()
     first = hvd.rank() == 0
     console = Console()

@@ -62,7 +62,7 @@ def train(args: argparse.Namespace, seed: int, data: Digits,
     """One run. The test error after each epoch, in percent, and the seconds it took."""
     deal = Deal(args.virtual_workers or hvd.size(), hvd.size())
     model = shared.make_model(args.hidden, seed)
-    model.compile(shared.distribute(args, deal), shared.make_loss())
+    model.compile(shared.distribute(args, model, deal), shared.make_loss())
     noted = TestError(data, advance)
     started = time.perf_counter()
     model.fit(Dealt(data, deal, seed), epochs=args.epochs, shuffle=False, verbose=0, callbacks=[
@@ -72,5 +72,10 @@ def train(args: argparse.Namespace, seed: int, data: Digits,
             "seconds": time.perf_counter() - started, "workers": deal.workers}
 
 
+def main(arguments: list[str] | None = None) -> None:
+    """Run what the command line asks for."""
+    shared.main("keras_digits", __doc__, train, arguments)
+
+
 if __name__ == "__main__":
-    shared.main("keras_digits", __doc__, train)
+    main()

@@ -28,10 +28,11 @@ def make_step(args: argparse.Namespace, model: Any, deal: Deal) -> Callable[[Any
     """
     loss_of = shared.make_loss()
     if deal.passes > 1 or args.server:
-        optimizer, wrap = shared.distribute(args, deal), lambda tape: tape
+        optimizer, wrap = shared.distribute(args, model, deal), lambda tape: tape
     else:
         optimizer = shared.make_optimizer(args, deal)
-        options = shared.extensions(args, microbatch=False)
+        options = {"preconditioner": shared.preconditioner(args, model),
+                   **shared.extensions(args, microbatch=False)}
 
         def wrap(tape: tf.GradientTape) -> tf.GradientTape:
             return hvd.DistributedGradientTape(tape, optimizer=optimizer, **options)
@@ -69,5 +70,10 @@ def train(args: argparse.Namespace, seed: int, data: Digits,
             "seconds": time.perf_counter() - started, "workers": deal.workers}
 
 
+def main(arguments: list[str] | None = None) -> None:
+    """Run what the command line asks for."""
+    shared.main("tf_digits", __doc__, train, arguments)
+
+
 if __name__ == "__main__":
-    shared.main("tf_digits", __doc__, train)
+    main()

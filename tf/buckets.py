@@ -79,19 +79,6 @@ class BucketReducer(Reducer):
     def per_rank_state(self) -> list[tf.Variable]:
         """The variables that belong to this rank alone."""
 
-    def check_stamp(self, saved: Any) -> None:
-        """Refuse state that was loaded from another rank's file, or another number of ranks.
-
-        Raises:
-            ValueError: the state is another rank's.
-        """
-        rank, ranks = (int(number) for number in saved)
-        if (rank, ranks) != (self.collectives.rank, self.collectives.size):
-            raise ValueError(
-                f"the optimizer's state in the file is that of rank {rank} of {ranks}, this is "
-                f"rank {self.collectives.rank} of {self.collectives.size}: save and load one file "
-                "a rank, or start that state anew with reset_per_rank_state=True")
-
     def reset_per_rank_state(self) -> None:
         """Start the state of this rank anew."""
         for variable in self.per_rank_state():

@@ -8,10 +8,9 @@ before they are clipped: after Keras has unscaled them, dropped missing ones and
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import horovod.tensorflow as horovod
@@ -22,81 +21,11 @@ import tensorflow as tf
 from hvd_ext import checks
 from hvd_ext.tensorflow import keras_hooks
 from hvd_ext.tensorflow.collectives import Collectives
-from hvd_ext.tensorflow.reduce import PlainReducer, Reducer, divide_by_ranks
-from hvd_ext.tensorflow.reducers import check_preconditioner, make_reducer, refuse_absent
+from hvd_ext.tensorflow.distribution import Distribution, check_extension, check_stamp
+from hvd_ext.tensorflow.reduce import PlainReducer
+from hvd_ext.tensorflow.reducers import check_preconditioner, make_reducer
+from hvd_ext.tensorflow.server import make_server
 from hvd_ext.tensorflow.variables import as_tf, is_per_rank, mark_per_rank, name_of
-
-BASE = keras.Optimizer
-# What a class must not override for its gradients to be met between accumulation and clipping.
-PASSED_THROUGH = ("apply", "_backend_apply_gradients", "_clip_gradients")
-
-
-class Distribution:
-    """What a distributed optimizer knows beyond the wrapped one."""
-
-    def __init__(self, optimizer: Any, reducer: Reducer, *, passes: int, average_passes: bool,
-                 scale_local: bool, sparse_as_dense: bool, preconditioner: Any,
-                 reset_per_rank_state: bool) -> None:
-        self.reducer = reducer
-        self.collectives = reducer.collectives
-        self.prefix = reducer.prefix
-        self.passes = passes
-        self.average_passes = average_passes
-        self.scale_local = scale_local
-        self.sparse_as_dense = sparse_as_dense
-        self.preconditioner = preconditioner
-        self.reset_per_rank_state = reset_per_rank_state
-        self.local: set[int] = set()
-        self.counter: Any = None
-        self.sums: dict[str, Any] = {}
-        self.standard = passes_through(optimizer)
-        self.applying: list[Any] | None = None
-        self.reduced = False
-
-    def build(self, optimizer: Any, variables: Sequence[Any]) -> None:
-        """Make the state that reduction and accumulation over passes need, in the optimizer."""
-        make = functools.partial(make_state, optimizer)
-        shared = [variable for variable in variables if id(as_tf(variable)) not in self.local]
-        self.reducer.build(shared, make)
-        if self.passes > 1:
-            parts = self.reducer.parts_shape()
-            self.counter = make((), "int64", "passes_done", False)
-            for number, variable in enumerate(variables):
-                key = optimizer._var_key(variable)
-                self.sums[key] = make((*parts, *variable.shape), variable.dtype,
-                                      f"passes_{number}", True)
-
-    def reduce(self, optimizer: Any, gradients: Sequence[Any],
-               variables: Sequence[Any]) -> tuple[list[Any], Any]:
-        """The gradients over all ranks, and whether the step may be taken (None: always).
-
-        Those of local variables stay, scaled by 1/M if asked.
-        """
-        keras_hooks.refuse_xla("hvd.DistributedOptimizer")
-        self.reduced = True
-        result = list(gradients)
-        far = [index for index, variable in enumerate(variables)
-               if id(as_tf(variable)) not in self.local]
-        owners = [variables[index] for index in far]
-        inputs = self.reducer.inputs(optimizer)
-        reduced, good = self.reducer([gradients[index] for index in far], owners, **inputs)
-        if self.preconditioner is not None:
-            reduced = self.preconditioner.precondition(reduced, owners, self.collectives)
-        for index, gradient in zip(far, reduced, strict=True):
-            result[index] = gradient
-        if self.scale_local and self.local:
-            for index in set(range(len(result))) - set(far):
-                result[index] = divide_by_ranks(result[index], self.collectives)
-        return result, good
-
-    @contextlib.contextmanager
-    def application(self) -> Iterator[None]:
-        """Around the wrapped ``apply``: an optimizer that reduced nothing is an error."""
-        self.reduced = False
-        yield
-        if not self.reduced:
-            raise RuntimeError("the wrapped optimizer updated its variables without passing the "
-                               "gradients on to be reduced; please report this optimizer")
 
 
 class _Distributed:
@@ -110,8 +39,33 @@ class _Distributed:
         return _CallableList(super().variables)
 
     def build(self, variables: Sequence[Any]) -> None:
+        if self._hvd_ext.server is not None:
+            self._hvd_ext.server.build(list(variables))
         super().build(variables)
         self._hvd_ext.build(self, list(variables))
+
+    def add_variable_from_reference(self, reference_variable: Any, name: str | None = None,
+                                    initializer: Any = "zeros") -> Any:
+        """A variable of the optimizer; an empty one for what another rank keeps."""
+        server = self._hvd_ext.server
+        if server is None or name == "gradient_accumulator":
+            return super().add_variable_from_reference(reference_variable, name=name,
+                                                       initializer=initializer)
+        if server.owns(reference_variable):
+            return mark_per_rank(super().add_variable_from_reference(
+                reference_variable, name=name, initializer=initializer))
+        return mark_per_rank(self.add_variable(
+            shape=(0,), dtype=reference_variable.dtype, name=f"{name}_elsewhere"))
+
+    def _backend_update_step(self, grads: Sequence[Any], trainable_variables: Sequence[Any],
+                             learning_rate: Any) -> None:
+        update = super()._backend_update_step
+        server = self._hvd_ext.server
+        if server is None:
+            update(grads, trainable_variables, learning_rate)
+        else:
+            server.update(lambda some, owned: update(some, owned, learning_rate), grads,
+                          trainable_variables, self._hvd_ext.prefix)
 
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
         if len(grads) == 0:
@@ -216,11 +170,14 @@ class _Distributed:
             return
         values = {key: store[key] for key in list(store.keys())}
         for number, variable in enumerate(variables):
-            mine = distribution.reducer.stamp is as_tf(variable)
-            if distribution.reset_per_rank_state and is_per_rank(variable):
-                values[str(number)] = np.asarray(as_tf(variable))
-            elif mine:
-                distribution.reducer.check_stamp(values[str(number)])
+            own = as_tf(variable)
+            if own is distribution.server_stamp:
+                check_stamp(values[str(number)], distribution.collectives, "server=")
+            elif distribution.reset_per_rank_state and distribution.server is None \
+                    and is_per_rank(variable):
+                values[str(number)] = np.asarray(own)
+            elif own is distribution.reducer.stamp:
+                check_stamp(values[str(number)], distribution.collectives)
         super().load_own_variables(values)
 
     def reset_per_rank_state(self) -> None:
@@ -261,7 +218,8 @@ def distribute(optimizer: Any, name: str | None = None, device_dense: str = "",
         op: ``Average``, ``Sum`` or ``DelayCompensated(...)``.
         compression: ``Compression.none``, ``Compression.fp16`` or ``Compression.topk(...)``.
         preconditioner: ``SENG(model, ...)``: what the reduced gradient is turned into.
-        server: "replicated" or None.
+        server: where the update runs: "replicated" (as without it), "rank0", or "sharded", each
+            variable's on its owner; a rank keeps the optimizer's state of what it owns.
         reset_per_rank_state: when the optimizer's variables are loaded from a file, start anew
             the state that belongs to one rank (TopK's residuals, MeanSquare).
 
@@ -274,7 +232,7 @@ def distribute(optimizer: Any, name: str | None = None, device_dense: str = "",
         NotImplementedError: an extension that the TensorFlow front end does not have.
     """
     keras_hooks.require_tensorflow_backend("hvd.DistributedOptimizer")
-    if not isinstance(optimizer, BASE):
+    if not isinstance(optimizer, keras.Optimizer):
         raise TypeError(f"optimizer must be a keras.optimizers.Optimizer, got {optimizer!r}")
     if keras_hooks.distribution_of(optimizer) is not None:
         raise ValueError(
@@ -298,10 +256,12 @@ def distribute(optimizer: Any, name: str | None = None, device_dense: str = "",
         warnings.warn("num_groups has been replaced by groups", DeprecationWarning, stacklevel=3)
         groups = num_groups if groups is None else groups
     check_preconditioner(preconditioner)
-    refuse_absent(server)
+    collectives = Collectives(process_set, device_dense=device_dense, device_sparse=device_sparse)
+    placed = make_server(server, optimizer, collectives)
+    if placed is not None:
+        check_extension(optimizer, f"server={server!r}", takes_accumulated=True)
     reducer = make_reducer(
-        Collectives(process_set, device_dense=device_dense, device_sparse=device_sparse),
-        name or optimizer.name, op=op, compression=compression, sparse_as_dense=sparse_as_dense,
+        collectives, name or optimizer.name, op=op, compression=compression, sparse_as_dense=sparse_as_dense,
         gradient_predivide_factor=gradient_predivide_factor, groups=groups, passes=passes,
         average_passes=average_aggregated_gradients)
     if not isinstance(reducer, PlainReducer):
@@ -317,7 +277,7 @@ def distribute(optimizer: Any, name: str | None = None, device_dense: str = "",
     distribution = Distribution(
         optimizer, reducer, passes=passes, average_passes=average_aggregated_gradients,
         scale_local=scale_local_gradients, sparse_as_dense=sparse_as_dense,
-        preconditioner=preconditioner, reset_per_rank_state=reset_per_rank_state)
+        preconditioner=preconditioner, server=placed, reset_per_rank_state=reset_per_rank_state)
     object.__setattr__(optimizer, keras_hooks.ATTRIBUTE, distribution)
     object.__setattr__(optimizer, "__class__", distributed_class(type(optimizer)))
     if optimizer.built:
@@ -335,37 +295,6 @@ def distributed_class(wrapped: type) -> type:
     if registered != wrapped.__name__:
         keras.src.saving.object_registration.GLOBAL_CUSTOM_NAMES[kind] = registered
     return kind
-
-
-def passes_through(optimizer: Any) -> bool:
-    """Whether its class leaves the way of a gradient from ``apply`` to clipping as Keras has it."""
-    return all(getattr(type(optimizer), name) is getattr(BASE, name) for name in PASSED_THROUGH)
-
-
-def make_state(optimizer: Any, shape: Sequence[int], dtype: Any, name: str,
-               per_rank: bool) -> tf.Variable:
-    """A variable of zeros that the optimizer's checkpoints hold."""
-    variable = optimizer.add_variable(shape=tuple(shape), name=name,
-                                      dtype=tf.as_dtype(dtype).name)
-    return as_tf(mark_per_rank(variable) if per_rank else variable)
-
-
-def check_extension(optimizer: Any, what: str, *, takes_accumulated: bool) -> None:
-    """Refuse optimizers that the extension ``what`` cannot serve.
-
-    Raises:
-        NotImplementedError: the optimizer has its own way of a gradient.
-        ValueError: it accumulates gradients where the extension needs each.
-    """
-    if not passes_through(optimizer):
-        raise NotImplementedError(
-            f"{what} with {type(optimizer).__name__}, which handles gradients in a way of its own: "
-            "wrap a plain optimizer, or leave the extension out")
-    if optimizer.gradient_accumulation_steps and not takes_accumulated:
-        way = "" if what == "SENG" else " and pass backward_passes_per_step to DistributedOptimizer"
-        raise ValueError(
-            f"{what} with gradient_accumulation_steps={optimizer.gradient_accumulation_steps}: "
-            f"leave it out{way}")
 
 
 def _reduce_overwrites(optimizer: Any, grads: list[Any], variables: Sequence[Any]) -> list[Any]:

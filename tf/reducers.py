@@ -69,22 +69,6 @@ def check_preconditioner(preconditioner: Any) -> None:
         raise TypeError(f"preconditioner must be hvd.SENG(model, ...), got {preconditioner!r}")
 
 
-def refuse_absent(server: str | None) -> None:
-    """Refuse a ``server=`` that this front end does not have.
-
-    Raises:
-        ValueError: an unknown one.
-        NotImplementedError: the update would run elsewhere than on every rank.
-    """
-    if server is not None and server not in composition.SERVERS:
-        composition.check(delay=False, topk=False, op_name="Average", predivide=1.0, server=server,
-                          multiple_evaluations=False)
-    if server not in (None, "replicated"):
-        raise NotImplementedError(
-            f"server={server!r} is not available in the TensorFlow front end; leave it out (every "
-            "rank applies the update), or train with hvd_ext.torch")
-
-
 def _check_compression(compression: Any) -> None:
     if not (hasattr(compression, "compress") and hasattr(compression, "decompress")):
         raise ValueError(f"compression must be hvd.Compression.none, .fp16 or .topk(...), got "

@@ -156,10 +156,6 @@ def test_bad_input():
         hvd.DistributedOptimizer(sgd(0.1), op=hvd.DelayCompensated(virtual_workers="microbatch"))
     with pytest.raises(ValueError, match="do not go together"):
         hvd.DistributedOptimizer(sgd(0.1), op=op, compression=hvd.Compression.topk(0.1))
-    with pytest.raises(NotImplementedError, match="preconditioner"):
-        hvd.DistributedOptimizer(sgd(0.1), preconditioner=object())
-    with pytest.raises(NotImplementedError, match="'sharded'"):
-        hvd.DistributedOptimizer(sgd(0.1), server="sharded")
     import hvd_ext.tensorflow as tensors
 
     with pytest.raises(ValueError, match="needs optimizer="):

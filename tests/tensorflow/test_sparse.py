@@ -167,7 +167,7 @@ def save_and_continue(folder):
     residuals = model.optimizer._hvd_ext.reducer.per_rank_state()
     path = f"{folder}/model{rank}.keras"
     model.save(path)
-    again = hvd.load_model(path, custom_optimizers=[hvd.AMSGrad], **options)
+    again = hvd.load_model(path, **options)
     loaded = again.optimizer._hvd_ext.reducer.per_rank_state()
     for mine, saved in zip(loaded, residuals, strict=True):
         np.testing.assert_array_equal(mine.numpy(), saved.numpy())

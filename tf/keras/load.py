@@ -8,6 +8,7 @@ from typing import Any
 import horovod.tensorflow as horovod
 import keras
 
+from hvd_ext.tensorflow.amsgrad import AMSGrad
 from hvd_ext.tensorflow.keras_hooks import require_tensorflow_backend
 from hvd_ext.tensorflow.optimizer import distribute
 
@@ -37,10 +38,12 @@ def load_model(filepath: Any, custom_optimizers: Iterable[type] | None = None,
              if isinstance(kind, type) and issubclass(kind, keras.Optimizer)
              and kind not in (keras.Optimizer, keras.optimizers.LossScaleOptimizer)}
     known.update({keras.saving.get_registered_name(kind): kind
-                  for kind in custom_optimizers or ()})
+                  for kind in (AMSGrad, *(custom_optimizers or ()))})
     wrapped = {name: _distributing(kind, {"compression": compression, **options})
                for name, kind in known.items()}
-    return keras.models.load_model(filepath, custom_objects={**wrapped, **(custom_objects or {})})
+    # As a scope they come before classes of those names that Keras has registered.
+    with keras.saving.custom_object_scope({**wrapped, **(custom_objects or {})}):
+        return keras.models.load_model(filepath)
 
 
 def _distributing(kind: type, options: dict[str, Any]) -> type:

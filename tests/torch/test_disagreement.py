@@ -69,10 +69,10 @@ def error_of_a_step(build):
     return "no error"
 
 
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize(("build", "said"), [
-    ("other_shape", r"p1\[7\]"), ("other_dtype", "torch.float64"), ("other_parameters", r"p2\[4\]"),
-    ("other_names", "rank1"), ("other_settings", "lam=3"), ("other_passes", "backward passes"),
+@pytest.mark.parametrize(("size", "build", "said"), [
+    (2, "other_shape", r"p1\[7\]"), (2, "other_dtype", "torch.float64"), (2, "other_parameters", r"p2\[4\]"),
+    (2, "other_names", "rank1"), (2, "other_settings", "lam=3"), (2, "other_passes", "backward passes"),
+    (4, "other_shape", r"p1\[7\]"), (4, "other_parameters", r"p2\[4\]"),
 ])
 def test_ranks_that_disagree_all_see_the_same_error(size, build, said):
     started = time.monotonic()

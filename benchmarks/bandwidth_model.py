@@ -13,15 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.launch import mpirun
 from hvd_ext.sparse import payoff
 
 COUNTER = Path("/sys/class/net/lo/statistics/tx_bytes")
@@ -78,16 +77,11 @@ def model(way: str, numel: int, ranks: int) -> int:
 
 def start(ranks: int, args: argparse.Namespace) -> dict[str, Any]:
     """Run :func:`measure` on so many ranks."""
-    near = Path(sys.executable).parent / "mpirun"
-    launcher = str(near) if near.exists() else shutil.which("mpirun")
-    if launcher is None:
-        raise SystemExit("mpirun was not found; activate the environment that Horovod is in")
-    command = [launcher, "--oversubscribe", "--bind-to", "none", "-np", str(ranks), "--mca", "btl",
-               "tcp,self", "--mca", "btl_tcp_if_include", "lo", "--mca", "pml", "ob1"]
-    if os.geteuid() == 0:
-        command.append("--allow-run-as-root")
-    command += [sys.executable, "-m", "benchmarks.bandwidth_model", "--measure",
-                "--numel", str(args.numel), "--steps", str(args.steps)]
+    command = mpirun(
+        ranks, "benchmarks.bandwidth_model",
+        ["--measure", "--numel", str(args.numel), "--steps", str(args.steps)],
+        ["--mca", "btl", "tcp,self", "--mca", "btl_tcp_if_include", "lo", "--mca", "pml", "ob1"],
+    )
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:

@@ -1,6 +1,6 @@
 """Selection, feedback and exchange of TopK against ``torch.topk`` + residual + allgather.
 
-    mpirun -np 2 python -m benchmarks.topk_exchange --json out.json
+    python -m benchmarks.topk_exchange --json out.json
 
 The 11.2 million parameters of a ResNet-18. The baseline is what one
 writes first: the exact ``torch.topk`` of the flat gradient plus residual, an allgather of indices,
@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 import hvd_ext.torch as hvd
+from benchmarks.launch import mpirun, under_mpirun
 from examples.resnet import resnet18
 from hvd_ext.sparse import TopK, keep_count, payoff
 from hvd_ext.torch.collectives import Collectives
@@ -82,8 +86,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ratio", type=float, default=0.01)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
+    if not under_mpirun():
+        command = mpirun(args.ranks, "benchmarks.topk_exchange", sys.argv[1:] if argv is None else argv)
+        raise SystemExit(subprocess.run(command, check=False,
+                                        env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode)
     hvd.init()
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(hvd.rank())

@@ -7,8 +7,8 @@
 One process, the delay engine: M workers whose computing times vary by 20 % (``Simulated``), a
 64-32-10 network, mini-batches of 8, 20 epochs of the whole training set whatever M (10 for
 ``momentum``), constant learning rate after a linear warm-up over the first two epochs, the same for
-every method. All learning rates and seeds of a method are computed at once. Each method is tuned over the grid
-below; what is shown is the mean test error over the seeds at its best setting.
+every method. All learning rates and seeds of a method are computed at once. Each method is tuned
+over the grid below; what is shown is the mean test error over the seeds at its best setting.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ from hvd_ext.async_ps.model import Array
 from hvd_ext.async_ps.plan import Plan
 from hvd_ext.async_ps.registration import Membership
 from hvd_ext.async_ps.sequencer import Commit
-from hvd_ext.async_ps.server import Server
+from hvd_ext.async_ps.server import FLUSH_SECONDS, Server
 from hvd_ext.async_ps.transport import HeaderBox
+
+LAST_WORDS = 5.0  # seconds in which a slice may still arrive after the primary has gone
 
 
 class Secondary(Server):
@@ -25,6 +28,8 @@ class Secondary(Server):
         super().__init__(plan, member, settings, weights)
         self._orders = HeaderBox(self.comm, wire.ORDER)
         self._ended = False
+        self._gathered = False
+        self._primary_gone: float | None = None
         self._interrupted = False
 
     def serve(self) -> Array:
@@ -44,7 +49,13 @@ class Secondary(Server):
                         idle.wait()
                     self.look()
                 whole = self.gather()
+                self._gathered = True
                 self.flush()
+                # The primary must not take the end of this rank for a loss: it goes first.
+                deadline = time.monotonic() + FLUSH_SECONDS
+                while self._primary_gone is None and time.monotonic() < deadline:
+                    self.look()
+                    time.sleep(1e-3)
                 return whole
             finally:
                 self.close()
@@ -102,11 +113,14 @@ class Secondary(Server):
         if self.signal is not None and not self._interrupted:
             self._interrupted = True
             self._confirm(wire.header(wire.INTERRUPTED, size=int(signal.Signals(self.signal))))
-        if self.member.guest.lost() and not self._ended:
-            while (arrived := self._orders.take()) is not None:  # it may have said why
-                self._obey(arrived[1])
-            if not self._ended:
-                raise ServerLost(
-                    "the primary server (rank 0) is lost; start again with resume= and the "
-                    "folder given as checkpoint_dir"
-                )
+        if self._primary_gone is None and self.member.guest.lost():
+            self._primary_gone = now
+        if self._primary_gone is None or self._gathered:
+            return
+        while not self._ended and (arrived := self._orders.take()) is not None:
+            self._obey(arrived[1])  # it may have said why
+        if not self._ended or now - self._primary_gone > LAST_WORDS:
+            raise ServerLost(
+                "the primary server (rank 0) is lost; start again with resume= and the folder "
+                "given as checkpoint_dir"
+            )

@@ -20,8 +20,9 @@ from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.keras_hooks import require_tensorflow_backend
 from hvd_ext.tensorflow.reduce import Gradient
 from hvd_ext.tensorflow.seng_capture import Capture, Layer, find_weights
-from hvd_ext.tensorflow.seng_layers import rule_for
-from hvd_ext.tensorflow.seng_state import LayerState
+from hvd_ext.tensorflow.seng_implicit import ImplicitState
+from hvd_ext.tensorflow.seng_layers import kernel_matrix, rule_for
+from hvd_ext.tensorflow.seng_state import ExplicitState, LayerState
 from hvd_ext.tensorflow.variables import as_tf, name_of
 
 
@@ -46,8 +47,9 @@ class SENG(tf.Module):
         TypeError: an argument of the wrong kind.
         ValueError: an argument outside its limits, a model that is not built or has no layer with
             a rule, or one that another SENG has already.
-        NotImplementedError: what only the PyTorch front end has: layers of ``explicit_threshold``
-            parameters and more, another ``curvature_dtype`` than float32, mixed_float16.
+        NotImplementedError: what only the PyTorch front end has: transposed convolutions of
+            ``explicit_threshold`` parameters and more, another ``curvature_dtype`` than float32,
+            mixed_float16.
     """
 
     def __init__(self, model: keras.Model, *, damping: Damping, update_freq: int = 200,
@@ -81,8 +83,8 @@ class SENG(tf.Module):
             raise ValueError(f"the model {model.name!r} has no weights yet; call it on a batch, or "
                              "model.build(input_shape), before hvd.SENG")
         layers = self._find(model)
-        self.settings.check_sketch(layer.n for layer in layers)
-        self.states = [LayerState(layer, self._sketch_of(layer)) for layer in layers]
+        self.states = [self._state_of(layer) for layer in layers]
+        self.settings.check_sketch(layer.n for layer in layers if not layer.implicit)
         self.capture = Capture(layers)
         with tf.init_scope():
             self.step = tf.Variable(0, dtype=tf.int64, trainable=False, name="step")
@@ -114,17 +116,25 @@ class SENG(tf.Module):
                 "layers, or shorten exclude=")
         return layers
 
-    def _sketch_of(self, layer: Layer) -> int | None:
-        product = layer.registered.weights[0] == "kernel"
-        plan = plan_layer(LayerShape(layer.name, layer.registered.kind, layer.n, layer.n, 1,
+    def _state_of(self, layer: Layer) -> LayerState:
+        registered = layer.registered
+        groups, n_g, n_a = 1, layer.n, 1
+        product = registered.weights[0] == "kernel" and 0 in layer.picked
+        if product and registered.product:
+            groups, n_g, n_a = kernel_matrix(layer.layer)
+            n_a += len(layer.weights) - 1
+        plan = plan_layer(LayerShape(layer.name, registered.kind, layer.n, n_g, n_a, groups,
                                      product=product), self.settings)
-        if plan.implicit:
+        if not plan.implicit:
+            return ExplicitState(layer, plan.sketch)
+        if not registered.product:
             raise NotImplementedError(
-                f"{layer.name} has {layer.n} parameters, explicit_threshold is "
-                f"{self.settings.explicit_threshold}: the TensorFlow front end keeps U itself of "
-                "every layer; raise explicit_threshold (U takes 4 bytes a parameter and sample, "
-                "subsample= takes fewer samples), or name the layer in exclude=")
-        return plan.sketch
+                f"{layer.name}, a {registered.kind}, has {layer.n} parameters and "
+                f"explicit_threshold is {self.settings.explicit_threshold}: the TensorFlow front "
+                "end has no factors of such layers; raise explicit_threshold, or name the layer "
+                "in exclude=")
+        layer.implicit = True
+        return ImplicitState(layer, plan, groups, n_g, n_a)
 
     def close(self) -> None:
         """Give the model's layers back as they were. The object is of no use afterwards."""
@@ -180,7 +190,7 @@ class SENG(tf.Module):
         """New curvature of the layers that have one on every rank; others keep what they had."""
         made = [state.candidate(self.settings, self.step, self._pass, lam, collectives, self.name)
                 for state in self.states]
-        fine = tf.stack([tf.cast(candidate.good, tf.int32) for candidate in made])
+        fine = tf.stack([tf.cast(candidate["good"], tf.int32) for candidate in made])
         name = f"{self.name}.refresh"
         agreed = collectives.if_many(
             lambda: collectives.allreduce(fine, name, op=horovod.Min), lambda: fine)

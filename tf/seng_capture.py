@@ -12,7 +12,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from hvd_ext.tensorflow.seng_layers import Registered
+from hvd_ext.tensorflow.seng_layers import Registered, layer_factors
 from hvd_ext.tensorflow.variables import as_tf
 
 
@@ -21,20 +21,28 @@ class Layer:
     """A Keras layer with a rule, its trainable weights, and what was captured of it.
 
     ``captured`` (samples, n) are the summed per-sample gradients of this pass, ``captured_at`` the
-    pass they belong to: a layer that is used several times adds up.
+    pass they belong to: a layer that is used several times adds up. Of an ``implicit`` layer the
+    factors are captured, with ``kappa`` columns a sample.
     """
 
     layer: Any
     registered: Registered
     weights: list[Any]
     picked: list[int]
+    implicit: bool = False
+    kappa: int | None = None
     captured: tf.Variable = field(init=False)
+    captured_g: tf.Variable = field(init=False)
+    captured_a: tf.Variable = field(init=False)
     captured_at: tf.Variable = field(init=False)
 
     def __post_init__(self) -> None:
         with tf.init_scope():
             self.captured = tf.Variable(tf.zeros((0, self.n)), trainable=False,
                                         shape=(None, self.n))
+            self.captured_g, self.captured_a = (
+                tf.Variable(tf.zeros((0, 0, 0, 0)), trainable=False, shape=[None] * 4)
+                for _ in range(2))
             self.captured_at = tf.Variable(-1, dtype=tf.int64, trainable=False)
 
     @property
@@ -106,6 +114,8 @@ class Capture:
         return tap(z)
 
     def _store(self, layer: Layer, x: tf.Tensor, gz: tf.Tensor) -> tf.Tensor:
+        if layer.implicit:
+            return self._store_factors(layer, x, gz)
         both = layer.registered.rule(layer.layer, tf.cast(x, tf.float32), tf.cast(gz, tf.float32))
         samples = tf.shape(gz)[0]
         u = tf.concat([tf.reshape(both[place], (samples, -1)) for place in layer.picked], axis=1)
@@ -114,6 +124,20 @@ class Capture:
         u = tf.cond(again, lambda: layer.captured + u, lambda: u)
         layer.captured.assign(tf.ensure_shape(u, (None, layer.n)))
         layer.captured_at.assign(self.step)
+        return tf.constant(True)
+
+    def _store_factors(self, layer: Layer, x: tf.Tensor, gz: tf.Tensor) -> tf.Tensor:
+        g, a = layer_factors(layer.layer, tf.cast(x, tf.float32), tf.cast(gz, tf.float32))
+        if g.shape[-1] is None:
+            raise ValueError(f"SENG needs the number of positions that {layer.name} sees; give the "
+                             "model's Input a full shape")
+        layer.kappa = int(g.shape[-1])
+        layer.captured_g.assign(g)
+        layer.captured_a.assign(a)
+        # Used again in this pass: its factors would have to be joined, so that it has none.
+        again = tf.logical_or(tf.equal(layer.captured_at, self.step),
+                              tf.equal(layer.captured_at, -2 - self.step))
+        layer.captured_at.assign(tf.where(again, -2 - self.step, self.step))
         return tf.constant(True)
 
 

@@ -18,6 +18,7 @@ from tests.tensorflow import training  # noqa: E402
 L = keras.layers
 LAM = 0.25
 EXACT = {"damping": LAM, "sketch": None}
+IMPLICIT = {**EXACT, "explicit_threshold": 0, "rank": 10**6, "uc": "exact"}
 
 
 class Alone(Collectives):
@@ -102,14 +103,18 @@ def flat(arrays):
     return np.concatenate([np.asarray(a, np.float64).ravel() for a in arrays])
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("settings", "compiled"),
+                         [(EXACT, False), (EXACT, True), (IMPLICIT, True)],
+                         ids=["eager", "compiled", "implicit"])
 @pytest.mark.parametrize("case", MODELS)
-def test_direction_is_the_dense_solve(case, compiled):
+def test_direction_is_the_dense_solve(case, settings, compiled):
+    if settings is IMPLICIT and case in ("transposed", "shared"):
+        pytest.skip("implicit layers: not transposed convolutions, not layers used twice")
     keras.utils.set_random_seed(1)
     model, shape = MODELS[case]()
     x, y = batch(shape)
     samples = per_sample(model, x, y)
-    seng = hvd.SENG(model, **EXACT)
+    seng = hvd.SENG(model, **settings)
     variables = model.trainable_variables
 
     def step(x, y):
@@ -194,11 +199,21 @@ def test_sketched_direction(sketch):
     np.testing.assert_allclose(flat(p[:2]), expected, rtol=1e-3, atol=1e-4)
 
 
-def steps_on_ranks(coupling):
+def u_of(state):
+    """U (n, rho) that a layer's curvature stands for."""
+    if hasattr(state, "u"):
+        return np.asarray(state.u, np.float64).T
+    u = np.einsum("igor,igar->iago", np.asarray(state.g, np.float64), np.asarray(state.a))
+    width = state.n_a - len(state.layer.weights) + 1
+    kernel, bias = u[:, :width], u[:, width:]
+    return np.concatenate([kernel.reshape(len(u), -1), bias.reshape(len(u), -1)], axis=1).T
+
+
+def steps_on_ranks(coupling, settings):
     """Local U and gradient, and the direction, of each step of each layer on this rank."""
     keras.utils.set_random_seed(1)
     model, shape = MODELS["conv2d same"]()
-    seng = hvd.SENG(model, coupling=coupling, update_freq=2, **EXACT)
+    seng = hvd.SENG(model, coupling=coupling, update_freq=2, **settings)
     variables, collectives = model.trainable_variables, Collectives()
     seen = []
 
@@ -211,20 +226,21 @@ def steps_on_ranks(coupling):
     for number in range(4):
         x, y = batch(shape, rho=4, seed=10 * hvd.rank() + number)
         mean, p = step(tf.constant(x), tf.constant(y))
-        seen.append([([np.asarray(state.u)], flat([mean[k] for k in numbers]),
+        seen.append([([u_of(state)], flat([mean[k] for k in numbers]),
                       flat([p[k] for k in numbers]))
                      for state, numbers in zip(seng.states, places(seng, variables), strict=True)])
     return seen
 
 
 @pytest.mark.ranks
+@pytest.mark.parametrize("settings", [EXACT, IMPLICIT], ids=["explicit", "implicit"])
 @pytest.mark.parametrize("coupling", ["block", "lagged", "full"])
-def test_couplings_are_their_equations(ranks, coupling):
-    everyone = ranks(2, init="tensorflow").run(steps_on_ranks, coupling, timeout=150)
+def test_couplings_are_their_equations(ranks, coupling, settings):
+    everyone = ranks(2, init="tensorflow").run(steps_on_ranks, coupling, settings, timeout=150)
     before = {}
     for step, together in enumerate(zip(*everyone, strict=True)):
         for layer in range(len(together[0])):
-            us = [rank[layer][0][0].T.astype(np.float64) for rank in together]
+            us = [rank[layer][0][0] for rank in together]
             g = together[0][layer][1]
             if coupling == "full":
                 expected = reference.joint_direction(us, g, LAM)
@@ -266,24 +282,46 @@ def test_fit_with_full_coupling_equals_one_process(ranks, how):
             np.testing.assert_allclose(mine, one, rtol=1e-4, atol=1e-5)
 
 
-def test_same_direction_as_pytorch():
+SETTINGS = {
+    "explicit": EXACT,
+    "implicit, exact": {**IMPLICIT, "rank": 2},
+    "implicit, factored": {**IMPLICIT, "uc": "factored"},
+    "implicit, factored, cut": {**IMPLICIT, "uc": "factored", "rank": 2},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_same_direction_as_pytorch(settings):
     torch = pytest.importorskip("torch")
     from hvd_ext.torch.seng import SENG as TorchSENG
 
-    ours, shape = MODELS["dense"]()
-    theirs = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    ours = keras.Sequential([keras.Input((5, 5, 2)), L.Conv2D(4, 3, padding="same"),
+                             L.Activation("tanh"), L.Conv2D(3, 2), L.GlobalAveragePooling2D(),
+                             L.Dense(6, activation="tanh"), L.Dense(2)])
+    theirs = torch.nn.Sequential(
+        torch.nn.Conv2d(2, 4, 3, padding=1), torch.nn.Tanh(), torch.nn.Conv2d(4, 3, 2),
+        torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 6),
+        torch.nn.Tanh(), torch.nn.Linear(6, 2))
     with torch.no_grad():
         for target, weight in zip(theirs.parameters(), ours.get_weights(), strict=True):
-            target.copy_(torch.from_numpy(weight.T.copy()))
-    x, y = batch(shape)
-    there = TorchSENG(theirs, damping=LAM, sketch=None)
-    torch.nn.functional.cross_entropy(theirs(torch.from_numpy(x)), torch.from_numpy(y)).backward()
+            target.copy_(torch.from_numpy(as_torch(weight)))
+    x, y = batch((5, 5, 2))
+    there = TorchSENG(theirs, **settings)
+    channels_first = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+    torch.nn.functional.cross_entropy(theirs(channels_first), torch.from_numpy(y)).backward()
     there.before_reduce()
     there.precondition()
-    p = hvd.SENG(ours, **EXACT).precondition(gradient(ours, x, y), ours.trainable_variables,
-                                             Alone())
+    p = hvd.SENG(ours, **settings).precondition(gradient(ours, x, y), ours.trainable_variables,
+                                                Alone())
     for mine, parameter in zip(p, theirs.parameters(), strict=True):
-        np.testing.assert_allclose(np.asarray(mine).T, parameter.grad.numpy(), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(as_torch(np.asarray(mine)), parameter.grad.numpy(), rtol=2e-5,
+                                   atol=1e-5)
+
+
+def as_torch(weight):
+    """A kernel in PyTorch's layout."""
+    order = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}[weight.ndim]
+    return np.ascontiguousarray(weight.transpose(order))
 
 
 def test_bad_input():
@@ -295,7 +333,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="damping"):
         hvd.SENG(dense()[0], damping=0.0)
     with pytest.raises(NotImplementedError, match="explicit_threshold is 10"):
-        hvd.SENG(dense()[0], damping=1.0, explicit_threshold=10)
+        hvd.SENG(MODELS["transposed"]()[0], damping=1.0, explicit_threshold=10)
     with pytest.raises(NotImplementedError, match="curvature_dtype"):
         hvd.SENG(dense()[0], damping=1.0, curvature_dtype="bfloat16")
     with pytest.raises(ValueError, match="sketch_size"):

@@ -21,7 +21,8 @@ from rich.table import Table
 
 import hvd_ext.torch as hvd
 from examples.digits import load
-from examples.torch_digits import parse, train
+from examples.digits_run import parse
+from examples.torch_digits import train
 
 WORKERS = (4, 8, 16, 32)
 LRS = (0.1, 0.3)
@@ -38,8 +39,9 @@ RULES: dict[str, list[str]] = {
 
 def errors(options: list[str], workers: int, lr: float, seeds: int, epochs: int) -> list[float]:
     """Test error in percent at the end of each seed's run."""
-    args = parse([*options, "--virtual-workers", str(workers), "--lr", str(lr), "--epochs", str(epochs)])
-    return [train(args, seed, load(seed), None)["test_error"] for seed in range(seeds)]
+    args = parse("torch_digits", None, [*options, "--virtual-workers", str(workers), "--lr", str(lr),
+                                        "--epochs", str(epochs)])
+    return [train(args, seed, load(seed), lambda: None)["test_error"] for seed in range(seeds)]
 
 
 def plot(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -32,7 +32,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor's place in a bucket, ``flat[offset:offset + numel]``; ``index`` is its number in the input."""
+    """One tensor's place in a bucket, ``flat[offset:offset + numel]``; ``index`` numbers it in the input."""
 
     index: int
     offset: int

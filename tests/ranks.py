@@ -77,8 +77,8 @@ class Ranks:
         self.log = self.folder / "log"
         worker = [sys.executable, "-m", "tests.ranks", str(self.folder), init or "none", str(os.getpid())]
         # Idle ranks negotiate once a cycle; the default of 1 ms keeps the cores busy with nothing.
-        environment = {"HOROVOD_CYCLE_TIME": "3", **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-                       "TF_CPP_MIN_LOG_LEVEL": "3", **(env or {})}
+        environment = {"HOROVOD_CYCLE_TIME": "3", **os.environ, "OMP_NUM_THREADS": "1",
+                       "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3", **(env or {})}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 launch_command(size, worker, launcher, mpirun_args), cwd=ROOT, env=environment,

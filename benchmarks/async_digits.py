@@ -24,6 +24,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.cifar10 import cifar10
 from benchmarks.digits_mlp import Data, Network, digits
 from hvd_ext.delay.async_rules import AsyncRule
 from hvd_ext.delay.engine import replay
@@ -216,6 +217,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("measure", choices=list(MEASURES))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, help="20, for momentum 10")
+    parser.add_argument("--cifar10", type=Path, metavar="FOLDER",
+                        help="CIFAR-10's python files instead of the digits; takes hours")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args(arguments)
@@ -223,7 +226,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     console = Console()
     began = time.perf_counter()
     with console.status(options.measure) as status:
-        told = MEASURES[options.measure](digits(), options.seeds, options.epochs, status.update)
+        data = digits() if options.cifar10 is None else cifar10(options.cifar10)
+        told = MEASURES[options.measure](data, options.seeds, options.epochs, status.update)
     told |= {"benchmark": f"async_digits {options.measure}", "seeds": options.seeds,
              "epochs": options.epochs, "rates": list(RATES)}
     console.print(shown(options.measure, told))

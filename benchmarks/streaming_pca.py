@@ -95,15 +95,20 @@ def ruled_delay(momentum: float, best: dict[float, int]) -> int:
 
 
 def table(grid: list[int], result: dict[str, Any], best: dict[float, int]) -> Table:
-    """Errors in 1e-3 by momentum and delay, the optimal delay marked."""
+    """Errors in 1e-3 by delay and momentum, those at the optimal delay in bold."""
     shown = Table(title="streaming PCA: mean error (1e-3) over the last third of the updates")
-    for title in ("mu", *map(str, grid), "optimal", "paper", "rule from 0.9"):
-        shown.add_column(title, justify="right")
-    for m, mu in enumerate(MOMENTA):
-        means = result["errors"][m].mean(axis=1) * 1e3
-        cells = [f"[bold]{e:.2f}[/]" if d == best[mu] else f"{e:.2f}"
-                 for d, e in zip(grid, means, strict=True)]
-        shown.add_row(str(mu), *cells, str(best[mu]), str(PAPER[mu]), str(ruled_delay(mu, best)))
+    shown.add_column("delay", justify="right")
+    for mu in MOMENTA:
+        shown.add_column(f"mu = {mu}", justify="right")
+    means = result["errors"].mean(axis=2) * 1e3
+    for d, delay in enumerate(grid):
+        shown.add_row(str(delay), *(
+            f"[bold]{means[m, d]:.2f}[/]" if delay == best[mu] else f"{means[m, d]:.2f}"
+            for m, mu in enumerate(MOMENTA)))
+    shown.add_section()
+    shown.add_row("optimal", *(f"[bold]{best[mu]}[/]" for mu in MOMENTA))
+    shown.add_row("paper", *(str(PAPER[mu]) for mu in MOMENTA))
+    shown.add_row("rule from 0.9", *(str(ruled_delay(mu, best)) for mu in MOMENTA))
     return shown
 
 

@@ -53,12 +53,17 @@ class Secondary(Server):
                 self.flush()
                 # The primary must not take the end of this rank for a loss: it goes first.
                 deadline = time.monotonic() + FLUSH_SECONDS
-                while self._primary_gone is None and time.monotonic() < deadline:
+                while (self._primary_gone is None and self._watching
+                       and time.monotonic() < deadline):
                     self.look()
                     time.sleep(1e-3)
                 return whole
             finally:
                 self.close()
+
+    @property
+    def _watching(self) -> bool:
+        return self.member.guest is not None and self.member.guest.connected
 
     def close(self) -> None:
         """Gives MPI and the watch back."""

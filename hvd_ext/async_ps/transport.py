@@ -98,7 +98,7 @@ class Inbox:
     Args:
         comm: the run's communicator.
         size, dtype: of this server's slice.
-        workers, depth: how many, and how many pushes each may have under way.
+        workers: how many.
     """
 
     def __init__(self, comm: MPI.Comm, size: int, dtype: np.dtype[Any], workers: int) -> None:
@@ -106,7 +106,7 @@ class Inbox:
         self._size = size
         self._dtype = dtype
         self._pushes: list[deque[Push]] = [deque() for _ in range(workers)]
-        self._free: list[list[Array]] = [[] for _ in range(workers)]
+        self._free: list[Array] = []
         self._abandoned: list[Push] = []
 
     def expect(self, worker: int, rank: int, step: int, *, finite: bool) -> None:
@@ -114,8 +114,7 @@ class Inbox:
         if not finite:
             self._pushes[worker].append(Push(worker, step, None, None))
             return
-        free = self._free[worker]
-        gradient = free.pop() if free else np.empty(self._size, self._dtype)
+        gradient = self._free.pop() if self._free else np.empty(self._size, self._dtype)
         request = self._comm.Irecv(gradient, source=rank, tag=wire.GRADIENT)
         self._pushes[worker].append(Push(worker, step, gradient, request))
 
@@ -139,7 +138,7 @@ class Inbox:
         """The oldest push has been applied or dropped; its buffer serves again."""
         push = self._pushes[worker].popleft()
         if push.gradient is not None:
-            self._free[worker].append(push.gradient)
+            self._free.append(push.gradient)
 
     def forget(self, worker: int) -> None:
         """A worker is gone: what has not arrived whole is never looked at again."""

@@ -115,6 +115,15 @@ def test_lost_server_ends_everything_and_leaves_a_checkpoint(tmp_path, servers, 
     assert check_checkpoint(tmp_path / "c").update % 20 == 0
 
 
+def test_hung_server_is_an_error_on_the_workers(tmp_path):
+    options = {**OPTIONS, "server_timeout": 1.5}
+    ended = run_program(tmp_path / "p", "server_signalled", 3, options, 10**6, 0,
+                        int(signal.SIGSTOP), until=[1, 2])
+    for rank in (1, 2):
+        assert ended.outcomes[rank].value.startswith(
+            "ServerLost: a parameter server did not answer within 1.5 s; there is no checkpoint")
+
+
 def check_checkpoint(folder):
     """It holds what the delays recorded in it lead to."""
     saved = Checkpoint(folder)

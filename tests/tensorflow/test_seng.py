@@ -103,13 +103,16 @@ def flat(arrays):
     return np.concatenate([np.asarray(a, np.float64).ravel() for a in arrays])
 
 
-@pytest.mark.parametrize(("settings", "compiled"),
-                         [(EXACT, False), (EXACT, True), (IMPLICIT, True)],
-                         ids=["eager", "compiled", "implicit"])
-@pytest.mark.parametrize("case", MODELS)
+CASES = [*((case, EXACT, True) for case in MODELS),
+         *((case, EXACT, False) for case in ("dense", "shared", "group norm")),
+         *((case, IMPLICIT, True) for case in MODELS
+           if case not in ("transposed", "shared") and "norm" not in case)]
+
+
+@pytest.mark.parametrize(("case", "settings", "compiled"), CASES, ids=[
+    f"{case}, {'implicit' if settings is IMPLICIT else 'compiled' if compiled else 'eager'}"
+    for case, settings, compiled in CASES])
 def test_direction_is_the_dense_solve(case, settings, compiled):
-    if settings is IMPLICIT and case in ("transposed", "shared"):
-        pytest.skip("implicit layers: not transposed convolutions, not layers used twice")
     keras.utils.set_random_seed(1)
     model, shape = MODELS[case]()
     x, y = batch(shape)

@@ -30,6 +30,7 @@ from rich.table import Table
 from rich.text import Text
 
 import hvd_ext.torch as hvd
+from benchmarks.launch import mpirun, under_mpirun
 from examples.resnet import resnet18
 
 
@@ -160,17 +161,16 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--explicit-threshold", type=int, default=100_000)
     parser.add_argument("--sketch-size", type=int, default=262_144)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--row-sketch", type=int, default=256)
+    parser.add_argument("--row-sketch", type=int, default=128)
     parser.add_argument("--subsample", type=int)
     parser.add_argument("--curvature-dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--report", action="store_true", help="print SENG's report too")
     parser.add_argument("--json", type=Path, help="write the results here")
     options = parser.parse_args(arguments)
     options.threads = options.threads or (2 if options.ranks == 1 else 1)
-    if options.ranks > 1 and "OMPI_COMM_WORLD_RANK" not in os.environ:
-        command = ["mpirun", "-np", str(options.ranks), "--oversubscribe", "--allow-run-as-root",
-                   "--bind-to", "none", sys.executable, "-m", "benchmarks.seng_step",
-                   *(arguments if arguments is not None else sys.argv[1:])]
+    if options.ranks > 1 and not under_mpirun():
+        command = mpirun(options.ranks, "benchmarks.seng_step",
+                         arguments if arguments is not None else sys.argv[1:])
         environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
         raise SystemExit(subprocess.run(command, env=environment, check=False).returncode)
     torch.set_num_threads(options.threads)

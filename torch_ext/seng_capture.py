@@ -20,6 +20,10 @@ def working_dtype(layer: Layer) -> torch.dtype:
     return torch.float64 if layer.parameters[0].dtype == torch.float64 else torch.float32
 
 
+def _in_backward() -> bool:
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
 @dataclass(eq=False)
 class _Use:
     """One call of a module in a forward pass."""
@@ -115,6 +119,9 @@ class Capture:
         x = args[0] if args else next(iter(kwargs.values()), None)
         usable = isinstance(output, torch.Tensor) and isinstance(x, torch.Tensor)
         if not (usable and torch.is_grad_enabled() and output.requires_grad):
+            return
+        if _in_backward() and (layer in self._open or layer in self._done):
+            # Activation checkpointing runs a forward pass again that was caught before.
             return
         self._done.pop(layer, None)
         use = _Use(module, x.detach())

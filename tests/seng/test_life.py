@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import hvd_ext.torch as hvd
 from tests.reference import seng as reference
@@ -190,6 +191,27 @@ def test_layer_that_no_forward_pass_used_is_said_and_left():
     with pytest.warns(UserWarning, match="unused: it was not used"):
         seng.step()
     assert model.unused.weight.grad is None
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_does_not_change_the_curvature(reentrant):
+    found = []
+    for checkpointed in (False, True):
+        model = network()
+        seng = hvd.SENG(model, damping=LAM, sketch=None)
+        for seed in (0, 1):
+            x, y = batch(seed)
+            x.requires_grad_()
+            out = (checkpoint(model[3:], model[:3](x), use_reentrant=reentrant) if checkpointed
+                   else model(x))
+            nn.functional.cross_entropy(out, y).backward()
+            if reentrant:
+                # Its modules run in the backward pass only, so the first micro-batch counts.
+                break
+        seng.step()
+        found.append([p.grad for p in model.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("rho", [5, 1])

@@ -51,10 +51,9 @@ def replicas(settings, steps, *, dtype=torch.float32, passes=1, server=None):
 
 OPTIONS = [
     {},
-    {"selection": "sampled", "bucket_bytes": 4000, "values": "float16"},
-    {"values": "bfloat16", "per_tensor": True, "min_size": 0},
-    {"error_feedback": False, "exclude": ["p0", "p3"]},
-    {"ratio": "warm-up"},
+    {"selection": "sampled", "bucket_bytes": 4000, "values": "float16", "ratio": "warm-up"},
+    {"values": "bfloat16", "per_tensor": True, "min_size": 0, "exclude": ["p0", "p3"]},
+    {"error_feedback": False},
 ]
 
 

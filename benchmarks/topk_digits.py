@@ -5,8 +5,8 @@
 Handwritten digits, a perceptron with one hidden layer, 20 workers with a shard of the data each,
 one process. Every worker's gradient goes through the kernels that ranks use (select, split, pack,
 add_up), the sum into ``AMSGrad``. Three methods at the same learning rate and number of steps.
-With ``--split sorted`` (the default) the shards are cut from the digits sorted by class, so that
-each worker knows one or two classes; with ``--split random`` all shards are alike.
+With ``--split random`` (the default) all shards are alike; with ``--split sorted`` they are cut from
+the digits sorted by class, so that each worker knows one or two classes.
 A run's accuracy is the mean of its last five evaluations.
 """
 
@@ -133,13 +133,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run all methods and seeds; the figures that go into ``--json``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--every", type=int, default=40, help="steps between evaluations")
-    parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--every", type=int, default=20, help="steps between evaluations")
+    parser.add_argument("--lr", type=float, default=0.003)
     parser.add_argument("--ratio", type=float, default=0.01)
     parser.add_argument("--batch", type=int, default=8, help="images per worker and step")
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--split", choices=("sorted", "random"), default="sorted")
+    parser.add_argument("--hidden", type=int, default=64)
+    parser.add_argument("--split", choices=("sorted", "random"), default="random")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args(argv)

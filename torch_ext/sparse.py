@@ -264,12 +264,17 @@ class TopKReducer(BucketReducer):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         saved = state["residual"]
         if saved:
+            if not self.config.error_feedback:
+                raise ValueError(
+                    "the checkpoint holds residuals, which error_feedback=False would drop; pass "
+                    "reset_per_rank_state=True to drop them, or leave error feedback on"
+                )
             self._check_saved(saved)
         self.reset_state()
         self.steps = state["steps"]
         self.skipped_steps = state["skipped_steps"]
         self._kept_scale = state["loss_scale"]
-        if saved and self.config.error_feedback:
+        if saved:
             for bucket in self.buckets:
                 if bucket.kind[-1] == TOPK:
                     self.residual[bucket.index] = torch.zeros_like(self._buffer(bucket))

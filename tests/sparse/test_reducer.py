@@ -249,6 +249,8 @@ def test_checkpoints(ranks):
     (same0, saved), (same1, _) = ranks(2).run(resumed, 12, 7)
     assert same0
     assert same1
+    (said, _), _ = ranks(2).run(load_elsewhere, saved, {"error_feedback": False})
+    assert "error_feedback=False would drop" in said[0]
     said = [outcome[0] for outcome in ranks(2).run(load_elsewhere, saved, {"exclude": ["p0"]})]
     assert "p0" in said[0][0]
     assert "reset_per_rank_state=True" in said[0][0]

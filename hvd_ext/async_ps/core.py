@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from hvd_ext.async_ps.config import Schedule, Settings
 from hvd_ext.async_ps.model import Array, FlatModel
@@ -15,6 +16,7 @@ from hvd_ext.delay.momentum import AutoMomentum
 from hvd_ext.delay.sequences import Recorded
 
 Folder = str | os.PathLike[str]
+T = TypeVar("T")
 
 
 class ParameterServer:
@@ -185,6 +187,23 @@ class ParameterServer:
         """
         update, weights = self._as_worker("snapshot()").snapshot()
         return update, weights
+
+    def evaluate(self, measure: Callable[[], T]) -> tuple[int, T]:
+        """Workers: call ``measure()`` with one consistent state of all slices in the model.
+
+        The others train on meanwhile, and afterwards this worker goes on from its own weights.
+
+        Returns:
+            The number of updates the state is after, and what ``measure`` returned.
+        """
+        worker = self._as_worker("evaluate()")
+        update, weights = self.snapshot()
+        self._buffer.write(weights)
+        self._buffer.put_weights()
+        try:
+            return update, measure()
+        finally:
+            worker.put_back()
 
     def ping(self) -> None:
         """Workers: say that this rank is alive, in pauses longer than ``worker_timeout``."""

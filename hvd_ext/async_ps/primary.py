@@ -136,6 +136,8 @@ class Primary(Server):
             self.books.workers[m].finished = True
         elif kind == wire.LEAVE:
             self._leave(m, "it left with an error of its own")
+            assert self.member.host is not None
+            self.member.host.forget(rank)
 
     def _confirm(self, m: int, step: int) -> None:
         """One more server has the whole of its slice of a push; commit when all have."""

@@ -58,7 +58,7 @@ class Worker:
         if member.checkpoint is not None or settings.broadcast:
             for buffer in self._weights:
                 self._wait_for(self._receive(buffer.wire), settings.start_timeout)
-            self._weights[self.pushes % settings.depth].put_weights()
+            self.put_back()
 
     def step(self) -> None:
         """Pushes the model's gradients, puts the weights for the next mini-batch into the model.
@@ -83,7 +83,7 @@ class Worker:
         self.pushes += 1
         if len(self._answers) == self.settings.depth:
             self._pull()
-        self._weights[self.pushes % self.settings.depth].put_weights()
+        self.put_back()
 
     def _pull(self) -> None:
         """Waits for the answer to the oldest push."""
@@ -102,6 +102,10 @@ class Worker:
         update = int(self._reply(wire.SNAPSHOT_READY)["update"])
         self._wait_for(requests, self.settings.server_timeout)
         return update, whole
+
+    def put_back(self) -> None:
+        """Puts the weights the next gradient belongs to into the model."""
+        self._weights[self.pushes % self.settings.depth].put_weights()
 
     def ping(self) -> None:
         """Says that this worker is alive, in long pauses between steps."""
@@ -131,7 +135,11 @@ class Worker:
     def leave(self) -> None:
         """Ends this worker's part after an error of its own; the others go on."""
         self._outbox.header(wire.header(wire.LEAVE), 0, wire.TO_SERVER)
-        self._outbox.prune()
+        assert self.member.guest is not None
+        deadline = time.monotonic() + LAST_WORDS
+        while not self.member.guest.lost() and time.monotonic() < deadline:  # not yet heard
+            self._outbox.prune()
+            time.sleep(1e-3)
         self.close()
 
     def close(self) -> None:

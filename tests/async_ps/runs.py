@@ -96,6 +96,11 @@ def train_with_nan(options, steps):
     return train(options, steps, hook=spoil)
 
 
+def parameters_of(ps):
+    """What is in the model now (N,)."""
+    return flat(ps._model.parameters).copy()
+
+
 def train_with_snapshots(options, steps):
     """Workers look at the state three times."""
     taken = []
@@ -103,6 +108,9 @@ def train_with_snapshots(options, steps):
     def look(ps, batch, g):
         if batch % 10 == 5:
             taken.append(ps.snapshot())
+            own = parameters_of(ps)
+            taken.append(ps.evaluate(lambda: parameters_of(ps)))
+            np.testing.assert_array_equal(parameters_of(ps), own)
 
     result = train(options, steps, pause=0.001, hook=look)
     return {**result, "snapshots": taken}

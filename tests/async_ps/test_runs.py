@@ -112,7 +112,7 @@ def test_snapshot_is_a_state_between_two_updates(pool):
         observe=lambda w, k: w.copy(),
     ).observed
     for result in results[2:]:
-        assert len(result["snapshots"]) == 3
+        assert len(result["snapshots"]) == 6
         for update, weights in result["snapshots"]:
             np.testing.assert_array_equal(weights, seen[update])
 

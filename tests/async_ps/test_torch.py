@@ -8,7 +8,7 @@ from hvd_ext.delay.async_rules import AsyncRule
 from hvd_ext.delay.engine import replay
 from hvd_ext.torch.async_ps import ParameterServer, TorchModel
 
-STEPS = 25
+STEPS = 15
 
 
 def build(seed=0, device="cpu"):
@@ -80,14 +80,13 @@ def replayed(recording, rule, momentum):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("servers", [1, 2])
-def test_run_beside_horovod_replays(ranks, servers):
-    options = {"lr": 0.1, "rule": "dc-asgd-a", "lam": 0.2, "momentum": 0.4, "servers": servers}
-    results = ranks(4).run(train, options, 4)
+def test_run_beside_horovod_replays(ranks):
+    options = {"lr": 0.1, "rule": "dc-asgd-a", "lam": 0.2, "momentum": 0.4}
+    results = ranks(3).run(train, options, 3)
     told = results[0][0]
-    assert results[3][0]["updates"] == STEPS * (4 - servers)
+    assert results[2][0]["updates"] == STEPS * 2
     for result, before, after in results:
-        assert before == after == 6.0
+        assert before == after == 3.0
         np.testing.assert_array_equal(result["weights"], told["weights"])
     np.testing.assert_allclose(
         told["weights"],
@@ -114,7 +113,7 @@ def sequential():
 
 @pytest.mark.ranks
 def test_one_worker_is_sequential_sgd(ranks):
-    pool = ranks(4)
+    pool = ranks(3)
     results = pool.run(train, {"lr": 0.1, "rule": "dc-asgd-a"}, 2)
     w, by_torch = pool.run(sequential)[0]  # by a rank, whose threads round as a worker's do
     np.testing.assert_array_equal(results[0][0]["weights"], w)  # bit for bit

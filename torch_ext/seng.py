@@ -100,6 +100,7 @@ class SENG:
     def _forget(self) -> None:
         self._step = 0
         self._due = True
+        self._checked = False
         self._prepared = False
         self._curvatures: dict[Layer, Curvature] = {}
         self._candidate: Refreshed | None = None
@@ -147,10 +148,10 @@ class SENG:
         ranks = 1 if collectives is None else collectives.size
         self._collectives = collectives if ranks > 1 else None
         if self._ranks not in (0, ranks):
+            # Ranks that have joined have no curvature; the refresh that follows gives it to all.
             self._pending = self._candidate_pending = self._previous = self._candidate = None
-            if self.settings.coupling == "full":
-                self._curvatures = {}
-            self._due, self._prepared = True, False
+            self._curvatures = {}
+            self._due, self._prepared, self._checked = True, False, False
             self._arm()
         self._ranks = ranks
 
@@ -169,9 +170,13 @@ class SENG:
         self._prepared = True
         # One that is still there belongs to a step that was not taken.
         self._discard()
-        if not self._due:
+        if self._checked and not self._due:
             return
         refresh = Refresh(self._layers, self.settings, self._collectives, self.name)
+        if not self._checked:
+            self._check(refresh)
+        if not self._due:
+            return
         captured = self.capture.collect()
         lam = self.settings.damping_at(self._step)
         self._candidate = refresh.run(captured, self._step, lam)
@@ -182,6 +187,15 @@ class SENG:
                 layer: self._start(layer, self._message(layer, curvatures[layer],
                                                         self._previous[layer], lam))
                 for layer in self._layers if layer in curvatures and layer in self._previous}
+
+    def _check(self, refresh: Refresh) -> None:
+        """See that the ranks are alike before they rely on it."""
+        kept = [layer.name for layer in self._curvatures]
+        kept += [key for key in ("_pending", "_previous") if getattr(self, key) is not None]
+        if not refresh.same_state(self._step, self._due, kept):
+            self._drop_lagged()
+            self._curvatures = {}
+        self._checked = True
 
     @torch.no_grad()
     def precondition(self) -> None:

@@ -45,6 +45,29 @@ class Refresh:
         shapes = [(layer.shape, layer.plan) for layer in self._layers]
         self._digest = digest(sorted(described.items()), shapes)
 
+    def same_state(self, step: int, due: bool, kept: Sequence[str]) -> bool:
+        """Whether all ranks are at the same step with the same things kept (``kept`` names them).
+
+        Every rank calls it at its first step, and after a state was loaded or reset.
+
+        Raises:
+            RuntimeError: on every rank, when they differ and not all are about to refresh, so that
+                they would wait for different collectives.
+        """
+        if self._collectives is None:
+            return True
+        mine = torch.tensor([[step, int(due), digest(sorted(kept))]])
+        everyone = self._collectives.allgather_async(
+            mine, f"{self._name}.state", kind="curvature").wait()
+        if bool((everyone == everyone[0]).all()):
+            return True
+        if not bool(everyone[:, 1].all()):
+            raise RuntimeError(
+                f"SENG's state differs between ranks: they are at the steps "
+                f"{everyone[:, 0].tolist()} (by rank); load every rank's own state, or call "
+                "reset_state() on all of them")
+        return False
+
     def run(self, captured: dict[Layer, Curvature | str], step: int, lam: float) -> Refreshed:
         """Sketch, factor and agree. Every rank calls it at the same step.
 

@@ -262,3 +262,27 @@ def standalone(coupling: str) -> tuple[list[np.ndarray], bytes]:
     directions = [flat_gradient(layer).numpy() for layer in seng._layers]
     seng.close()
     return directions, b"".join(d.tobytes() for d in directions)
+
+
+def other_state_on_one_rank(due: bool) -> tuple[str, bytes]:
+    """The error when only rank 0 has loaded a state; none when all are about to refresh."""
+    model = network()
+    seng = SENG(model, damping=LAM, update_freq=3, name=f"odd{due}")
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), named_parameters=model.named_parameters(),
+        preconditioner=seng)
+    for step in range(3 if due else 2):
+        optimizer.zero_grad()
+        loss_of(model, data(hvd.rank(), step, 4)).backward()
+        optimizer.step()
+    state = seng.state_dict()
+    seng.reset_state()
+    if hvd.rank() == 0:
+        seng.load_state_dict(state)
+    optimizer.zero_grad()
+    loss_of(model, data(hvd.rank(), 5, 4)).backward()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error), bits(model)
+    return "", bits(model)

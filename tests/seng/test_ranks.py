@@ -141,6 +141,16 @@ def test_other_settings_on_a_rank_end_in_an_error_on_all(ranks, size):
 
 
 @pytest.mark.parametrize("size", [2])
+def test_other_state_on_a_rank_ends_in_an_error_on_all(ranks, size):
+    everyone = ranks(size).run(on_ranks.other_state_on_one_rank, True)
+    assert everyone == [("", everyone[0][1])] * size
+    everyone = ranks(size).run(on_ranks.other_state_on_one_rank, False)
+    for said, weights in everyone:
+        assert "at the steps [2, 0]" in said
+        assert weights == everyone[0][1]
+
+
+@pytest.mark.parametrize("size", [2])
 def test_other_image_sizes_on_each_rank(ranks, size):
     for uc in ("factored", "exact"):
         for coupling in ("block", "full"):

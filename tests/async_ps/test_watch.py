@@ -1,0 +1,101 @@
+"""Noticing that a process has ended, and what the server's terminal shows."""
+
+import socket
+import subprocess
+import sys
+import time
+
+from hvd_ext.async_ps.progress import Display
+from hvd_ext.async_ps.report import Delays, Report, WorkerReport
+from hvd_ext.async_ps.watch import LOCAL, Guest, Host
+
+
+def connected(ranks):
+    host = Host(local=True)
+    guests = {rank: Guest(rank, addresses=["256.0.0.1", LOCAL], port=host.port, token=host.token,
+                          seconds=2.0) for rank in ranks}
+    assert host.accept(set(ranks), seconds=5.0) == set()
+    return host, guests
+
+
+def soon(question, seconds=5.0):
+    deadline = time.monotonic() + seconds
+    while not question() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return question
+
+
+def test_both_ends_notice_the_other(tmp_path):
+    host, guests = connected([1, 2, 3])
+    assert host.lost() == []
+    assert not any(guest.lost() for guest in guests.values())
+    guests[2].close()
+    found = []
+    soon(lambda: found.extend(host.lost()) or found)
+    assert found == [2]
+    assert host.lost() == []
+    host.forget(3)
+    soon(guests[3].lost)
+    assert guests[3].lost()
+    assert not guests[1].lost()
+    host.close()
+    soon(guests[1].lost)
+    assert guests[1].lost()
+
+
+def test_a_killed_process_is_noticed():
+    host = Host(local=True)
+    code = (
+        "import sys, time; from hvd_ext.async_ps.watch import Guest;"
+        f"guest = Guest(5, addresses=['{LOCAL}'], port={host.port}, token='{host.token}',"
+        " seconds=5.0); print('there', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert host.accept({5}, seconds=20.0) == set()
+    assert host.lost() == []
+    process.kill()
+    process.wait()
+    found = []
+    soon(lambda: found.extend(host.lost()) or found)
+    assert found == [5]
+    host.close()
+
+
+def test_strangers_are_not_let_in():
+    host = Host(local=True)
+    for said in (b"nonsense 1".ljust(64), b"", f"{host.token} one".encode().ljust(64)):
+        with socket.create_connection((LOCAL, host.port)) as stranger:
+            stranger.sendall(said)
+    guest = Guest(1, addresses=[LOCAL], port=host.port, token=host.token, seconds=2.0)
+    assert host.accept({1, 2}, seconds=1.5) == {2}
+    assert host.lost() == []
+    guest.close()
+    host.close()
+
+
+def test_primary_out_of_reach_is_known():
+    guest = Guest(1, addresses=["256.0.0.1"], port=1, token="x", seconds=0.2)
+    assert not guest.connected
+    assert not guest.lost()
+
+
+def report():
+    worker = WorkerReport(0, 1, updates=7, not_finite=2, delay=Delays(7, 14, 3, [0, 2, 3, 2]))
+    gone = WorkerReport(1, 2, left_out="its process ended")
+    return Report(7, 2, 2.0, 3.5, 28, 28, 0.1, 0.0, worker.delay, [worker, gone])
+
+
+def test_log_line_and_terminal(capsys):
+    display = Display(enabled=True, total=10)
+    assert not display.due()
+    display.show(report())
+    display.say("async: [worker] 2 is left out")
+    display.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == ("async: 7/10 updates, 3.5 updates/s, delay 2.0 (max 3), 1 workers, "
+                        "2 gradients not finite")
+    assert lines[1] == "async: [worker] 2 is left out"
+    silent = Display(enabled=False, total=None)
+    silent.show(report())
+    assert not silent.due()
+    assert capsys.readouterr().out == ""

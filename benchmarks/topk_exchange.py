@@ -129,8 +129,7 @@ def main(argv: list[str] | None = None) -> None:
         "against_baseline": {name: value / medians[BASELINE] for name, value in medians.items()},
         "kept_fraction": {name: variant.reducer.report()["kept_fraction"]
                           for name, variant in ours.items()},
-        "selection_ns_per_element": {name: variant.reducer.report()["selection_seconds"] / numel * 1e9
-                                     for name, variant in ours.items()},
+        "ns_per_element": {name: medians[name] * 1e6 / numel for name in ours},
         "sent_bytes": sent, "dense_bytes": dense, "sent_of_dense": sent / dense,
     }
     if hvd.rank() == 0:
@@ -148,11 +147,14 @@ def show(figures: dict[str, Any]) -> None:
         kept = figures["kept_fraction"].get(name)
         table.add_row(name, f"{value:.1f}", f"{figures['against_baseline'][name]:.2f}",
                       "" if kept is None else f"{kept:.4f}")
-    console = Console()
+    console = Console(highlight=False)
     console.print(table)
     console.print(f"sent by a rank: {figures['sent_bytes']:,.0f} bytes, "
                   f"{100 * figures['sent_of_dense']:.2f} % of the {figures['dense_bytes']:,} of a "
                   "dense allreduce")
+    console.print("a step of it all took "
+                  + ", ".join(f"{name} {value:.1f}" for name, value in figures["ns_per_element"].items())
+                  + " ns an element (hvd-ext plan --select-ns)")
 
 
 if __name__ == "__main__":

@@ -30,9 +30,9 @@ def register(subcommands: Any) -> None:
                         help="type of the values on the wire (default: %(default)s)")
     parser.add_argument("--latency-us", type=float, default=20.0,
                         help="microseconds of one hop (default: %(default)g)")
-    parser.add_argument("--select-ns", type=float, default=2.0,
-                        help="nanoseconds an element that compensation and selection take; "
-                        "benchmarks/topk_exchange.py measures it (default: %(default)g)")
+    parser.add_argument("--select-ns", type=float, default=6.0,
+                        help="nanoseconds an element that TopK computes; python -m "
+                        "benchmarks.topk_exchange measures it (default: %(default)g, one CPU core)")
     parser.add_argument("--moments", type=int, default=3,
                         help="elements of optimizer state a parameter: 1 momentum, 2 Adam, 3 AMSGrad "
                         "(default: %(default)s)")

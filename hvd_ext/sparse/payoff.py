@@ -25,12 +25,13 @@ class Link:
     Args:
         gbps: gigabits per second, each way, of each rank.
         latency_us: microseconds of one hop.
-        select_ns: nanoseconds an element that compensation and selection take.
+        select_ns: nanoseconds an element that compensation, selection and adding up take; the
+            default is what ``benchmarks/topk_exchange.py`` measures on one CPU core.
     """
 
     gbps: float
     latency_us: float = 20.0
-    select_ns: float = 2.0
+    select_ns: float = 6.0
 
     def __post_init__(self) -> None:
         checks.number("gbps", self.gbps, low=0.0, open_low=True,

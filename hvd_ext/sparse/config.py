@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, dataclass, field, fields
 from fnmatch import fnmatchcase
 
 from hvd_ext import checks
 from hvd_ext.sparse.wire import VALUE_BYTES
 
-DEFAULT_BUCKET_BYTES = 64 * 2**20  # Horovod's own fusion threshold, where it is not set
+HOROVOD_FUSION_BYTES = 128 * 2**20  # what Horovod fuses unless HOROVOD_FUSION_THRESHOLD says else
 
 Exclude = Sequence[str] | Callable[[str, tuple[int, ...]], bool]
 
@@ -29,7 +30,8 @@ class TopK:
         values: type of the values on the wire: "float32", "float16", "bfloat16" or "float64". What
             rounding to it takes away stays in the residual.
         per_tensor: choose k entries of each tensor instead of k of each bucket.
-        bucket_bytes: bytes of gradient that are selected from and sent together.
+        bucket_bytes: bytes of gradient that are selected from and sent together; Horovod's fusion
+            threshold (HOROVOD_FUSION_THRESHOLD, 128 MiB) unless given.
         exclude: tensors to send whole: names, patterns ("*.bias"), or a function of (name, shape).
         min_size: a tensor with fewer elements is sent whole.
         tolerance: how far below k a sampled selection may stay, as a fraction of k.
@@ -45,7 +47,7 @@ class TopK:
     error_feedback: bool = True
     values: str = "float32"
     per_tensor: bool = False
-    bucket_bytes: int = DEFAULT_BUCKET_BYTES
+    bucket_bytes: int = field(default_factory=lambda: fusion_threshold())
     exclude: Exclude | None = None
     min_size: int = 1024
     tolerance: float = 0.05
@@ -105,10 +107,25 @@ class TopK:
 
     def describe(self) -> str:
         """The settings as text, alike on ranks that were given the same; functions unnamed."""
-        shown = {field.name: getattr(self, field.name) for field in fields(self)}
+        shown = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         said = (f"{name}={'<function>' if callable(value) else repr(value)}"
                 for name, value in shown.items())
         return f"TopK({', '.join(said)})"
+
+
+def fusion_threshold() -> int:
+    """Horovod's fusion threshold in bytes; 1, a bucket for each tensor, where fusion is off.
+
+    Raises:
+        ValueError: HOROVOD_FUSION_THRESHOLD is no whole number.
+    """
+    said = os.environ.get("HOROVOD_FUSION_THRESHOLD", "").strip()
+    if not said:
+        return HOROVOD_FUSION_BYTES
+    if not said.isdecimal():
+        raise ValueError(f"HOROVOD_FUSION_THRESHOLD must be a whole number of bytes, got {said!r}; "
+                         "correct it, or pass bucket_bytes=")
+    return max(1, int(said))
 
 
 def checked_ratio(ratio: float, name: str = "ratio") -> float:

@@ -32,6 +32,19 @@ def test_bad_settings_say_what_to_do(settings, kind, said):
         TopK(**settings)
 
 
+def test_buckets_are_as_large_as_horovods(monkeypatch):
+    monkeypatch.delenv("HOROVOD_FUSION_THRESHOLD", raising=False)
+    assert TopK().bucket_bytes == 128 * 2**20
+    monkeypatch.setenv("HOROVOD_FUSION_THRESHOLD", "1000000")
+    assert TopK().bucket_bytes == 1_000_000
+    assert TopK(bucket_bytes=7).bucket_bytes == 7
+    monkeypatch.setenv("HOROVOD_FUSION_THRESHOLD", "0")
+    assert TopK().bucket_bytes == 1
+    monkeypatch.setenv("HOROVOD_FUSION_THRESHOLD", "64 MB")
+    with pytest.raises(ValueError, match="HOROVOD_FUSION_THRESHOLD must be a whole number of bytes"):
+        TopK()
+
+
 def test_settings_after_the_first_are_by_name():
     with pytest.raises(TypeError):
         TopK(0.01, "sampled")

@@ -39,6 +39,8 @@ class _Distributed:
         return _CallableList(super().variables)
 
     def build(self, variables: Sequence[Any]) -> None:
+        if self.built:
+            return
         if self._hvd_ext.server is not None:
             self._hvd_ext.server.build(list(variables))
         super().build(variables)
@@ -102,8 +104,10 @@ class _Distributed:
             apply(grads, trainable_variables)
         elif self.gradient_accumulation_steps:
             distribution.applying = list(trainable_variables)
-            apply(grads, trainable_variables)
-            distribution.applying = None
+            try:
+                apply(grads, trainable_variables)
+            finally:
+                distribution.applying = None
         else:
             reduced, good = distribution.reduce(self, grads, trainable_variables)
             if good is None:
@@ -261,9 +265,9 @@ def distribute(optimizer: Any, name: str | None = None, device_dense: str = "",
     if placed is not None:
         check_extension(optimizer, f"server={server!r}", takes_accumulated=True)
     reducer = make_reducer(
-        collectives, name or optimizer.name, op=op, compression=compression, sparse_as_dense=sparse_as_dense,
-        gradient_predivide_factor=gradient_predivide_factor, groups=groups, passes=passes,
-        average_passes=average_aggregated_gradients)
+        collectives, name or optimizer.name, op=op, compression=compression,
+        sparse_as_dense=sparse_as_dense, gradient_predivide_factor=gradient_predivide_factor,
+        groups=groups, passes=passes, average_passes=average_aggregated_gradients)
     if not isinstance(reducer, PlainReducer):
         check_extension(optimizer, type(reducer).__name__.removesuffix("Reducer"),
                         takes_accumulated=reducer.takes_accumulated)

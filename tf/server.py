@@ -6,7 +6,7 @@ broadcast by their owners.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -28,6 +28,8 @@ class Server:
         self.kind = kind
         self.collectives = collectives
         self.owners: dict[int, int] = {}
+        with tf.init_scope():
+            self._used = tf.Variable(0.0, trainable=False)
 
     def build(self, variables: Sequence[Any]) -> None:
         """Give each variable an owner, the same on every rank."""
@@ -53,12 +55,24 @@ class Server:
             update([gradient for gradient, _ in mine], [variable for _, variable in mine])
         if self.collectives.size == 1:
             return
+        self._use(gradient for gradient, variable in zip(gradients, variables, strict=True)
+                  if not self.owns(variable))
         # All are under way together before the first one is waited for.
         sent = [self.collectives.broadcast(as_tf(variable).read_value(), self.owner(variable),
                                            f"{prefix}/weights/{name_of(variable)}")
                 for variable in variables]
         for variable, value in zip(variables, sent, strict=True):
             as_tf(variable).assign(value)
+
+    def _use(self, gradients: Iterable[Any]) -> None:
+        """Put what others own to some use: TensorFlow leaves out reductions whose result has none,
+        and the ranks that own it would wait for this one."""
+        used = []
+        for gradient in gradients:
+            dense = gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
+            used.append(tf.reduce_sum(tf.cast(tf.reshape(dense, [-1])[:1], tf.float32)))
+        if used:
+            self._used.assign(tf.add_n(used))
 
 
 def make_server(kind: str | None, optimizer: Any, collectives: Collectives) -> Server | None:

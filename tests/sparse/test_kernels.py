@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hvd_ext.sparse import TopK, keep_count
+from hvd_ext.sparse import Layout, TopK, keep_count
 from hvd_ext.sparse.plan import Segment
 from hvd_ext.sparse.selection import SMALL
 from hvd_ext.torch import sparse_kernels as kernels
@@ -102,3 +102,23 @@ def test_what_stays_and_what_goes_are_what_was(values, scale, dtype):
     assert torch.equal(whole_again, before)
     if values == "float32" and dtype == torch.float32:
         assert not bool(total[positions].any())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FLATS)
+def test_a_gpu_gives_the_bits_of_the_cpu(name):
+    total = FLATS[name](torch.Generator().manual_seed(4))
+    config, pieces = TopK(values="bfloat16"), whole(total, 0.01)
+    layout = Layout(pieces[0].k, config.values)
+    results = []
+    for device in ("cpu", "cuda"):
+        flat = total.to(device)
+        positions = kernels.select(flat, pieces, config, (0,))
+        values = kernels.split(flat, positions, torch.bfloat16)
+        messages = torch.cat([kernels.pack(positions, values, layout)] * 3)
+        mean = torch.zeros_like(flat)
+        counts = [header[0] for header in kernels.headers(messages, 3)]
+        kernels.add_up(messages, counts, layout, torch.bfloat16, mean)
+        results.append((positions.cpu(), flat.cpu(), messages.cpu(), mean.cpu()))
+    for cpu, cuda in zip(*results, strict=True):
+        assert torch.equal(cpu, cuda)

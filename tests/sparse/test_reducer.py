@@ -338,6 +338,26 @@ def test_what_is_refused(ranks):
         assert "sparse gradient" in said["sparse"]
 
 
+def under_way():
+    """Messages that were sent when the backward pass ended, before ``step()``."""
+    parameters, optimizer = build({"bucket_bytes": 4000, "min_size": 100})
+    counts = []
+    for skip in ((), (4,)):
+        optimizer.zero_grad()
+        backward(parameters, worker_gradients(SHAPES, worker=hvd.rank(), step=0), skip=skip,
+                 reverse=bool(hvd.rank()))
+        counts.append(len(optimizer._hvd_reducer._messages))
+        optimizer.step()
+    return counts, optimizer.report()["buckets"]
+
+
+def test_buckets_start_during_the_backward_pass(ranks):
+    for (full, without_one), buckets in ranks(2).run(under_way):
+        assert buckets == 4
+        assert full == buckets
+        assert without_one == buckets - 1
+
+
 def new_parameters():
     """A parameter group that comes later joins the exchange; earlier residuals stay."""
     parameters, optimizer = build({"min_size": 0}, shapes=UNEVEN)

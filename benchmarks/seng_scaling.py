@@ -28,7 +28,7 @@ from torch import nn
 import hvd_ext.torch as hvd
 from hvd_ext.torch import seng_kernels as kernels
 
-BASE = {"n": 100_000, "rho": 32, "q": 20_000, "r": 8, "side": 384}
+BASE = {"n": 400_000, "rho": 32, "q": 20_000, "r": 8, "side": 384}
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,14 @@
 """What can end a run: each error says what happened and what to do."""
 
+from hvd_ext.async_ps.ending import bound_the_end
+
 
 class ServerLost(RuntimeError):
     """A server died or does not answer; the last checkpoint is the way back."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        bound_the_end()
 
 
 class ServerStopped(RuntimeError):

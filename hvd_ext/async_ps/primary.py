@@ -10,12 +10,13 @@ from typing import Any
 from hvd_ext.async_ps import wire
 from hvd_ext.async_ps.checkpoint import latest, place, seal
 from hvd_ext.async_ps.config import Settings
+from hvd_ext.async_ps.ending import bound_the_end
 from hvd_ext.async_ps.errors import ServerLost, ServerStopped
 from hvd_ext.async_ps.model import Array, FlatModel
 from hvd_ext.async_ps.plan import Plan
 from hvd_ext.async_ps.progress import Display
 from hvd_ext.async_ps.registration import Membership
-from hvd_ext.async_ps.report import Report
+from hvd_ext.async_ps.report import DEAD, Report
 from hvd_ext.async_ps.sequencer import Commit, Sequencer
 from hvd_ext.async_ps.server import Server
 from hvd_ext.async_ps.transport import HeaderBox
@@ -215,7 +216,8 @@ class Primary(Server):
             if self.books.workers[m].finished:
                 self.forget(m)
             elif m not in self.gone:
-                self._leave(m, "its process ended")
+                bound_the_end()
+                self._leave(m, DEAD)
 
     def _leave(self, m: int, why: str, *, alive: bool = False) -> None:
         told = self.books.workers[m]

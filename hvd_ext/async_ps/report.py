@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+DEAD = "its process ended"  # why a worker was left out
 LONGEST = 4096  # delays from here on share the histogram's last entry
 
 

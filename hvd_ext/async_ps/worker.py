@@ -10,11 +10,12 @@ from mpi4py import MPI
 
 from hvd_ext.async_ps import wire
 from hvd_ext.async_ps.config import Settings
+from hvd_ext.async_ps.ending import bound_the_end
 from hvd_ext.async_ps.errors import LeftOut, ServerLost, ServerStopped
 from hvd_ext.async_ps.model import Array, FlatModel
 from hvd_ext.async_ps.plan import Plan
 from hvd_ext.async_ps.registration import Membership
-from hvd_ext.async_ps.report import Report
+from hvd_ext.async_ps.report import DEAD, Report
 from hvd_ext.async_ps.transport import Outbox
 
 LAST_WORDS = 2.0  # seconds in which a reason may still arrive after the primary has gone
@@ -127,6 +128,8 @@ class Worker:
         told = self._reply(wire.DONE, patient=True)
         report = Report.from_json(self._text(int(told["size"])))
         self._wait_for(requests, self.settings.server_timeout)
+        if any(worker.left_out == DEAD for worker in report.workers):
+            bound_the_end()
         self.update = int(told["update"])
         self._weights[0].put_weights()
         self.close()

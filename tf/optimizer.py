@@ -50,12 +50,11 @@ class _Distributed:
                                     initializer: Any = "zeros") -> Any:
         """A variable of the optimizer; an empty one for what another rank keeps."""
         server = self._hvd_ext.server
-        if server is None or name == "gradient_accumulator":
-            return super().add_variable_from_reference(reference_variable, name=name,
+        accumulator = name == "gradient_accumulator"  # of this rank's gradients, not yet reduced
+        if server is None or accumulator or server.owns(reference_variable):
+            made = super().add_variable_from_reference(reference_variable, name=name,
                                                        initializer=initializer)
-        if server.owns(reference_variable):
-            return mark_per_rank(super().add_variable_from_reference(
-                reference_variable, name=name, initializer=initializer))
+            return mark_per_rank(made) if accumulator or server is not None else made
         return mark_per_rank(self.add_variable(
             shape=(0,), dtype=reference_variable.dtype, name=f"{name}_elsewhere"))
 

@@ -54,7 +54,9 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
         self._local.add(id(as_tf(variable)))
 
     def on_train_begin(self, logs: Any = None) -> None:
-        if self.model.built and self.model.optimizer.built:
+        if self.model.built:
+            if not self.model.optimizer.built:
+                self.model.optimizer.build(self.model.trainable_variables)
             self._broadcast()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:

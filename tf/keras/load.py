@@ -41,9 +41,16 @@ def load_model(filepath: Any, custom_optimizers: Iterable[type] | None = None,
                   for kind in (AMSGrad, *(custom_optimizers or ()))})
     wrapped = {name: _distributing(kind, {"compression": compression, **options})
                for name, kind in known.items()}
-    # As a scope they come before classes of those names that Keras has registered.
-    with keras.saving.custom_object_scope({**wrapped, **(custom_objects or {})}):
-        return keras.models.load_model(filepath)
+    # Classes that are registered come before custom_objects: theirs are exchanged while loading.
+    registered = keras.saving.get_custom_objects()
+    before = dict(registered)
+    registered.update({name: kind for name, kind in wrapped.items() if name in before})
+    try:
+        return keras.models.load_model(filepath,
+                                       custom_objects={**wrapped, **(custom_objects or {})})
+    finally:
+        registered.clear()
+        registered.update(before)
 
 
 def _distributing(kind: type, options: dict[str, Any]) -> type:

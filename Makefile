@@ -25,11 +25,9 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 export HVD_EXT_FRAMEWORKS := $(subst $(space),$(comma),$(FRAMEWORKS))
 ifeq ($(filter torch,$(FRAMEWORKS)),)
 export HOROVOD_WITHOUT_PYTORCH := 1
-PYTEST_ARGS += $(addprefix --ignore=,$(wildcard tests/torch tests/torch_ext))
 endif
 ifeq ($(filter tensorflow,$(FRAMEWORKS)),)
 export HOROVOD_WITHOUT_TENSORFLOW := 1
-PYTEST_ARGS += $(addprefix --ignore=,$(wildcard tests/tf tests/tensorflow))
 endif
 
 # An environment is current when its stamp carries the checksum of what it was made from.

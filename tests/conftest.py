@@ -2,11 +2,45 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.ranks import Ranks
+
+# Files that import a framework, of which none can be collected without it; ranks' own imports come on top.
+NEEDS = {
+    "torch": re.compile(r"^(from|import) (torch|hvd_ext\.torch|horovod\.torch|examples\.(torch|resnet)"
+                        r"|tests\.torch)|examples import torch|horovod\.torch as", re.M),
+    "tensorflow": re.compile(r"^(from|import) (tensorflow|keras|hvd_ext\.tensorflow|tests\.tensorflow)"
+                             r"|importorskip\(\"tensorflow\"", re.M),
+}
+
+
+def _left_out() -> list[str]:
+    """Frameworks that are not installed, or that ``make FRAMEWORKS=...`` leaves out."""
+    wanted = os.environ.get("HVD_EXT_FRAMEWORKS", ",".join(NEEDS)).split(",")
+    return [name for name in NEEDS if name not in wanted or importlib.util.find_spec(name) is None]
+
+
+LEFT_OUT = _left_out()
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out files that need a framework which is left out; the header says which."""
+    if collection_path.suffix != ".py" or not collection_path.name.startswith("test_"):
+        return None
+    text = collection_path.read_text()
+    return True if any(NEEDS[name].search(text) for name in LEFT_OUT) else None
+
+
+def pytest_report_header() -> str:
+    """Say what this run cannot show."""
+    return f"left out: every test that needs {' or '.join(LEFT_OUT)}" if LEFT_OUT else "frameworks: all"
 
 
 def _size_of(item: pytest.Item) -> int:

@@ -10,9 +10,12 @@ import importlib
 
 from horovod.tensorflow import *  # noqa: F403
 
+from hvd_ext import openmpi
 from hvd_ext.delay import DelayCompensated
+from hvd_ext.delay.momentum import AutoMomentum, momentum_for_delay
 from hvd_ext.replicas import ReplicasDifferError
 from hvd_ext.tensorflow.amsgrad import AMSGrad
+from hvd_ext.tensorflow.async_ps import ParameterServer
 from hvd_ext.tensorflow.compression import Compression
 from hvd_ext.tensorflow.distributed import DistributedOptimizer
 from hvd_ext.tensorflow.replicas import assert_replicas_equal
@@ -20,6 +23,8 @@ from hvd_ext.tensorflow.seng import SENG
 from hvd_ext.tensorflow.tape import distributed_tape as DistributedGradientTape
 from hvd_ext.tensorflow.tape import partial_distributed_tape as PartialDistributedGradientTape
 from hvd_ext.tensorflow.variables import broadcast_variables
+
+openmpi.tell_where_it_lies()
 
 # Horovod's modules of these names are here already; an import from this package would find them.
 elastic = importlib.import_module("hvd_ext.tensorflow.elastic")

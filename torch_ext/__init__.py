@@ -8,9 +8,13 @@ from horovod.torch import *  # noqa: F403
 
 from hvd_ext import openmpi
 from hvd_ext.delay import DelayCompensated
+from hvd_ext.delay.momentum import AutoMomentum, momentum_for_delay
+from hvd_ext.replicas import ReplicasDifferError
 from hvd_ext.torch.amsgrad import AMSGrad
+from hvd_ext.torch.async_ps import ParameterServer
 from hvd_ext.torch.compression import Compression
 from hvd_ext.torch.optimizer import DistributedOptimizer
+from hvd_ext.torch.replicas import assert_replicas_equal
 from hvd_ext.torch.seng import SENG
 from hvd_ext.torch.seng_layers import register_seng_rule
 from hvd_ext.torch.state import broadcast_optimizer_state
@@ -20,10 +24,15 @@ openmpi.tell_where_it_lies()
 __all__ = [
     *(name for name in dir() if not name.startswith("_")),
     "AMSGrad",
+    "AutoMomentum",
     "Compression",
     "DelayCompensated",
     "DistributedOptimizer",
+    "ParameterServer",
+    "ReplicasDifferError",
     "SENG",
+    "assert_replicas_equal",
     "broadcast_optimizer_state",
+    "momentum_for_delay",
     "register_seng_rule",
 ]

@@ -47,6 +47,7 @@ class ExtendedOptimizer(torch.optim.Optimizer):
         self._hvd_passes: Counter[torch.Tensor] = Counter()
         self._hvd_hooks: dict[torch.Tensor, Any] = {}
         self._hvd_take_step = True
+        self._hvd_size = reducer.collectives.size if reducer.collectives.included else 0
         self._synchronized = False
         self._should_synchronize = True
         self._hvd_watch()
@@ -110,6 +111,7 @@ class ExtendedOptimizer(torch.optim.Optimizer):
             return
         try:
             self._hvd_watch()
+            self._hvd_meet_ranks()
             if self._hvd_preconditioner is not None:
                 self._hvd_preconditioner.before_reduce()
             self._hvd_take_step = reducer.finish()
@@ -122,6 +124,21 @@ class ExtendedOptimizer(torch.optim.Optimizer):
             self._hvd_passes.clear()
         reducer.collectives.traffic.step()
         self._synchronized = True
+
+    def _hvd_meet_ranks(self) -> None:
+        """After an elastic change of the number of ranks, let the extensions take their new part."""
+        collectives = self._hvd_reducer.collectives
+        before, self._hvd_size = self._hvd_size, collectives.size
+        if before == self._hvd_size:
+            return
+        if self._hvd_server is not None and self._hvd_server.where != "replicated":
+            raise RuntimeError(
+                f"the number of ranks changed from {before} to {self._hvd_size}, and "
+                f"server={self._hvd_server.where!r} left moments on ranks that are not all here; wrap "
+                'the optimizer anew and load a gather_state_dict(), or train with server="replicated"'
+            )
+        if self._hvd_preconditioner is not None:
+            self._hvd_preconditioner.attach(collectives, self)
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:

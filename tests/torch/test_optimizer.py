@@ -286,7 +286,45 @@ def check_unused_without_gradient():
     assert all(p.grad is not None or hvd.size() == 1 for p in parameters)
 
 
-CHECKS = [check_drop_in, check_schedulers_and_hooks, check_clipping_and_misuse,
+class Noting:
+    """A preconditioner that does nothing but note who attached it, and in which order it is called."""
+
+    def __init__(self):
+        self.calls = []
+
+    def attach(self, collectives, optimizer):
+        self.calls.append(f"attach {collectives.size}")
+
+    def before_reduce(self):
+        self.calls.append("before")
+
+    def precondition(self):
+        self.calls.append("precondition")
+
+
+def check_change_of_size():
+    """What an elastic change of the number of ranks does, as seen by the optimizer."""
+    parameters = make_parameters()
+    noting = Noting()
+    optimizer = delayed(parameters, preconditioner=noting)
+    take_steps(optimizer, parameters, [0])
+    size = f"attach {hvd.size()}"
+    assert noting.calls == [size, "before", "precondition"]
+    optimizer._hvd_size = optimizer._hvd_reducer._ranks = hvd.size() + 1
+    if hvd.size() > 1:
+        with pytest.warns(UserWarning, match="starts MeanSquare anew"):
+            take_steps(optimizer, parameters, [1])
+    else:
+        take_steps(optimizer, parameters, [1])
+    assert noting.calls[3:] == [size, "before", "precondition"]
+    optimizer = delayed(parameters := make_parameters(), server="sharded")
+    optimizer._hvd_size = hvd.size() + 1
+    backward(parameters, worker_gradients(UNEVEN, worker=hvd.rank(), step=0))
+    with pytest.raises(RuntimeError, match="gather_state_dict"):
+        optimizer.synchronize()
+
+
+CHECKS = [check_change_of_size, check_drop_in, check_schedulers_and_hooks, check_clipping_and_misuse,
           check_sparse_and_layouts, check_state, check_broadcast_and_elastic,
           check_unused_without_gradient]
 

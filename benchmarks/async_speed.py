@@ -20,7 +20,6 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -30,6 +29,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.launch import mpirun
 from hvd_ext.delay.async_rules import BLOCK, AsyncRule, apply_in_blocks
 
 RESNET18 = 11_200_000  # parameters
@@ -115,13 +115,9 @@ def launch(kind: str, ranks: int, task: dict[str, Any]) -> dict[str, float]:
     """Runs one program under mpirun; what its reporting rank returned."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
-        mpirun = Path(sys.executable).parent / "mpirun"
-        command = [str(mpirun) if mpirun.exists() else "mpirun", "--oversubscribe", "--bind-to",
-                   "none", "--mca", "mpi_yield_when_idle", "1"]
-        if os.geteuid() == 0:
-            command.append("--allow-run-as-root")
-        command += ["-np", str(ranks), sys.executable, "-m", "benchmarks.async_speed", "--rank",
-                    kind, "--task", json.dumps(task), "--json", str(out)]
+        command = mpirun(ranks, "benchmarks.async_speed",
+                         ["--rank", kind, "--task", json.dumps(task), "--json", str(out)],
+                         ["--mca", "mpi_yield_when_idle", "1"])
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
                        timeout=120, stdout=subprocess.DEVNULL)
         told: dict[str, float] = json.loads(out.read_text())

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+
+from tests.ranks import launch_command
 
 
 def under_mpirun() -> bool:
@@ -15,16 +15,5 @@ def under_mpirun() -> bool:
 
 
 def mpirun(ranks: int, module: str, arguments: Sequence[str], options: Sequence[str] = ()) -> list[str]:
-    """``mpirun -np ranks python -m module arguments``, with further options of mpirun.
-
-    Raises:
-        SystemExit: there is no mpirun.
-    """
-    near = Path(sys.executable).parent / "mpirun"
-    found = str(near) if near.exists() else shutil.which("mpirun")
-    if found is None:
-        raise SystemExit("mpirun was not found; activate the environment that Horovod is in")
-    if os.geteuid() == 0:
-        options = ["--allow-run-as-root", *options]
-    return [found, "-np", str(ranks), "--oversubscribe", "--bind-to", "none", *options,
-            sys.executable, "-m", module, *arguments]
+    """``mpirun -np ranks python -m module arguments``, with further options of mpirun."""
+    return launch_command(ranks, [sys.executable, "-m", module, *arguments], mpirun_args=options)

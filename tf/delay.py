@@ -16,12 +16,7 @@ from hvd_ext.delay import DelayCompensated
 from hvd_ext.delay.slices import slice_sizes
 from hvd_ext.tensorflow.buckets import BucketReducer
 from hvd_ext.tensorflow.collectives import NARROW, Collectives
-from hvd_ext.tensorflow.delay_kernels import (
-    accumulation_dtype,
-    compensated_sum,
-    plain_sum,
-    square_norm,
-)
+from hvd_ext.tensorflow.delay_kernels import accumulation_dtype, reduced_slice, square_norm
 from hvd_ext.tensorflow.reduce import MakeVariable
 
 
@@ -112,17 +107,14 @@ class DelayReducer(BucketReducer):
 
     def _reduce_slice(self, rows: tf.Tensor, bucket: Any, order: tf.Tensor, good: tf.Tensor,
                       lr: tf.Tensor) -> tf.Tensor:
-        workers = self.collectives.size * self.parts
-        ordered = tf.unstack(tf.gather(rows, order), num=workers)
         before = self.mean_square.get(bucket.index)
-        scale = 1.0 if self.mean_of_parts else float(self.parts)
-        total, after = compensated_sum(ordered, self.config, lr / workers,
-                                       None if before is None else before.read_value(), scale)
-        if before is not None:
-            before.assign(tf.where(good, after, before))
-        total = tf.where(good, total, plain_sum(ordered))
         divisor = self.collectives.size * (self.parts if self.mean_of_parts else 1)
-        return total / divisor
+        total, after = reduced_slice(
+            rows, order, good, lr / rows.shape[0], None if before is None else before.read_value(),
+            self.config, 1.0 if self.mean_of_parts else float(self.parts), divisor)
+        if before is not None:
+            before.assign(after)
+        return total
 
     def _gather(self, own: tf.Tensor, bucket: Any) -> tf.Tensor:
         if self.collectives.size == 1:

@@ -100,7 +100,8 @@ class DelayReducer(BucketReducer):
         own = splits[self.collectives.rank]
         by_part = [
             tf.reshape(self.collectives.alltoall(
-                part, splits, f"{self.prefix}/delay/bucket{bucket.index}/part{number}"),
+                part, splits, f"{self.prefix}/delay/bucket{bucket.index}/part{number}",
+                rows=self.collectives.size * own),
                 (self.collectives.size, own))
             for number, part in enumerate(tf.unstack(flat, num=self.parts))]
         return tf.reshape(tf.stack(by_part, axis=1), (self.collectives.size * self.parts, own))
@@ -120,5 +121,6 @@ class DelayReducer(BucketReducer):
         if self.collectives.size == 1:
             return own
         wide = self._narrow(own)
-        gathered = self.collectives.allgather(wide, f"{self.prefix}/delay/bucket{bucket.index}/reduced")
-        return tf.cast(tf.ensure_shape(gathered, (bucket.numel,)), own.dtype)
+        gathered = self.collectives.allgather(
+            wide, f"{self.prefix}/delay/bucket{bucket.index}/reduced", rows=bucket.numel)
+        return tf.cast(gathered, own.dtype)

@@ -5,15 +5,18 @@ compensate (g + e) -> select -> keep the rest -> pack -> allgather -> add up -> 
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import horovod.tensorflow as horovod
+import numpy as np
 import tensorflow as tf
 
 from hvd_ext.buckets import Bucket, TensorSpec
 from hvd_ext.sparse import Layout, TopK
-from hvd_ext.sparse.plan import DENSE, TOPK, check_bucket, route, segments
+from hvd_ext.sparse.plan import DENSE, TOPK, Segment, check_bucket, route, segments
 from hvd_ext.tensorflow import sparse_kernels as kernels
 from hvd_ext.tensorflow.buckets import BucketReducer
 from hvd_ext.tensorflow.collectives import Collectives
@@ -25,24 +28,19 @@ class TopKReducer(BucketReducer):
     """The reducer of ``compression=hvd.Compression.topk(...)``: SPARS-AMS Algorithm 1, lines 7-12.
 
     A step in which some rank's gradient is not finite is skipped by all; e stays what it was.
-    Residuals are float32, float64 for float64 gradients.
-
-    Raises:
-        NotImplementedError: a ratio that is a function of the step.
+    Residuals are float32, float64 for float64 gradients. With a ratio that is a function of the step
+    the selection runs in Python, operation by operation, as the lengths are not known before.
     """
 
     takes_accumulated = False  # a step that is skipped must not clear Keras' accumulators
 
     def __init__(self, collectives: Collectives, prefix: str, config: TopK, **options: Any) -> None:
-        if callable(config.ratio):
-            raise NotImplementedError(
-                "a ratio that is a function of the step is not available in the TensorFlow front "
-                "end, where messages have one length in a traced step; pass a number such as 0.01")
         super().__init__(collectives, prefix, settings=config.describe(),
                          bucket_bytes=config.bucket_bytes, **options)
         self.config = config
         self.residual: dict[int, tf.Variable] = {}
         self.skipped_steps: Any = None
+        self.kept: Any = None  # entries that this rank sent at the last step
 
     def build(self, variables: Sequence[Any], make_variable: MakeVariable) -> None:
         self.config.check_names(name_of(variable) for variable in variables)
@@ -55,6 +53,7 @@ class TopKReducer(BucketReducer):
 
     def make_state(self, make_variable: MakeVariable) -> None:
         self.skipped_steps = make_variable((), tf.int64, "skipped_steps", False)
+        self.kept = tf.Variable(0, dtype=tf.int64, trainable=False)
         for bucket in self.buckets:
             check_bucket(bucket, self.specs[bucket.slots[0].index].name)
             if bucket.kind[-1] == TOPK and self.config.error_feedback:
@@ -67,66 +66,145 @@ class TopKReducer(BucketReducer):
     def _dtype(self, bucket: Bucket) -> tf.DType:
         return tf.float64 if bucket.kind[0] == "float64" else tf.float32
 
-    def _layout(self, bucket: Bucket) -> Layout:
-        parts = segments(bucket, self.config.ratio_at(0), per_tensor=self.config.per_tensor)
-        return Layout(sum(part.k for part in parts), self.config.values)
+    def _segments(self, bucket: Bucket, ratio: float) -> list[Segment]:
+        return segments(bucket, ratio, per_tensor=self.config.per_tensor)
+
+    def _layout(self, bucket: Bucket, ratio: float) -> Layout:
+        return Layout(sum(part.k for part in self._segments(bucket, ratio)), self.config.values)
+
+    # The step
 
     def exchange(self, flats: list[tf.Tensor], **inputs: Any) -> tuple[list[tf.Tensor], Any]:
         step = self.steps.read_value() + self.skipped_steps.read_value()
         finite = tf.constant(True)
-        sent, kept = [], {}
+        sent: list[_Sent] = []
         for bucket, gradient in zip(self.buckets, flats, strict=True):
-            fine = tf.reduce_all(tf.math.is_finite(gradient))
-            if bucket.kind[-1] == DENSE:
-                sent.append(gradient)
-            else:
-                message, left, fine = self._compress(bucket, gradient, fine, step)
-                sent.append(message)
-                kept[bucket.index] = left
-            finite = tf.logical_and(finite, fine)
-        received = [self._send(bucket, message)
-                    for bucket, message in zip(self.buckets, sent, strict=True)]
-        good = tf.reduce_all(self.agree([finite])[:, 0] == 1.0)
-        for index, residual in self.residual.items():
-            residual.assign(tf.where(good, kept[index], residual.read_value()))
+            one = self._whole(gradient) if bucket.kind[-1] == DENSE \
+                else self._compress(bucket, self._total(bucket, gradient), step)
+            sent.append(one)
+            finite = tf.logical_and(finite, one.finite)
+        received = [self._send(bucket, one) for bucket, one in zip(self.buckets, sent, strict=True)]
+        good = self._agree_to_go_on(finite, step)
+        for bucket, gradient, one in zip(self.buckets, flats, sent, strict=True):
+            if bucket.index in self.residual:
+                tf.cond(good, functools.partial(self._keep, bucket, gradient, one),
+                        lambda: tf.constant(False))
+        self.kept.assign(tf.add_n([tf.cast(one.count, tf.int64) for one in sent]))
         self.steps.assign_add(tf.cast(good, tf.int64))
         self.skipped_steps.assign_add(1 - tf.cast(good, tf.int64))
-        return [self._mean(bucket, message)
-                for bucket, message in zip(self.buckets, received, strict=True)], good
+        return [self._mean(bucket, one, messages) for bucket, one, messages
+                in zip(self.buckets, sent, received, strict=True)], good
 
-    def _compress(self, bucket: Bucket, gradient: tf.Tensor, fine: tf.Tensor,
-                  step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Choose from g + e; the message, the new e, and whether all of it is finite."""
-        total = tf.cast(gradient, self._dtype(bucket))
-        if bucket.index in self.residual:
-            total = total + self.residual[bucket.index].read_value()
-        # g + e may overflow where neither does.
-        fine = tf.logical_and(fine, tf.reduce_all(tf.math.is_finite(total)))
-        layout = self._layout(bucket)
-        parts = segments(bucket, self.config.ratio_at(0), per_tensor=self.config.per_tensor)
-        seed = (self.config.seed, bucket.index)
-        positions = tf.cond(
-            fine, lambda: kernels.select(total, parts, self.config, seed, step),
-            lambda: tf.zeros((0,), tf.int32))
-        values, left = kernels.split(total, positions, kernels.wire_dtype(self.config))
-        return kernels.pack(positions, values, layout), left, fine
+    def _total(self, bucket: Bucket, gradient: tf.Tensor) -> kernels.Total:
+        residual = self.residual.get(bucket.index)
+        if residual is None:
+            return kernels.Total(tf.cast(gradient, self._dtype(bucket)), None)
+        return kernels.Total(gradient, residual.read_value())
 
-    def _send(self, bucket: Bucket, message: tf.Tensor) -> tf.Tensor:
+    def _whole(self, gradient: tf.Tensor) -> _Sent:
+        fine = tf.reduce_all(tf.math.is_finite(gradient))
+        return _Sent(gradient, tf.constant([], tf.int32), gradient[:0], tf.constant(0), fine)
+
+    def _compress(self, bucket: Bucket, total: kernels.Total, step: tf.Tensor) -> _Sent:
+        """Choose from g + e; the message and what stays."""
+        if not callable(self.config.ratio):
+            ratio = self.config.ratio_at(0)
+            return self._compress_at(bucket, total, step, ratio, self._layout(bucket, ratio).k)
+
+        def now(step_now: tf.Tensor, gradient: tf.Tensor, *residual: tf.Tensor) -> _Sent:
+            ratio = self.config.ratio_at(int(step_now))
+            # XLA compiles anew for each length: few of them, then.
+            room = 2 ** math.ceil(math.log2(self._layout(bucket, ratio).k))
+            return self._compress_at(bucket, kernels.Total(gradient, *(residual or (None,))),
+                                     step_now, ratio, room)
+
+        given = [step, *(tensor for tensor in total if tensor is not None)]
+        one = _Sent(*tf.py_function(now, given, [tf.int32, tf.int32, self._dtype(bucket), tf.int32,
+                                                 tf.bool]))
+        shapes = ((None,), (None,), (None,), (), ())
+        return _Sent(*(tf.ensure_shape(tensor, shape)
+                       for tensor, shape in zip(one, shapes, strict=True)))
+
+    def _compress_at(self, bucket: Bucket, total: kernels.Total, step: tf.Tensor, ratio: float,
+                     room: int) -> _Sent:
+        chosen = kernels.select(total, self._segments(bucket, ratio), self.config,
+                                (self.config.seed, bucket.index), step)
+        values, left = kernels.split(chosen.exact, kernels.wire_dtype(self.config))
+        message = kernels.pack(chosen.positions, values, self._layout(bucket, ratio))
+        count = tf.size(chosen.positions)
+        behind = [[0, room - count]]
+        places = tf.pad(chosen.positions, behind, constant_values=bucket.numel)
+        return _Sent(message, tf.ensure_shape(places, (room,)),
+                     tf.ensure_shape(tf.pad(left, behind), (room,)), count, chosen.finite)
+
+    def _send(self, bucket: Bucket, one: _Sent) -> tf.Tensor:
         name = f"{self.prefix}/topk/bucket{bucket.index}"
-        if self.collectives.size == 1:
-            return message if bucket.kind[-1] == DENSE else message[None]
+        ranks = self.collectives.size
         if bucket.kind[-1] == DENSE:
-            return self.collectives.allreduce(message, name, op=horovod.Average)
-        words = self._layout(bucket).words
-        gathered = self.collectives.allgather(tf.ensure_shape(message, (words,)), name)
-        return tf.reshape(gathered, (self.collectives.size, words))
+            return one.message if ranks == 1 else self.collectives.allreduce(
+                one.message, name, op=horovod.Average, kind="dense")
+        if ranks == 1:
+            return one.message[None]
+        if not callable(self.config.ratio):
+            layout = self._layout(bucket, self.config.ratio_at(0))
+            gathered = self.collectives.allgather(one.message, name, kind=layout.parts(),
+                                                  rows=ranks * layout.words)
+            return tf.reshape(gathered, (ranks, layout.words))
+        layout = Layout(tf.cast(one.message[1], tf.int64), self.config.values)
+        gathered = self.collectives.allgather(one.message, name, kind=layout.parts())
+        words = tf.size(one.message)
+        check = tf.debugging.Assert(tf.equal(tf.size(gathered), ranks * words), [
+            "the ranks' TopK messages have different lengths: make a ratio that is a function "
+            "depend on the step alone; words of this one and of all:", words, tf.size(gathered)])
+        with tf.control_dependencies([check] if check is not None else []):
+            return tf.reshape(gathered, (ranks, words))
 
-    def _mean(self, bucket: Bucket, messages: tf.Tensor) -> tf.Tensor:
+    def _agree_to_go_on(self, finite: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
+        """Whether all ranks have finite gradients; an error on all where their ratios differ."""
+        if not callable(self.config.ratio):
+            return tf.reduce_all(self.agree([finite])[:, 0] == 1.0)
+        ratio = tf.numpy_function(lambda now: np.float64(self.config.ratio_at(int(now))), [step],
+                                  tf.float64)
+        rows = self.agree([finite, tf.ensure_shape(ratio, ())])
+        check = tf.debugging.Assert(tf.reduce_all(rows[:, 1] == rows[0, 1]), [
+            "the ranks' TopK ratios differ at this step: make a ratio that is a function depend on "
+            "the step alone; ratios by rank:", rows[:, 1]])
+        with tf.control_dependencies([check] if check is not None else []):
+            return tf.reduce_all(rows[:, 0] == 1.0)
+
+    def _keep(self, bucket: Bucket, gradient: tf.Tensor, one: _Sent) -> tf.Tensor:
+        residual = self.residual[bucket.index]
+        residual.assign(kernels.new_residual(gradient, residual.read_value(), one.places, one.left))
+        return tf.constant(True)
+
+    def _mean(self, bucket: Bucket, one: _Sent, messages: tf.Tensor) -> tf.Tensor:
         """The mean of what all ranks sent."""
         if bucket.kind[-1] == DENSE:
             return messages
-        ranks = self.collectives.size
-        total = tf.zeros((bucket.numel,), self._dtype(bucket))
-        total = kernels.add_up(messages, self._layout(bucket), kernels.wire_dtype(self.config),
-                               ranks, total)
-        return total / ranks if ranks > 1 else total
+        if callable(self.config.ratio):
+            layout = Layout(messages[0, 1], self.config.values)
+            room = tf.size(one.places)
+        else:
+            layout = self._layout(bucket, self.config.ratio_at(0))
+            room = layout.k
+        positions, values = kernels.unpack(messages, layout, kernels.wire_dtype(self.config))
+        behind = [[0, 0], [0, room - tf.shape(positions)[1]]]
+        if callable(self.config.ratio):
+            positions, values = tf.pad(positions, behind), tf.pad(values, behind)
+        positions, values = (tf.ensure_shape(tensor, (self.collectives.size, None))
+                             for tensor in (positions, values))
+        return kernels.mean_of(positions, values, bucket.numel, self._dtype(bucket))
+
+
+class _Sent(NamedTuple):
+    """A bucket's message, and what stays of what it holds.
+
+    ``places`` are the positions sent and ``left`` the new e there, both padded, the positions with
+    the bucket's length; ``count`` how many were sent; ``finite`` whether all of g + e is.
+    """
+
+    message: tf.Tensor
+    places: tf.Tensor
+    left: tf.Tensor
+    count: tf.Tensor
+    finite: tf.Tensor

@@ -42,7 +42,7 @@ class Layout:
     @property
     def words(self) -> int:
         """Length of the message in 32-bit words."""
-        return int(self.data.stop)
+        return self.data.stop  # type: ignore[no-any-return]
 
     def parts(self) -> dict[str, int]:
         """Bytes of one message by kind; the header is counted among the indices."""

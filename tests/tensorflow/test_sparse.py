@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -13,7 +15,7 @@ import keras  # noqa: E402
 import torch  # noqa: E402
 
 import hvd_ext.tensorflow.keras as hvd  # noqa: E402
-from hvd_ext.sparse import Layout, TopK  # noqa: E402
+from hvd_ext.sparse import Layout, TopK, keep_count, warm_up  # noqa: E402
 from hvd_ext.sparse.plan import Segment  # noqa: E402
 from hvd_ext.tensorflow import sparse_kernels as kernels  # noqa: E402
 from tests.reference import spars_ams  # noqa: E402
@@ -40,28 +42,66 @@ def vector(seed, n=5000, dtype=np.float32):
     return made_vector
 
 
+def chosen(flat, segments, config, *, residual=None, seed=0):
+    total = kernels.Total(tf.constant(flat), None if residual is None else tf.constant(residual))
+    found = kernels.select(total, segments, config, (seed,), tf.constant(9))
+    if bool(found.finite):
+        sums = flat if residual is None else flat + residual
+        np.testing.assert_array_equal(found.exact.numpy(), sums[found.positions.numpy()])
+    return found
+
+
 @pytest.mark.parametrize("k", [1, 50, 4999])
 def test_selection_is_pytorchs(k):
     flat, config = vector(k), TopK(0.01)
     segments = [Segment(0, 3000, k % 3000 or 1), Segment(3000, 2000, min(k, 2000))]
-    ours = kernels.select(tf.constant(flat), segments, config, (0,), tf.constant(0))
+    ours = chosen(flat, segments, config).positions
     theirs = torch_kernels().select(torch.from_numpy(flat), segments, config, (0,))
     np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
 
 
+def large_vectors(n):
+    rng = np.random.default_rng(1)
+    normal = rng.standard_normal(n).astype(np.float32)
+    few = np.zeros(n, np.float32)
+    few[rng.permutation(n)[:200]] = 1.0
+    at_the_end = np.zeros(n, np.float32)
+    at_the_end[-3:] = [1, -2, 3]
+    return {"normal": normal, "float64": normal.astype(np.float64), "ties": np.round(normal, 1),
+            "few": few, "at the end": at_the_end, "zero": np.zeros(n, np.float32),
+            "heavy tail": normal**9, "one tensor large": np.sort(normal)}
+
+
 @pytest.mark.parametrize("selection", ["exact", "sampled"])
-def test_selection_of_a_large_bucket(selection):
-    flat = np.random.default_rng(1).standard_normal(300_000).astype(np.float32)
-    config = TopK(0.01, selection=selection)
-    found = kernels.select(tf.constant(flat), [Segment(0, flat.size, 3000)], config, (5,),
-                           tf.constant(9)).numpy()
-    best = spars_ams_top(flat, 3000)
-    if selection == "exact":
+@pytest.mark.parametrize("case", large_vectors(16))
+def test_selection_of_a_large_bucket(case, selection):
+    flat = large_vectors(300_005)[case]  # not a multiple of a block's length
+    residual = np.random.default_rng(2).permutation(flat) if case in ("normal", "float64") else None
+    sums = flat if residual is None else flat + residual
+    k = 3000
+    found = chosen(flat, [Segment(0, flat.size, k)], TopK(0.01, selection=selection),
+                   residual=residual).positions.numpy()
+    best = spars_ams_top(sums, k)
+    best = best[sums[best] != 0]
+    if selection == "exact" or len(best) < k:
         np.testing.assert_array_equal(found, best)
     else:
-        assert 0.95 * 3000 <= len(found) <= 3000
-        assert set(found) <= set(best) or np.abs(flat[found]).min() >= np.abs(flat[best]).min()
+        assert 0.95 * k <= len(found) <= k
+        assert set(found) <= set(best) or np.abs(sums[found]).min() >= np.abs(sums[best]).min()
     assert (np.diff(found) > 0).all()
+
+
+@pytest.mark.parametrize("place", [0, 15, 16, 150_003, 300_003, 300_004])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_seen_wherever_it_is(place, bad):
+    flat = large_vectors(300_005)["normal"]
+    residual = np.zeros_like(flat)
+    for spoilt in (flat, residual):
+        kept, spoilt[place] = spoilt[place], bad
+        found = chosen(flat, [Segment(0, flat.size, 3000)], TopK(0.01), residual=residual)
+        assert not bool(found.finite)
+        assert not len(found.positions)
+        spoilt[place] = kept
 
 
 def spars_ams_top(flat, k):
@@ -78,25 +118,39 @@ def test_messages_are_pytorchs_bit_for_bit(values, k):
     left = torch.from_numpy(flat.copy())
     sent = torch_kernels().split(left, torch.from_numpy(positions), dtype)
     message = torch_kernels().pack(torch.from_numpy(positions), sent, layout)
-    ours, residual = kernels.split(tf.constant(flat), tf.constant(positions, tf.int32),
-                                   tf.as_dtype(values))
-    words = kernels.pack(tf.constant(positions, tf.int32), ours, layout)
+    places = tf.constant(positions, tf.int32)
+    ours, rounded = kernels.split(tf.gather(tf.constant(flat), places), tf.as_dtype(values))
+    words = kernels.pack(places, ours, layout)
     np.testing.assert_array_equal(words.numpy(), message.numpy())
+    behind = [[0, 5]]  # what is padded is left out
+    half = tf.constant(flat) / 2
+    residual = kernels.new_residual(half, half, tf.pad(places, behind, constant_values=200),
+                                    tf.pad(rounded, behind))
     np.testing.assert_array_equal(residual.numpy(), left.numpy())
     np.testing.assert_array_equal(  # e_new + s == a
         (residual + tf.scatter_nd(positions[:, None], tf.cast(ours, residual.dtype),
                                   residual.shape)).numpy(), flat)
-    total = kernels.add_up(tf.stack([words, words]), layout, tf.as_dtype(values), 2,
-                           tf.zeros(200, residual.dtype)).numpy()
-    np.testing.assert_array_equal(total[positions], 2 * tf.cast(ours, residual.dtype).numpy())
+    everyone = kernels.unpack(tf.stack([words, words]), layout, tf.as_dtype(values))
+    mean = kernels.mean_of(*everyone, 200, residual.dtype).numpy()
+    expected = np.zeros(200, flat.dtype)
+    expected[positions] = tf.cast(ours, residual.dtype).numpy()
+    np.testing.assert_array_equal(mean, expected)
+
+
+def compression_of(options):
+    """TopK with these options; ``warm_up`` are the arguments of a falling ratio."""
+    options = dict(options)
+    if "warm_up" in options:
+        options["ratio"] = warm_up(*options.pop("warm_up"))
+    return hvd.Compression.topk(**options) if options else hvd.Compression.none
 
 
 def amsgrad_steps(cases, steps, compiled):
     found = {}
     for name, options in cases.items():
         variables = made.make_variables(SHAPES)
-        compression = hvd.Compression.topk(**options) if options else hvd.Compression.none
-        optimizer = hvd.DistributedOptimizer(hvd.AMSGrad(0.01), compression=compression)
+        optimizer = hvd.DistributedOptimizer(hvd.AMSGrad(0.01),
+                                             compression=compression_of(options))
         seen = made.run_steps(optimizer, variables, hvd.rank(), steps, compiled=compiled)
         hvd.assert_replicas_equal(variables, optimizer=optimizer)
         found[name] = seen
@@ -112,7 +166,13 @@ def oracle(ranks, steps, options):
     order = np.concatenate([np.arange(TOTAL - 81, TOTAL), np.arange(407, 457), np.arange(407)])
     back = np.argsort(order)
     start = made.flat(made.make_variables(SHAPES))
-    keep = (lambda n: max(1, round(options["ratio"] * n))) if options else (lambda n: n)
+    asked = itertools.count()  # once a worker and step
+
+    def keep(n):
+        if "warm_up" in options:
+            return keep_count(n, warm_up(*options["warm_up"])(next(asked) // ranks))
+        return max(1, round(options["ratio"] * n)) if options else n
+
     pieces = None
     if options.get("per_tensor"):
         pieces = [slice(0, 81), slice(81, 131), slice(131, TOTAL)]
@@ -126,6 +186,7 @@ def oracle(ranks, steps, options):
 CASES = {
     "dense": {}, "bucket": KEEP, "per tensor": {**KEEP, "per_tensor": True},
     "no feedback": {**KEEP, "error_feedback": False}, "all": {"ratio": 1.0, "min_size": 0},
+    "warm-up": {"warm_up": (0.02, 20, 0.5), "min_size": 0},
 }
 
 
@@ -241,8 +302,6 @@ def test_tape_keeps_its_state_in_the_optimizer(ranks):
 def test_bad_input():
     sgd = keras.optimizers.SGD
     topk = hvd.Compression.topk
-    with pytest.raises(NotImplementedError, match="function of the step"):
-        hvd.DistributedOptimizer(sgd(0.1), compression=topk(lambda step: 0.1))
     with pytest.raises(ValueError, match="do not go together"):
         hvd.DistributedOptimizer(sgd(0.1), compression=topk(0.1), op=hvd.Sum)
     with pytest.raises(ValueError, match="pass backward_passes_per_step"):
@@ -253,6 +312,26 @@ def test_bad_input():
         hvd.AMSGrad(betas=(1.0, 0.9))
     with pytest.raises(ValueError, match="eps must be"):
         hvd.AMSGrad(eps=0)
+
+
+def ratios_that_differ():
+    """The error of a step whose ratio depends on the rank."""
+    variables = made.make_variables(SHAPES)
+    optimizer = hvd.DistributedOptimizer(
+        keras.optimizers.SGD(0.1), compression=hvd.Compression.topk(
+            lambda step: 0.1 if step < 2 else 0.1 + 0.2 * hvd.rank(), min_size=0))
+    made.run_steps(optimizer, variables, hvd.rank(), 2, compiled=True)
+    try:
+        made.run_steps(optimizer, variables, hvd.rank(), 1, compiled=True, first=2)
+    except tf.errors.InvalidArgumentError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.ranks
+def test_ratio_that_depends_on_the_rank_is_told_on_all(ranks):
+    for said in ranks(2, init="tensorflow").run(ratios_that_differ):
+        assert "depend on the step alone" in said
 
 
 def embedding_with_topk():

@@ -1,75 +1,82 @@
 """Where SENG takes its per-sample gradients: an identity between a layer's linear part and activation.
 
 The gradient of that identity, on refresh steps only, adds this use's per-sample gradients to the
-layer's U. Models stay what they are: nothing of their structure, weights or config changes.
+layer's U, or its columns to the layer's factors. Models stay what they are: nothing of their
+structure, weights or config changes.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
-from hvd_ext.tensorflow.seng_layers import Registered, layer_factors
-from hvd_ext.tensorflow.variables import as_tf
+from hvd_ext.seng import Settings
+from hvd_ext.tensorflow.seng_kernels import choose_samples
+from hvd_ext.tensorflow.seng_layers import Factors, Pick
+from hvd_ext.tensorflow.seng_model import Layer
 
 
-@dataclass(eq=False)
-class Layer:
-    """A Keras layer with a rule, its trainable weights, and what was captured of it.
+class Captured:
+    """What a pass gave a layer, scaled as in SENG eq. 5, until the refresh takes it.
 
-    ``captured`` (samples, n) are the summed per-sample gradients of this pass, ``captured_at`` the
-    pass they belong to: a layer that is used several times adds up. Of an ``implicit`` layer the
-    factors are captured, with ``kappa`` columns a sample.
+    ``u`` (rho, n) are per-sample gradients, of an implicit layer those of the weights that its
+    factors ``g`` (rho, groups, kappa, n_G) and ``a`` (rho, groups, kappa, n_A) do not stand for.
+    ``at`` is the pass they belong to: a layer that is used several times adds up. It is
+    ``-2 - pass`` when the uses had different numbers of samples.
     """
 
-    layer: Any
-    registered: Registered
-    weights: list[Any]
-    picked: list[int]
-    implicit: bool = False
-    kappa: int | None = None
-    captured: tf.Variable = field(init=False)
-    captured_g: tf.Variable = field(init=False)
-    captured_a: tf.Variable = field(init=False)
-    captured_at: tf.Variable = field(init=False)
-
-    def __post_init__(self) -> None:
+    def __init__(self, layer: Layer) -> None:
+        groups, n_g, n_a = layer.groups or (1, 0, 0)
+        rest = sum(layer.sizes[layer.together:])
+        self.least = 1 << 30  # what kappa is at least
+        self.taps = 0
         with tf.init_scope():
-            self.captured = tf.Variable(tf.zeros((0, self.n)), trainable=False,
-                                        shape=(None, self.n))
-            self.captured_g, self.captured_a = (
-                tf.Variable(tf.zeros((0, 0, 0, 0)), trainable=False, shape=[None] * 4)
-                for _ in range(2))
-            self.captured_at = tf.Variable(-1, dtype=tf.int64, trainable=False)
+            self.u = self._empty((0, rest), (None, rest), layer)
+            self.g = self._empty((0, groups, 0, n_g), (None, groups, None, n_g), layer)
+            self.a = self._empty((0, groups, 0, n_a), (None, groups, None, n_a), layer)
+            self.at = tf.Variable(-1, dtype=tf.int64, trainable=False)
 
-    @property
-    def name(self) -> str:
-        """The layer's path."""
-        return str(self.layer.path)
+    @staticmethod
+    def _empty(now: tuple[int, ...], shape: tuple[int | None, ...], layer: Layer) -> tf.Variable:
+        return tf.Variable(tf.zeros(now, layer.dtype), trainable=False, shape=shape)
 
-    @property
-    def n(self) -> int:
-        """The number of its trainable parameters."""
-        return sum(int(tf.TensorShape(weight.shape).num_elements()) for weight in self.weights)
+    def clear(self) -> None:
+        """Free what was captured; which pass it was stays known."""
+        for held in (self.u, self.g, self.a):
+            held.assign(tf.zeros([0 if extent is None else extent for extent in held.shape],
+                                 held.dtype))
 
 
 class Capture:
-    """Taps layers. ``wanted`` says whether this pass is captured, ``step`` which one it is."""
+    """Taps layers.
 
-    def __init__(self, layers: list[Layer]) -> None:
-        self.layers = layers
+    Attributes:
+        wanted: whether this pass is captured.
+        number: which pass this is.
+
+    Args:
+        step: the optimizer's step, from which samples are chosen.
+        scale: gives the factor of mixed precision in the loss of the pass that is under way.
+    """
+
+    def __init__(self, layers: list[Layer], settings: Settings, step: tf.Variable,
+                 scale: Callable[[], Any]) -> None:
+        self._settings = settings
+        self._step = step
+        self._scale = scale
+        self.of = {layer: Captured(layer) for layer in layers}
         with tf.init_scope():
-            self.wanted = tf.Variable(True, trainable=False)
-            self.step = tf.Variable(0, dtype=tf.int64, trainable=False)
+            self.wanted = tf.Variable(True, trainable=False, name="wanted")
+            self.number = tf.Variable(0, dtype=tf.int64, trainable=False, name="pass")
         for layer in layers:
             self._tap(layer)
 
     def close(self) -> None:
         """Give the layers their own ``call`` back."""
-        for layer in self.layers:
+        for layer in self.of:
             layer.layer.__dict__.pop("call", None)
 
     def _tap(self, layer: Layer) -> None:
@@ -102,6 +109,7 @@ class Capture:
         if not tf.is_tensor(z) or isinstance(z, tf.RaggedTensor):
             return z  # Keras is working out shapes
         x = tf.stop_gradient(tf.convert_to_tensor(x))
+        self.of[layer].taps += 1
 
         @tf.custom_gradient
         def tap(z: tf.Tensor) -> tuple[tf.Tensor, Any]:
@@ -114,38 +122,69 @@ class Capture:
         return tap(z)
 
     def _store(self, layer: Layer, x: tf.Tensor, gz: tf.Tensor) -> tf.Tensor:
-        if layer.implicit:
-            return self._store_factors(layer, x, gz)
-        both = layer.registered.rule(layer.layer, tf.cast(x, tf.float32), tf.cast(gz, tf.float32))
-        samples = tf.shape(gz)[0]
-        u = tf.concat([tf.reshape(both[place], (samples, -1)) for place in layer.picked], axis=1)
-        again = tf.logical_and(tf.equal(layer.captured_at, self.step),
-                               tf.equal(tf.shape(layer.captured)[0], samples))
-        u = tf.cond(again, lambda: layer.captured + u, lambda: u)
-        layer.captured.assign(tf.ensure_shape(u, (None, layer.n)))
-        layer.captured_at.assign(self.step)
+        captured = self.of[layer]
+        x, gz = (tf.cast(tensor, layer.dtype) for tensor in (x, gz))
+        pick, factor = self._samples(gz)
+        result = layer.registered.rule(layer.layer, x, gz, pick)
+        again = tf.equal(captured.at, self.number)
+        new: list[tuple[tf.Variable, tf.Tensor, int | None]]
+        if isinstance(result, Factors) and layer.plan.implicit:
+            if result.g.shape[2] is None:
+                raise ValueError(f"SENG needs the number of positions that {layer.name} sees; give "
+                                 "the model's Input a full shape")
+            captured.least = min(captured.least, int(result.g.shape[2]))
+            new = [(captured.g, result.g * factor, 2), (captured.a, result.a, 2)]
+            if layer.together < len(layer.weights) and result.bias is not None:
+                new.append((captured.u, result.bias * factor, None))
+        else:
+            new = [(captured.u, _flat(layer, result) * factor, None)]
+        samples = tf.shape(new[0][1])[0]
+        known = tf.shape(new[0][0])[0]
+        alike = tf.logical_or(tf.logical_not(again), tf.equal(known, samples))
+        more = tf.logical_and(again, alike)
+        for held, value, axis in new:
+            def joined(held: tf.Variable = held, value: tf.Tensor = value,
+                       axis: int | None = axis) -> tf.Tensor:
+                return held + value if axis is None else tf.concat([held, value], axis)
+
+            value = tf.cond(more, joined, functools.partial(tf.identity, value))
+            held.assign(tf.ensure_shape(value, held.shape))
+        spoiled = tf.logical_or(tf.logical_not(alike), tf.equal(captured.at, -2 - self.number))
+        captured.at.assign(tf.where(spoiled, -2 - self.number, self.number))
         return tf.constant(True)
 
-    def _store_factors(self, layer: Layer, x: tf.Tensor, gz: tf.Tensor) -> tf.Tensor:
-        g, a = layer_factors(layer.layer, tf.cast(x, tf.float32), tf.cast(gz, tf.float32))
-        if g.shape[-1] is None:
-            raise ValueError(f"SENG needs the number of positions that {layer.name} sees; give the "
-                             "model's Input a full shape")
-        layer.kappa = int(g.shape[-1])
-        layer.captured_g.assign(g)
-        layer.captured_a.assign(a)
-        # Used again in this pass: its factors would have to be joined, so that it has none.
-        again = tf.logical_or(tf.equal(layer.captured_at, self.step),
-                              tf.equal(layer.captured_at, -2 - self.step))
-        layer.captured_at.assign(tf.where(again, -2 - self.step, self.step))
-        return tf.constant(True)
+    def _samples(self, gz: tf.Tensor) -> tuple[Pick, tf.Tensor]:
+        """Keeps the chosen samples, and what gz is multiplied with to give ``G_i / sqrt(rho)``."""
+        settings = self._settings
+        samples = kept = tf.shape(gz)[0]
+        chosen = None
+        if settings.subsample is not None:
+            chosen = choose_samples(samples, settings, self._step.read_value())
+            kept = tf.shape(chosen)[0]
+
+        def pick(tensor: tf.Tensor) -> tf.Tensor:
+            return tensor if chosen is None else tf.gather(tensor, chosen)
+
+        whole = tf.cast(samples, gz.dtype) if settings.loss_reduction == "mean" else 1.0
+        scale = tf.cast(self._scale(), gz.dtype) * settings.loss_scale
+        return pick, whole / (scale * tf.sqrt(tf.cast(tf.maximum(kept, 1), gz.dtype)))
 
 
-def find_weights(layer: Any, registered: Registered) -> tuple[list[Any], list[int]]:
-    """The layer's trainable weights that the rule speaks of, and which of its two each is."""
-    trainable = {id(as_tf(weight)) for weight in layer.trainable_weights}
-    found = [(getattr(layer, name, None), place)
-             for place, name in enumerate(registered.weights)]
-    kept = [(weight, place) for weight, place in found
-            if weight is not None and id(as_tf(weight)) in trainable]
-    return [weight for weight, _ in kept], [place for _, place in kept]
+def _flat(layer: Layer, result: Any) -> tf.Tensor:
+    """Per-sample gradients of all weights side by side: (rho, n)."""
+    if isinstance(result, Factors):
+        g, a = result.g, result.a
+        found = {}
+        samples = tf.shape(g)[0]
+        if "kernel" in layer.weights:
+            kernel = tf.matmul(a, g, transpose_a=True)  # (rho, groups, n_A, n_G)
+            found["kernel"] = kernel if g.shape[1] == 1 else tf.transpose(kernel, (0, 2, 1, 3))
+        if "bias" in layer.weights:
+            found["bias"] = tf.reduce_sum(g, axis=2) if result.bias is None else result.bias
+    else:
+        found = result
+        samples = tf.shape(next(iter(found.values())))[0]
+    parts = [tf.reshape(found[name], (samples, size))
+             for name, size in zip(layer.weights, layer.sizes, strict=True)]
+    return parts[0] if len(parts) == 1 else tf.concat(parts, axis=1)
+

@@ -2,11 +2,15 @@
 
 Shapes: rho samples, n parameters of a layer, n_G x n_A one group's gradient matrix, kappa columns
 of a sample's factors, r the columns kept, q (zeta_G, zeta_A) sampled rows. U and Xi are kept sample
-by sample, (rho, n) and (rho, q), factors as (rho, groups, n_G, r) and (rho, groups, n_A, r); the
-factor ``1/sqrt(rho)`` of U is part of U and of G.
+by sample, (rho, n) and (rho, q). Factors are captured a column after another, (rho, groups, kappa,
+n), and kept with the samples last, (groups, n, r, rho), so that a sum over samples is a
+matrix-vector product. The factor ``1/sqrt(rho)`` of U is part of U and of G. A gradient's matrix is
+(groups, n_A, n_G), which Keras' kernels are without a transpose where there is one group.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -14,38 +18,19 @@ import tensorflow as tf
 from hvd_ext.seng import Settings, generator, jitters, sample_batch, sample_rows
 
 
-def scaled(per_sample: tf.Tensor, settings: Settings, step: tf.Tensor, *others: tf.Tensor
-           ) -> tuple[tf.Tensor, ...]:
-    """U of SENG eq. 5 from what a backward pass gave each sample.
+def choose_samples(rho: tf.Tensor, settings: Settings, step: tf.Tensor) -> tf.Tensor:
+    """The samples of a batch of ``rho`` that the curvature is taken from: (kept,) int64."""
+    def choose(rho_now: np.ndarray, step_now: np.ndarray) -> np.ndarray:
+        chosen = sample_batch(int(rho_now), settings.subsample,
+                              generator(settings.seed, int(step_now), "samples"))
+        return np.arange(int(rho_now), dtype=np.int64) if chosen is None else chosen
 
-    Args:
-        per_sample: (rho, ...), gradients or factors G, of a loss that is the mean or the sum over
-            the rho samples.
-        settings: say which of the two, a constant factor of the loss, and how many samples to
-            keep.
-        step: 0-D int64, of the choice of samples.
-        others: (rho, ...), of which the same samples are kept, not scaled.
-    """
-    rho = tf.cast(tf.shape(per_sample)[0], per_sample.dtype)
-    if settings.subsample is not None:
-        def choose(rho_now: np.ndarray, step_now: np.ndarray) -> np.ndarray:
-            chosen = sample_batch(int(rho_now), settings.subsample,
-                                  generator(settings.seed, int(step_now), "batch"))
-            return np.arange(int(rho_now), dtype=np.int64) if chosen is None else chosen
-
-        picked = tf.numpy_function(choose, [tf.shape(per_sample)[0], step], tf.int64)
-        picked = tf.ensure_shape(picked, (None,))
-        per_sample, *rest = (tf.gather(tensor, picked) for tensor in (per_sample, *others))
-        others = tuple(rest)
-    kept = tf.cast(tf.shape(per_sample)[0], per_sample.dtype)
-    factor = rho if settings.loss_reduction == "mean" else tf.ones((), per_sample.dtype)
-    factor = factor / (tf.sqrt(tf.maximum(kept, 1.0)) * settings.loss_scale)
-    return per_sample * factor, *others
+    return tf.ensure_shape(tf.numpy_function(choose, [rho, step], tf.int64), (None,))
 
 
 def choose_rows(n: int, q: int, scores: tf.Tensor | None, settings: Settings, step: tf.Tensor,
                 label: str) -> tuple[tf.Tensor, tf.Tensor]:
-    """q of n rows and their weights (SENG eq. 14): (q,) int64 and (q,) float32.
+    """q of n rows and their weights (SENG eq. 14): (q,) int64 and (q,) float64.
 
     ``scores`` (n,) are squared row norms for leverage sampling, None for uniform.
     """
@@ -56,22 +41,21 @@ def choose_rows(n: int, q: int, scores: tf.Tensor | None, settings: Settings, st
         known = scores_now.astype(np.float64) if by_leverage else None
         if known is not None and not np.isfinite(known).all():
             known = None  # the curvature is refused for it afterwards
-        rows, weights = sample_rows(n, q, generator(settings.seed, int(step_now), label),
-                                    scores=known, replacement=settings.replacement)
-        return rows, weights.astype(np.float32)
+        return sample_rows(n, q, generator(settings.seed, int(step_now), label), scores=known,
+                           replacement=settings.replacement)
 
-    rows, weights = tf.numpy_function(choose, [scores, step], [tf.int64, tf.float32])
+    rows, weights = tf.numpy_function(choose, [scores, step], [tf.int64, tf.float64])
     return tf.ensure_shape(rows, (q,)), tf.ensure_shape(weights, (q,))
 
 
-def factor(gram: tf.Tensor, lam: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Cholesky factor of ``lam I + gram`` in float64 with the jitter it needs, and whether it has one.
+def factor(gram: tf.Tensor, lam: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Cholesky factor of ``lam I + gram`` in float64, the jitter it took, and whether it has one.
 
     Args:
         gram: (rho, rho), finite or not.
         lam: 0-D float64.
     """
-    def by_numpy(gram_now: np.ndarray, lam_now: np.ndarray) -> tuple[np.ndarray, np.bool_]:
+    def by_numpy(gram_now: np.ndarray, lam_now: np.ndarray) -> tuple[Any, Any, Any]:
         size = len(gram_now)
         if size and np.isfinite(gram_now).all():
             for jitter in jitters(float(np.trace(gram_now)) / size):
@@ -80,12 +64,13 @@ def factor(gram: tf.Tensor, lam: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
                 except np.linalg.LinAlgError:
                     continue
                 if np.isfinite(lower).all():
-                    return lower, np.bool_(True)
-        return np.eye(size), np.bool_(False)
+                    return lower, np.float64(jitter), np.bool_(True)
+        return np.eye(size), np.float64(0.0), np.bool_(False)
 
-    lower, good = tf.numpy_function(by_numpy, [tf.cast(gram, tf.float64), lam],
-                                    [tf.float64, tf.bool])
-    return tf.ensure_shape(lower, (None, None)), tf.ensure_shape(good, ())
+    lower, jitter, good = tf.numpy_function(by_numpy, [tf.cast(gram, tf.float64), lam],
+                                            [tf.float64, tf.float64, tf.bool])
+    return (tf.ensure_shape(lower, (None, None)), tf.ensure_shape(jitter, ()),
+            tf.ensure_shape(good, ()))
 
 
 def coefficients(lower: tf.Tensor, rhs: tf.Tensor) -> tf.Tensor:
@@ -94,7 +79,7 @@ def coefficients(lower: tf.Tensor, rhs: tf.Tensor) -> tf.Tensor:
     return tf.cast(solved, rhs.dtype)
 
 
-def truncate(g: tf.Tensor, a: tf.Tensor, rank: int) -> tuple[tf.Tensor, tf.Tensor]:
+def truncate(g: tf.Tensor, a: tf.Tensor, rank: int, least: int) -> tuple[tf.Tensor, tf.Tensor]:
     """Cut each sample's factors to ``rank`` columns by an SVD of the smaller one (SENG eq. 15).
 
     With G = Q S V^T the smaller, ``G <- Q_r S_r`` and ``A <- A V_r``; the other way round when A is
@@ -102,56 +87,94 @@ def truncate(g: tf.Tensor, a: tf.Tensor, rank: int) -> tuple[tf.Tensor, tf.Tenso
     that the columns of A sum to something not negative: eq. 23 adds columns over samples.
 
     Args:
-        g: (..., n_G, kappa), a: (..., n_A, kappa), of known shape but for the samples.
+        g: (rho, groups, kappa, n_G), a: (rho, groups, kappa, n_A), n_G and n_A known.
+        least: what kappa is at least, so that less needs to be decided when it runs.
 
     Returns:
         Both with min(kappa, rank, n_G, n_A) columns, or unchanged when kappa <= rank.
     """
-    kappa = g.shape[-1]
-    if kappa <= rank:
-        return g, a
-    swap = a.shape[-2] < g.shape[-2]
+    kappa = tf.shape(g)[2]
+    swap = a.shape[-1] < g.shape[-1]
     small, other = (a, g) if swap else (g, a)
-    rank = min(rank, small.shape[-2])
-    if kappa <= small.shape[-2]:
-        _, vectors = tf.linalg.eigh(tf.matmul(small, small, transpose_a=True))
-        right = tf.reverse(vectors[..., -rank:], [-1])
-        small = tf.matmul(small, right)
-    else:
-        values, vectors = tf.linalg.eigh(tf.matmul(small, small, transpose_b=True))
-        left = tf.reverse(vectors[..., -rank:], [-1])
-        lengths = tf.sqrt(tf.maximum(tf.reverse(values[..., -rank:], [-1]), 0.0))
-        tiny = lengths[..., :1] * float(np.finfo(np.float32).eps) ** 0.5
+    width = int(small.shape[-1])
+    kept = min(rank, width)
+
+    def of_columns() -> tuple[tf.Tensor, tf.Tensor]:
+        _, vectors = tf.linalg.eigh(tf.matmul(small, small, transpose_b=True))
+        right = tf.reverse(vectors[..., -kept:], [-1])
+        return (tf.matmul(right, small, transpose_a=True),
+                tf.matmul(right, other, transpose_a=True))
+
+    def of_rows() -> tuple[tf.Tensor, tf.Tensor]:
+        values, vectors = tf.linalg.eigh(tf.matmul(small, small, transpose_a=True))
+        left = tf.reverse(vectors[..., -kept:], [-1])
+        lengths = tf.sqrt(tf.maximum(tf.reverse(values[..., -kept:], [-1]), 0.0))
+        tiny = lengths[..., :1] * float(np.finfo(small.dtype.as_numpy_dtype).eps) ** 0.5
         inverse = tf.where(lengths > tiny, 1.0 / lengths, tf.zeros_like(lengths))
-        right = tf.matmul(small, left, transpose_a=True) * inverse[..., None, :]
-        small = left * lengths[..., None, :]
-    other = tf.matmul(other, right)
-    g, a = (other, small) if swap else (small, other)
-    signs = tf.where(tf.reduce_sum(a, axis=-2, keepdims=True) < 0, -1.0, 1.0)
-    return g * signs, a * signs
+        right = tf.matmul(small, left) * inverse[..., None, :]
+        return (tf.linalg.matrix_transpose(left * lengths[..., None, :]),
+                tf.matmul(right, other, transpose_a=True))
+
+    def cut() -> tuple[tf.Tensor, tf.Tensor]:
+        if least > width:
+            first, second = of_rows()
+        else:
+            first, second = tf.cond(kappa <= width, of_columns, of_rows)
+        new_g, new_a = (second, first) if swap else (first, second)
+        minus = tf.reduce_sum(new_a, axis=-1, keepdims=True) < 0
+        signs = tf.where(minus, -tf.ones((), g.dtype), tf.ones((), g.dtype))
+        return new_g * signs, new_a * signs
+
+    return cut() if least > rank else tf.cond(kappa > rank, cut, lambda: (g, a))
+
+
+def samples_last(factor: tf.Tensor) -> tf.Tensor:
+    """(rho, groups, r, n) as (groups, n, r, rho)."""
+    return tf.transpose(factor, (1, 3, 2, 0))
+
+
+def samples_first(factor: tf.Tensor) -> tf.Tensor:
+    """(groups, n, r, rho) as (rho, groups, r, n)."""
+    return tf.transpose(factor, (3, 0, 2, 1))
+
+
+def pad_columns(factor: tf.Tensor, r: tf.Tensor) -> tf.Tensor:
+    """(groups, n, r', rho) with zero columns added up to ``r`` of them for each sample."""
+    missing = tf.maximum(r - tf.shape(factor)[2], 0)
+    return tf.pad(factor, [[0, 0], [0, 0], [0, missing], [0, 0]])
+
+
+def flat_columns(factor: tf.Tensor) -> tf.Tensor:
+    """(groups, n, r, rho) as (groups, n, r rho)."""
+    groups, n = factor.shape[:2]
+    return tf.reshape(factor, (groups, n, tf.shape(factor)[2] * tf.shape(factor)[3]))
 
 
 def gram_implicit(xg: tf.Tensor, xa: tf.Tensor) -> tf.Tensor:
     """``(u_i)^T u_j ~ elesum((Xi_Ai^T Xi_Aj) o (Xi_Gi^T Xi_Gj))`` (SENG eq. 21), summed over groups.
 
     Args:
-        xg: (rho, groups, zeta_G, r), xa: (rho, groups, zeta_A, r).
+        xg: (groups, zeta_G, r, rho), xa: (groups, zeta_A, r, rho).
 
     Returns:
         (rho, rho).
     """
-    products = tf.einsum("igzr,jgzs->gijrs", xg, xg) * tf.einsum("igyr,jgys->gijrs", xa, xa)
-    return tf.reduce_sum(products, axis=(0, 3, 4))
+    r, rho = tf.shape(xg)[2], tf.shape(xg)[3]
+    g, a = flat_columns(xg), flat_columns(xa)
+    products = tf.matmul(g, g, transpose_a=True) * tf.matmul(a, a, transpose_a=True)
+    return tf.reduce_sum(tf.reshape(products, (xg.shape[0], r, rho, r, rho)), axis=(0, 1, 3))
 
 
 def project_implicit(xg: tf.Tensor, xa: tf.Tensor, z: tf.Tensor) -> tf.Tensor:
     """``u_i^T z ~ elesum((Xi_z^T Xi_Gi) o Xi_Ai)`` (SENG eq. 19), summed over groups: (rho,).
 
     Args:
-        xg: (rho, groups, zeta_G, r), xa: (rho, groups, zeta_A, r), z: (groups, zeta_G, zeta_A),
+        xg: (groups, zeta_G, r, rho), xa: (groups, zeta_A, r, rho), z: (groups, zeta_A, zeta_G),
             with the weights of Omega_G and Omega_A in all three.
     """
-    return tf.einsum("igyr,igyr->i", tf.einsum("gzy,igzr->igyr", z, xg), xa)
+    r, rho = tf.shape(xg)[2], tf.shape(xg)[3]
+    total = tf.reduce_sum(tf.matmul(z, flat_columns(xg)) * flat_columns(xa), axis=(0, 1))
+    return tf.reduce_sum(tf.reshape(total, (r, rho)), axis=0)
 
 
 def factored_means(g: tf.Tensor, a: tf.Tensor, c: tf.Tensor,
@@ -159,17 +182,36 @@ def factored_means(g: tf.Tensor, a: tf.Tensor, c: tf.Tensor,
     """``sum_i sqrt|c_i| G_i`` and ``sum_i c_i/total A_i`` (SENG eq. 23), zero where total is zero.
 
     Args:
-        g: (rho, groups, n_G, r), a: (rho, groups, n_A, r), c: (rho,),
+        g: (groups, n_G, r, rho), a: (groups, n_A, r, rho), c: (rho,),
             total: ``sum_i sqrt|c_i|``, 0-D.
 
     Returns:
         (groups, n_G, r) and (groups, n_A, r).
     """
     weights = tf.where(total > 0, c / total, tf.zeros_like(c))
-    return (tf.einsum("igor,i->gor", g, tf.sqrt(tf.abs(c))),
-            tf.einsum("igar,i->gar", a, weights))
+    return _over_samples(g, tf.sqrt(tf.abs(c))), _over_samples(a, weights)
+
+
+def _over_samples(factor: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
+    shape = tf.shape(factor)
+    flat = tf.reshape(factor, (shape[0] * shape[1] * shape[2], shape[3]))
+    mean = tf.reshape(tf.linalg.matvec(flat, weights), shape[:3])
+    return tf.ensure_shape(mean, factor.shape[:3])
 
 
 def expand_exact(g: tf.Tensor, a: tf.Tensor, c: tf.Tensor) -> tf.Tensor:
-    """``U c`` of SENG eq. 22 as one product: (groups, n_G, n_A)."""
-    return tf.einsum("igor,igar->goa", g * c[:, None, None, None], a)
+    """``U c`` of SENG eq. 22 as one product: (groups, n_A, n_G)."""
+    return tf.matmul(flat_columns(a), flat_columns(g * c), transpose_b=True)
+
+
+def matrix_of(flat: tf.Tensor, groups: int, n_g: int) -> tf.Tensor:
+    """Rows of a kernel's gradient, flat in Keras' order (n_A, groups, n_G), as (groups, n_A, n_G)."""
+    if groups == 1:
+        return tf.reshape(flat, (1, -1, n_g))
+    return tf.transpose(tf.reshape(flat, (-1, groups, n_g)), (1, 0, 2))
+
+
+def flat_of(matrix: tf.Tensor) -> tf.Tensor:
+    """The inverse of :func:`matrix_of`."""
+    groups = matrix.shape[0]
+    return tf.reshape(matrix if groups == 1 else tf.transpose(matrix, (1, 0, 2)), [-1])

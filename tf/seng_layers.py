@@ -1,9 +1,14 @@
 """What SENG knows of each kind of Keras layer: its weights, and its per-sample gradients.
 
-A rule takes a layer, its input x and the gradient gz of the loss by its output before the
-activation, both with the samples along the first axis, and returns the gradients of each sample:
-``(samples, *weight.shape)`` for the kernel (scale) and the bias (offset), None for a weight the
-layer does not have. Scaling is not a rule's business: return what ``gz`` gives.
+A rule is a function ``rule(layer, x, gz, pick)``. ``x`` is the layer's input and ``gz`` the gradient
+of the loss by its output before the activation, both with the samples along the first axis.
+``pick(t)`` keeps the samples the curvature is taken from; everything that is returned must have gone
+through it. A rule returns either
+
+* :class:`Factors` when the gradient of the kernel for sample i is ``A_i G_i^T``, or
+* a dict from the weight's name in the layer to per-sample gradients ``(samples, *weight.shape)``.
+
+Scaling is not a rule's business: return what ``gz`` gives.
 """
 
 from __future__ import annotations
@@ -16,24 +21,45 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from hvd_ext.tensorflow.variables import as_tf
-
 _L = keras.layers
 TRANSPOSED = (_L.Conv1DTranspose, _L.Conv2DTranspose, _L.Conv3DTranspose)
 DEPTHWISE = (_L.DepthwiseConv1D, _L.DepthwiseConv2D)
+CONVOLUTIONS = (_L.Conv1D, _L.Conv2D, _L.Conv3D)
 
-PerSample = tuple[tf.Tensor | None, tf.Tensor | None]
-Rule = Callable[[Any, tf.Tensor, tf.Tensor], PerSample]
+
+@dataclass
+class Factors:
+    """The kernel's gradient of sample i in group k is ``a[i, k].T @ g[i, k]``.
+
+    ``g`` (samples, groups, kappa, n_G) and ``a`` (samples, groups, kappa, n_A); viewed as
+    ``(n_A, groups, n_G)`` the kernel's gradient is that product. The bias gradient is ``g`` summed
+    over kappa (a row of ones under A), unless ``bias`` (samples, bias size) gives it.
+    """
+
+    g: tf.Tensor
+    a: tf.Tensor
+    bias: tf.Tensor | None = None
+
+
+Pick = Callable[[tf.Tensor], tf.Tensor]
+PerSample = dict[str, tf.Tensor]
+Rule = Callable[[Any, tf.Tensor, tf.Tensor, Pick], "Factors | PerSample"]
 
 
 @dataclass(frozen=True)
 class Registered:
-    """A rule, the names of the layer's two weights, and whether an activation follows inside."""
+    """A rule with what must be known of its layers before the first forward pass.
+
+    ``weights`` are their names in the layer. ``groups(layer)`` gives (groups, n_G, n_A) of the kernel
+    for a rule that returns :class:`Factors`, and ``ones`` says whether the bias is a row of ones
+    under A. ``activation``: the layer applies one itself, after what ``gz`` is the gradient by.
+    """
 
     kind: str
     rule: Rule
-    weights: tuple[str, str] = ("kernel", "bias")
-    product: bool = False  # whether ``layer_factors`` knows the layer
+    weights: tuple[str, ...] = ("kernel", "bias")
+    groups: Callable[[Any], tuple[int, int, int]] | None = None
+    ones: bool = True
     activation: bool = True
 
 
@@ -45,134 +71,82 @@ def rule_for(layer: Any) -> Registered | None:
     return None
 
 
-def _linear(layer: Any, x: tf.Tensor, gz: tf.Tensor) -> PerSample:
-    """``G_i A_i^T`` of each sample, group by group (SENG eq. 3)."""
-    g, a = layer_factors(layer, x, gz)
-    kernel = tf.einsum("igok,igak->iago", g, a)
-    bias = tf.reshape(tf.reduce_sum(g, axis=-1), (tf.shape(g)[0], -1)) if layer.use_bias else None
-    return tf.reshape(kernel, (-1, *layer.kernel.shape)), bias
+def _dense(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick) -> Factors:
+    return Factors(_columns(pick(gz)), _columns(pick(x)))
 
 
-def layer_factors(layer: Any, x: tf.Tensor, gz: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """G (samples, groups, n_G, kappa) and A (samples, groups, n_A, kappa) of a linear layer.
+def _columns(tensor: tf.Tensor) -> tf.Tensor:
+    """(samples, ..., n) as (samples, 1, kappa, n)."""
+    between = int(np.prod(tensor.shape[1:-1])) if None not in tensor.shape[1:-1] else -1
+    return tf.reshape(tensor, (tf.shape(tensor)[0], 1, between, tensor.shape[-1]))
 
-    The kernel, viewed as ``(n_A, groups, n_G)``, has the gradient ``sum_i A_i G_i^T``.
-    """
-    samples = tf.shape(x)[0]
-    if isinstance(layer, _L.Dense):
-        a = tf.reshape(x, (samples, -1, 1, x.shape[-1]))
-        g = tf.reshape(gz, (samples, -1, 1, gz.shape[-1]))
-    else:
-        if layer.data_format == "channels_first":
-            x, gz = (_channels_last(tensor, 1) for tensor in (x, gz))
-        taken = patches(x, tuple(layer.kernel_size), tuple(layer.strides),
-                        tuple(layer.dilation_rate), layer.padding)
-        channels = x.shape[-1]
-        groups = channels if isinstance(layer, DEPTHWISE) else layer.groups
-        taken = tf.reshape(taken, (samples, taken.shape[1], -1, groups, channels // groups))
-        a = tf.transpose(taken, (0, 1, 3, 2, 4))
-        a = tf.reshape(a, (samples, a.shape[1], groups, -1))
-        g = tf.reshape(gz, (samples, a.shape[1], groups, gz.shape[-1] // groups))
-    return tf.transpose(g, (0, 2, 3, 1)), tf.transpose(a, (0, 2, 3, 1))
+
+def _convolution(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick) -> Factors:
+    x, gz = (_as_channels_last(layer, pick(tensor)) for tensor in (x, gz))
+    taken = patches(x, layer)
+    groups = x.shape[-1] if isinstance(layer, DEPTHWISE) else layer.groups
+    if groups == 1:
+        return Factors(_columns(gz), taken[:, None])
+    samples, kappa, width = tf.shape(taken)[0], taken.shape[1], x.shape[-1] // groups
+    a = tf.reshape(taken, (samples, kappa, taken.shape[2] // x.shape[-1], groups, width))
+    a = tf.reshape(tf.transpose(a, (0, 3, 1, 2, 4)),
+                   (samples, groups, kappa, taken.shape[2] // groups))
+    g = tf.reshape(gz, (samples, kappa, groups, gz.shape[-1] // groups))
+    return Factors(tf.transpose(g, (0, 2, 1, 3)), a)
+
+
+def _transposed(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick) -> Factors:
+    # z is the adjoint of a convolution, so x and the patches of gz change places: the kernel
+    # (..., out, in) has the gradient sum over positions of patch(gz) · x.
+    x, gz = (_as_channels_last(layer, pick(tensor)) for tensor in (x, gz))
+    bias = tf.reduce_sum(gz, axis=list(range(1, len(gz.shape) - 1))) if layer.use_bias else None
+    return Factors(_columns(x), patches(gz, layer)[:, None], bias)
 
 
 def kernel_matrix(layer: Any) -> tuple[int, int, int]:
-    """(groups, n_G, n_A) of a linear layer's kernel."""
+    """(groups, n_G, n_A) of a layer's kernel, which is (n_A, groups, n_G) in Keras' order."""
     shape = [int(extent) for extent in layer.kernel.shape]
-    if isinstance(layer, _L.Dense):
-        return 1, shape[1], shape[0]
     if isinstance(layer, DEPTHWISE):
         return shape[-2], shape[-1], int(np.prod(shape[:-2]))
-    return layer.groups, shape[-1] // layer.groups, int(np.prod(shape[:-1]))
+    groups = layer.groups if isinstance(layer, CONVOLUTIONS) else 1
+    return groups, shape[-1] // groups, int(np.prod(shape[:-1]))
 
 
-def patches(x: tf.Tensor, kernel: tuple[int, ...], strides: tuple[int, ...],
-            dilation: tuple[int, ...], padding: str) -> tf.Tensor:
-    """Sliding blocks of ``x`` (samples, *space, C): (samples, prod positions, prod kernel, C).
+def patches(x: tf.Tensor, layer: Any) -> tf.Tensor:
+    """What a convolution layer sees of ``x`` (samples, *space, C): (samples, kappa, prod kernel · C).
 
     Raises:
         ValueError: an extent of the space is not known.
     """
+    kernel, strides, dilation = (tuple(getattr(layer, name)) for name in
+                                 ("kernel_size", "strides", "dilation_rate"))
     space = x.shape[1:-1]
     if any(extent is None for extent in space):
-        raise ValueError("SENG needs the extent of what a convolution sees; give the model's "
+        raise ValueError(f"SENG needs the extent of what {layer.path} sees; give the model's "
                          f"Input a full shape in place of {tuple(x.shape[1:])}")
-    before_after = []
-    positions = []
+    around, reaches = [], []
     for extent, k, s, d in zip(space, kernel, strides, dilation, strict=True):
         reach = d * (k - 1) + 1
         missing = {"valid": 0, "causal": reach - 1,
-                   "same": max((-(-extent // s) - 1) * s + reach - extent, 0)}[padding]
-        before = missing if padding == "causal" else missing // 2
-        before_after.append([before, missing - before])
-        positions.append((extent + missing - reach) // s + 1)
-    x = tf.pad(x, [[0, 0], *before_after, [0, 0]])
-    for number, (count, k, s, d) in enumerate(zip(positions, kernel, strides, dilation,
-                                                  strict=True)):
-        places = np.arange(count)[:, None] * s + np.arange(k)[None, :] * d
-        x = tf.gather(x, places, axis=1 + 2 * number)
-    rank = len(kernel)
-    order = [0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2), 2 * rank + 1]
-    return tf.reshape(tf.transpose(x, order), (-1, int(np.prod(positions)), int(np.prod(kernel)),
-                                               x.shape[-1]))
+                   "same": max((-(-extent // s) - 1) * s + reach - extent, 0)}[layer.padding]
+        before = missing if layer.padding == "causal" else missing // 2
+        around.append([before, missing - before])
+        reaches.append((extent + missing - reach) // s * s + 1)  # of one place in the kernel
+    if any(sum(pair) for pair in around):
+        x = tf.pad(x, [[0, 0], *around, [0, 0]])
+    seen = []
+    for place in np.ndindex(*kernel):
+        starts = [number * d for number, d in zip(place, dilation, strict=True)]
+        cut = (slice(start, start + reach, s)
+               for start, reach, s in zip(starts, reaches, strides, strict=True))
+        seen.append(x[(slice(None), *cut)])
+    taken = tf.concat(seen, axis=-1) if len(seen) > 1 else seen[0]
+    kappa = int(np.prod(taken.shape[1:-1]))
+    return tf.reshape(taken, (tf.shape(taken)[0], kappa, taken.shape[-1]))
 
 
-def _transposed(layer: Any, x: tf.Tensor, gz: tf.Tensor) -> PerSample:
-    """One sample after another by the layer's own backward pass."""
-    kernel = tf.cast(tf.stop_gradient(as_tf(layer.kernel)), x.dtype)
-
-    def one(pair: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
-        sample, gradient = pair
-        with tf.GradientTape() as tape:
-            tape.watch(kernel)
-            z = keras.ops.conv_transpose(
-                sample[None], kernel, strides=list(layer.strides), padding=layer.padding,
-                output_padding=layer.output_padding, data_format=layer.data_format,
-                dilation_rate=layer.dilation_rate)
-        return tape.gradient(z, kernel, gradient[None])
-
-    spec = tf.TensorSpec(tuple(layer.kernel.shape), x.dtype)
-    kernels = tf.map_fn(one, (x, gz), fn_output_signature=spec)
-    if not layer.use_bias:
-        return kernels, None
-    last = layer.data_format == "channels_last"
-    axes = list(range(1, len(gz.shape) - 1)) if last else list(range(2, len(gz.shape)))
-    return kernels, tf.reduce_sum(gz, axis=axes)
-
-
-def _scale_and_offset(layer: Any, normal: tf.Tensor, gz: tf.Tensor, axes: list[int]) -> PerSample:
-    """``[sum x_hat gz, sum gz]`` a channel, x_hat taken as given."""
-    gamma = tf.reduce_sum(normal * gz, axis=axes) if layer.scale else None
-    return gamma, tf.reduce_sum(gz, axis=axes) if layer.center else None
-
-
-def _batch_norm(layer: Any, x: tf.Tensor, gz: tf.Tensor) -> PerSample:
-    channel = layer.axis % len(x.shape)
-    axes = [axis for axis in range(len(x.shape)) if axis != channel]
-    mean, variance = tf.nn.moments(x, axes, keepdims=True)
-    normal = (x - mean) * tf.math.rsqrt(variance + layer.epsilon)
-    return _scale_and_offset(layer, normal, gz, axes[1:])
-
-
-def _layer_norm(layer: Any, x: tf.Tensor, gz: tf.Tensor) -> PerSample:
-    given = [layer.axis] if isinstance(layer.axis, int) else list(layer.axis)
-    axes = [axis % len(x.shape) for axis in given]
-    mean, variance = tf.nn.moments(x, axes, keepdims=True)
-    normal = (x - mean) * tf.math.rsqrt(variance + layer.epsilon)
-    rest = [axis for axis in range(1, len(x.shape)) if axis not in axes]
-    return _scale_and_offset(layer, normal, gz, rest)
-
-
-def _group_norm(layer: Any, x: tf.Tensor, gz: tf.Tensor) -> PerSample:
-    channel = layer.axis % len(x.shape)
-    size = x.shape[channel]
-    groups = size if layer.groups == -1 else layer.groups
-    moved = _channels_last(x, channel)
-    flat = tf.reshape(moved, (tf.shape(moved)[0], -1, groups, size // groups))
-    mean, variance = tf.nn.moments(flat, [1, 3], keepdims=True)
-    normal = tf.reshape((flat - mean) * tf.math.rsqrt(variance + layer.epsilon), tf.shape(moved))
-    return _scale_and_offset(layer, normal, _channels_last(gz, channel),
-                             list(range(1, len(x.shape) - 1)))
+def _as_channels_last(layer: Any, tensor: tf.Tensor) -> tf.Tensor:
+    return _channels_last(tensor, 1) if layer.data_format == "channels_first" else tensor
 
 
 def _channels_last(tensor: tf.Tensor, channel: int) -> tf.Tensor:
@@ -180,15 +154,54 @@ def _channels_last(tensor: tf.Tensor, channel: int) -> tf.Tensor:
     return tf.transpose(tensor, order)
 
 
-_NORM = {"weights": ("gamma", "beta"), "activation": False}
+def _scale_and_offset(normal: tf.Tensor, gz: tf.Tensor, axes: list[int]) -> PerSample:
+    """``[sum x_hat gz, sum gz]`` a channel, x_hat taken as given."""
+    return {"gamma": tf.reduce_sum(normal * gz, axis=axes), "beta": tf.reduce_sum(gz, axis=axes)}
+
+
+def _normal(x: tf.Tensor, axes: list[int], epsilon: float) -> tf.Tensor:
+    mean, variance = tf.nn.moments(x, axes, keepdims=True)
+    return (x - mean) * tf.math.rsqrt(variance + tf.cast(epsilon, x.dtype))
+
+
+def _batch_norm(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick) -> PerSample:
+    channel = layer.axis % len(x.shape)
+    axes = [axis for axis in range(len(x.shape)) if axis != channel]
+    # Statistics of the whole batch, not only of the samples that are kept.
+    return _scale_and_offset(pick(_normal(x, axes, layer.epsilon)), pick(gz), axes[1:])
+
+
+def _layer_norm(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick) -> PerSample:
+    given = [layer.axis] if isinstance(layer.axis, int) else list(layer.axis)
+    axes = [axis % len(x.shape) for axis in given]
+    rest = [axis for axis in range(1, len(x.shape)) if axis not in axes]
+    return _scale_and_offset(_normal(pick(x), axes, layer.epsilon), pick(gz), rest)
+
+
+def _group_norm(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick) -> PerSample:
+    x, gz = pick(x), pick(gz)
+    channel = layer.axis % len(x.shape)
+    size = x.shape[channel]
+    groups = size if layer.groups == -1 else layer.groups
+    moved = _channels_last(x, channel)
+    flat = tf.reshape(moved, (tf.shape(moved)[0], -1, groups, size // groups))
+    normal = tf.reshape(_normal(flat, [1, 3], layer.epsilon), tf.shape(moved))
+    return _scale_and_offset(normal, _channels_last(gz, channel), list(range(1, len(x.shape) - 1)))
+
+
+def _norm(kind: str, rule: Rule) -> Registered:
+    return Registered(kind, rule, ("gamma", "beta"), activation=False)
+
 
 RULES: dict[type, Registered] = {
-    _L.Dense: Registered("dense", _linear, product=True),
-    _L.BatchNormalization: Registered("batch norm", _batch_norm, **_NORM),
-    _L.LayerNormalization: Registered("layer norm", _layer_norm, **_NORM),
-    _L.GroupNormalization: Registered("group norm", _group_norm, **_NORM),
-    **{kind: Registered("transposed convolution", _transposed) for kind in TRANSPOSED},
-    **{kind: Registered("depthwise convolution", _linear, product=True) for kind in DEPTHWISE},
-    **{kind: Registered("convolution", _linear, product=True)
-       for kind in (_L.Conv1D, _L.Conv2D, _L.Conv3D)},
+    _L.Dense: Registered("dense", _dense, groups=kernel_matrix),
+    _L.BatchNormalization: _norm("batch norm", _batch_norm),
+    _L.LayerNormalization: _norm("layer norm", _layer_norm),
+    _L.GroupNormalization: _norm("group norm", _group_norm),
+    **{kind: Registered("transposed convolution", _transposed, groups=kernel_matrix, ones=False)
+       for kind in TRANSPOSED},
+    **{kind: Registered("depthwise convolution", _convolution, groups=kernel_matrix)
+       for kind in DEPTHWISE},
+    **{kind: Registered("convolution", _convolution, groups=kernel_matrix)
+       for kind in CONVOLUTIONS},
 }

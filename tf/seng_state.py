@@ -1,61 +1,90 @@
-"""One layer's curvature under SENG: what is held between refreshes, made anew, and used."""
+"""What SENG keeps of one layer between steps: its blocks, the small system, and counters."""
 
 from __future__ import annotations
 
-import abc
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
-from hvd_ext.seng import Settings
+from hvd_ext.seng import Report, Settings, elements_held
 from hvd_ext.tensorflow import seng_kernels as kernels
-from hvd_ext.tensorflow.collectives import Collectives
-from hvd_ext.tensorflow.seng_capture import Layer
-
-Candidate = dict[str, tf.Tensor]
-"""Curvature by variable's name, which counts once all ranks have theirs, and whether it is good."""
+from hvd_ext.tensorflow.seng_capture import Captured
+from hvd_ext.tensorflow.seng_curvature import Block, Explicit, Parts, Product, Run, held
+from hvd_ext.tensorflow.seng_model import Layer
 
 
-def held(value: Any, shape: Any = None) -> tf.Variable:
-    """A variable of curvature; None in ``shape`` where an extent depends on the batch."""
-    with tf.init_scope():
-        return tf.Variable(value, trainable=False, shape=shape)
+@dataclass
+class Candidate:
+    """Curvature that counts once all ranks have theirs: of the blocks, and of the system."""
+
+    blocks: list[Parts]
+    system: Parts
+    good: tf.Tensor
 
 
-class LayerState(tf.Module, abc.ABC):
-    """The small system of a layer and the step it is of; subclasses hold U or its factors."""
+class LayerState(tf.Module):
+    """A layer's curvature. ``gram``, ``lower`` (total, total) are float64, total the samples that
+    the system joins, this rank's ``rho`` of them from ``offset`` on."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Layer, captured: Captured, settings: Settings) -> None:
         super().__init__()
         self.layer = layer
+        self.captured = captured
+        self.blocks: list[Block] = []
+        places, product = range(len(layer.weights)), layer.together
+        if product:
+            self.blocks.append(Product(layer, places[:product], settings))
+        if product < len(layer.weights):
+            self.blocks.append(Explicit(layer, places[product:], settings))
         self.gram = held(tf.zeros((0, 0), tf.float64), (None, None))
         self.lower = held(tf.zeros((0, 0), tf.float64), (None, None))
-        self.lam = held(tf.constant(0.0, tf.float64))
+        self.jitter = held(tf.constant(0.0, tf.float64))
         self.rho = held(tf.constant(0, tf.int32))
         self.offset = held(tf.constant(0, tf.int32))
+        self.coefficients = held(tf.zeros((0,), layer.dtype), (None,))
         self.ready = held(False)
         self.taken_at = held(tf.constant(-1, tf.int64))
         self.failures = held(tf.constant(0, tf.int64))
-        self.previous = held(tf.zeros((0,)), (None,))
+        self.previous = [held(tf.zeros((0,), layer.dtype), (None,)) for _ in layer.weights]
 
-    @abc.abstractmethod
-    def candidate(self, settings: Settings, step: tf.Variable, now: tf.Variable, lam: tf.Tensor,
-                  collectives: Collectives, prefix: str) -> Candidate:
-        """Curvature from what this pass captured; all ranks call it alike."""
+    def take(self, number: tf.Variable) -> tuple[list[Parts], tf.Tensor]:
+        """What pass ``number`` gave each block, and whether it is of that pass and finite."""
+        good = tf.equal(self.captured.at, number)
+        taken = []
+        for block in self.blocks:
+            parts, finite = block.take(self.captured)
+            taken.append(parts)
+            good = tf.logical_and(good, finite)
+        return taken, good
 
-    @abc.abstractmethod
-    def subtracted(self, solved_for: tf.Tensor, settings: Settings, collectives: Collectives,
-                   prefix: str) -> tf.Tensor:
-        """The mean over ranks of ``U_i b_i`` for a flat gradient, flat (SENG eq. 26)."""
+    def candidate(self, taken: list[Parts], good: tf.Tensor, at: tf.Tensor, lam: tf.Tensor,
+                  run: Run) -> Candidate:
+        """Sketches and the small system; all ranks call it alike."""
+        rho = offset = None
+        for block, parts in zip(self.blocks, taken, strict=True):
+            block.sketch(parts, at, run)
+            rho = tf.shape(parts["u"])[0] if "u" in parts else tf.shape(parts["g"])[3]
+        if run.joined:
+            counts = run.collectives.allgather(rho[None], f"{run.prefix}.rho/{self.layer.name}")
+            offset = tf.reduce_sum(counts[:run.collectives.rank])
+        grams = [tf.cast(block.gram(parts), tf.float64)
+                 for block, parts in zip(self.blocks, taken, strict=True)]
+        gram = tf.add_n(grams) / run.root ** 2
+        lower, jitter, factored = kernels.factor(gram, lam)
+        system = {"gram": gram, "lower": lower, "jitter": jitter, "rho": rho,
+                  "offset": tf.constant(0) if offset is None else offset, "taken_at": at,
+                  "ready": tf.constant(True)}
+        return Candidate(taken, system, tf.logical_and(good, factored))
 
-    def commit(self, new: Candidate, step: tf.Variable) -> tf.Tensor:
+    def commit(self, new: Candidate) -> tf.Tensor:
         """Put a candidate in place."""
-        for name, value in new.items():
-            if name != "good":
-                getattr(self, name).assign(value)
-        self.ready.assign(True)
-        self.taken_at.assign(step)
+        for block, parts in zip(self.blocks, new.blocks, strict=True):
+            block.put(parts)
+        for name, value in new.system.items():
+            getattr(self, name).assign(value)
         return tf.constant(True)
 
     def fail(self) -> tf.Tensor:
@@ -63,116 +92,84 @@ class LayerState(tf.Module, abc.ABC):
         self.failures.assign_add(1)
         return tf.constant(True)
 
-    def follow(self, lam: tf.Tensor) -> None:
-        """Factor the small system again where the damping has changed."""
-        def again() -> tf.Tensor:
-            lower, good = kernels.factor(self.gram.read_value(), lam)
-            self.lower.assign(tf.cond(good, lambda: lower, lambda: self.lower.read_value()))
-            self.lam.assign(lam)
-            return tf.constant(True)
+    def factor_again(self, lam: tf.Tensor) -> None:
+        """Factor the small system for another damping.
 
-        changed = tf.logical_and(self.ready, tf.not_equal(self.lam, lam))
-        tf.cond(changed, again, lambda: tf.constant(False))
+        Should it have no factor, the former one still gives a direction, the same on every rank.
+        """
+        lower, jitter, good = kernels.factor(self.gram.read_value(), lam)
+        self.lower.assign(tf.cond(good, lambda: lower, self.lower.read_value))
+        self.jitter.assign(jitter)
 
-    def direction(self, g: tf.Tensor, lam: tf.Tensor, settings: Settings,
-                  collectives: Collectives, prefix: str) -> tf.Tensor:
-        """``(g - U b)/lam`` (SENG eq. 8, 26), b of the former gradient when lagged (eq. 27)."""
-        solved_for = g
-        if settings.coupling == "lagged":
-            solved_for = tf.cond(tf.size(self.previous) > 0, lambda: self.previous.read_value(),
-                                 lambda: g)
-            solved_for = tf.ensure_shape(solved_for, g.shape)
-        mean = self.subtracted(solved_for, settings, collectives, prefix)
-        return (g - mean) / tf.cast(lam, g.dtype)
+    def message(self, gradients: Sequence[tf.Tensor], run: Run) -> list[tf.Tensor]:
+        """What this rank adds to ``U b`` for the gradients (SENG eq. 9, 12, 26), by block."""
+        rhs = [block.project([gradients[place] for place in block.places], run)
+               for block in self.blocks]
+        b = kernels.coefficients(self.lower.read_value(), tf.add_n(rhs) / run.root)
+        self.coefficients.assign(b)
+        own = b[self.offset:self.offset + self.rho] if run.joined else b
+        return [block.message(b, own, run) for block in self.blocks]
 
-    def remember(self, g: tf.Tensor, good: tf.Tensor) -> None:
-        """Keep this step's gradient for the next one (SENG eq. 27)."""
-        self.previous.assign(tf.cond(good, lambda: g, lambda: self.previous.read_value()))
+    def keep(self, gradients: Sequence[tf.Tensor]) -> None:
+        """Remember these gradients for the next step (SENG eq. 27)."""
+        for kept, g in zip(self.previous, gradients, strict=True):
+            kept.assign(g)
 
-    def report(self, step: int) -> dict[str, Any]:
-        """What there is to say of the layer."""
-        return {"layer": self.layer.name, "kind": self.layer.registered.kind, "n": self.layer.n,
-                "rho": int(self.rho), "age": step - int(self.taken_at),
-                "failures": int(self.failures), **self.description()}
+    def kept(self) -> list[tf.Tensor]:
+        """The gradients of the step before, which there must be."""
+        return [tf.ensure_shape(kept.read_value(), (size,))
+                for kept, size in zip(self.previous, self.layer.sizes, strict=True)]
 
-    @abc.abstractmethod
-    def description(self) -> dict[str, Any]:
-        """How the curvature is held, and its bytes."""
+    def kept_or(self, gradients: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """The gradients of the step before, or ``gradients`` where there are none."""
+        return [tf.ensure_shape(tf.cond(tf.shape(kept)[0] > 0, kept.read_value,
+                                        functools.partial(tf.identity, g)), g.shape)
+                for kept, g in zip(self.previous, gradients, strict=True)]
 
-    def system(self, gram: tf.Tensor, lam: tf.Tensor, fresh: tf.Tensor,
-               parts: list[tf.Tensor]) -> Candidate:
-        """The small system's part of a candidate; good if it has a factor and ``parts`` are finite."""
-        lower, good = kernels.factor(gram, lam)
-        for part in parts:
-            good = tf.logical_and(good, tf.reduce_all(tf.math.is_finite(part)))
-        return {"gram": gram, "lower": lower, "lam": lam, "good": tf.logical_and(good, fresh)}
+    def directions(self, gradients: Sequence[tf.Tensor], means: Sequence[tf.Tensor],
+                   factor: tf.Tensor, run: Run) -> list[tf.Tensor]:
+        """``(g - U b) factor`` with the means of the messages (SENG eq. 8), flat, one a weight."""
+        found: dict[int, tf.Tensor] = {}
+        for block, mean in zip(self.blocks, means, strict=True):
+            for place, ub in zip(block.places, block.expand(mean, run), strict=True):
+                found[place] = (gradients[place] - ub) * factor
+        return [found[place] for place in range(len(gradients))]
 
-
-class ExplicitState(LayerState):
-    """U (rho, n) and its sketch Xi (rho, q). ``sketch`` is q or None."""
-
-    def __init__(self, layer: Layer, sketch: int | None) -> None:
-        super().__init__(layer)
-        self.sketch = sketch
-        self.u = held(tf.zeros((0, layer.n)), (None, layer.n))
-        self.xi = held(tf.zeros((0, sketch or layer.n)), (None, sketch or layer.n))
-        self.rows = held(tf.zeros((sketch or 0,), tf.int64))
-        self.weights = held(tf.zeros((sketch or 0,)))
-
-    def candidate(self, settings: Settings, step: tf.Variable, now: tf.Variable, lam: tf.Tensor,
-                  collectives: Collectives, prefix: str) -> Candidate:
-        layer, ranks = self.layer, collectives.size
-        fresh = tf.equal(layer.captured_at, now)
-        at = step.read_value()
-        (u,) = kernels.scaled(layer.captured.read_value(), settings, at)
-        xi, rows, weights = u, self.rows.read_value(), self.weights.read_value()
-        if self.sketch is not None:
-            scores = row_scores(tf.reduce_sum(u * u, axis=0), settings, collectives,
-                                f"{prefix}.scores/{layer.name}")
-            rows, weights = kernels.choose_rows(layer.n, self.sketch, scores, settings, at,
-                                                f"{layer.name}/rows")
-            xi = tf.gather(u, rows, axis=1) * weights
-        offset = tf.constant(0)
-        divisor = 1
-        if settings.coupling == "full" and ranks > 1:
-            counts = collectives.allgather(tf.shape(u)[:1], f"{prefix}.rho/{layer.name}")
-            offset = tf.reduce_sum(counts[:collectives.rank])
-            xi = collectives.allgather(xi, f"{prefix}.xi/{layer.name}")
-            divisor = ranks
-        gram = tf.cast(tf.matmul(xi, xi, transpose_b=True), tf.float64) / divisor
-        return {"u": u, "xi": xi, "rows": rows, "weights": weights, "offset": offset,
-                "rho": tf.shape(u)[0], **self.system(gram, lam, fresh, [u])}
-
-    def subtracted(self, solved_for: tf.Tensor, settings: Settings, collectives: Collectives,
-                   prefix: str) -> tf.Tensor:
-        seen = solved_for
-        if self.sketch is not None:
-            seen = tf.gather(solved_for, self.rows) * self.weights
-        ranks = collectives.size if settings.coupling == "full" else 1
-        rhs = tf.linalg.matvec(self.xi.read_value(), seen) / float(np.sqrt(ranks))
-        b = kernels.coefficients(self.lower.read_value(), rhs)
-        own = b[self.offset:self.offset + self.rho]
-        message = tf.linalg.matvec(self.u.read_value(), own, transpose_a=True)
-        message = tf.ensure_shape(message * float(np.sqrt(ranks)), solved_for.shape)
-        return collectives.if_many(
-            lambda: collectives.allreduce(message, f"{prefix}.uc/{self.layer.name}"),
-            lambda: message)
-
-    def description(self) -> dict[str, Any]:
-        tensors = [self.u, self.xi, self.lower] if self.sketch else [self.u, self.lower]
-        return {"held": "explicit", "sketch": self.sketch, "bytes": bytes_of(tensors)}
+    def row(self, step: int) -> dict[str, Any]:
+        """What there is to say of the layer, see :data:`hvd_ext.seng.report.COLUMNS`."""
+        shape, plan = self.layer.shape, self.layer.plan
+        row: dict[str, Any] = {
+            "layer": self.layer.name, "kind": shape.kind,
+            "held": "implicit" if plan.implicit else "explicit", "n": shape.n, "n_G": shape.n_g,
+            "n_A": shape.n_a, "groups": shape.groups, "sketch": _sketch_said(plan), "bytes": 0,
+            "formula_bytes": 0, "failures": int(self.failures)}
+        if not bool(self.ready):
+            return {**row, "held": "identity"}
+        first, rho = self.blocks[0], int(self.rho)
+        r = int(tf.shape(first.g)[2]) if isinstance(first, Product) else 0
+        tensors = [self.gram, self.lower, *(v for block in self.blocks for v in block.variables)]
+        size = first.stored.size
+        return {**row, "rho": rho, "rank": r or None, "jitter": float(self.jitter),
+                "bytes": sum(int(tf.size(t)) * t.dtype.size for t in tensors),
+                "formula_bytes": size * elements_held(shape, plan, rho=rho, r=r),
+                "coefficient_norm": float(tf.norm(self.coefficients)),
+                "age": step - int(self.taken_at)}
 
 
-def bytes_of(tensors: list[tf.Variable]) -> int:
-    """Bytes of all elements."""
-    return sum(int(tf.size(tensor)) * tensor.dtype.size for tensor in tensors)
+def _sketch_said(plan: Any) -> str | None:
+    if plan.implicit:
+        rows = [str(count or "all") for count in (plan.rows_g, plan.rows_a)]
+        return " × ".join(rows) if plan.rows_g or plan.rows_a else None
+    return None if plan.sketch is None else str(plan.sketch)
 
 
-def row_scores(squares: tf.Tensor, settings: Settings, collectives: Collectives,
-               name: str) -> tf.Tensor | None:
-    """What leverage sampling goes by; of all ranks together when they must choose the same rows."""
-    if settings.sketch != "leverage":
-        return None
-    if settings.coupling != "full":
-        return squares
-    return collectives.if_many(lambda: collectives.allreduce(squares, name), lambda: squares)
+def report(states: Sequence[LayerState], settings: Settings, *, step: int, skipped: int, ranks: int,
+           identity_parameters: int) -> Report:
+    """All layers' rows and the totals."""
+    rows = [state.row(step) for state in states]
+    return Report(
+        layers=rows, step=step, damping=settings.damping_at(step), coupling=settings.coupling,
+        ranks=ranks, bytes=sum(row["bytes"] for row in rows),
+        formula_bytes=sum(row["formula_bytes"] for row in rows),
+        identity_parameters=identity_parameters, failures=sum(row["failures"] for row in rows),
+        skipped=skipped)

@@ -1,0 +1,302 @@
+"""One layer's curvature, and how it is applied to a gradient.
+
+A layer's per-sample gradients are held in blocks over disjoint weights, which share one coefficient
+a sample: :class:`Explicit` holds U, :class:`Product` the factors of a kernel (and of a bias that is
+a row of ones). Gradients are flat, one a weight, in the layer's precision.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tensorflow as tf
+
+from hvd_ext.seng import Settings
+from hvd_ext.tensorflow import seng_kernels as kernels
+from hvd_ext.tensorflow.collectives import Collectives
+from hvd_ext.tensorflow.seng_capture import Captured
+from hvd_ext.tensorflow.seng_model import Layer
+
+Parts = dict[str, tf.Tensor]
+"""Tensors of a block by the names of the variables that hold them."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a step works with: settings, the ranks, and the prefix of the collectives' names."""
+
+    settings: Settings
+    collectives: Collectives
+    prefix: str
+
+    @property
+    def joined(self) -> bool:
+        """Whether all ranks' samples make one system."""
+        return self.settings.coupling == "full" and self.collectives.size > 1
+
+    @property
+    def root(self) -> float:
+        """sqrt(M) of ``U = [U_1 ... U_M]/sqrt(M)`` in full coupling, else 1."""
+        return float(self.collectives.size) ** 0.5 if self.joined else 1.0
+
+
+def held(value: Any, shape: Any = None) -> tf.Variable:
+    """A variable of curvature; None in ``shape`` where an extent depends on the batch."""
+    with tf.init_scope():
+        return tf.Variable(value, trainable=False, shape=shape)
+
+
+class Block(tf.Module, abc.ABC):
+    """Curvature of the weights ``places`` of a layer."""
+
+    def __init__(self, layer: Layer, places: Sequence[int], settings: Settings) -> None:
+        super().__init__()
+        self.layer = layer
+        self.places = list(places)
+        self.sizes = [layer.sizes[place] for place in places]
+        self.dtype = layer.dtype
+        self.stored = tf.as_dtype(settings.curvature_dtype or layer.dtype)
+
+    @abc.abstractmethod
+    def take(self, captured: Captured) -> tuple[Parts, tf.Tensor]:
+        """What a pass captured, and whether it is finite; zeros where it is not."""
+
+    @abc.abstractmethod
+    def sketch(self, parts: Parts, at: tf.Tensor, run: Run) -> None:
+        """Choose rows and add Xi, of all ranks when they are joined; every rank calls it alike."""
+
+    @abc.abstractmethod
+    def gram(self, parts: Parts) -> tf.Tensor:
+        """``Xi^T Xi`` of what ``sketch`` made."""
+
+    @abc.abstractmethod
+    def project(self, gradients: Sequence[tf.Tensor], run: Run) -> tf.Tensor:
+        """``Xi^T xi`` for the block's gradients (SENG eq. 12, 19)."""
+
+    @abc.abstractmethod
+    def message(self, b: tf.Tensor, own: tf.Tensor, run: Run) -> tf.Tensor:
+        """What this rank adds to ``U b``, flat, such that the mean over ranks is subtracted.
+
+        ``b`` are the coefficients of the whole system, ``own`` those of this rank's samples.
+        """
+
+    @abc.abstractmethod
+    def expand(self, mean: tf.Tensor, run: Run) -> list[tf.Tensor]:
+        """``U b`` from the mean of the messages, flat, one a weight."""
+
+    @abc.abstractmethod
+    def largest(self, run: Run) -> int:
+        """The most numbers that a message can have."""
+
+    @abc.abstractmethod
+    def nothing(self, run: Run) -> tf.Tensor:
+        """A message of zeros."""
+
+    def put(self, parts: Parts) -> None:
+        """Put tensors in place."""
+        for name, value in parts.items():
+            getattr(self, name).assign(value)
+
+    def working(self, variable: tf.Variable) -> tf.Tensor:
+        """A variable's value in the precision it is computed in."""
+        return tf.cast(variable.read_value(), self.dtype)
+
+    def gathered(self, xi: tf.Tensor, name: str, run: Run) -> tf.Tensor:
+        """All ranks' Xi, (rho, ...) each; bfloat16 travels as float32, which holds it exactly."""
+        wide = tf.float32 if xi.dtype == tf.bfloat16 else xi.dtype
+        sent = tf.cast(xi, wide)
+        together = run.collectives.allgather(sent, f"{run.prefix}.{name}/{self.layer.name}")
+        return tf.cast(together, xi.dtype)
+
+
+class Explicit(Block):
+    """U (rho, n) and its sketch Xi (rho or all ranks', q), empty where that is U itself."""
+
+    def __init__(self, layer: Layer, places: Sequence[int], settings: Settings) -> None:
+        super().__init__(layer, places, settings)
+        self.q = layer.plan.sketch
+        n = sum(self.sizes)
+        self.u = held(tf.zeros((0, n), self.stored), (None, n))
+        self.xi = held(tf.zeros((0, self.q or n), self.stored), (None, self.q or n))
+        self.rows = held(tf.zeros((self.q or 0,), tf.int64))
+        self.weights = held(tf.zeros((self.q or 0,), self.dtype))
+
+    def _apart(self, run: Run) -> bool:
+        return self.q is not None or run.joined
+
+    def take(self, captured: Captured) -> tuple[Parts, tf.Tensor]:
+        u = captured.u.read_value()
+        finite = tf.reduce_all(tf.math.is_finite(u))
+        return {"u": tf.cast(u, self.stored)}, finite
+
+    def sketch(self, parts: Parts, at: tf.Tensor, run: Run) -> None:
+        if not self._apart(run):
+            return
+        xi = parts["u"]
+        if self.q is not None:
+            wide = tf.cast(xi, self.dtype)
+            scores = row_scores(tf.reduce_sum(wide * wide, axis=0), f"scores/{self.layer.name}", run)
+            rows, weights = kernels.choose_rows(sum(self.sizes), self.q, scores, run.settings, at,
+                                                f"{self.layer.name}/rows")
+            weights = tf.cast(weights, self.dtype)
+            xi = tf.cast(tf.gather(wide, rows, axis=1) * weights, self.stored)
+            parts.update(rows=rows, weights=weights)
+        parts["xi"] = self.gathered(xi, "xi", run) if run.joined else xi
+
+    def gram(self, parts: Parts) -> tf.Tensor:
+        xi = parts.get("xi", parts["u"])
+        xi = tf.cast(xi, tf.float32) if xi.dtype == tf.bfloat16 else xi
+        return tf.matmul(xi, xi, transpose_b=True)
+
+    def project(self, gradients: Sequence[tf.Tensor], run: Run) -> tf.Tensor:
+        g = gradients[0] if len(gradients) == 1 else tf.concat(gradients, axis=0)
+        if self.q is not None:
+            g = tf.gather(g, self.rows) * self.weights
+        return tf.linalg.matvec(self.working(self.xi if self._apart(run) else self.u), g)
+
+    def message(self, b: tf.Tensor, own: tf.Tensor, run: Run) -> tf.Tensor:
+        flat = tf.linalg.matvec(self.working(self.u), own * run.root, transpose_a=True)
+        return tf.ensure_shape(flat, (sum(self.sizes),))
+
+    def expand(self, mean: tf.Tensor, run: Run) -> list[tf.Tensor]:
+        return tf.split(mean, self.sizes) if len(self.sizes) > 1 else [mean]
+
+    def largest(self, run: Run) -> int:
+        return sum(self.sizes)
+
+    def nothing(self, run: Run) -> tf.Tensor:
+        return tf.zeros((sum(self.sizes),), self.dtype)
+
+
+class Product(Block):
+    """Factors cut to rank r, (groups, n_G, r, rho) and (groups, n_A, r, rho), and their sketches.
+
+    Of the n_A rows the first ``width`` stand for the kernel, one more for a bias.
+    """
+
+    def __init__(self, layer: Layer, places: Sequence[int], settings: Settings) -> None:
+        super().__init__(layer, places, settings)
+        assert layer.groups is not None
+        self.groups, self.n_g, self.width = layer.groups
+        self.n_a = self.width + len(self.places) - 1
+        self.q = {"g": layer.plan.rows_g, "a": layer.plan.rows_a}
+        self.g, self.a, self.xg, self.xa = (
+            held(tf.zeros((self.groups, rows, 0, 0), self.stored), (self.groups, rows, None, None))
+            for rows in (self.n_g, self.n_a, self.q["g"] or self.n_g, self.q["a"] or self.n_a))
+        self.rows_g, self.rows_a = (held(tf.zeros((self.q[part] or 0,), tf.int64)) for part in "ga")
+        self.weights_g, self.weights_a = (held(tf.zeros((self.q[part] or 0,), self.dtype))
+                                          for part in "ga")
+
+    def _apart(self, part: str, run: Run) -> bool:
+        return self.q[part] is not None or run.joined
+
+    def take(self, captured: Captured) -> tuple[Parts, tf.Tensor]:
+        g, a = captured.g.read_value(), captured.a.read_value()
+        # Not by ones_like: graphs take its shape from the variable after it was cleared.
+        samples, kappa = tf.shape(a)[0], tf.shape(a)[2]
+        if self.n_a > self.width:
+            ones = tf.ones(tf.stack([samples, self.groups, kappa, 1]), a.dtype)
+            a = tf.concat([a, ones], axis=-1)
+        finite = tf.logical_and(tf.reduce_all(tf.math.is_finite(g)),
+                                tf.reduce_all(tf.math.is_finite(a)))
+        # What is not finite must not reach the eigenvalue solver; it is refused afterwards.
+        g, a = tf.cond(finite, lambda: (g, a),
+                       lambda: (tf.zeros(tf.shape(g), g.dtype), tf.zeros(tf.shape(a), a.dtype)))
+        g, a = (tf.ensure_shape(factor, (None, self.groups, None, rows))
+                for factor, rows in ((g, self.n_g), (a, self.n_a)))
+        g, a = kernels.truncate(g, a, int(self.layer.plan.rank or 0), captured.least)
+        g, a = (tf.ensure_shape(factor, (None, self.groups, None, rows))
+                for factor, rows in ((g, self.n_g), (a, self.n_a)))
+        return {name: tf.cast(kernels.samples_last(factor), self.stored)
+                for name, factor in (("g", g), ("a", a))}, finite
+
+    def sketch(self, parts: Parts, at: tf.Tensor, run: Run) -> None:
+        for part in ("g", "a"):
+            factor, q = parts[part], self.q[part]
+            if q is not None:
+                wide = tf.cast(factor, self.dtype)
+                scores = row_scores(tf.reduce_sum(wide * wide, axis=(0, 2, 3)),
+                                    f"scores_{part}/{self.layer.name}", run)
+                rows, weights = kernels.choose_rows(int(factor.shape[1]), q, scores, run.settings,
+                                                    at, f"{self.layer.name}/rows_{part}")
+                weights = tf.cast(weights, self.dtype)
+                factor = tf.gather(wide, rows, axis=1) * weights[:, None, None]
+                factor = tf.cast(factor, self.stored)
+                parts[f"rows_{part}"], parts[f"weights_{part}"] = rows, weights
+            if run.joined:
+                everyone = self.gathered(kernels.samples_first(factor), f"x{part}", run)
+                factor = kernels.samples_last(everyone)
+            if self._apart(part, run):
+                parts[f"x{part}"] = factor
+
+    def gram(self, parts: Parts) -> tf.Tensor:
+        xg, xa = (parts.get(f"x{part}", parts[part]) for part in ("g", "a"))
+        if xg.dtype == tf.bfloat16:
+            xg, xa = tf.cast(xg, tf.float32), tf.cast(xa, tf.float32)
+        return kernels.gram_implicit(xg, xa)
+
+    def project(self, gradients: Sequence[tf.Tensor], run: Run) -> tf.Tensor:
+        xg, xa = (self.working(getattr(self, f"x{part}" if self._apart(part, run) else part))
+                  for part in ("g", "a"))
+        kernel = tf.reshape(gradients[0], (self.width, self.groups * self.n_g))
+        bias = tf.reshape(gradients[1], (1, -1)) if len(gradients) > 1 else None
+        if self.q["a"] is None:
+            total = kernels.project_implicit(xg, xa[:, :self.width], self._columns(kernel))
+            if bias is None:
+                return total
+            return total + kernels.project_implicit(xg, xa[:, self.width:], self._columns(bias))
+        rows = tf.gather(kernel, tf.minimum(self.rows_a, self.width - 1))
+        if bias is not None:
+            rows = tf.where(tf.less(self.rows_a, self.width)[:, None], rows, bias)
+        return kernels.project_implicit(xg, xa, self._columns(rows * self.weights_a[:, None]))
+
+    def _columns(self, rows: tf.Tensor) -> tf.Tensor:
+        """Rows of the gradient's matrix with what Omega_G samples of their columns."""
+        matrix = kernels.matrix_of(rows, self.groups, self.n_g)
+        if self.q["g"] is None:
+            return matrix
+        return tf.gather(matrix, self.rows_g, axis=2) * self.weights_g
+
+    def message(self, b: tf.Tensor, own: tf.Tensor, run: Run) -> tf.Tensor:
+        g, a = self.working(self.g), self.working(self.a)
+        if run.settings.uc == "exact":
+            return kernels.flat_of(kernels.expand_exact(g, a, own * run.root))
+        # Eq. 28's sum of sqrt|c_j| runs over all samples of the system.
+        means = kernels.factored_means(g, a, own * run.root ** 2, tf.reduce_sum(tf.sqrt(tf.abs(b))))
+        return tf.concat([tf.reshape(mean, [-1]) for mean in means], axis=0)
+
+    def expand(self, mean: tf.Tensor, run: Run) -> list[tf.Tensor]:
+        if run.settings.uc == "exact":
+            return tf.split(mean, self.sizes) if len(self.sizes) > 1 else [mean]
+        rows = self.groups * (self.n_g + self.n_a)
+        r = tf.size(mean) // rows
+        cut = self.groups * self.n_g * r
+        g = tf.reshape(mean[:cut], tf.stack([self.groups, self.n_g, r]))
+        a = tf.reshape(mean[cut:], tf.stack([self.groups, self.n_a, r]))
+        parts = [a] if self.n_a == self.width else [a[:, :self.width], a[:, self.width:]]
+        return [tf.ensure_shape(kernels.flat_of(tf.ensure_shape(
+            tf.matmul(part, g, transpose_b=True), (self.groups, None, self.n_g))), (size,))
+            for part, size in zip(parts, self.sizes, strict=True)]
+
+    def largest(self, run: Run) -> int:
+        if run.settings.uc == "exact":
+            return sum(self.sizes)
+        return self.groups * (self.n_g + self.n_a) * int(self.layer.plan.rank or 1)
+
+    def nothing(self, run: Run) -> tf.Tensor:
+        exact = run.settings.uc == "exact"
+        r = tf.shape(self.g)[2]
+        size = sum(self.sizes) if exact else self.groups * (self.n_g + self.n_a) * r
+        return tf.zeros(tf.reshape(size, (1,)), self.dtype)
+
+
+def row_scores(squares: tf.Tensor, name: str, run: Run) -> tf.Tensor | None:
+    """What leverage sampling goes by; of all ranks together when they must choose the same rows."""
+    if run.settings.sketch != "leverage":
+        return None
+    if not run.joined:
+        return squares
+    return run.collectives.allreduce(squares, f"{run.prefix}.{name}")

@@ -39,6 +39,8 @@ BENCHMARKS = {
     "seng_scaling": Benchmark("cost of SENG against n, rho, q, r", "seng_scaling", plots=False),
     "seng_autoencoder": Benchmark("steps to a training loss, SENG against SGD and Adam",
                                   "seng_autoencoder"),
+    "seng_autoencoder_tensorflow": Benchmark("the same, TensorFlow", "seng_autoencoder",
+                                             ("--framework", "tensorflow")),
     "topk_exchange": Benchmark("time and bytes of a TopK exchange", "topk_exchange", plots=False),
     "topk_digits": Benchmark("accuracy of TopK with and without feedback", "topk_digits"),
     "bandwidth_model": Benchmark("when TopK pays off, and measured bytes", "bandwidth_model"),
@@ -47,6 +49,7 @@ BENCHMARKS = {
     "async_digits_lam": Benchmark("influence of lam", "async_digits", ("lam",)),
     "async_digits_momentum": Benchmark("best momentum by number of workers", "async_digits",
                                        ("momentum",)),
+    "tf_speed": Benchmark("what the extensions cost under TensorFlow", "tf_speed", plots=False),
     "streaming_pca": Benchmark("momentum against delay, streaming PCA", "streaming_pca"),
 }
 

@@ -13,6 +13,7 @@ there within ``--steps`` counts as that many. Runs of a method stop early when t
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import json
 import time
@@ -21,15 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
-from torch import nn
-
-import hvd_ext.torch as hvd
-
-SIZES = (64, 128, 64, 32, 8, 32, 64, 128, 64)
 
 GRIDS: dict[str, dict[str, list[Any]]] = {
     "SGD, momentum 0.9": {"lr": [0.02, 0.03, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1]},
@@ -39,50 +34,29 @@ GRIDS: dict[str, dict[str, list[Any]]] = {
 }
 
 
-def autoencoder() -> nn.Sequential:
-    """The network, weights drawn from torch's global generator."""
-    layers: list[nn.Module] = []
-    for inputs, outputs in itertools.pairwise(SIZES):
-        layers += [nn.Linear(inputs, outputs), nn.Tanh()]
-    return nn.Sequential(*layers[:-1])
+FRAMEWORKS = ("torch", "tensorflow")
 
 
-def loss_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Half the summed squared error, mean over samples."""
-    return 0.5 * (model(x) - x).square().sum() / x.shape[0]
-
-
-def run(method: str, settings: dict[str, Any], seed: int, digits: torch.Tensor, *, steps: int,
-        target: float, every: int, explicit: bool = False) -> tuple[int, list[tuple[int, float]]]:
+def run(method: str, settings: dict[str, Any], seed: int, digits: np.ndarray, *, steps: int,
+        target: float, every: int, framework: str,
+        explicit: bool = False) -> tuple[int, list[tuple[int, float]]]:
     """Steps to the target (``steps + 1`` when missed) and the loss over all digits on the way."""
-    torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    model = autoencoder()
-    seng = None
-    if method == "Adam":
-        optimizer: torch.optim.Optimizer = torch.optim.Adam(model.parameters(), lr=settings["lr"])
-    else:
-        optimizer = torch.optim.SGD(model.parameters(), lr=settings["lr"],
-                                    momentum=settings.get("momentum", 0.9))
-    if method == "SENG":
-        # Without a sketch and at full rank (kappa is 1) the factors give exactly what U gives,
-        # with a Gram matrix that costs rho² (n_G + n_A) instead of rho² n.
-        seng = hvd.SENG(model, damping=settings["damping"], update_freq=settings["update_freq"],
-                        sketch=None, explicit_threshold=10**9 if explicit else 0, uc="exact")
+    # Without a sketch and at full rank (kappa is 1) the factors give exactly what U gives,
+    # with a Gram matrix that costs rho² (n_G + n_A) instead of rho² n.
+    front_end = importlib.import_module(f"benchmarks.autoencoder_{framework}")
+    take_step, loss = front_end.start(
+        method, settings, seed, digits,
+        {"sketch": None, "explicit_threshold": 10**9 if explicit else 0, "uc": "exact"})
     curve: list[tuple[int, float]] = []
     order = np.empty(0, int)
     for step in range(1, steps + 1):
         if order.size < 200:
             order = rng.permutation(len(digits))
         picked, order = order[:200], order[200:]
-        optimizer.zero_grad()
-        loss_of(model, digits[picked]).backward()
-        if seng is not None:
-            seng.step()
-        optimizer.step()
+        take_step(picked)
         if step % every == 0:
-            with torch.no_grad():
-                now = float(loss_of(model, digits))
+            now = loss()
             curve.append((step, now))
             if not np.isfinite(now) or now > 100.0:
                 break
@@ -91,7 +65,7 @@ def run(method: str, settings: dict[str, Any], seed: int, digits: torch.Tensor, 
     return steps + 1, curve
 
 
-def tune(method: str, grid: dict[str, list[Any]], seeds: int, digits: torch.Tensor, *,
+def tune(method: str, grid: dict[str, list[Any]], seeds: int, digits: np.ndarray, *,
          say: Callable[[str], None], **limits: Any) -> dict[str, Any]:
     """The grid's best settings, with counts and curves by seed."""
     best: dict[str, Any] = {"mean": float("inf")}
@@ -141,6 +115,8 @@ def plot(path: Path, found: dict[str, Any], target: float) -> None:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Runs the benchmark; returns what goes into the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--framework", choices=FRAMEWORKS, default="torch",
+                        help="tensorflow starts from PyTorch's weights, and needs both")
     parser.add_argument("--target", type=float, default=0.61)
     parser.add_argument("--steps", type=int, default=3000, help="most steps of a run")
     parser.add_argument("--seeds", type=int, default=3)
@@ -157,14 +133,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if options.quick:
         options.target, options.seeds, options.steps = 1.5, 1, 500
         grids = {m: {k: v[len(v) // 2:][:1] for k, v in grid.items()} for m, grid in grids.items()}
-    torch.set_num_threads(1)
-    digits = torch.from_numpy(load_digits().data / 16.0).float()
+    digits = (load_digits().data / 16.0).astype("float32")
     console = Console()
     found, began = {}, time.perf_counter()
     for method, grid in grids.items():
         found[method] = tune(method, grid, options.seeds, digits, steps=options.steps,
                              target=options.target, every=options.every,
-                             explicit=options.explicit, say=console.print)
+                             framework=options.framework, explicit=options.explicit,
+                             say=console.print)
     table = Table(title=f"steps to a training loss of {options.target} (mean of {options.seeds} "
                         "seeds, best settings)")
     for column in ("method", "best settings", "by seed", "mean", "of SGD"):
@@ -177,8 +153,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     meaning = ("a quick run shows that it works, not who is faster" if options.quick
                else "aimed at for SENG: at most 0.50 of SGD")
     console.print(f"{time.perf_counter() - began:.0f} s; {meaning}")
-    summary = {"benchmark": "seng_autoencoder", "target": options.target, "seeds": options.seeds,
-               "steps": options.steps, "methods": found}
+    summary = {"benchmark": "seng_autoencoder", "framework": options.framework,
+               "target": options.target, "seeds": options.seeds, "steps": options.steps,
+               "methods": found}
     if options.json:
         options.json.write_text(json.dumps(summary, indent=1))
     if options.plot:

@@ -81,7 +81,7 @@ class SENG(tf.Module):
         if not model.built:
             raise ValueError(f"the model {model.name!r} has no weights yet; call it on a batch, or "
                              "model.build(input_shape), before hvd.SENG")
-        self.half = model.dtype_policy.name == "mixed_float16"
+        self._half = model.dtype_policy.name == "mixed_float16"
         inventory = take_inventory(model, self.settings)
         if inventory.without_rule:
             warnings.warn("SENG has no rule for " + ", ".join(inventory.without_rule) + "; their "
@@ -96,6 +96,7 @@ class SENG(tf.Module):
         self.settings.check_sketch(layer.n for layer in layers if not layer.plan.implicit)
         self._parameters = sum(int(np.prod(weight.shape)) for weight in model.trainable_weights)
         self._scale_of: Any = None
+        self._still_scaled = False
         self._ranks = 0
         self._functions: dict[Any, Any] = {}
         with tf.init_scope():
@@ -114,9 +115,23 @@ class SENG(tf.Module):
         """Give the model's layers back as they were. The object is of no use afterwards."""
         self.capture.close()
 
-    def scaled_by(self, optimizer: Any) -> None:
-        """Say whose ``scale_loss`` the losses of the passes from now on went through."""
+    def scaled_by(self, optimizer: Any, *, still: bool = False) -> None:
+        """Say whose ``scale_loss`` the losses of the passes from now on go through.
+
+        Args:
+            optimizer: a Keras optimizer, or None for none.
+            still: the gradients that ``precondition`` gets have that factor still, as a tape's do.
+
+        Raises:
+            ValueError: a tape of a mixed_float16 model does not say what scales its loss.
+        """
+        if self._half and optimizer is None:
+            raise ValueError(
+                "SENG must know what scales the loss of a mixed_float16 model: pass optimizer= to "
+                "hvd.DistributedGradientTape, the Keras optimizer whose scale_loss is used")
+        # Not tracked: the optimizer is no part of what a checkpoint of SENG holds.
         object.__setattr__(self, "_scale_of", optimizer)
+        self._still_scaled = still
 
     def _loss_scale(self) -> Any:
         optimizer = self._scale_of
@@ -130,13 +145,10 @@ class SENG(tf.Module):
         self.capture.number.assign_add(tf.cast(over, tf.int64))
 
     def precondition(self, gradients: Sequence[Gradient | None], variables: Sequence[Any],
-                     collectives: Collectives, *, scaled: bool = False) -> list[Gradient | None]:
+                     collectives: Collectives) -> list[Gradient | None]:
         """The directions p for gradients that are reduced and the same on all ranks.
 
         Where one of them is not finite all are returned as they are, and nothing else changes.
-
-        Args:
-            scaled: the gradients still have the factor that the loss was multiplied with.
         """
         present = [k for k, gradient in enumerate(gradients) if gradient is not None]
         if not present:
@@ -146,11 +158,12 @@ class SENG(tf.Module):
         self._check_states(owners)
         self._agree(collectives)
         # p is linear in g: only what is kept from step to step must have the same scale at each.
-        unscale = scaled and self.settings.coupling == "lagged"
+        unscale = self._still_scaled and self.settings.coupling == "lagged"
         scale = tf.convert_to_tensor(self._loss_scale() if unscale else 1.0, tf.float32)
         run = Run(self.settings, collectives, self.name)
         if tf.executing_eagerly():
-            key = (collectives, unscale, *(id(as_tf(owner)) for owner in owners))
+            key = (type(collectives), collectives.process_set, unscale,
+                   *(id(as_tf(owner)) for owner in owners))
             if key not in self._functions:
                 def compiled(dense: list[tf.Tensor], scale: tf.Tensor) -> list[tf.Tensor]:
                     return self._turn(dense, owners, run, scale if unscale else None)

@@ -38,6 +38,8 @@ class Captured:
             self.g = self._empty((0, groups, 0, n_g), (None, groups, None, n_g), layer)
             self.a = self._empty((0, groups, 0, n_a), (None, groups, None, n_a), layer)
             self.at = tf.Variable(-1, dtype=tf.int64, trainable=False)
+            # Kept apart: in a graph a variable's shape is not read in the order of the program.
+            self.samples = tf.Variable(0, trainable=False)
 
     @staticmethod
     def _empty(now: tuple[int, ...], shape: tuple[int | None, ...], layer: Layer) -> tf.Variable:
@@ -139,8 +141,7 @@ class Capture:
         else:
             new = [(captured.u, _flat(layer, result) * factor, None)]
         samples = tf.shape(new[0][1])[0]
-        known = tf.shape(new[0][0])[0]
-        alike = tf.logical_or(tf.logical_not(again), tf.equal(known, samples))
+        alike = tf.logical_or(tf.logical_not(again), tf.equal(captured.samples, samples))
         more = tf.logical_and(again, alike)
         for held, value, axis in new:
             def joined(held: tf.Variable = held, value: tf.Tensor = value,
@@ -150,6 +151,7 @@ class Capture:
             value = tf.cond(more, joined, functools.partial(tf.identity, value))
             held.assign(tf.ensure_shape(value, held.shape))
         spoiled = tf.logical_or(tf.logical_not(alike), tf.equal(captured.at, -2 - self.number))
+        captured.samples.assign(samples)
         captured.at.assign(tf.where(spoiled, -2 - self.number, self.number))
         return tf.constant(True)
 

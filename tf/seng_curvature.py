@@ -288,7 +288,7 @@ class Product(Block):
 
     def nothing(self, run: Run) -> tf.Tensor:
         exact = run.settings.uc == "exact"
-        r = tf.shape(self.g)[2]
+        r = tf.shape(self.g.read_value())[2]
         size = sum(self.sizes) if exact else self.groups * (self.n_g + self.n_a) * r
         return tf.zeros(tf.reshape(size, (1,)), self.dtype)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +47,7 @@ class LayerState(tf.Module):
         self.ready = held(False)
         self.taken_at = held(tf.constant(-1, tf.int64))
         self.failures = held(tf.constant(0, tf.int64))
+        self.keeps = held(False)
         self.previous = [held(tf.zeros((0,), layer.dtype), (None,)) for _ in layer.weights]
 
     def take(self, number: tf.Variable) -> tuple[list[Parts], tf.Tensor]:
@@ -114,6 +114,7 @@ class LayerState(tf.Module):
         """Remember these gradients for the next step (SENG eq. 27)."""
         for kept, g in zip(self.previous, gradients, strict=True):
             kept.assign(g)
+        self.keeps.assign(True)
 
     def kept(self) -> list[tf.Tensor]:
         """The gradients of the step before, which there must be."""
@@ -122,9 +123,7 @@ class LayerState(tf.Module):
 
     def kept_or(self, gradients: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """The gradients of the step before, or ``gradients`` where there are none."""
-        return [tf.ensure_shape(tf.cond(tf.shape(kept)[0] > 0, kept.read_value,
-                                        functools.partial(tf.identity, g)), g.shape)
-                for kept, g in zip(self.previous, gradients, strict=True)]
+        return list(tf.cond(self.keeps, self.kept, lambda: [tf.identity(g) for g in gradients]))
 
     def directions(self, gradients: Sequence[tf.Tensor], means: Sequence[tf.Tensor],
                    factor: tf.Tensor, run: Run) -> list[tf.Tensor]:

@@ -85,6 +85,16 @@ class Distribution:
                 result[index] = divide_by_ranks(result[index], self.collectives)
         return result, good
 
+    def loss_scaled_by(self, optimizer: Any) -> None:
+        """Tell the preconditioner whose ``scale_loss`` the loss goes through."""
+        if self.preconditioner is not None:
+            self.preconditioner.scaled_by(optimizer)
+
+    def pass_over(self, over: Any = True) -> None:
+        """Tell the preconditioner that a pass is over (if ``over``), applied or not."""
+        if self.preconditioner is not None:
+            self.preconditioner.pass_over(over)
+
     @contextlib.contextmanager
     def application(self) -> Iterator[None]:
         """Around the wrapped ``apply``: an optimizer that reduced nothing is an error."""
@@ -140,7 +150,6 @@ def check_extension(optimizer: Any, what: str, *, takes_accumulated: bool) -> No
             f"{what} with {type(optimizer).__name__}, which handles gradients in a way of its own: "
             "wrap a plain optimizer, or leave the extension out")
     if optimizer.gradient_accumulation_steps and not takes_accumulated:
-        way = "" if what == "SENG" else " and pass backward_passes_per_step to DistributedOptimizer"
         raise ValueError(
             f"{what} with gradient_accumulation_steps={optimizer.gradient_accumulation_steps}: "
-            f"leave it out{way}")
+            "leave it out and pass backward_passes_per_step to DistributedOptimizer")

@@ -1,6 +1,6 @@
-"""Two decisions that Keras takes without asking the optimizer, and that ranks must take alike.
+"""What Keras decides without asking the optimizer: two things that ranks must decide alike, and a scale.
 
-Keras offers no hook for either, so two methods of its classes are extended once, when the first
+Keras offers no hook for them, so three methods of its classes are extended once, when the first
 distributed optimizer is made. They behave as before for every other optimizer.
 """
 
@@ -54,7 +54,7 @@ def refuse_xla(what: str) -> None:
 
 @functools.cache
 def install() -> None:
-    """Extend the two methods. Does nothing when called again."""
+    """Extend the three methods. Does nothing when called again."""
     scaled = keras.optimizers.LossScaleOptimizer
     check_finite = scaled.check_finite
 
@@ -66,9 +66,21 @@ def install() -> None:
         if distribution is None:
             return finite
         refuse_xla("hvd.DistributedOptimizer")
-        return distribution.collectives.all_true(finite, f"{distribution.prefix}/finite")
+        finite = distribution.collectives.all_true(finite, f"{distribution.prefix}/finite")
+        distribution.pass_over(tf.logical_not(finite))
+        return finite
 
     scaled.check_finite = check_finite_on_all_ranks
+    scale_loss = scaled.scale_loss
+
+    @functools.wraps(scale_loss)
+    def scale_loss_and_say_so(self: Any, loss: Any) -> Any:
+        distribution = distribution_of(self)
+        if distribution is not None:
+            distribution.loss_scaled_by(self)
+        return scale_loss(self, loss)
+
+    scaled.scale_loss = scale_loss_and_say_so
 
     trainer = next(kind for kind in keras.Model.__mro__
                    if "_resolve_auto_jit_compile" in kind.__dict__)

@@ -58,6 +58,11 @@ class _Distributed:
         return mark_per_rank(self.add_variable(
             shape=(0,), dtype=reference_variable.dtype, name=f"{name}_elsewhere"))
 
+    def scale_loss(self, loss: Any) -> Any:
+        """The loss times ``loss_scale_factor``."""
+        self._hvd_ext.loss_scaled_by(self)
+        return super().scale_loss(loss)
+
     def _backend_update_step(self, grads: Sequence[Any], trainable_variables: Sequence[Any],
                              learning_rate: Any) -> None:
         update = super()._backend_update_step
@@ -87,6 +92,7 @@ class _Distributed:
             self._apply_after_passes(grads, variables)
         else:
             self._reduce_and_apply(grads, variables)
+        distribution.pass_over()
 
     def _reduce_and_apply(self, grads: Sequence[Any], variables: Sequence[Any]) -> None:
         distribution = self._hvd_ext
@@ -271,11 +277,7 @@ def distribute(optimizer: Any, name: str | None = None, device_dense: str = "",
         check_extension(optimizer, type(reducer).__name__.removesuffix("Reducer"),
                         takes_accumulated=reducer.takes_accumulated)
     if preconditioner is not None:
-        check_extension(optimizer, "SENG", takes_accumulated=False)
-        if passes > 1:
-            raise NotImplementedError(
-                f"SENG with backward_passes_per_step={passes} is not available in the TensorFlow "
-                "front end, where it takes its curvature from one pass; use larger batches")
+        check_extension(optimizer, "SENG", takes_accumulated=True)
     keras_hooks.install()
     distribution = Distribution(
         optimizer, reducer, passes=passes, average_passes=average_aggregated_gradients,

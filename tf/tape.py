@@ -104,6 +104,8 @@ def distributed_tape(gradtape: tf.GradientTape, device_dense: str = "", device_s
     ``op=DelayCompensated(...)`` or ``compression=Compression.topk(...)`` give ``optimizer=``, the
     Keras optimizer that will apply the gradients: its learning rate is used, and its variables
     hold what is kept between steps. Pass the same settings each step.
+    With ``preconditioner=`` give it where its ``scale_loss`` multiplies the loss (mixed_float16,
+    ``loss_scale_factor``).
 
     Raises:
         TypeError: ``gradtape`` is no ``tf.GradientTape``.
@@ -116,6 +118,8 @@ def distributed_tape(gradtape: tf.GradientTape, device_dense: str = "", device_s
         raise ValueError("the tape is distributed already: its gradients would be reduced twice; "
                          "call hvd.DistributedGradientTape once")
     check_preconditioner(preconditioner)
+    if preconditioner is not None:
+        preconditioner.scaled_by(optimizer, still=True)
     groups = (num_groups or None) if groups is None else groups
     settings = (op, compression, sparse_as_dense, gradient_predivide_factor, process_set,
                 device_dense, device_sparse)

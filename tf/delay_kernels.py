@@ -41,7 +41,8 @@ def reduced_slice(rows: tf.Tensor, order: tf.Tensor, good: tf.Tensor, step: tf.T
 
     def add(number: Any, total: tf.Tensor | None, square: tf.Tensor | None
             ) -> tuple[tf.Tensor, tf.Tensor | None]:
-        gradient = tf.cast(rows[order[number]], wide)
+        # Not rows[order[number]]: XLA would compile anew for each order.
+        gradient = tf.cast(tf.gather(rows, tf.gather(order, number)), wide)
         if square is not None:
             square = config.decay * square + (1 - config.decay) * scale**2 * gradient * gradient
         if total is None:

@@ -268,8 +268,9 @@ def mean_of(positions: tf.Tensor, values: tf.Tensor, numel: int, dtype: tf.DType
     ranks = int(positions.shape[0])
 
     def add(rank: tf.Tensor, total: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        sent = tf.cast(values[rank], dtype) / ranks
-        return rank + 1, tf.tensor_scatter_nd_add(total, positions[rank][:, None], sent)
+        sent = tf.cast(tf.gather(values, rank), dtype) / ranks
+        places = tf.gather(positions, rank)[:, None]
+        return rank + 1, tf.tensor_scatter_nd_add(total, places, sent)
 
     _, total = tf.while_loop(lambda rank, _: rank < ranks, add,
                              (tf.constant(0), tf.zeros((numel,), dtype)))

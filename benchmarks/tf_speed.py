@@ -2,12 +2,15 @@
 
     python -m benchmarks.tf_speed --json out/tf_speed.json
 
-"exchange" is the time of one compiled function that turns this rank's gradients (11.2 million
-float32 parameters, the shapes of ResNet-18) into the reduced ones: delay compensation beside
-Horovod's allreduce of every gradient, TopK at ratio 0.01 beside the exact ``tf.math.top_k`` of the
-flat gradient plus residual with two allgathers. "fit" is a training step of a convolutional network
-with batch normalization through ``DistributedOptimizer``, plain and with SENG. All take turns;
-ratios are of medians of the slowest rank. Bars are those of the PyTorch benchmarks.
+Ways take turns, on ranks of one thread; ratios are of medians of the slowest rank, bars those of
+the PyTorch benchmarks.
+
+"exchange" is one compiled function that turns this rank's gradients (all of ResNet-18, 11.2 million
+float32 parameters) into the reduced ones: delay compensation beside Horovod's allreduce of every
+gradient, TopK at ratio 0.01 beside the plain way, ``tf.math.top_k`` of the flat gradient plus
+residual and two allgathers. "bytes" are those that a rank sends in it, counted from the messages,
+beside the allreduce's. "step" is a training step of ResNet-18 on 32 x 32 images with momentum SGD,
+for SENG with a 3 x 3 stem and the settings of ``seng_step``.
 """
 
 from __future__ import annotations
@@ -26,85 +29,108 @@ from rich.table import Table
 
 from tests.ranks import run_ranks
 
-BARS = {"delay, adaptive": 1.60, "delay, constant": 1.60, "topk, exact": 0.40,
-        "topk, sampled": 0.40, "fit, SENG between refreshes": 1.04, "fit, SENG refresh": 2.50}
-BASELINE = {"delay": "allreduce", "topk": "tf.math.top_k + allgather", "fit": "fit, plain"}
 RATIO = 0.01
-WHY = {
-    "fit, SENG refresh": "convolutions take their per-sample gradients one sample after another",
-    "fit, SENG between refreshes": "each layer asks in the backward pass whether it is to capture",
+UPDATE_FREQ = 200
+REFRESH, BETWEEN = "SENG, with a refresh", "SENG, between refreshes"
+AMORTISED = f"SENG, one refresh in {UPDATE_FREQ}"
+PLAIN_TOPK = "top_k, allgathers"
+BARS = {
+    "exchange": {"delay, adaptive": 1.60, "delay, constant": 1.60, "TopK, exact": 0.40,
+                 "TopK, sampled": 0.40},
+    "bytes": {"delay, adaptive": 1.05, "delay, constant": 1.05, "TopK, exact": 0.021,
+              "TopK, sampled": 0.021},
+    "step": {"delay, adaptive": 1.10, "delay, constant": 1.10, BETWEEN: 1.04, REFRESH: 2.50,
+             AMORTISED: 1.05},
 }
+SENG = {"explicit_threshold": 100_000, "sketch_size": 262_144, "rank": 8, "row_sketch": 128}
+Run = Callable[[], Any]
 
 
-def resnet18_shapes() -> list[tuple[int, ...]]:
-    """Weights of a ResNet-18 for 32 x 32 images and 10 classes, in TensorFlow's layout."""
-    shapes: list[tuple[int, ...]] = [(3, 3, 3, 64), (64,), (64,)]
-    last = 64
-    for width in (64, 128, 256, 512):
-        for block in range(2):
-            first = last if block == 0 else width
-            shapes += [(3, 3, first, width), (width,), (width,), (3, 3, width, width), (width,),
-                       (width,)]
-            if first != width:
-                shapes += [(1, 1, first, width), (width,), (width,)]
-        last = width
-    return [*shapes, (512, 10), (10,)]
+def resnet18(small_stem: bool) -> Any:
+    """``examples.resnet.resnet18`` with ten classes in Keras."""
+    import keras
+
+    layers = keras.layers
+
+    def convolution(x: Any, width: int, size: int, stride: int = 1) -> Any:
+        x = layers.Conv2D(width, size, stride, padding="same", use_bias=False)(x)
+        return layers.BatchNormalization()(x)
+
+    def block(x: Any, width: int, stride: int) -> Any:
+        body = layers.ReLU()(convolution(x, width, 3, stride))
+        body = convolution(body, width, 3)
+        short = x if stride == 1 and x.shape[-1] == width else convolution(x, width, 1, stride)
+        return layers.ReLU()(layers.Add()([body, short]))
+
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((32, 32, 3))
+    x = layers.ReLU()(convolution(inputs, 64, *((3, 1) if small_stem else (7, 2))))
+    if not small_stem:
+        x = layers.MaxPooling2D(3, 2, padding="same")(x)
+    for stage in range(4):
+        x = block(x, 64 << stage, 2 if stage else 1)
+        x = block(x, 64 << stage, 1)
+    return keras.Model(inputs, layers.Dense(10)(layers.GlobalAveragePooling2D()(x)))
 
 
-def exchanges(turns: int) -> dict[str, list[float]]:
-    """Seconds of every exchange by way; run on every rank."""
+def exchanges(turns: int) -> dict[str, Any]:
+    """Seconds of every exchange and bytes one sends, by way; run on every rank."""
     import tensorflow as tf
 
     import hvd_ext.tensorflow as hvd
     from hvd_ext.tensorflow.collectives import Collectives
     from hvd_ext.tensorflow.reducers import REDUCTIONS, make_reducer
 
+    variables = resnet18(small_stem=False).trainable_variables
     rng = np.random.default_rng(hvd.rank())
-    gradients = [tf.constant(rng.standard_normal(shape).astype("float32") * (0.1 + rng.random()))
-                 for shape in resnet18_shapes()]
-    variables = [tf.Variable(tf.zeros(g.shape), name=f"v{k}") for k, g in enumerate(gradients)]
+    gradients = [tf.Variable(rng.standard_normal(v.shape).astype("float32") * (0.1 + rng.random()),
+                             trainable=False) for v in variables]
+    size = sum(v.numpy().size for v in gradients)
+    reducers: dict[str, Any] = {}
 
     def make(shape: Any, dtype: Any, name: str, per_rank: bool) -> tf.Variable:
         return tf.Variable(tf.zeros(shape, dtype), trainable=False)
 
-    def ours(label: str, **options: Any) -> Callable[[], Any]:
+    def ours(way: str, **options: Any) -> Run:
         given = {"op": hvd.Average, "compression": hvd.Compression.none, **options}
-        reducer = make_reducer(Collectives(), label, sparse_as_dense=False, groups=None,
-                               gradient_predivide_factor=1.0, allowed=REDUCTIONS, **given)
+        reducer = reducers[way] = make_reducer(
+            Collectives(), way, sparse_as_dense=False, groups=None, gradient_predivide_factor=1.0,
+            allowed=REDUCTIONS, **given)
         reducer.build(variables, make)
         inputs = {"lr": tf.constant(0.1)} if "op" in options else {}
-        return tf.function(lambda: reducer(gradients_in, variables, **inputs)[0])
+        return tf.function(lambda: reducer(gradients, variables, **inputs)[0], autograph=False)
 
-    gradients_in = [tf.Variable(g, trainable=False) for g in gradients]
-    size = sum(int(g.shape.num_elements()) for g in gradients)
     residual = tf.Variable(tf.zeros((size,)), trainable=False)
     collectives = Collectives()
 
-    def naive() -> Any:
-        total = tf.concat([tf.reshape(g, [-1]) for g in gradients_in], 0) + residual
+    def plain_topk() -> Any:
+        total = tf.concat([tf.reshape(g, [-1]) for g in gradients], 0) + residual
         found = tf.math.top_k(tf.abs(total), round(RATIO * size))
         values = tf.gather(total, found.indices)
         residual.assign(tf.tensor_scatter_nd_update(total, found.indices[:, None],
                                                     tf.zeros_like(values)))
-        everywhere = collectives.allgather(found.indices, "naive.indices")
-        mean = tf.scatter_nd(everywhere[:, None], collectives.allgather(values, "naive.values"),
+        everywhere = collectives.allgather(found.indices, "plain.indices")
+        mean = tf.scatter_nd(everywhere[:, None], collectives.allgather(values, "plain.values"),
                              (size,))
         return mean / hvd.size()
 
     topk = hvd.Compression.topk
-    ways = {
-        "allreduce": ours("plain"),
-        "delay, adaptive": ours("adaptive", op=hvd.DelayCompensated()),
-        "delay, constant": ours("constant", op=hvd.DelayCompensated(0.04, adaptive=False)),
-        BASELINE["topk"]: tf.function(naive),
-        "topk, exact": ours("exact", compression=topk(RATIO)),
-        "topk, sampled": ours("sampled", compression=topk(RATIO, selection="sampled")),
-    }
-    return in_turn(ways, turns)
+    seconds = in_turn({
+        "allreduce": ours("allreduce"),
+        "delay, adaptive": ours("delay, adaptive", op=hvd.DelayCompensated()),
+        "delay, constant": ours("delay, constant", op=hvd.DelayCompensated(0.04, adaptive=False)),
+        PLAIN_TOPK: tf.function(plain_topk, autograph=False),
+        "TopK, exact": ours("TopK, exact", compression=topk(RATIO)),
+        "TopK, sampled": ours("TopK, sampled", compression=topk(RATIO, selection="sampled")),
+    }, turns)
+    sent = {way: sum(reducer.collectives.traffic.last()[0].values())
+            for way, reducer in reducers.items()}
+    return {"seconds": seconds, "sent": sent}
 
 
-def fits(turns: int, batch: int) -> dict[str, list[float]]:
-    """Seconds of every training step by way; run on every rank."""
+def training(small_stem: bool, batch: int, name: str, op: Any = None,
+             seng: Any = None) -> tuple[Run, Any]:
+    """A training step, and its preconditioner."""
     import keras
     import tensorflow as tf
 
@@ -113,46 +139,48 @@ def fits(turns: int, batch: int) -> dict[str, list[float]]:
     rng = np.random.default_rng(hvd.rank())
     x = tf.constant(rng.standard_normal((batch, 32, 32, 3)).astype("float32"))
     y = tf.constant(rng.integers(0, 10, batch))
+    model = resnet18(small_stem)
+    preconditioner = hvd.SENG(model, damping=1.0, update_freq=10**9, **seng) if seng else None
+    optimizer = hvd.DistributedOptimizer(
+        keras.optimizers.SGD(0.01, momentum=0.9), name=name, preconditioner=preconditioner,
+        op=hvd.Average if op is None else op)
+    optimizer.build(model.trainable_variables)
+    loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
-    def make(damping: float | None) -> tuple[Callable[[], Any], Any]:
-        keras.utils.set_random_seed(0)
-        layers = keras.layers
-        model = keras.Sequential([keras.Input((32, 32, 3))])
-        for width in (32, 64, 128):
-            model.add(layers.Conv2D(width, 3, strides=2, padding="same"))
-            model.add(layers.BatchNormalization())
-            model.add(layers.ReLU())
-        model.add(layers.GlobalAveragePooling2D())
-        model.add(layers.Dense(10))
-        seng = None if damping is None else hvd.SENG(model, damping=damping, update_freq=10**6)
-        optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.01, momentum=0.9),
-                                             preconditioner=seng, name=f"fit{damping}")
-        optimizer.build(model.trainable_variables)
-        loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    @tf.function
+    def step() -> Any:
+        with tf.GradientTape() as tape:
+            loss = loss_of(y, model(x, training=True))
+        found = tape.gradient(loss, model.trainable_variables)
+        optimizer.apply_gradients(list(zip(found, model.trainable_variables, strict=True)))
+        return loss
 
-        @tf.function
-        def step() -> Any:
-            with tf.GradientTape() as tape:
-                loss = loss_of(y, model(x, training=True))
-            found = tape.gradient(loss, model.trainable_variables)
-            optimizer.apply_gradients(list(zip(found, model.trainable_variables, strict=True)))
-            return loss
+    return step, preconditioner
 
-        return step, seng
 
-    plain, _ = make(None)
-    between, _ = make(0.5)
-    refreshing, seng = make(0.25)
+def delay_steps(turns: int, batch: int) -> dict[str, Any]:
+    """Seconds of every training step, plain and delay-compensated; run on every rank."""
+    import hvd_ext.tensorflow as hvd
+
+    ops = {"plain": hvd.Average, "delay, adaptive": hvd.DelayCompensated(),
+           "delay, constant": hvd.DelayCompensated(0.04, adaptive=False)}
+    return {"seconds": in_turn(
+        {way: training(False, batch, way, op)[0] for way, op in ops.items()}, turns)}
+
+
+def seng_steps(turns: int, batch: int) -> dict[str, Any]:
+    """Seconds of every training step, plain and with SENG; run on every rank."""
+    step, seng = training(True, batch, "SENG", seng=SENG)
 
     def refresh() -> Any:
         seng.capture.wanted.assign(True)
-        return refreshing()
+        return step()
 
-    return in_turn({"fit, plain": plain, "fit, SENG between refreshes": between,
-                    "fit, SENG refresh": refresh}, turns)
+    return {"seconds": in_turn({"plain": training(True, batch, "plain")[0], REFRESH: refresh,
+                                BETWEEN: step}, turns)}
 
 
-def in_turn(ways: dict[str, Callable[[], Any]], turns: int) -> dict[str, list[float]]:
+def in_turn(ways: dict[str, Run], turns: int) -> dict[str, list[float]]:
     """Seconds of every call, the ways taking turns; the first two of each are left out."""
     import tensorflow as tf
 
@@ -163,11 +191,41 @@ def in_turn(ways: dict[str, Callable[[], Any]], turns: int) -> dict[str, list[fl
         for name, run in ways.items():
             hvd.allreduce(tf.zeros(1), name="barrier")
             begin = time.perf_counter()
-            result = run()
-            _ = [float(tf.reduce_sum(one)) for one in tf.nest.flatten(result)[-1:]]
+            result = tf.nest.flatten(run())
+            float(tf.reduce_sum(result[-1]))
             if turn >= 2:
                 seconds[name].append(time.perf_counter() - begin)
     return seconds
+
+
+def slowest(found: list[dict[str, Any]]) -> dict[str, float]:
+    """Median over turns of the slowest rank's seconds, by way."""
+    return {way: median(max(turn) for turn in zip(*(rank["seconds"][way] for rank in found),
+                                                  strict=True)) for way in found[0]["seconds"]}
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Runs all; the rows of the table."""
+    def run(task: Callable[..., Any], *given: int) -> list[dict[str, Any]]:
+        return run_ranks(task, args.ranks, *given, timeout=1200, init="tensorflow",
+                         env={"HOROVOD_CYCLE_TIME": "1"})  # Horovod's default
+
+    found = run(exchanges, args.turns)
+    exchange, sent = slowest(found), found[0]["sent"]
+    rows = [{"what": "exchange", "way": way, "ms": exchange[way] * 1e3, "baseline": base,
+             "baseline_ms": exchange[base] * 1e3, "ratio": exchange[way] / exchange[base]}
+            for way in BARS["exchange"]
+            for base in [PLAIN_TOPK if way.startswith("TopK") else "allreduce"]]
+    rows += [{"what": "bytes", "way": way, "baseline": "allreduce",
+              "ratio": sent[way] / sent["allreduce"]} for way in BARS["bytes"]]
+    for task in (delay_steps, seng_steps):
+        times = slowest(run(task, args.steps, args.batch))
+        if REFRESH in times:
+            times[AMORTISED] = times[BETWEEN] + (times[REFRESH] - times[BETWEEN]) / UPDATE_FREQ
+        rows += [{"what": "step", "way": way, "ms": times[way] * 1e3, "baseline": "plain",
+                  "baseline_ms": times["plain"] * 1e3, "ratio": times[way] / times["plain"]}
+                 for way in BARS["step"] if way in times]
+    return [{**row, "bar": BARS[row["what"]][row["way"]]} for row in rows]
 
 
 def main() -> None:
@@ -175,28 +233,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tf_speed", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--turns", type=int, default=9, help="calls measured of each way")
+    parser.add_argument("--turns", type=int, default=15, help="exchanges measured of each way")
+    parser.add_argument("--steps", type=int, default=7, help="training steps measured of each way")
     parser.add_argument("--batch", type=int, default=32, help="images a rank")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    times: dict[str, float] = {}
-    for task, given in ((exchanges, (args.turns,)), (fits, (args.turns, args.batch))):
-        found = run_ranks(task, args.ranks, *given, timeout=900, init="tensorflow")
-        for name in found[0]:
-            times[name] = median(max(turn) for turn in zip(*(rank[name] for rank in found),
-                                                           strict=True))
+    rows = measure(args)
     table = Table(title=f"TensorFlow, {args.ranks} ranks of one thread")
-    for column in ("way", "ms", "baseline", "baseline ms", "ratio", "at most", ""):
-        table.add_column(column, justify="right" if "ms" in column else "left")
-    rows = []
-    for name, bar in BARS.items():
-        baseline = BASELINE[name.split(",")[0]]
-        ratio = times[name] / times[baseline]
-        why = "" if ratio <= bar else "missed" + (f": {WHY[name]}" if name in WHY else "")
-        rows.append({"way": name, "ms": times[name] * 1e3, "baseline": baseline, "ratio": ratio,
-                     "bar": bar})
-        table.add_row(name, f"{times[name] * 1e3:.1f}", baseline, f"{times[baseline] * 1e3:.1f}",
-                      f"{ratio:.2f}", f"{bar:.2f}", why)
+    for column in ("what", "way", "ms", "baseline", "its ms", "ratio", "at most"):
+        table.add_column(column, justify="right" if column in ("ms", "its ms", "ratio") else "left")
+    for row in rows:
+        times = [f"{row[key]:.1f}" if key in row else "" for key in ("ms", "baseline_ms")]
+        missed = "" if row["ratio"] <= row["bar"] else "  missed"
+        table.add_row(row["what"], row["way"], times[0], row["baseline"], times[1],
+                      f"{row['ratio']:.3f}", f"{row['bar']:g}{missed}")
     Console().print(table)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

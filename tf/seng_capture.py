@@ -19,6 +19,24 @@ from hvd_ext.tensorflow.seng_layers import Factors, Pick
 from hvd_ext.tensorflow.seng_model import Layer
 
 
+def put(variable: tf.Variable, value: tf.Tensor) -> None:
+    """Assign to a variable whose shape may change, which graphs must not take from one assignment.
+
+    TensorFlow's optimizer of graphs infers the shape of every read from the values assigned.
+    """
+    if tf.executing_eagerly():
+        variable.assign(value)
+        return
+    shape = tf.shape(value) + _zero().read_value()  # known when it runs, and not before
+    variable.assign(tf.ensure_shape(tf.reshape(value, shape), variable.shape))
+
+
+@functools.cache
+def _zero() -> tf.Variable:
+    with tf.init_scope():
+        return tf.Variable(0, trainable=False)
+
+
 class Captured:
     """What a pass gave a layer, scaled as in SENG eq. 5, until the refresh takes it.
 
@@ -38,7 +56,6 @@ class Captured:
             self.g = self._empty((0, groups, 0, n_g), (None, groups, None, n_g), layer)
             self.a = self._empty((0, groups, 0, n_a), (None, groups, None, n_a), layer)
             self.at = tf.Variable(-1, dtype=tf.int64, trainable=False)
-            # Kept apart: in a graph a variable's shape is not read in the order of the program.
             self.samples = tf.Variable(0, trainable=False)
 
     @staticmethod
@@ -48,8 +65,8 @@ class Captured:
     def clear(self) -> None:
         """Free what was captured; which pass it was stays known."""
         for held in (self.u, self.g, self.a):
-            held.assign(tf.zeros([0 if extent is None else extent for extent in held.shape],
-                                 held.dtype))
+            put(held, tf.zeros([0 if extent is None else extent for extent in held.shape],
+                               held.dtype))
 
 
 class Capture:
@@ -149,7 +166,7 @@ class Capture:
                 return held + value if axis is None else tf.concat([held, value], axis)
 
             value = tf.cond(more, joined, functools.partial(tf.identity, value))
-            held.assign(tf.ensure_shape(value, held.shape))
+            put(held, value)
         spoiled = tf.logical_or(tf.logical_not(alike), tf.equal(captured.at, -2 - self.number))
         captured.samples.assign(samples)
         captured.at.assign(tf.where(spoiled, -2 - self.number, self.number))

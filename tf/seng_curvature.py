@@ -17,7 +17,7 @@ import tensorflow as tf
 from hvd_ext.seng import Settings
 from hvd_ext.tensorflow import seng_kernels as kernels
 from hvd_ext.tensorflow.collectives import Collectives
-from hvd_ext.tensorflow.seng_capture import Captured
+from hvd_ext.tensorflow.seng_capture import Captured, put
 from hvd_ext.tensorflow.seng_model import Layer
 
 Parts = dict[str, tf.Tensor]
@@ -98,7 +98,7 @@ class Block(tf.Module, abc.ABC):
     def put(self, parts: Parts) -> None:
         """Put tensors in place."""
         for name, value in parts.items():
-            getattr(self, name).assign(value)
+            put(getattr(self, name), value)
 
     def working(self, variable: tf.Variable) -> tf.Tensor:
         """A variable's value in the precision it is computed in."""
@@ -195,16 +195,12 @@ class Product(Block):
 
     def take(self, captured: Captured) -> tuple[Parts, tf.Tensor]:
         g, a = captured.g.read_value(), captured.a.read_value()
-        # Not by ones_like: graphs take its shape from the variable after it was cleared.
-        samples, kappa = tf.shape(a)[0], tf.shape(a)[2]
         if self.n_a > self.width:
-            ones = tf.ones(tf.stack([samples, self.groups, kappa, 1]), a.dtype)
-            a = tf.concat([a, ones], axis=-1)
+            a = tf.concat([a, tf.ones_like(a[..., :1])], axis=-1)
         finite = tf.logical_and(tf.reduce_all(tf.math.is_finite(g)),
                                 tf.reduce_all(tf.math.is_finite(a)))
         # What is not finite must not reach the eigenvalue solver; it is refused afterwards.
-        g, a = tf.cond(finite, lambda: (g, a),
-                       lambda: (tf.zeros(tf.shape(g), g.dtype), tf.zeros(tf.shape(a), a.dtype)))
+        g, a = tf.cond(finite, lambda: (g, a), lambda: (tf.zeros_like(g), tf.zeros_like(a)))
         g, a = (tf.ensure_shape(factor, (None, self.groups, None, rows))
                 for factor, rows in ((g, self.n_g), (a, self.n_a)))
         g, a = kernels.truncate(g, a, int(self.layer.plan.rank or 0), captured.least)

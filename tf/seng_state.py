@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from hvd_ext.seng import Report, Settings, elements_held
 from hvd_ext.tensorflow import seng_kernels as kernels
-from hvd_ext.tensorflow.seng_capture import Captured
+from hvd_ext.tensorflow.seng_capture import Captured, put
 from hvd_ext.tensorflow.seng_curvature import Block, Explicit, Parts, Product, Run, held
 from hvd_ext.tensorflow.seng_model import Layer
 
@@ -84,7 +84,7 @@ class LayerState(tf.Module):
         for block, parts in zip(self.blocks, new.blocks, strict=True):
             block.put(parts)
         for name, value in new.system.items():
-            getattr(self, name).assign(value)
+            put(getattr(self, name), value)
         return tf.constant(True)
 
     def fail(self) -> tf.Tensor:
@@ -98,7 +98,7 @@ class LayerState(tf.Module):
         Should it have no factor, the former one still gives a direction, the same on every rank.
         """
         lower, jitter, good = kernels.factor(self.gram.read_value(), lam)
-        self.lower.assign(tf.cond(good, lambda: lower, self.lower.read_value))
+        put(self.lower, tf.cond(good, lambda: lower, self.lower.read_value))
         self.jitter.assign(jitter)
 
     def message(self, gradients: Sequence[tf.Tensor], run: Run) -> list[tf.Tensor]:
@@ -106,14 +106,14 @@ class LayerState(tf.Module):
         rhs = [block.project([gradients[place] for place in block.places], run)
                for block in self.blocks]
         b = kernels.coefficients(self.lower.read_value(), tf.add_n(rhs) / run.root)
-        self.coefficients.assign(b)
+        put(self.coefficients, b)
         own = b[self.offset:self.offset + self.rho] if run.joined else b
         return [block.message(b, own, run) for block in self.blocks]
 
     def keep(self, gradients: Sequence[tf.Tensor]) -> None:
         """Remember these gradients for the next step (SENG eq. 27)."""
         for kept, g in zip(self.previous, gradients, strict=True):
-            kept.assign(g)
+            put(kept, g)
         self.keeps.assign(True)
 
     def kept(self) -> list[tf.Tensor]:

@@ -1,0 +1,119 @@
+"""Models, data and small helpers of the SENG tests under Keras."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from hvd_ext.tensorflow.collectives import Collectives
+
+L = keras.layers
+LAM = 0.25
+EXACT = {"damping": LAM, "sketch": None}
+IMPLICIT = {**EXACT, "explicit_threshold": 0, "rank": 10**6, "uc": "exact"}
+
+
+class Alone(Collectives):
+    """One rank, in a process where Horovod was not initialised."""
+
+    size, rank, elastic = 1, 0, False
+
+    def if_many(self, communicate, alone):
+        return alone()
+
+
+class Shared(keras.Model):
+    """A subclassed model that uses one layer twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.twice = L.Dense(5, activation="tanh")
+        self.out = L.Dense(3)
+
+    def call(self, x):
+        return self.out(self.twice(self.twice(x)))
+
+
+def sequential(shape, *layers):
+    return keras.Sequential([keras.Input(shape), *layers, L.Flatten(), L.Dense(2)])
+
+
+MODELS = {
+    "dense": lambda: (sequential((5,), L.Dense(4, activation="tanh")), (5,)),
+    "dense of sequences": lambda: (sequential((3, 5), L.Dense(4, use_bias=False)), (3, 5)),
+    "conv1d": lambda: (sequential((7, 2), L.Conv1D(4, 3, strides=2, activation="relu")), (7, 2)),
+    "conv2d same": lambda: (sequential((5, 5, 2), L.Conv2D(4, 3, padding="same")), (5, 5, 2)),
+    "conv2d dilated": lambda: (sequential((6, 6, 2), L.Conv2D(3, 2, dilation_rate=2)), (6, 6, 2)),
+    "conv2d grouped": lambda: (sequential((5, 5, 4), L.Conv2D(6, 3, groups=2)), (5, 5, 4)),
+    "conv3d": lambda: (sequential((3, 3, 3, 2), L.Conv3D(2, 2)), (3, 3, 3, 2)),
+    "depthwise": lambda: (sequential((5, 5, 3), L.DepthwiseConv2D(2, depth_multiplier=2)),
+                          (5, 5, 3)),
+    "transposed": lambda: (sequential((3, 3, 2), L.Conv2DTranspose(3, 3, strides=2)), (3, 3, 2)),
+    "transposed, padded": lambda: (sequential((3, 2, 2), L.Conv2DTranspose(
+        2, 3, strides=2, padding="same", output_padding=1)), (3, 2, 2)),
+    "transposed, dilated": lambda: (sequential((4, 2), L.Conv1DTranspose(3, 2, dilation_rate=2)),
+                                    (4, 2)),
+    "layer norm": lambda: (sequential((6, 4), L.LayerNormalization()), (6, 4)),
+    "layer norm of two axes": lambda: (sequential((3, 4), L.LayerNormalization(axis=[1, 2])),
+                                       (3, 4)),
+    "group norm": lambda: (sequential((3, 3, 4), L.GroupNormalization(2)), (3, 3, 4)),
+    "shared": lambda: (_built(Shared(), (5,)), (5,)),
+}
+
+
+def _built(model, shape):
+    model(tf.zeros((1, *shape)))
+    return model
+
+
+def batch(shape, rho=6, seed=0):
+    rng = np.random.default_rng(seed)
+    return (rng.standard_normal((rho, *shape)).astype("float32"),
+            rng.integers(0, 2, rho))
+
+
+def loss_of(model, x, y):
+    scores = model(x, training=True)
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)(y, scores)
+
+
+def gradient(model, x, y):
+    with tf.GradientTape() as tape:
+        loss = loss_of(model, x, y)
+    return tape.gradient(loss, model.trainable_variables)
+
+
+def per_sample(model, x, y):
+    """Each variable's gradient of each sample's own loss: no use of any layer's structure."""
+    rows = [[g.numpy() for g in gradient(model, x[i:i + 1], y[i:i + 1])] for i in range(len(x))]
+    return [np.stack(of_variable) for of_variable in zip(*rows, strict=True)]
+
+
+def places(seng, variables):
+    """Each layer's variables by number."""
+    number = {id(v.value): k for k, v in enumerate(variables)}
+    return [[number[id(w.value)] for w in state.layer.weights.values()]
+            for state in seng.states]
+
+
+def flat(arrays):
+    return np.concatenate([np.asarray(a, np.float64).ravel() for a in arrays])
+
+
+def u_of(state):
+    """U (n, rho) that a layer's curvature stands for."""
+    parts = []
+    for block in state.blocks:
+        if hasattr(block, "u"):
+            parts.append(np.asarray(block.u, np.float64))
+            continue
+        u = np.einsum("gori,gari->iago", np.asarray(block.g, np.float64), np.asarray(block.a))
+        parts += [part.reshape(len(u), -1) for part in (u[:, :block.width], u[:, block.width:])]
+    return np.concatenate(parts, axis=1).T
+
+
+def as_torch(weight):
+    """A kernel in PyTorch's layout."""
+    order = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}[weight.ndim]
+    return np.ascontiguousarray(weight.transpose(order))

@@ -1,6 +1,20 @@
 """Counts of bytes sent and received by kind, in total and since the last step."""
 
 from collections import defaultdict
+from collections.abc import Mapping
+
+
+def by_kind(kind: str | Mapping[str, int], count: int) -> dict[str, int]:
+    """``count`` bytes by kind, where ``kind`` says what one message consists of."""
+    if isinstance(kind, str):
+        return {kind: count}
+    whole = sum(kind.values())
+    return {part: count * share // whole for part, share in kind.items()}
+
+
+def allreduce_bytes(count: int, ranks: int) -> int:
+    """What a rank sends, and what it receives, when ``count`` bytes are reduced around a ring."""
+    return 2 * (ranks - 1) * count // ranks
 
 
 class Traffic:

@@ -142,7 +142,8 @@ class BucketReducer(Reducer):
     def _check_plan(self) -> tf.Tensor:
         """On the first step, before anything else is sent: all ranks plan the same exchange."""
         mine = digest(type(self).__name__, self.settings, self.bucket_bytes, self.specs)
-        digests = self.collectives.allgather(tf.constant([mine], tf.int64), f"{self.prefix}/plan")
+        digests = self.collectives.allgather(tf.constant([mine], tf.int64), f"{self.prefix}/plan",
+                                             kind="agreement", rows=self.collectives.size)
         alike = tf.reduce_all(tf.equal(digests, mine))
         check = tf.debugging.Assert(alike, [
             "the ranks do not train the same variables in the same way: give every rank the same "
@@ -163,8 +164,8 @@ class BucketReducer(Reducer):
                         *[tf.cast(value, tf.float64) for value in values]])
         rows = row[None]
         if ranks > 1:
-            rows = tf.reshape(self.collectives.allgather(row, f"{self.prefix}/agree"),
-                              (ranks, len(values) + 2))
+            rows = self.collectives.allgather(rows, f"{self.prefix}/agree", kind="agreement",
+                                              rows=ranks)
         fine = tf.logical_and(tf.reduce_all(rows[:, 0] == 1.0),
                               tf.reduce_all(rows[:, 1] == rows[0, 1]))
         check = tf.debugging.Assert(fine, [

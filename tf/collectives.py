@@ -1,4 +1,4 @@
-"""The one place where the TensorFlow front end calls Horovod's collectives.
+"""The one place where the TensorFlow front end calls Horovod's collectives and counts their bytes.
 
 Every collective has a name of its own that ignores TensorFlow's name scopes: the same name on
 every rank, also when one of them traced its function again for a batch of another size.
@@ -6,25 +6,44 @@ every rank, also when one of them traced its function again for a batch of anoth
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import horovod.tensorflow as horovod
 import tensorflow as tf
 from horovod.tensorflow.mpi_ops import process_set_included_op
 
+from hvd_ext.tensorflow.traffic import StepTraffic, nbytes
+from hvd_ext.traffic import allreduce_bytes, by_kind
+
 NARROW = (tf.bfloat16,)  # Horovod's TensorFlow operations do not know it; it travels as float32
 
 
 class Collectives:
-    """Named collectives over one process set, in eager mode and inside ``tf.function``."""
+    """Named collectives over one process set, in eager mode and inside ``tf.function``.
+
+    ``kind`` says what the bytes are ("gradients", "values", "weights", ...); ``traffic`` has those
+    of the last step, from the sizes of the messages themselves. For a collective whose bytes depend
+    on the library's algorithm (allreduce, broadcast) the bandwidth-optimal ring is counted:
+    ``2 (M-1)/M`` and ``1`` times the tensor. Under Horovod elastic, where M may change while a
+    traced function lives, nothing is counted.
+    """
 
     def __init__(self, process_set: Any = None, *, device_dense: str = "",
                  device_sparse: str = "") -> None:
         self.process_set = horovod.global_process_set if process_set is None else process_set
         self.device_dense = device_dense
         self.device_sparse = device_sparse
+        self.traffic = StepTraffic()
+        self.kind = "gradients"
+
+    def counted_as(self, kind: str) -> Collectives:
+        """The same ranks and traffic; what does not say its kind is of ``kind``."""
+        other = copy.copy(self)
+        other.kind = kind
+        return other
 
     @property
     def size(self) -> int:
@@ -58,23 +77,44 @@ class Collectives:
             return tf.cast(horovod.size_op(process_set_id=self.process_set.process_set_id), dtype)
         return tf.cast(self.size, dtype)
 
+    def _count(self, kind: str | Mapping[str, int] | None, sent: Any, received: Any) -> None:
+        """Count a message; one that holds several kinds says how many bytes are of each."""
+        if self.elastic:
+            return
+        kind = self.kind if kind is None else kind
+        out, back = by_kind(kind, sent), by_kind(kind, received)
+        for part in out:
+            self.traffic.add(part, out[part], back[part])
+
     def allreduce(self, tensor: tf.Tensor, name: str, *, op: Any = horovod.Average,
-                  compression: Any = horovod.Compression.none, **scale: float) -> tf.Tensor:
+                  compression: Any = horovod.Compression.none,
+                  kind: str | None = None, **scale: float) -> tf.Tensor:
         """Reduce ``tensor`` over the ranks."""
         if tensor.dtype in NARROW:
             wide = self.allreduce(tf.cast(tensor, tf.float32), name, op=op,
-                                  compression=compression, **scale)
+                                  compression=compression, kind=kind, **scale)
             return tf.cast(wide, tensor.dtype)
+        self._count_allreduce(tensor, compression, kind)
         return horovod.allreduce(
             tensor, op=op, name=unique(name), compression=compression,
             device_dense=self.device_dense, process_set=self.process_set,
             ignore_name_scope=True, **scale,
         )
 
+    def _count_allreduce(self, tensor: tf.Tensor, compression: Any, kind: str | None) -> None:
+        itemsize = None
+        if compression is not horovod.Compression.none:
+            sample, _ = compression.compress(tf.zeros((1,), tensor.dtype))
+            itemsize = sample.dtype.size
+        moved = allreduce_bytes(nbytes(tensor, itemsize), self.size)
+        self._count(kind, moved, moved)
+
     def grouped_allreduce(self, tensors: list[tf.Tensor], name: str, *, op: Any = horovod.Average,
                           compression: Any = horovod.Compression.none,
-                          **scale: float) -> list[tf.Tensor]:
+                          kind: str | None = None, **scale: float) -> list[tf.Tensor]:
         """Reduce several tensors as one group."""
+        for tensor in tensors:
+            self._count_allreduce(tensor, compression, kind)
         return list(horovod.grouped_allreduce(
             tensors, op=op, name=unique(name), compression=compression,
             device_dense=self.device_dense, process_set=self.process_set,
@@ -91,29 +131,54 @@ class Collectives:
                 values = values / self.size_op(values.dtype)
         return tf.IndexedSlices(values, indices, dense_shape=slices.dense_shape)
 
-    def allgather(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
-        """Concatenate the ranks' tensors along their first axis, whose length may differ by rank."""
-        return horovod.allgather(tensor, name=unique(name), process_set=self.process_set,
-                                 ignore_name_scope=True)
+    def allgather(self, tensor: tf.Tensor, name: str, *,
+                  kind: str | Mapping[str, int] | None = None,
+                  rows: int | None = None) -> tf.Tensor:
+        """Concatenate the ranks' tensors along their first axis, whose length may differ by rank.
 
-    def alltoall(self, tensor: tf.Tensor, splits: Any, name: str) -> tf.Tensor:
-        """Send ``splits[s]`` rows to rank s; the result is what all sent here, by rank."""
+        ``rows`` is the length of the result where the caller knows it.
+        """
+        gathered = horovod.allgather(tensor, name=unique(name), process_set=self.process_set,
+                                     ignore_name_scope=True)
+        if rows is not None:
+            gathered = tf.ensure_shape(gathered, (rows, *tensor.shape[1:]))
+        own = nbytes(tensor)
+        self._count(kind, (self.size - 1) * own, nbytes(gathered) - own)
+        return gathered
+
+    def alltoall(self, tensor: tf.Tensor, splits: Any, name: str, *, kind: str | None = None,
+                 rows: int | None = None) -> tf.Tensor:
+        """Send ``splits[s]`` rows to rank s; the result is what all sent here, by rank.
+
+        ``rows`` is the length of the result where the caller knows it.
+        """
         received, _ = horovod.alltoall(tensor, splits=tf.constant(splits, tf.int32),
                                        name=unique(name), process_set=self.process_set,
                                        ignore_name_scope=True)
+        if rows is not None:
+            received = tf.ensure_shape(received, (rows, *tensor.shape[1:]))
+        own = int(splits[self.rank]) * nbytes(tensor[:1])
+        self._count(kind, nbytes(tensor) - own, nbytes(received) - own)
         return received
 
-    def broadcast(self, tensor: tf.Tensor, root: int, name: str) -> tf.Tensor:
-        """The tensor of member ``root`` of the process set."""
+    def broadcast(self, tensor: tf.Tensor, root: int, name: str, *,
+                  kind: str = "weights") -> tf.Tensor:
+        """The tensor of member ``root`` of the process set; others give one of its shape and dtype."""
         ranks = self.process_set.ranks
-        root = root if ranks is None else list(ranks)[root]
-        return horovod.broadcast(tensor, root, name=unique(name), process_set=self.process_set,
+        sender = root if ranks is None else list(ranks)[root]
+        carrier = tf.bitcast(tensor, tf.int16) if tensor.dtype in NARROW else tensor
+        sent = horovod.broadcast(carrier, sender, name=unique(name), process_set=self.process_set,
                                  ignore_name_scope=True)
+        count = nbytes(tensor)
+        self._count(kind, (self.size - 1) * count if root == self.rank else 0,
+                    0 if root == self.rank else count)
+        return tf.bitcast(sent, tensor.dtype) if tensor.dtype in NARROW else sent
 
     def all_true(self, flag: tf.Tensor, name: str) -> tf.Tensor:
         """Whether ``flag`` holds on every rank: a decision that all ranks take alike."""
         return self.if_many(
-            lambda: tf.equal(self.allreduce(tf.cast(flag, tf.int32), name, op=horovod.Min), 1),
+            lambda: tf.equal(self.allreduce(tf.cast(flag, tf.int32), name, op=horovod.Min,
+                                            kind="agreement"), 1),
             lambda: tf.cast(flag, tf.bool),
         )
 

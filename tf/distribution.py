@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from hvd_ext.tensorflow import keras_hooks
-from hvd_ext.tensorflow.collectives import Collectives
+from hvd_ext.tensorflow.checkpoint import ACCUMULATOR
 from hvd_ext.tensorflow.reduce import Reducer, divide_by_ranks
-from hvd_ext.tensorflow.server import Server
+from hvd_ext.tensorflow.report import report
+from hvd_ext.tensorflow.server import Server, state_bytes
 from hvd_ext.tensorflow.variables import as_tf, mark_per_rank
 
 BASE = keras.Optimizer
@@ -27,7 +27,7 @@ class Distribution:
 
     def __init__(self, optimizer: Any, reducer: Reducer, *, passes: int, average_passes: bool,
                  scale_local: bool, sparse_as_dense: bool, preconditioner: Any,
-                 server: Server | None, reset_per_rank_state: bool) -> None:
+                 server: Server | None, where: str | None, reset_per_rank_state: bool) -> None:
         self.reducer = reducer
         self.collectives = reducer.collectives
         self.prefix = reducer.prefix
@@ -37,6 +37,7 @@ class Distribution:
         self.sparse_as_dense = sparse_as_dense
         self.preconditioner = preconditioner
         self.server = server
+        self.where = where
         self.server_stamp: Any = None
         self.reset_per_rank_state = reset_per_rank_state
         self.local: set[int] = set()
@@ -45,15 +46,22 @@ class Distribution:
         self.standard = passes_through(optimizer)
         self.applying: list[Any] | None = None
         self.reduced = False
+        self.plain_count: int | None = None  # variables that the wrapped optimizer has itself
+        self.references: dict[int, tuple[Any, str]] = {}  # of the optimizer's variables, by id
+        self.gathered: dict[str, Any] | None = None  # what is being saved in place of them
 
     def build(self, optimizer: Any, variables: Sequence[Any]) -> None:
         """Make the state that reduction and accumulation over passes need, in the optimizer."""
+        self.plain_count = len(optimizer.variables)
         make = functools.partial(make_state, optimizer)
         shared = [variable for variable in variables if id(as_tf(variable)) not in self.local]
         self.reducer.build(shared, make)
         if self.server is not None:
             self.server_stamp = make((2,), "int64", "rank_and_ranks_of_server", True)
-            self.server_stamp.assign([self.collectives.rank, self.collectives.size])
+        self.stamp_rank()
+        accumulated = getattr(optimizer, "_accumulated_gradients", ())
+        for total, variable in zip(accumulated, variables, strict=False):
+            self.references[id(as_tf(total))] = variable, ACCUMULATOR
         if self.passes > 1:
             parts = self.reducer.parts_shape()
             self.counter = make((), "int64", "passes_done", False)
@@ -61,6 +69,12 @@ class Distribution:
                 key = optimizer._var_key(variable)
                 self.sums[key] = make((*parts, *variable.shape), variable.dtype,
                                       f"passes_{number}", True)
+
+    def stamp_rank(self) -> None:
+        """Say in the state that it is this rank's."""
+        for stamp in (self.server_stamp, self.reducer.stamp):
+            if stamp is not None:
+                stamp.assign([self.collectives.rank, self.collectives.size])
 
     def reduce(self, optimizer: Any, gradients: Sequence[Any],
                variables: Sequence[Any]) -> tuple[list[Any], Any]:
@@ -76,14 +90,28 @@ class Distribution:
         owners = [variables[index] for index in far]
         inputs = self.reducer.inputs(optimizer)
         reduced, good = self.reducer([gradients[index] for index in far], owners, **inputs)
-        if self.preconditioner is not None:
-            reduced = self.preconditioner.precondition(reduced, owners, self.collectives)
+        reduced = precondition(self.preconditioner, reduced, owners, self.reducer)
         for index, gradient in zip(far, reduced, strict=True):
             result[index] = gradient
         if self.scale_local and self.local:
             for index in set(range(len(result))) - set(far):
                 result[index] = divide_by_ranks(result[index], self.collectives)
         return result, good
+
+    def report(self, optimizer: Any) -> dict[str, Any]:
+        """Figures of the last step; "server" where the argument was given."""
+        found = report(self.reducer, self.preconditioner)
+        if self.where is None:
+            return found
+        held = [as_tf(variable) for variable in optimizer.variables
+                if id(as_tf(variable)) in self.references]
+        if self.server is not None:
+            return {**found, "server": self.server.report(held)}
+        elements = sum(int(tf.TensorShape(variable.shape).num_elements())
+                       for variable in self.reducer.variables)
+        return {**found, "server": {"where": self.where, "owned_elements": elements,
+                                    "elements": elements, "largest_share": elements,
+                                    **state_bytes(held)}}
 
     def loss_scaled_by(self, optimizer: Any) -> None:
         """Tell the preconditioner whose ``scale_loss`` the loss goes through."""
@@ -105,6 +133,17 @@ class Distribution:
                                "gradients on to be reduced; please report this optimizer")
 
 
+def precondition(preconditioner: Any, gradients: list[Any], variables: Sequence[Any],
+                 reducer: Reducer) -> list[Any]:
+    """Reduced gradients turned into directions; as they are without a preconditioner."""
+    if preconditioner is None:
+        return gradients
+    collectives = reducer.collectives
+    with collectives.traffic.section():
+        return list(preconditioner.precondition(gradients, variables,
+                                                collectives.counted_as("curvature")))
+
+
 def passes_through(optimizer: Any) -> bool:
     """Whether its class leaves the way of a gradient from ``apply`` to clipping as Keras has it."""
     return all(getattr(type(optimizer), name) is getattr(BASE, name) for name in PASSED_THROUGH)
@@ -116,26 +155,6 @@ def make_state(optimizer: Any, shape: Sequence[int], dtype: Any, name: str,
     variable = optimizer.add_variable(shape=tuple(shape), name=name,
                                       dtype=tf.as_dtype(dtype).name)
     return as_tf(mark_per_rank(variable) if per_rank else variable)
-
-
-def check_stamp(saved: Any, collectives: Collectives, what: str = "") -> None:
-    """Refuse state that was saved by another rank, or on another number of ranks.
-
-    Args:
-        saved: the (rank, ranks) that the file holds.
-        what: the argument whose state cannot be started anew, if that is so.
-
-    Raises:
-        ValueError: the state is another rank's.
-    """
-    rank, ranks = (int(number) for number in np.asarray(saved))
-    if (rank, ranks) == (collectives.rank, collectives.size):
-        return
-    way = "load the model's weights alone" if what else "start that state anew with " \
-        "reset_per_rank_state=True"
-    raise ValueError(
-        f"the optimizer's state in the file is that of rank {rank} of {ranks}, this is rank "
-        f"{collectives.rank} of {collectives.size}: save and load one file a rank, or {way}")
 
 
 def check_extension(optimizer: Any, what: str, *, takes_accumulated: bool) -> None:

@@ -18,9 +18,14 @@ ATTRIBUTE = "_hvd_ext"
 
 def distribution_of(optimizer: Any) -> Any:
     """The distribution of a distributed optimizer, also inside a ``LossScaleOptimizer``, or None."""
-    found = getattr(optimizer, ATTRIBUTE, None)
-    inner = getattr(optimizer, "inner_optimizer", None)
-    return found if found is not None or inner is None else distribution_of(inner)
+    return getattr(distributed_part(optimizer), ATTRIBUTE, None)
+
+
+def distributed_part(optimizer: Any) -> Any:
+    """The distributed optimizer itself, also inside a ``LossScaleOptimizer``; None where none is."""
+    if optimizer is None or getattr(optimizer, ATTRIBUTE, None) is not None:
+        return optimizer
+    return distributed_part(getattr(optimizer, "inner_optimizer", None))
 
 
 def require_tensorflow_backend(what: str) -> None:

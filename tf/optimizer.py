@@ -15,17 +15,16 @@ from typing import Any
 
 import horovod.tensorflow as horovod
 import keras
-import numpy as np
 import tensorflow as tf
 
 from hvd_ext import checks
-from hvd_ext.tensorflow import keras_hooks
+from hvd_ext.tensorflow import checkpoint, keras_hooks
 from hvd_ext.tensorflow.collectives import Collectives
-from hvd_ext.tensorflow.distribution import Distribution, check_extension, check_stamp
+from hvd_ext.tensorflow.distribution import Distribution, check_extension
 from hvd_ext.tensorflow.reduce import PlainReducer
 from hvd_ext.tensorflow.reducers import check_preconditioner, make_reducer
 from hvd_ext.tensorflow.server import make_server
-from hvd_ext.tensorflow.variables import as_tf, is_per_rank, mark_per_rank, name_of
+from hvd_ext.tensorflow.variables import as_tf, mark_per_rank, name_of
 
 
 class _Distributed:
@@ -41,22 +40,41 @@ class _Distributed:
     def build(self, variables: Sequence[Any]) -> None:
         if self.built:
             return
-        if self._hvd_ext.server is not None:
-            self._hvd_ext.server.build(list(variables))
+        server = self._hvd_ext.server
+        if server is not None:
+            server.build(list(variables), self._hvd_ext.local)
         super().build(variables)
+        if server is not None and self.use_ema:
+            averages = self._model_variables_moving_average
+            for index, variable in enumerate(variables):
+                if not server.owns(variable):
+                    averages[index] = None  # Keras leaves these out
         self._hvd_ext.build(self, list(variables))
 
     def add_variable_from_reference(self, reference_variable: Any, name: str | None = None,
                                     initializer: Any = "zeros") -> Any:
         """A variable of the optimizer; an empty one for what another rank keeps."""
         server = self._hvd_ext.server
-        accumulator = name == "gradient_accumulator"  # of this rank's gradients, not yet reduced
+        accumulator = name == checkpoint.ACCUMULATOR
         if server is None or accumulator or server.owns(reference_variable):
             made = super().add_variable_from_reference(reference_variable, name=name,
                                                        initializer=initializer)
-            return mark_per_rank(made) if accumulator or server is not None else made
-        return mark_per_rank(self.add_variable(
-            shape=(0,), dtype=reference_variable.dtype, name=f"{name}_elsewhere"))
+        else:
+            made = self.add_variable(shape=(0,), dtype=reference_variable.dtype,
+                                     name=f"{name}_elsewhere")
+        self._hvd_ext.references[id(as_tf(made))] = reference_variable, name
+        return mark_per_rank(made) if accumulator or server is not None else made
+
+    def _overwrite_model_variables_with_average_value(self, trainable_variables: Any) -> None:
+        server = self._hvd_ext.server
+        if server is None:
+            super()._overwrite_model_variables_with_average_value(trainable_variables)
+            return
+        for variable, average in zip(trainable_variables, self._model_variables_moving_average,
+                                     strict=True):
+            if average is not None:
+                as_tf(variable).assign(average)
+        server.send(trainable_variables, f"{self._hvd_ext.prefix}/averages")
 
     def scale_loss(self, loss: Any) -> Any:
         """The loss times ``loss_scale_factor``."""
@@ -168,26 +186,19 @@ class _Distributed:
         keras.ops.cond(tf.greater_equal(done, distribution.passes), last_pass, other_pass)
 
     def load_own_variables(self, store: Any) -> None:
-        """Take back what a file holds; state of one rank only on that rank.
+        checkpoint.load(self, store, super().load_own_variables)
 
-        Raises:
-            ValueError: the file is another rank's.
-        """
-        distribution, variables = self._hvd_ext, self.variables
-        if len(store.keys()) != len(variables):
-            super().load_own_variables(store)  # Keras says why it loads nothing
+    def save_own_variables(self, store: Any) -> None:
+        gathered = self._hvd_ext.gathered
+        if gathered is None:
+            super().save_own_variables(store)
             return
-        values = {key: store[key] for key in list(store.keys())}
-        for number, variable in enumerate(variables):
-            own = as_tf(variable)
-            if own is distribution.server_stamp:
-                check_stamp(values[str(number)], distribution.collectives, "server=")
-            elif distribution.reset_per_rank_state and distribution.server is None \
-                    and is_per_rank(variable):
-                values[str(number)] = np.asarray(own)
-            elif own is distribution.reducer.stamp:
-                check_stamp(values[str(number)], distribution.collectives)
-        super().load_own_variables(values)
+        for number, value in gathered.items():
+            store[number] = value
+
+    def report(self) -> dict[str, Any]:
+        """Figures of the last step: bytes by kind, and those of each extension in use."""
+        return self._hvd_ext.report(self)
 
     def reset_per_rank_state(self) -> None:
         """Start anew what belongs to this rank: residuals, MeanSquare, gradients accumulated."""
@@ -255,6 +266,7 @@ def distribute(optimizer: Any, name: str | None = None, device_dense: str = "",
             average_aggregated_gradients, num_groups, groups, process_set, scale_local_gradients,
             preconditioner=preconditioner, server=server,
             reset_per_rank_state=reset_per_rank_state)
+        object.__setattr__(optimizer, "report", optimizer.inner_optimizer.report)
         return optimizer
     passes = checks.whole("backward_passes_per_step", backward_passes_per_step, low=1)
     if passes > 1 and optimizer.gradient_accumulation_steps:
@@ -282,7 +294,8 @@ def distribute(optimizer: Any, name: str | None = None, device_dense: str = "",
     distribution = Distribution(
         optimizer, reducer, passes=passes, average_passes=average_aggregated_gradients,
         scale_local=scale_local_gradients, sparse_as_dense=sparse_as_dense,
-        preconditioner=preconditioner, server=placed, reset_per_rank_state=reset_per_rank_state)
+        preconditioner=preconditioner, server=placed, where=server,
+        reset_per_rank_state=reset_per_rank_state)
     object.__setattr__(optimizer, keras_hooks.ATTRIBUTE, distribution)
     object.__setattr__(optimizer, "__class__", distributed_class(type(optimizer)))
     if optimizer.built:

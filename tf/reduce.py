@@ -16,6 +16,7 @@ import horovod.tensorflow as horovod
 import tensorflow as tf
 
 from hvd_ext.tensorflow.collectives import Collectives
+from hvd_ext.tensorflow.traffic import Cell
 from hvd_ext.tensorflow.variables import name_of
 
 Gradient = tf.Tensor | tf.IndexedSlices
@@ -33,6 +34,7 @@ class Reducer(abc.ABC):
         self.prefix = prefix
         self.variables: list[Any] = []
         self._functions: dict[tuple[str, ...], Any] = {}
+        self._noted: tuple[list[str], Cell] | None = None
 
     def build(self, variables: Sequence[Any], make_variable: MakeVariable) -> None:
         """Take the variables whose gradients are to be reduced, and make what state that needs.
@@ -46,6 +48,10 @@ class Reducer(abc.ABC):
     def parts_shape(self) -> tuple[int, ...]:
         """Leading shape of the gradients taken: (micro-batches,) or ()."""
         return ()
+
+    def per_rank_state(self) -> list[tf.Variable]:
+        """The variables that belong to this rank alone. Here there are none."""
+        return []
 
     def reset_per_rank_state(self) -> None:
         """Start the state of this rank anew. Here there is none."""
@@ -63,6 +69,7 @@ class Reducer(abc.ABC):
         ``inputs`` are tensors. The second result is None when it always may.
         """
         present = [index for index, gradient in enumerate(gradients) if gradient is not None]
+        self.collectives.traffic.begin()
         if not present:
             return list(gradients), None
         sent = [gradients[index] for index in present]
@@ -71,16 +78,38 @@ class Reducer(abc.ABC):
             key = tuple(f"{index}.{name_of(owner)}" for index, owner in enumerate(owners))
             if key not in self._functions:
                 self._functions[key] = tf.function(
-                    lambda sent, inputs: self.reduce(sent, owners, **inputs),
+                    lambda sent, inputs: self._counted(sent, owners, inputs),
                     reduce_retracing=True, autograph=False,
                 )
             reduced, good = self._functions[key](sent, inputs)
         else:
-            reduced, good = self.reduce(sent, owners, **inputs)
+            reduced, good = self._counted(sent, owners, inputs)
         result = list(gradients)
         for index, gradient in zip(present, reduced, strict=True):
             result[index] = gradient
         return result, good
+
+    def _counted(self, gradients: list[Gradient], variables: Sequence[Any],
+                 inputs: dict[str, tf.Tensor]) -> tuple[list[Gradient], Any]:
+        with self.collectives.traffic.section():
+            return self.reduce(gradients, variables, **inputs)
+
+    def note(self, **figures: Any) -> None:
+        """Keep a few numbers of this step, or lists of numbers to add up, for the report."""
+        if self._noted is None:
+            self._noted = list(figures), Cell(len(figures), tf.float64)
+        given = {name: figure if isinstance(figure, list) else [figure]
+                 for name, figure in figures.items()}
+        zero = tf.constant(0.0, tf.float64)
+        self._noted[1].assign(tf.stack([
+            tf.add_n([zero, *(tf.cast(one, tf.float64) for one in given[name])])
+            for name in self._noted[0]]))
+
+    def noted(self) -> dict[str, float]:
+        """What :meth:`note` kept of the last step; nothing before it."""
+        if self._noted is None:
+            return {}
+        return dict(zip(self._noted[0], self._noted[1].numbers(), strict=True))
 
     @abc.abstractmethod
     def reduce(self, gradients: list[Gradient], variables: Sequence[Any],

@@ -1,20 +1,42 @@
 """Where the update runs: on every rank, on rank 0, or each variable's on the rank that owns it.
 
-A rank makes the optimizer's variables (moments) only for what it owns; the updated weights are
-broadcast by their owners.
+A rank makes the optimizer's variables (moments, averages of weights) only for what it owns; the
+updated weights are broadcast by their owners.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
 
 from hvd_ext import composition
-from hvd_ext.servers import owners
+from hvd_ext.servers import owners, shares
+from hvd_ext.servers.ownership import EVERY_RANK
 from hvd_ext.tensorflow.collectives import Collectives
-from hvd_ext.tensorflow.variables import as_tf, name_of
+from hvd_ext.tensorflow.traffic import Cell
+from hvd_ext.tensorflow.variables import as_tf
+
+SMALL_BYTES = 2**16  # weights of at most so many bytes travel together; larger ones are not copied
+
+@dataclass(frozen=True)
+class Message:
+    """What one rank broadcasts: a large variable alone, or small ones and a status behind them.
+
+    The status is an element that is not 0 where the rank's update failed.
+    """
+
+    owner: int
+    dtype: tf.DType
+    inside: list[Any]
+    packed: bool
+
+    @property
+    def numels(self) -> list[int]:
+        """Elements of what is packed, the status last."""
+        return [*map(_numel, self.inside), 1]
 
 
 class Server:
@@ -28,51 +50,155 @@ class Server:
         self.kind = kind
         self.collectives = collectives
         self.owners: dict[int, int] = {}
-        with tf.init_scope():
-            self._used = tf.Variable(0.0, trainable=False)
+        self.numels: dict[int, int] = {}
+        self._zero = Cell(1)
 
-    def build(self, variables: Sequence[Any]) -> None:
-        """Give each variable an owner, the same on every rank."""
-        numels = [int(tf.TensorShape(variable.shape).num_elements()) for variable in variables]
+    def build(self, variables: Sequence[Any], local: set[int]) -> None:
+        """Give each variable an owner, the same on every rank; ``local`` ones belong to every rank."""
+        served = [variable for variable in variables if id(as_tf(variable)) not in local]
+        numels = [int(tf.TensorShape(variable.shape).num_elements()) for variable in served]
         assigned = owners(self.kind, numels, self.collectives.size)
-        self.owners = {id(as_tf(variable)): owner
-                       for variable, owner in zip(variables, assigned, strict=True)}
+        self.owners = dict.fromkeys(local, EVERY_RANK)
+        for variable, owner, numel in zip(served, assigned, numels, strict=True):
+            self.owners[id(as_tf(variable))] = owner
+            self.numels[id(as_tf(variable))] = numel
 
     def owns(self, variable: Any) -> bool:
         """Whether this rank keeps the variable's part of the optimizer's state."""
-        return self.owner(variable) == self.collectives.rank
+        return self.owner(variable) in (self.collectives.rank, EVERY_RANK)
 
     def owner(self, variable: Any) -> int:
-        """The rank that updates the variable."""
+        """The rank that updates the variable, or ``EVERY_RANK``."""
         return self.owners[id(as_tf(variable))]
 
     def update(self, update: Callable[[Sequence[Any], Sequence[Any]], None],
                gradients: Sequence[Any], variables: Sequence[Any], prefix: str) -> None:
-        """``update(gradients, variables)`` of what this rank owns; then everyone's new weights."""
+        """``update(gradients, variables)`` of what this rank owns; then everyone's new weights.
+
+        Raises:
+            RuntimeError: the update failed on another rank (InvalidArgumentError in a traced
+                function). The rank where it failed raises its own error, or names it.
+        """
         mine = [(gradient, variable) for gradient, variable in zip(gradients, variables, strict=True)
                 if self.owns(variable)]
-        if mine:
-            update([gradient for gradient, _ in mine], [variable for _, variable in mine])
+        failure = None
+        try:
+            if mine:
+                update([gradient for gradient, _ in mine], [variable for _, variable in mine])
+        except Exception as error:  # the others wait for this rank's weights: tell them
+            if self.collectives.size == 1:
+                raise
+            failure = error
+        if self.collectives.size > 1:
+            self._use([gradient for gradient, variable in zip(gradients, variables, strict=True)
+                       if failure is not None or not self.owns(variable)])
+            self.send(variables, f"{prefix}/weights", failure)
+
+    def _use(self, gradients: Sequence[Any]) -> None:
+        """Put gradients that are not applied here to some use: TensorFlow leaves out reductions
+        whose result has none, and the ranks that own it would wait for this one."""
+        if tf.executing_eagerly():
+            return
+        seen = [gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
+                for gradient in gradients]
+        # A control dependency is not enough: TensorFlow drops those on operations without effects.
+        tf.raw_ops.Assert(condition=tf.equal(self._zero.read()[0], 0), summarize=1,
+                          data=[tf.reshape(value, [-1])[:1] for value in seen] or [[0]])
+
+    def send(self, variables: Sequence[Any], name: str, failure: Exception | None = None) -> None:
+        """Give every rank the owners' values of variables. A collective.
+
+        Args:
+            variables: the same on every rank.
+            name: prefix of the names in the timeline.
+            failure: what went wrong with those that this rank owns.
+        """
+        rank = self.collectives.rank
         if self.collectives.size == 1:
             return
-        self._use(gradient for gradient, variable in zip(gradients, variables, strict=True)
-                  if not self.owns(variable))
-        # All are under way together before the first one is waited for.
-        sent = [self.collectives.broadcast(as_tf(variable).read_value(), self.owner(variable),
-                                           f"{prefix}/weights/{name_of(variable)}")
-                for variable in variables]
-        for variable, value in zip(variables, sent, strict=True):
-            as_tf(variable).assign(value)
+        with self.collectives.traffic.section():
+            plan = self._messages(variables)
+            given = [self._outgoing(message, failure is not None) for message in plan]
+            # All are under way together before the first one is waited for.
+            sent = [self.collectives.broadcast(value, message.owner, f"{name}/{number}")
+                    for number, (message, value) in enumerate(zip(plan, given, strict=True))]
+        self._raise_failure(plan, sent, failure)
+        for message, value in zip(plan, sent, strict=True):
+            if message.owner == rank and message.packed:
+                continue  # one that is alone is assigned here too: without a use it would not be sent
+            pieces = tf.split(value, message.numels)[:-1] if message.packed else [value]
+            for variable, piece in zip(message.inside, pieces, strict=True):
+                as_tf(variable).assign(tf.reshape(piece, variable.shape))
 
-    def _use(self, gradients: Iterable[Any]) -> None:
-        """Put what others own to some use: TensorFlow leaves out reductions whose result has none,
-        and the ranks that own it would wait for this one."""
-        used = []
-        for gradient in gradients:
-            dense = gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
-            used.append(tf.reduce_sum(tf.cast(tf.reshape(dense, [-1])[:1], tf.float32)))
-        if used:
-            self._used.assign(tf.add_n(used))
+    def _messages(self, variables: Sequence[Any]) -> list[Message]:
+        """Every owner's messages, in an order that all ranks compute alike."""
+        plan: list[Message] = []
+        served = [variable for variable in variables if self.owner(variable) != EVERY_RANK]
+        for owner in sorted({self.owner(variable) for variable in served}):
+            packed: dict[tf.DType, Message] = {}
+            for variable in served:
+                dtype = as_tf(variable).dtype
+                if self.owner(variable) != owner:
+                    continue
+                if _numel(variable) * dtype.size > SMALL_BYTES:
+                    plan.append(Message(owner, dtype, [variable], False))
+                else:
+                    packed.setdefault(dtype, Message(owner, dtype, [], True)).inside.append(variable)
+            plan += packed.values() or [Message(owner, tf.float32, [], True)]
+        return plan
+
+    def _outgoing(self, message: Message, failed: bool) -> tf.Tensor:
+        """The message's tensor; of no value yet where another rank sends it."""
+        if message.owner != self.collectives.rank:
+            shape = [sum(message.numels)] if message.packed else message.inside[0].shape
+            return tf.raw_ops.Empty(shape=shape, dtype=message.dtype, init=False)
+        values = [as_tf(variable).read_value() for variable in message.inside]
+        if not message.packed:
+            return values[0]
+        # Read, not constant: TensorFlow works out what depends on constants alone only once.
+        status = tf.cast(self._zero.read() + int(failed), message.dtype)
+        return tf.concat([*(tf.reshape(value, [-1]) for value in values), status], axis=0)
+
+    def _raise_failure(self, plan: list[Message], sent: list[tf.Tensor],
+                       failure: Exception | None) -> None:
+        packed = [(message.owner, value[-1]) for message, value in zip(plan, sent, strict=True)
+                  if message.packed]
+        if tf.executing_eagerly():
+            if failure is not None:
+                raise failure
+            failed = [owner for owner, status in packed if bool(status != 0)]
+            if failed:
+                raise RuntimeError(f"the update failed on rank {failed[0]} (server={self.kind!r}); "
+                                   "see that rank's error")
+            return
+        with tf.control_dependencies(sent):  # an error must not stop a message that others wait for
+            statuses = tf.stack([tf.cast(status, tf.float32) for _, status in packed])
+        here = "" if failure is None else f" Here: {type(failure).__name__}: {failure}."
+        tf.debugging.Assert(tf.reduce_all(tf.equal(statuses, 0.0)), [
+            f"the update failed on a rank (server={self.kind!r}); see that rank's error.{here} "
+            f"Status of ranks {[owner for owner, _ in packed]}:", statuses])
+
+    def report(self, kept: Sequence[tf.Variable]) -> dict[str, Any]:
+        """Where the update runs, and what of it this rank keeps; ``kept`` is its state."""
+        numels = [self.numels[key] for key in self.numels]
+        held = shares([self.owners[key] for key in self.numels], numels, self.collectives.size)
+        return {
+            "where": self.kind,
+            "owned_elements": held[self.collectives.rank],
+            "elements": sum(numels),
+            "largest_share": max(held, default=0),
+            **state_bytes(kept),
+        }
+
+
+def state_bytes(kept: Sequence[tf.Variable]) -> dict[str, int]:
+    """Bytes of a rank's state, and of buffers that live between steps, of which there are none."""
+    return {"state_bytes": sum(int(v.shape.num_elements()) * v.dtype.size for v in kept),
+            "buffer_bytes": 0}
+
+
+def _numel(variable: Any) -> int:
+    return int(tf.TensorShape(variable.shape).num_elements())
 
 
 def make_server(kind: str | None, optimizer: Any, collectives: Collectives) -> Server | None:
@@ -80,7 +206,6 @@ def make_server(kind: str | None, optimizer: Any, collectives: Collectives) -> S
 
     Raises:
         ValueError: an unknown one, or an optimizer that has state already.
-        NotImplementedError: one that keeps averages of all weights on each rank.
     """
     if kind in (None, "replicated"):
         return None
@@ -89,7 +214,4 @@ def make_server(kind: str | None, optimizer: Any, collectives: Collectives) -> S
     if optimizer.built:
         raise ValueError(f"server={kind!r} with an optimizer that has state already: make a new "
                          "one, or load the model with hvd.load_model(..., server=...)")
-    if optimizer.use_ema:
-        raise NotImplementedError(f"server={kind!r} with use_ema=True is not available in the "
-                                  "TensorFlow front end; leave one of them out")
     return Server(kind, collectives)

@@ -18,10 +18,11 @@ from hvd_ext.delay import DelayCompensated
 from hvd_ext.sparse import TopK
 from hvd_ext.tensorflow import keras_hooks
 from hvd_ext.tensorflow.collectives import Collectives
-from hvd_ext.tensorflow.distribution import make_state
+from hvd_ext.tensorflow.distribution import make_state, precondition
 from hvd_ext.tensorflow.keras_hooks import refuse_xla
 from hvd_ext.tensorflow.reduce import Reducer, divide_by_ranks
 from hvd_ext.tensorflow.reducers import OTHER_REDUCTIONS, REDUCTIONS, check_preconditioner, make_reducer
+from hvd_ext.tensorflow.report import report
 from hvd_ext.tensorflow.variables import as_tf
 
 ON_OPTIMIZER = "_hvd_ext_tape"
@@ -59,8 +60,7 @@ class _DistributedGradientTape(tf.GradientTape):
         if good is not None:  # as after a plain allreduce, what is not finite reaches every rank
             reduced = [None if gradient is None else tf.where(good, gradient, math.nan)
                        for gradient in reduced]
-        if self._preconditioner is not None:
-            reduced = self._preconditioner.precondition(reduced, owners, self._reducer.collectives)
+        reduced = precondition(self._preconditioner, reduced, owners, self._reducer)
         result = list(flat)
         for index, gradient in zip(far, reduced, strict=True):
             result[index] = gradient
@@ -103,7 +103,8 @@ def distributed_tape(gradtape: tf.GradientTape, device_dense: str = "", device_s
     Sources may be Keras 3 variables or tf.Variables; the ranks' tapes need the same ones. With
     ``op=DelayCompensated(...)`` or ``compression=Compression.topk(...)`` give ``optimizer=``, the
     Keras optimizer that will apply the gradients: its learning rate is used, and its variables
-    hold what is kept between steps. Pass the same settings each step.
+    hold what is kept between steps. Pass the same settings each step. Where it is given, with any
+    ``op``, ``optimizer.report()`` has the figures of the last step.
     With ``preconditioner=`` give it where its ``scale_loss`` multiplies the loss (mixed_float16,
     ``loss_scale_factor``).
 
@@ -122,27 +123,28 @@ def distributed_tape(gradtape: tf.GradientTape, device_dense: str = "", device_s
         preconditioner.scaled_by(optimizer, still=True)
     groups = (num_groups or None) if groups is None else groups
     settings = (op, compression, sparse_as_dense, gradient_predivide_factor, process_set,
-                device_dense, device_sparse)
-    if not (isinstance(op, DelayCompensated) or isinstance(compression, TopK)):
-        make = _make_reducer if isinstance(groups, list) else _kept_reducer
-        reducer = make(*settings, groups)
-        return _DistributedGradientTape(gradtape, reducer, scale_local_gradients, None,
-                                        preconditioner)
+                device_dense, device_sparse, _Groups(groups) if isinstance(groups, list) else groups)
+    keeps_state = isinstance(op, DelayCompensated) or isinstance(compression, TopK)
+    if optimizer is None and not keeps_state:
+        return _DistributedGradientTape(gradtape, _kept_reducer(*settings), scale_local_gradients,
+                                        None, preconditioner)
     if not isinstance(optimizer, keras.Optimizer):
         what = "DelayCompensated" if isinstance(op, DelayCompensated) else "Compression.topk"
+        why = f"a tape with {what} keeps state between steps and needs" if keeps_state else \
+            "a tape takes as"
         raise ValueError(
-            f"a tape with {what} keeps state between steps and needs optimizer=, the Keras "
-            f"optimizer that applies its gradients; got {optimizer!r}. Pass it, or wrap the "
-            "optimizer with hvd.DistributedOptimizer instead of the tape")
+            f"{why} optimizer=, the Keras optimizer that applies its gradients; got {optimizer!r}. "
+            "Pass it, or wrap the optimizer with hvd.DistributedOptimizer instead of the tape")
     if keras_hooks.distribution_of(optimizer) is not None:
         raise ValueError("optimizer= is distributed already: gradients would be reduced twice; "
                          "use hvd.DistributedOptimizer or hvd.DistributedGradientTape, not both")
     kept = optimizer.__dict__.get(ON_OPTIMIZER)
     if kept is None or kept[0] != settings:
-        kept = settings, _make_reducer(*settings, groups)
+        kept = settings, _make_reducer(*settings)
         object.__setattr__(optimizer, ON_OPTIMIZER, kept)
-    return _DistributedGradientTape(gradtape, kept[1], scale_local_gradients, optimizer,
-                                    preconditioner)
+    object.__setattr__(optimizer, "report", functools.partial(report, kept[1], preconditioner))
+    return _DistributedGradientTape(gradtape, kept[1], scale_local_gradients,
+                                    optimizer if keeps_state else None, preconditioner)
 
 
 def partial_distributed_tape(gradtape: tf.GradientTape, *args: Any, local_layers: Any = None,
@@ -158,8 +160,24 @@ def partial_distributed_tape(gradtape: tf.GradientTape, *args: Any, local_layers
     return tape
 
 
+class _Groups:
+    """Lists of variables, alike when they are the same variables."""
+
+    def __init__(self, groups: list[Any]) -> None:
+        self.groups = groups
+        self._key = tuple(tuple(id(as_tf(one)) for one in group) if isinstance(group, list)
+                          else id(group) for group in groups)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Groups) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
 def _make_reducer(op: Any, compression: Any, sparse_as_dense: bool, predivide: float,
                   process_set: Any, device_dense: str, device_sparse: str, groups: Any) -> Reducer:
+    groups = groups.groups if isinstance(groups, _Groups) else groups
     return make_reducer(
         Collectives(process_set, device_dense=device_dense, device_sparse=device_sparse),
         "DistributedGradientTape", op=op, compression=compression,

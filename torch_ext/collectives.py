@@ -15,7 +15,7 @@ import horovod.torch as horovod
 import torch
 from horovod.torch import mpi_ops
 
-from hvd_ext.traffic import Traffic
+from hvd_ext.traffic import Traffic, allreduce_bytes, by_kind
 
 
 @dataclass
@@ -77,8 +77,7 @@ class Collectives:
         ticket = horovod.allreduce_async_(
             tensor, name=name, op=op, process_set=self.process_set, **scale
         )
-        size = self.size
-        moved = 2 * (size - 1) * nbytes(tensor) // size
+        moved = allreduce_bytes(nbytes(tensor), self.size)
         self.traffic.add(kind, sent=moved, received=moved)
         return Handle(self, ticket, kind)
 
@@ -138,14 +137,6 @@ class Collectives:
 def _carrier(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory under a dtype that Horovod can move; it knows no bfloat16."""
     return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
-
-
-def by_kind(kind: str | Mapping[str, int], count: int) -> dict[str, int]:
-    """``count`` bytes by kind, where ``kind`` says what one message consists of."""
-    if isinstance(kind, str):
-        return {kind: count}
-    whole = sum(kind.values())
-    return {part: count * share // whole for part, share in kind.items()}
 
 
 def _memory(out: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:

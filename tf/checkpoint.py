@@ -1,0 +1,164 @@
+"""The optimizer's state across ranks: one file in the plain optimizer's layout, and back.
+
+A distributed optimizer's variables are those of the plain one, in its order, and after them what
+the extensions keep. Under ``server="rank0"`` and ``"sharded"`` some of the first are empty on the
+ranks that do not own them. ``gather`` brings the plain ones together, ``load`` takes either layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from hvd_ext.servers.ownership import EVERY_RANK
+from hvd_ext.tensorflow.collectives import Collectives
+from hvd_ext.tensorflow.variables import as_tf, is_per_rank, name_of
+
+ACCUMULATOR = "gradient_accumulator"  # Keras' sums of this rank's gradients, not yet reduced
+
+
+def gather(optimizer: Any, *, reset_per_rank_state: bool = False) -> dict[str, Any]:
+    """The plain optimizer's state, whichever ranks keep it: complete on rank 0. A collective.
+
+    Raises:
+        ValueError: on all ranks, for state that belongs to each rank and has no place in it, or
+            whose owner is not known.
+    """
+    distribution = optimizer._hvd_ext
+    refuse_per_rank_state(optimizer, reset_per_rank_state)
+    collectives = Collectives(distribution.collectives.process_set)  # not part of a step's bytes
+    values: dict[str, Any] = {}
+    for number, variable in enumerate(plain_variables(optimizer)):
+        value = _value(optimizer, as_tf(variable), collectives, f"{distribution.prefix}/{number}")
+        if collectives.rank == 0:
+            values[str(number)] = value
+    return values
+
+
+def _value(optimizer: Any, variable: tf.Variable, collectives: Collectives, name: str) -> Any:
+    server = optimizer._hvd_ext.server
+    reference, kind = optimizer._hvd_ext.references.get(id(variable), (None, ""))
+    own = variable.numpy()
+    if collectives.size == 1:
+        return own
+    if kind == ACCUMULATOR:  # of equal gradients on all ranks, the mean would be the same
+        return collectives.allreduce(variable.read_value(), f"{name}/accumulated").numpy()
+    if server is None:
+        return own
+    owner = EVERY_RANK if reference is None else server.owner(reference)
+    if owner == EVERY_RANK:
+        everyone = collectives.allgather_object(own.tobytes(), f"{name}/alike")
+        if reference is None and any(other != everyone[0] for other in everyone):
+            raise ValueError(
+                f"{variable.name} of {type(optimizer).__name__} differs by rank and belongs to no "
+                f"one variable, so that server={server.kind!r} cannot bring it together; save one "
+                "file a rank with model.save, or use server='replicated'")
+        return own
+    if owner != collectives.rank:
+        own = np.zeros(tuple(reference.shape), variable.dtype.as_numpy_dtype)
+    return collectives.broadcast(tf.constant(own, variable.dtype), owner, f"{name}/state").numpy()
+
+
+def plain_variables(optimizer: Any) -> list[Any]:
+    """Those of a distributed optimizer's variables that the wrapped one has too."""
+    return list(optimizer.variables)[:optimizer._hvd_ext.plain_count]
+
+
+def refuse_per_rank_state(optimizer: Any, reset: bool) -> None:
+    """Refuse to leave out what belongs to each rank, unless ``reset``.
+
+    Raises:
+        ValueError: there is such state.
+    """
+    distribution = optimizer._hvd_ext
+    if distribution.counter is not None and int(distribution.counter):
+        raise ValueError(
+            f"{int(distribution.counter)} of backward_passes_per_step={distribution.passes} passes "
+            "are done and their gradients belong to each rank; save after a whole step")
+    if distribution.reducer.per_rank_state() and not reset:
+        what = type(distribution.reducer).__name__.removesuffix("Reducer")
+        raise ValueError(
+            f"{what} keeps state that belongs to each rank, which one file for all has no place "
+            "for: save one file a rank with model.save, or pass reset_per_rank_state=True to leave "
+            "it out, so that it starts anew when the file is loaded")
+
+
+def load(optimizer: Any, store: Any, load_all: Callable[[Any], None]) -> None:
+    """Take back what a file holds; state of one rank only on that rank.
+
+    Args:
+        optimizer: distributed.
+        store: arrays by number, in this optimizer's layout or the plain one's.
+        load_all: the wrapped class's own loading, of all variables.
+
+    Raises:
+        ValueError: the file is another rank's, or of other extensions.
+    """
+    distribution, variables = optimizer._hvd_ext, optimizer.variables
+    count, plain = len(store.keys()), distribution.plain_count
+    if plain is None or plain == len(variables):
+        load_all(store)  # Keras says why where it loads nothing
+        return
+    if count == plain:
+        _load_plain(optimizer, store)
+        return
+    if count != len(variables):
+        raise ValueError(
+            f"the file holds {count} variables of an optimizer; {optimizer.name!r} has {plain}, and "
+            f"{len(variables) - plain} of its extensions: it was saved with another op=, "
+            "compression= or server=, or for another model. A file written with hvd.save_model "
+            "loads under every server= and on any number of ranks")
+    values = {key: store[key] for key in list(store.keys())}
+    for number, variable in enumerate(variables):
+        own = as_tf(variable)
+        if own is distribution.server_stamp:
+            check_stamp(values[str(number)], distribution.collectives, "server=")
+        elif distribution.reset_per_rank_state and distribution.server is None \
+                and is_per_rank(variable):
+            values[str(number)] = np.asarray(own)
+        elif own is distribution.reducer.stamp:
+            check_stamp(values[str(number)], distribution.collectives)
+    load_all(values)
+
+
+def _load_plain(optimizer: Any, store: Any) -> None:
+    """A file without extensions: this rank takes what it owns, the extensions start anew."""
+    distribution = optimizer._hvd_ext
+    plain = plain_variables(optimizer)
+    for number, variable in enumerate(plain):
+        reference, kind = distribution.references.get(id(as_tf(variable)), (None, ""))
+        elsewhere = distribution.server is not None and reference is not None \
+            and kind != ACCUMULATOR and not distribution.server.owns(reference)
+        saved, here = np.asarray(store[str(number)]), as_tf(variable)
+        expected = tuple((reference if elsewhere else here).shape)
+        if saved.shape != expected:
+            raise ValueError(f"the file's state {number} is of shape {saved.shape}, that of "
+                             f"{name_of(variable)} of {expected}: it is of another model or optimizer")
+        if not elsewhere:
+            here.assign(saved)
+    for variable in list(optimizer.variables)[len(plain):]:
+        as_tf(variable).assign(tf.zeros_like(as_tf(variable)))
+    distribution.stamp_rank()
+
+
+def check_stamp(saved: Any, collectives: Collectives, what: str = "") -> None:
+    """Refuse state that was saved by another rank, or on another number of ranks.
+
+    Args:
+        saved: the (rank, ranks) that the file holds.
+        what: the argument whose state cannot be started anew, if that is so.
+
+    Raises:
+        ValueError: the state is another rank's.
+    """
+    rank, ranks = (int(number) for number in np.asarray(saved))
+    if (rank, ranks) == (collectives.rank, collectives.size):
+        return
+    way = "save one for all with hvd.save_model" if what else "start that state anew with " \
+        "reset_per_rank_state=True"
+    raise ValueError(
+        f"the optimizer's state in the file is that of rank {rank} of {ranks}, this is rank "
+        f"{collectives.rank} of {collectives.size}: save and load one file a rank, or {way}")

@@ -1,0 +1,160 @@
+"""Bytes that a rank sends and receives in a step, by kind, counted while the step is traced."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import tensorflow as tf
+
+Count = Any  # an int where a size is known when a function is traced, else a 0-D int64 tensor
+Counts = dict[str, list[Count]]  # (sent, received) by kind
+
+
+class Cell:
+    """A small vector of numbers beside any model, that may be made while a function is traced again.
+
+    ``tf.function`` refuses a ``tf.Variable`` that is new in another trace than the first.
+    """
+
+    _numbers = itertools.count()
+
+    def __init__(self, size: int, dtype: tf.DType = tf.int64) -> None:
+        self.dtype = dtype
+        with tf.init_scope(), tf.device("cpu"):
+            self._handle = tf.raw_ops.VarHandleOp(
+                dtype=dtype, shape=(size,), shared_name=f"hvd_ext.cell{next(self._numbers)}")
+            self.assign(tf.zeros((size,), dtype))
+
+    def assign(self, value: Any) -> None:
+        """Put numbers in."""
+        if not isinstance(value, tf.Tensor) or value.dtype != self.dtype:
+            value = tf.cast(value, self.dtype)
+        tf.raw_ops.AssignVariableOp(resource=self._handle, value=value)
+
+    def read(self) -> tf.Tensor:
+        """The numbers in it."""
+        return tf.raw_ops.ReadVariableOp(resource=self._handle, dtype=self.dtype)
+
+    def numbers(self) -> list[Any]:
+        """The numbers in it, outside of any function."""
+        return list(self.read().numpy().tolist())
+
+
+@dataclass
+class _Section:
+    """What one stretch of a graph moves each time it runs."""
+
+    graph: Any
+    counts: Counts = field(default_factory=dict)
+
+
+@dataclass
+class _Note:
+    """A traced section: ``ran_at`` is the step it last ran in, ``sizes`` what only that run knew."""
+
+    ran_at: Cell
+    sizes: Cell | None
+    counts: Counts  # a number -1 - i stands for sizes[i]
+
+    def read(self) -> Counts:
+        """The counts of the run, as numbers."""
+        sizes = [] if self.sizes is None else self.sizes.numbers()
+        return {kind: [count if count >= 0 else sizes[-1 - count] for count in pair]
+                for kind, pair in self.counts.items()}
+
+
+class StepTraffic:
+    """The bytes of the last step.
+
+    Sizes that are known when a function is traced cost one small assignment a section and step,
+    which says that the section ran. A collective in a branch is a section of its own, so that it
+    counts only where the branch is taken, and branches need not wait for each other.
+    """
+
+    def __init__(self) -> None:
+        self._step = Cell(1)
+        self._open: list[_Section] = []
+        self._notes: list[_Note] = []
+        self._eager: Counts = {}
+        self._eager_step = -1
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._step.assign(self._step.read() + 1)
+        if tf.executing_eagerly():
+            self._eager, self._eager_step = {}, self._step.numbers()[0]
+
+    @contextmanager
+    def section(self) -> Iterator[None]:
+        """Collectives inside are counted together."""
+        if tf.executing_eagerly():
+            yield
+            return
+        section = _Section(tf.compat.v1.get_default_graph())
+        self._open.append(section)
+        try:
+            yield
+        finally:
+            self._open.pop()
+        self._note(section.counts)
+
+    def add(self, kind: str, sent: Count, received: Count) -> None:
+        """Count one message."""
+        if tf.executing_eagerly():
+            _add(self._eager, {kind: [sent, received]})
+        elif self._open and self._open[-1].graph is tf.compat.v1.get_default_graph():
+            _add(self._open[-1].counts, {kind: [sent, received]})
+        else:
+            self._note({kind: [sent, received]})
+
+    def _note(self, counts: Counts) -> None:
+        if not counts:
+            return
+        known: Counts = {}
+        found: list[tf.Tensor] = []
+        for kind, pair in counts.items():
+            known[kind] = []
+            for count in pair:
+                if not isinstance(count, int):
+                    found.append(count)
+                known[kind].append(count if isinstance(count, int) else -len(found))
+        ran_at, sizes = Cell(1), Cell(len(found)) if found else None
+        ran_at.assign(self._step.read())
+        if sizes is not None:
+            sizes.assign(tf.stack(found))
+        self._notes.append(_Note(ran_at, sizes, known))
+
+    def last(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Bytes sent and received by kind in the step that began last."""
+        step = self._step.numbers()[0]
+        total: Counts = {}
+        if step == 0:
+            return {}, {}
+        if self._eager_step == step:
+            _add(total, self._eager)
+        for note in self._notes:
+            if note.ran_at.numbers()[0] == step:
+                _add(total, note.read())
+        return ({kind: int(sent) for kind, (sent, _) in total.items() if sent},
+                {kind: int(received) for kind, (_, received) in total.items() if received})
+
+
+def _add(total: Counts, counts: Counts) -> None:
+    for kind, (sent, received) in counts.items():
+        before = total.get(kind, [0, 0])
+        total[kind] = [before[0] + sent, before[1] + received]
+
+
+def nbytes(tensor: tf.Tensor, itemsize: int | None = None) -> Count:
+    """Bytes of the tensor's elements; a tensor where its shape is not known yet."""
+    itemsize = tensor.dtype.size if itemsize is None else itemsize
+    elements = tensor.shape.num_elements()
+    if elements is not None:
+        return int(elements) * itemsize
+    if tf.executing_eagerly():
+        return int(tf.size(tensor)) * itemsize
+    return tf.size(tensor, out_type=tf.int64) * itemsize

@@ -16,7 +16,7 @@ from hvd_ext.delay import DelayCompensated
 from hvd_ext.delay.slices import slice_sizes
 from hvd_ext.tensorflow.buckets import BucketReducer
 from hvd_ext.tensorflow.collectives import NARROW, Collectives
-from hvd_ext.tensorflow.delay_kernels import accumulation_dtype, reduced_slice, square_norm
+from hvd_ext.tensorflow.delay_kernels import accumulation_dtype, reduced_slice, square_norms
 from hvd_ext.tensorflow.reduce import MakeVariable
 
 
@@ -72,7 +72,7 @@ class DelayReducer(BucketReducer):
         dtypes = [flat.dtype for flat in flats]
         flats = [tf.reshape(self._narrow(flat), (parts, -1)) for flat in flats]
         received = [self._slices(flat, bucket) for flat, bucket in zip(flats, self.buckets, strict=True)]
-        squares = sum(tf.cast(square_norm(flat), tf.float64) for flat in flats)
+        squares = sum(square_norms(flat) for flat in flats)
         squares = tf.reshape(self.agree(tf.unstack(squares * tf.cast(lr, tf.float64) ** 2,
                                                    num=parts)), [-1])
         good = tf.reduce_all(tf.math.is_finite(squares))
@@ -103,8 +103,12 @@ class DelayReducer(BucketReducer):
                 part, splits, f"{self.prefix}/delay/bucket{bucket.index}/part{number}",
                 rows=self.collectives.size * own),
                 (self.collectives.size, own))
-            for number, part in enumerate(tf.unstack(flat, num=self.parts))]
+            for number, part in enumerate(self._parts(flat))]
         return tf.reshape(tf.stack(by_part, axis=1), (self.collectives.size * self.parts, own))
+
+    def _parts(self, flat: tf.Tensor) -> list[tf.Tensor]:
+        """The rows, without a copy where there is one only."""
+        return [tf.reshape(flat, [-1])] if self.parts == 1 else tf.unstack(flat, num=self.parts)
 
     def _reduce_slice(self, rows: tf.Tensor, bucket: Any, order: tf.Tensor, good: tf.Tensor,
                       lr: tf.Tensor) -> tf.Tensor:

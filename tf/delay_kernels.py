@@ -80,7 +80,7 @@ def accumulation_dtype(dtype: tf.DType) -> tf.DType:
     return tf.float64 if dtype == tf.float64 else tf.float32
 
 
-def square_norm(flat: tf.Tensor) -> tf.Tensor:
-    """The squared 2-norm along the last axis; half precision is summed in float32."""
+def square_norms(flat: tf.Tensor) -> tf.Tensor:
+    """The squared 2-norm of each row, float64; half precision is summed in float32."""
     wide = tf.cast(flat, accumulation_dtype(flat.dtype))
-    return tf.reduce_sum(wide * wide, axis=-1)
+    return tf.cast(tf.math.reduce_euclidean_norm(wide, axis=-1), tf.float64) ** 2

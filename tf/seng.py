@@ -6,6 +6,7 @@ what scales the loss, and ``pass_over`` after each pass.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -192,7 +193,8 @@ class SENG(tf.Module):
             return
         here = (collectives.rank, collectives.size)
         described = {key: value for key, value in vars(self.settings).items() if key != "damping"}
-        layers = [(state.layer.shape, state.layer.plan) for state in self.states]
+        layers = [(dataclasses.replace(state.layer.shape, name=state.layer.key), state.layer.plan)
+                  for state in self.states]
         with tf.init_scope():
             stamp = tuple(int(number) for number in self.stamp.numpy())
             mine = (digest(sorted(described.items()), layers),

@@ -108,7 +108,7 @@ class Block(tf.Module, abc.ABC):
         """All ranks' Xi, (rho, ...) each; bfloat16 travels as float32, which holds it exactly."""
         wide = tf.float32 if xi.dtype == tf.bfloat16 else xi.dtype
         sent = tf.cast(xi, wide)
-        together = run.collectives.allgather(sent, f"{run.prefix}.{name}/{self.layer.name}")
+        together = run.collectives.allgather(sent, f"{run.prefix}.{name}/{self.layer.key}")
         return tf.cast(together, xi.dtype)
 
 
@@ -138,9 +138,9 @@ class Explicit(Block):
         xi = parts["u"]
         if self.q is not None:
             wide = tf.cast(xi, self.dtype)
-            scores = row_scores(tf.reduce_sum(wide * wide, axis=0), f"scores/{self.layer.name}", run)
+            scores = row_scores(tf.reduce_sum(wide * wide, axis=0), f"scores/{self.layer.key}", run)
             rows, weights = kernels.choose_rows(sum(self.sizes), self.q, scores, run.settings, at,
-                                                f"{self.layer.name}/rows")
+                                                f"{self.layer.key}/rows")
             weights = tf.cast(weights, self.dtype)
             xi = tf.cast(tf.gather(wide, rows, axis=1) * weights, self.stored)
             parts.update(rows=rows, weights=weights)
@@ -215,9 +215,9 @@ class Product(Block):
             if q is not None:
                 wide = tf.cast(factor, self.dtype)
                 scores = row_scores(tf.reduce_sum(wide * wide, axis=(0, 2, 3)),
-                                    f"scores_{part}/{self.layer.name}", run)
+                                    f"scores_{part}/{self.layer.key}", run)
                 rows, weights = kernels.choose_rows(int(factor.shape[1]), q, scores, run.settings,
-                                                    at, f"{self.layer.name}/rows_{part}")
+                                                    at, f"{self.layer.key}/rows_{part}")
                 weights = tf.cast(weights, self.dtype)
                 factor = tf.gather(wide, rows, axis=1) * weights[:, None, None]
                 factor = tf.cast(factor, self.stored)

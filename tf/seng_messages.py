@@ -27,7 +27,7 @@ def mean_over_ranks(wanted: Sequence[tuple[LayerState, Sequence[tf.Tensor]]],
             if block.largest(run) < ALONE:
                 small.setdefault(message.dtype, []).append(len(messages))
             messages.append(message)
-            names.append(f"{run.prefix}.uc/{state.layer.name}")
+            names.append(f"{run.prefix}.uc/{state.layer.key}")
 
     def communicate() -> list[tf.Tensor]:
         means = list(messages)

@@ -18,7 +18,8 @@ from hvd_ext.tensorflow.variables import as_tf
 class Layer:
     """A Keras layer with a rule, and its trainable weights by their names in the layer.
 
-    ``groups`` is (groups, n_G, n_A) of the kernel when it is trained and the rule gives factors.
+    ``groups`` is (groups, n_G, n_A) of the kernel when it is trained and the rule gives factors,
+    ``number`` the layer's among those of the model.
     """
 
     layer: Any
@@ -26,6 +27,12 @@ class Layer:
     weights: dict[str, Any]
     groups: tuple[int, int, int] | None = None
     plan: LayerPlan = field(default_factory=lambda: LayerPlan(implicit=False))
+    number: int = 0
+
+    @property
+    def key(self) -> str:
+        """A name that a saved and loaded model's layer keeps, which its path is not."""
+        return f"{self.number}.{self.layer.name}"
 
     @property
     def name(self) -> str:
@@ -105,7 +112,7 @@ def take_inventory(model: keras.Model, settings: Settings) -> Inventory:
         if any(number in orphans or owners[number] > 1 for number in ids):
             nameless.append(f"{one.name} ({one.registered.kind}, shares a weight)")
             continue
-        one.plan = plan_layer(one.shape, settings)
+        one.plan, one.number = plan_layer(one.shape, settings), len(kept)
         kept.append(one)
     return Inventory(kept, nameless)
 

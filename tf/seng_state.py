@@ -68,7 +68,7 @@ class LayerState(tf.Module):
             block.sketch(parts, at, run)
             rho = tf.shape(parts["u"])[0] if "u" in parts else tf.shape(parts["g"])[3]
         if run.joined:
-            counts = run.collectives.allgather(rho[None], f"{run.prefix}.rho/{self.layer.name}")
+            counts = run.collectives.allgather(rho[None], f"{run.prefix}.rho/{self.layer.key}")
             offset = tf.reduce_sum(counts[:run.collectives.rank])
         grams = [tf.cast(block.gram(parts), tf.float64)
                  for block, parts in zip(self.blocks, taken, strict=True)]

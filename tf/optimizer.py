@@ -26,6 +26,9 @@ from hvd_ext.tensorflow.reducers import check_preconditioner, make_reducer
 from hvd_ext.tensorflow.server import make_server
 from hvd_ext.tensorflow.variables import as_tf, mark_per_rank, name_of
 
+# AutoGraph has nothing to translate here, and would take seconds to find out.
+as_it_is = tf.autograph.experimental.do_not_convert
+
 
 class _Distributed:
     """What the class of a distributed optimizer overrides in the wrapped one."""
@@ -91,6 +94,7 @@ class _Distributed:
             server.update(lambda some, owned: update(some, owned, learning_rate), grads,
                           trainable_variables, self._hvd_ext.prefix)
 
+    @as_it_is
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
         if len(grads) == 0:
             return

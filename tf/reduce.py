@@ -34,7 +34,7 @@ class Reducer(abc.ABC):
         self.prefix = prefix
         self.variables: list[Any] = []
         self._functions: dict[tuple[str, ...], Any] = {}
-        self._noted: tuple[list[str], Cell] | None = None
+        self._taken: Cell | None = None
 
     def build(self, variables: Sequence[Any], make_variable: MakeVariable) -> None:
         """Take the variables whose gradients are to be reduced, and make what state that needs.
@@ -92,24 +92,16 @@ class Reducer(abc.ABC):
     def _counted(self, gradients: list[Gradient], variables: Sequence[Any],
                  inputs: dict[str, tf.Tensor]) -> tuple[list[Gradient], Any]:
         with self.collectives.traffic.section():
-            return self.reduce(gradients, variables, **inputs)
+            reduced, good = self.reduce(gradients, variables, **inputs)
+        if good is not None:
+            if self._taken is None:
+                self._taken = Cell(1)
+            self._taken.assign(tf.reshape(good, (1,)))
+        return reduced, good
 
-    def note(self, **figures: Any) -> None:
-        """Keep a few numbers of this step, or lists of numbers to add up, for the report."""
-        if self._noted is None:
-            self._noted = list(figures), Cell(len(figures), tf.float64)
-        given = {name: figure if isinstance(figure, list) else [figure]
-                 for name, figure in figures.items()}
-        zero = tf.constant(0.0, tf.float64)
-        self._noted[1].assign(tf.stack([
-            tf.add_n([zero, *(tf.cast(one, tf.float64) for one in given[name])])
-            for name in self._noted[0]]))
-
-    def noted(self) -> dict[str, float]:
-        """What :meth:`note` kept of the last step; nothing before it."""
-        if self._noted is None:
-            return {}
-        return dict(zip(self._noted[0], self._noted[1].numbers(), strict=True))
+    def step_taken(self) -> bool | None:
+        """Whether the last step was taken; None before it, and where it always is."""
+        return None if self._taken is None else bool(self._taken.numbers()[0])
 
     @abc.abstractmethod
     def reduce(self, gradients: list[Gradient], variables: Sequence[Any],

@@ -49,13 +49,13 @@ def _(reducer: TopKReducer) -> dict[str, Any]:
     elements = {kind: sum(bucket.numel for bucket in reducer.buckets if bucket.kind[-1] == kind)
                 for kind in (TOPK, DENSE)}
     found: dict[str, Any] = {}
-    noted = reducer.noted()
-    if noted:
+    taken = reducer.step_taken()
+    if taken is not None:
+        before = int(reducer.steps) + int(reducer.skipped_steps) - 1
         found = {
-            "step_taken": bool(noted["step_taken"]),
-            "ratio": reducer.config.ratio_at(0),
-            "kept_fraction": noted["kept"] / elements[TOPK] if elements[TOPK] else 1.0,
-            "gradient_norm": math.sqrt(noted["squares"]),
+            "step_taken": taken,
+            "ratio": reducer.config.ratio_at(before),
+            "kept_fraction": int(reducer.kept) / elements[TOPK] if elements[TOPK] else 1.0,
         }
     norms = [float(np.linalg.norm(residual.numpy().astype(np.float64)))
              for residual in reducer.per_rank_state()]

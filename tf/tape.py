@@ -45,6 +45,7 @@ class _DistributedGradientTape(tf.GradientTape):
         """Keep a variable's gradient on this rank: it is not reduced."""
         self._local_sources.add(id(as_tf(source)))
 
+    @tf.autograph.experimental.do_not_convert  # nothing to translate; finding out takes seconds
     def gradient(self, target: Any, sources: Any, output_gradients: Any = None,
                  unconnected_gradients: Any = tf.UnconnectedGradients.NONE,
                  use_generic_names: bool = False) -> Any:
@@ -69,16 +70,25 @@ class _DistributedGradientTape(tf.GradientTape):
                 result[index] = divide_by_ranks(result[index], self._reducer.collectives)
         return keras.tree.pack_sequence_as(sources, result)
 
+    def build(self, sources: Sequence[Any]) -> None:
+        """Make what is kept between steps, in the optimizer given, where it is not there yet.
+
+        The first ``gradient`` does; call it before a checkpoint is restored into new objects.
+        """
+        if self._optimizer is None or self._reducer.variables:
+            return
+        with tf.init_scope():
+            if not self._optimizer.built:
+                self._optimizer.build(list(sources))
+            self._reducer.build(sources, functools.partial(make_state, self._optimizer))
+
     def _reduce(self, gradients: list[Any], owners: list[Any]) -> tuple[list[Any], Any]:
         if self._optimizer is None:
             return self._reducer(gradients, owners)
-        if not self._reducer.variables:
-            with tf.init_scope():
-                if not self._optimizer.built:
-                    self._optimizer.build(owners)
-                self._reducer.build(owners, functools.partial(make_state, self._optimizer))
+        self.build(owners)
         return self._reducer(gradients, owners, **self._reducer.inputs(self._optimizer))
 
+    @tf.autograph.experimental.do_not_convert
     def get_local_and_global_gradients(
         self, target: Any, sources: Sequence[Any], output_gradients: Any = None,
         use_generic_names: bool = False,
@@ -91,6 +101,7 @@ class _DistributedGradientTape(tf.GradientTape):
         return kept, [pair for pair in pairs if id(as_tf(pair[0])) not in self._local_sources]
 
 
+@tf.autograph.experimental.do_not_convert
 def distributed_tape(gradtape: tf.GradientTape, device_dense: str = "", device_sparse: str = "",
                      compression: Any = horovod.Compression.none, sparse_as_dense: bool = False,
                      op: Any = horovod.Average, gradient_predivide_factor: float = 1.0,
@@ -147,6 +158,7 @@ def distributed_tape(gradtape: tf.GradientTape, device_dense: str = "", device_s
                                     optimizer if keeps_state else None, preconditioner)
 
 
+@tf.autograph.experimental.do_not_convert
 def partial_distributed_tape(gradtape: tf.GradientTape, *args: Any, local_layers: Any = None,
                              **options: Any) -> Any:
     """A distributed tape that leaves the gradients of ``local_layers`` on their rank."""

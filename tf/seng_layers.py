@@ -63,6 +63,46 @@ class Registered:
     activation: bool = True
 
 
+def register_seng_rule(layer_type: type, rule: Rule, *, weights: tuple[str, ...] = ("kernel", "bias"),
+                       kind: str | None = None,
+                       groups: Callable[[Any], tuple[int, int, int]] | None = None,
+                       ones: bool = True, activation: bool = False, replace: bool = False) -> None:
+    """Teach SENG a layer type of your own; call it before constructing ``SENG``.
+
+    Example, a learned scale of each feature::
+
+        def scale_rule(layer, x, gz, pick):
+            return {"scale": pick(x) * pick(gz)}             # (samples, features)
+
+        hvd.register_seng_rule(Scale, scale_rule, weights=("scale",))
+
+    Args:
+        layer_type: the layer's class. Subclasses that keep its ``call`` use the rule too.
+        rule: see the head of this module.
+        weights: the names of the layer's weights that the rule speaks of, its attributes; for a
+            rule that returns :class:`Factors` "kernel" and "bias".
+        kind: name in the report, the class's name unless given.
+        groups: for a rule that returns :class:`Factors`: (groups, n_G, n_A) of a layer's kernel.
+        ones: with ``groups``: whether the bias is a row of ones under A.
+        activation: whether the layer applies its attribute ``activation`` to what ``gz`` is the
+            gradient by.
+        replace: allow to replace a rule that exists.
+
+    Raises:
+        TypeError: ``layer_type`` is no layer class, or ``rule`` is not callable.
+        ValueError: the type has a rule already and ``replace`` is False.
+    """
+    if not (isinstance(layer_type, type) and issubclass(layer_type, keras.Layer)):
+        raise TypeError(f"layer_type must be a subclass of keras.Layer, got {layer_type!r}")
+    if not callable(rule):
+        raise TypeError(f"rule must be a function (layer, x, gz, pick), got {rule!r}")
+    if layer_type in RULES and not replace:
+        raise ValueError(f"{layer_type.__name__} has a SENG rule already; pass replace=True to "
+                         "replace it")
+    RULES[layer_type] = Registered(kind or layer_type.__name__, rule, tuple(weights), groups, ones,
+                                   activation)
+
+
 def rule_for(layer: Any) -> Registered | None:
     """The rule of the layer's class, or of the class its ``call`` comes from."""
     for base in type(layer).__mro__:

@@ -181,3 +181,29 @@ def test_half_precision_curvature_takes_half_the_bytes():
             sizes.append(seng.report()["formula_bytes"])
     assert sizes[2] * 2 == sizes[0]
     assert sizes[3] * 2 == sizes[1]
+
+
+def test_layer_of_ones_own():
+    class Scale(keras.Layer):
+        def build(self, shape):
+            self.scale = self.add_weight(shape=(shape[-1],), initializer="ones")
+
+        def call(self, x):
+            return x * self.scale
+
+    model = keras.Sequential([keras.Input((4,)), Scale(), L.Dense(2)])
+    with pytest.warns(UserWarning, match=r"no rule for .*Scale"):
+        hvd.SENG(model, **EXACT).close()
+    hvd.register_seng_rule(Scale, lambda layer, x, gz, pick: {"scale": pick(x) * pick(gz)},
+                           weights=("scale",))
+    x, y = batch((4,))
+    seng = hvd.SENG(model, **EXACT)
+    found = gradient(model, x, y)
+    p = seng.precondition(found, model.trainable_variables, Alone())
+    us = np.stack([flat(gradient(model, x[i:i + 1], y[i:i + 1])[:1]) for i in range(len(x))])
+    expected = reference.direction(reference.dense_u(us), flat(found[:1]), LAM)
+    np.testing.assert_allclose(flat(p[:1]), expected, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="has a SENG rule already"):
+        hvd.register_seng_rule(L.Dense, lambda *given: {})
+    with pytest.raises(TypeError, match=r"subclass of keras.Layer"):
+        hvd.register_seng_rule(int, lambda *given: {})

@@ -135,3 +135,108 @@ def test_bad_input():
 
     with pytest.raises(NotImplementedError, match="jit_compile=False"):
         step(tf.constant(1.0))
+
+
+def extension_cases():
+    """Arguments of a tape by name, and whether they need a Keras model."""
+    topk = hvd.Compression.topk(0.3, min_size=0)
+    return {
+        "delay": lambda model: {"op": hvd.DelayCompensated()},
+        "topk": lambda model: {"compression": topk},
+        "seng": lambda model: {"preconditioner": hvd.SENG(model, damping=0.5, update_freq=2)},
+    }
+
+
+def tape_step(model, weights, optimizer, options, traced):
+    """A training step with a distributed tape, which counts how often it is traced."""
+
+    def step(x, y):
+        traced.append(1)
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((model(x) - y) ** 2)
+        tape = hvd.DistributedGradientTape(tape, optimizer=optimizer, **options)
+        optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
+
+    return step
+
+
+def batches(first, last):
+    x, y = training.data()
+    for number in range(first, last):
+        rows = slice(8 * number, 8 * number + 8)
+        yield tf.constant(x[rows][hvd.rank()::2]), tf.constant(y[rows][hvd.rank()::2])
+
+
+def plain_variables():
+    """The dense model as a function of tf.Variables."""
+    keras_model = training.dense_model()
+    a, b, c, d = (tf.Variable(weight, name=f"w{n}") for n, weight in
+                  enumerate(keras_model.get_weights()))
+    return lambda x: tf.tanh(x @ a + b) @ c + d, [a, b, c, d]
+
+
+def extensions_with_a_tape(folder):
+    """Weights of five steps by case: eager, traced, with tf.Variables, restored after three."""
+    found, traces = {}, {}
+    for name, make in extension_cases().items():
+        for way in ("eager", "traced", "variables"):
+            if way == "variables":
+                if name == "seng":
+                    continue
+                model, weights = plain_variables()
+            else:
+                model = training.dense_model()
+                weights = model.trainable_variables
+            optimizer, traced = keras.optimizers.Adam(0.01), []
+            options = make(model)
+            step = tape_step(model, weights, optimizer, options, traced)
+            run = step if way == "eager" else tf.function(step)
+            for number, batch in enumerate(batches(0, 5)):
+                run(*batch)
+                if (number, way) == (2, "traced"):
+                    parts = {"model": model, "optimizer": optimizer}
+                    seng = options.get("preconditioner")
+                    parts.update({"seng": seng} if seng is not None else {})
+                    stem = tf.train.Checkpoint(**parts).write(f"{folder}/{name}{hvd.rank()}")
+            found[name, way] = [np.array(weight) for weight in weights]
+            traces[name, way] = len(traced)
+        found[name, "restored"] = restored(make, stem)
+        model = training.dense_model()
+        wrapped = hvd.DistributedOptimizer(keras.optimizers.Adam(0.01), **make(model))
+        model.compile(wrapped, "mse")
+        for batch in batches(0, 5):
+            model.train_on_batch(*batch)
+        found[name, "optimizer"] = training.weights(model)
+    return found, traces
+
+
+def restored(make, stem):
+    """Two steps from a checkpoint, in objects that are new."""
+    model = training.dense_model()
+    for weight in model.weights:
+        weight.assign(weight * 0)
+    optimizer, options = keras.optimizers.Adam(0.01), make(model)
+    parts = {"model": model, "optimizer": optimizer}
+    if "preconditioner" in options:
+        parts["seng"] = options["preconditioner"]
+    tape = hvd.DistributedGradientTape(tf.GradientTape(), optimizer=optimizer, **options)
+    tape.build(model.trainable_variables)
+    tf.train.Checkpoint(**parts).read(stem).assert_existing_objects_matched()
+    run = tf.function(tape_step(model, model.trainable_variables, optimizer, options, []))
+    for batch in batches(3, 5):
+        run(*batch)
+    return training.weights(model)
+
+
+@pytest.mark.ranks
+def test_every_extension_with_a_tape(ranks, tmp_path):
+    by_rank = ranks(2, init="tensorflow").run(extensions_with_a_tape, str(tmp_path), timeout=200)
+    for found, traces in by_rank:
+        for (name, way), weights in found.items():
+            for mine, first, traced in zip(weights, by_rank[0][0][name, way], found[name, "traced"],
+                                           strict=True):
+                np.testing.assert_array_equal(mine, first)
+                if way == "restored":
+                    np.testing.assert_array_equal(mine, traced)
+                np.testing.assert_allclose(mine, traced, rtol=1e-4, atol=1e-6)
+        assert all(count <= 2 for (_, way), count in traces.items() if way != "eager"), traces

@@ -31,8 +31,8 @@ class Layer:
 
     @property
     def key(self) -> str:
-        """A name that a saved and loaded model's layer keeps, which its path is not."""
-        return f"{self.number}.{self.layer.name}"
+        """A name that is the same in every process: paths hang on what was made before or loaded."""
+        return f"{self.number}.{self.registered.kind.replace(' ', '_')}"
 
     @property
     def name(self) -> str:

@@ -145,6 +145,7 @@ class SENG(tf.Module):
         """What is captured from here on belongs to another pass (if ``over``)."""
         self.capture.number.assign_add(tf.cast(over, tf.int64))
 
+    @tf.autograph.experimental.do_not_convert
     def precondition(self, gradients: Sequence[Gradient | None], variables: Sequence[Any],
                      collectives: Collectives) -> list[Gradient | None]:
         """The directions p for gradients that are reduced and the same on all ranks.

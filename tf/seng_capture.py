@@ -124,6 +124,7 @@ class Capture:
 
         object.__setattr__(inside, "call", tapped)
 
+    @tf.autograph.experimental.do_not_convert
     def _identity(self, layer: Layer, x: Any, z: Any) -> Any:
         if not tf.is_tensor(z) or isinstance(z, tf.RaggedTensor):
             return z  # Keras is working out shapes

@@ -47,7 +47,6 @@ JOINED = {
     "implicit, factored": {"sketch": None, "explicit_threshold": 0, "rank": 4},
     "implicit, sketched rows": {"row_sketch": 7, "explicit_threshold": 0, "rank": 4, "uc": "exact"},
     "explicit, leverage": {"sketch": "leverage", "sketch_size": 60},
-    "bfloat16": {"sketch": None, "curvature_dtype": "bfloat16", "explicit_threshold": 100},
 }
 
 
@@ -69,7 +68,7 @@ def test_full_equals_one_process_on_the_joined_batch(ranks, size):
             for layer, direction in enumerate(wanted["p"]):
                 found = everyone[0][number][step][layer]
                 error = np.linalg.norm(found - direction) / np.linalg.norm(direction)
-                assert error <= (1e-2 if name == "bfloat16" else 1e-5), (name, step, layer, error)
+                assert error <= 1e-5, (name, step, layer, error)
 
 
 @pytest.mark.parametrize("size", [2])
@@ -146,7 +145,7 @@ def test_tape_is_told_what_scales_the_loss(ranks, size):
 
 
 @pytest.mark.parametrize("size", [2])
-@pytest.mark.parametrize("coupling", ["block", "lagged", "full"])
+@pytest.mark.parametrize("coupling", ["lagged", "full"])
 def test_resumed_run_is_the_same_bit_for_bit(ranks, size, coupling, tmp_path):
     everyone = ranks(size, init="tensorflow").run(on_ranks.resumed, coupling, str(tmp_path), timeout=150)
     for same, error in everyone:

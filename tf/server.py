@@ -21,6 +21,7 @@ from hvd_ext.tensorflow.variables import as_tf
 
 SMALL_BYTES = 2**16  # weights of at most so many bytes travel together; larger ones are not copied
 
+
 @dataclass(frozen=True)
 class Message:
     """What one rank broadcasts: a large variable alone, or small ones and a status behind them.

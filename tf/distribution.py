@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -45,6 +45,7 @@ class Distribution:
         self.sums: dict[str, Any] = {}
         self.standard = passes_through(optimizer)
         self.applying: list[Any] | None = None
+        self.good: Any = None  # of the update under way: whether it may be taken, None if it may
         self.reduced = False
         self.plain_count: int | None = None  # variables that the wrapped optimizer has itself
         self.references: dict[int, tuple[Any, str]] = {}  # of the optimizer's variables, by id
@@ -123,6 +124,13 @@ class Distribution:
         if self.preconditioner is not None:
             self.preconditioner.pass_over(over)
 
+    def if_good(self, change: Callable[[], None]) -> None:
+        """Change weights, unless the step of gradients that Keras accumulated is to be skipped."""
+        if self.good is None:
+            change()
+        else:
+            keras.ops.cond(self.good, change, lambda: None)
+
     @contextlib.contextmanager
     def application(self) -> Iterator[None]:
         """Around the wrapped ``apply``: an optimizer that reduced nothing is an error."""
@@ -157,18 +165,13 @@ def make_state(optimizer: Any, shape: Sequence[int], dtype: Any, name: str,
     return as_tf(mark_per_rank(variable) if per_rank else variable)
 
 
-def check_extension(optimizer: Any, what: str, *, takes_accumulated: bool) -> None:
+def check_extension(optimizer: Any, what: str) -> None:
     """Refuse optimizers that the extension ``what`` cannot serve.
 
     Raises:
         NotImplementedError: the optimizer has its own way of a gradient.
-        ValueError: it accumulates gradients where the extension needs each.
     """
     if not passes_through(optimizer):
         raise NotImplementedError(
             f"{what} with {type(optimizer).__name__}, which handles gradients in a way of its own: "
             "wrap a plain optimizer, or leave the extension out")
-    if optimizer.gradient_accumulation_steps and not takes_accumulated:
-        raise ValueError(
-            f"{what} with gradient_accumulation_steps={optimizer.gradient_accumulation_steps}: "
-            "leave it out and pass backward_passes_per_step to DistributedOptimizer")

@@ -88,11 +88,19 @@ class _Distributed:
                              learning_rate: Any) -> None:
         update = super()._backend_update_step
         server = self._hvd_ext.server
-        if server is None:
-            update(grads, trainable_variables, learning_rate)
-        else:
-            server.update(lambda some, owned: update(some, owned, learning_rate), grads,
-                          trainable_variables, self._hvd_ext.prefix)
+
+        def run() -> None:
+            if server is None:
+                update(grads, trainable_variables, learning_rate)
+            else:
+                server.update(lambda some, owned: update(some, owned, learning_rate), grads,
+                              trainable_variables, self._hvd_ext.prefix)
+
+        self._hvd_ext.if_good(run)
+
+    def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
+        decay = super()._apply_weight_decay
+        self._hvd_ext.if_good(lambda: decay(variables))
 
     @as_it_is
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
@@ -150,8 +158,9 @@ class _Distributed:
 
     def _clip_gradients(self, grads: Sequence[Any]) -> Any:
         distribution = self._hvd_ext
+        distribution.good = None
         if distribution.applying is not None:  # the mean over gradient_accumulation_steps
-            grads, _ = distribution.reduce(self, grads, distribution.applying)
+            grads, distribution.good = distribution.reduce(self, grads, distribution.applying)
         return super()._clip_gradients(grads)
 
     def _apply_after_passes(self, grads: Sequence[Any], variables: Sequence[Any]) -> None:
@@ -284,16 +293,15 @@ def distribute(optimizer: Any, name: str | None = None, device_dense: str = "",
     collectives = Collectives(process_set, device_dense=device_dense, device_sparse=device_sparse)
     placed = make_server(server, optimizer, collectives)
     if placed is not None:
-        check_extension(optimizer, f"server={server!r}", takes_accumulated=True)
+        check_extension(optimizer, f"server={server!r}")
     reducer = make_reducer(
         collectives, name or optimizer.name, op=op, compression=compression,
         sparse_as_dense=sparse_as_dense, gradient_predivide_factor=gradient_predivide_factor,
         groups=groups, passes=passes, average_passes=average_aggregated_gradients)
     if not isinstance(reducer, PlainReducer):
-        check_extension(optimizer, type(reducer).__name__.removesuffix("Reducer"),
-                        takes_accumulated=reducer.takes_accumulated)
+        check_extension(optimizer, type(reducer).__name__.removesuffix("Reducer"))
     if preconditioner is not None:
-        check_extension(optimizer, "SENG", takes_accumulated=True)
+        check_extension(optimizer, "SENG")
     keras_hooks.install()
     distribution = Distribution(
         optimizer, reducer, passes=passes, average_passes=average_aggregated_gradients,

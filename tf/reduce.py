@@ -26,7 +26,6 @@ MakeVariable = Callable[..., tf.Variable]
 class Reducer(abc.ABC):
     """Turns each rank's local gradients into the reduced gradient, the same bits on every rank."""
 
-    takes_accumulated = True  # whether a mean over gradient_accumulation_steps will do
     stamp: Any = None  # a variable (rank, ranks) beside state that belongs to one rank
 
     def __init__(self, collectives: Collectives, prefix: str) -> None:

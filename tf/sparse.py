@@ -32,8 +32,6 @@ class TopKReducer(BucketReducer):
     the selection runs in Python, operation by operation, as the lengths are not known before.
     """
 
-    takes_accumulated = False  # a step that is skipped must not clear Keras' accumulators
-
     def __init__(self, collectives: Collectives, prefix: str, config: TopK, **options: Any) -> None:
         super().__init__(collectives, prefix, settings=config.describe(),
                          bucket_bytes=config.bucket_bytes, **options)

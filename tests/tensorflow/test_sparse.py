@@ -271,6 +271,36 @@ def test_step_with_a_bad_gradient_is_skipped_by_all(ranks):
         assert (iterations, skipped) == (3, 1)
 
 
+def accumulated_steps():
+    """Weights by step, summed here and summed by Keras, with a step in the middle that is bad."""
+    def spoil(step, gradients):
+        bad = step == 3 and hvd.rank() == 1
+        return [tf.fill(g.shape, np.nan) if bad else g for g in gradients]
+
+    found = []
+    for here in ({"passes": 2}, {"keras": 2}):
+        variables = made.make_variables(SHAPES)
+        sgd = keras.optimizers.SGD(0.1, momentum=0.9, weight_decay=0.1,
+                                   gradient_accumulation_steps=here.get("keras"))
+        optimizer = hvd.DistributedOptimizer(
+            sgd, compression=hvd.Compression.topk(**KEEP), average_aggregated_gradients=True,
+            backward_passes_per_step=here.get("passes", 1))
+        seen = made.run_steps(optimizer, variables, hvd.rank(), 6, compiled=True, passes=2,
+                              change=spoil)
+        hvd.assert_replicas_equal(variables)
+        found.append((seen, int(optimizer._hvd_ext.reducer.skipped_steps)))
+    return found
+
+
+@pytest.mark.ranks
+def test_gradients_that_keras_accumulates(ranks):
+    for (here, skipped), (in_keras, skipped_too) in ranks(2, init="tensorflow").run(accumulated_steps):
+        np.testing.assert_allclose(in_keras, here, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(in_keras[3], in_keras[2])
+        assert not np.array_equal(in_keras[4], in_keras[3])
+        assert skipped == skipped_too == 1
+
+
 def tape_steps():
     variables = made.make_variables(SHAPES)
     optimizer = hvd.AMSGrad(0.01)
@@ -304,8 +334,6 @@ def test_bad_input():
     topk = hvd.Compression.topk
     with pytest.raises(ValueError, match="do not go together"):
         hvd.DistributedOptimizer(sgd(0.1), compression=topk(0.1), op=hvd.Sum)
-    with pytest.raises(ValueError, match="pass backward_passes_per_step"):
-        hvd.DistributedOptimizer(sgd(0.1, gradient_accumulation_steps=2), compression=topk(0.1))
     with pytest.raises(NotImplementedError, match="way of its own"):
         hvd.DistributedOptimizer(training.OPTIMIZERS["multi"](), compression=topk(0.1))
     with pytest.raises(ValueError, match=r"betas\[0\] must be in \[0, 1\), got 1.0"):

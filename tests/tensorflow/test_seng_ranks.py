@@ -99,8 +99,10 @@ def test_mixed_float16_trains_through_an_overflow(ranks, size):
     plain = pool.run(on_ranks.fitted, {}, "plain", "float32", "lagged", timeout=150)[0]
     half = pool.run(on_ranks.fitted, {}, "outside", "mixed_float16", "lagged", timeout=150)[0]
     assert half[1:] == (12, 0)
-    for one, other in zip(plain[0], half[0], strict=True):
+    start = training.weights(training.dense_model())
+    for one, other, first in zip(plain[0], half[0], start, strict=True):
         np.testing.assert_allclose(other, one, atol=0.02)
+        assert np.abs(one - first).max() > 0.04  # not for want of training
     weights, steps, failures = pool.run(on_ranks.fitted, {}, "overflow", "mixed_float16",
                                         timeout=150)[0]
     assert 0 < steps < 12

@@ -179,15 +179,12 @@ class TopKReducer(BucketReducer):
         """The mean of what all ranks sent."""
         if bucket.kind[-1] == DENSE:
             return messages
-        if callable(self.config.ratio):
-            layout = Layout(messages[0, 1], self.config.values)
-            room = tf.size(one.places)
-        else:
-            layout = self._layout(bucket, self.config.ratio_at(0))
-            room = layout.k
+        by_step = callable(self.config.ratio)
+        layout = Layout(messages[0, 1], self.config.values) if by_step \
+            else self._layout(bucket, self.config.ratio_at(0))
         positions, values = kernels.unpack(messages, layout, kernels.wire_dtype(self.config))
-        behind = [[0, 0], [0, room - tf.shape(positions)[1]]]
-        if callable(self.config.ratio):
+        if by_step:  # to the few lengths that XLA compiles for
+            behind = [[0, 0], [0, tf.size(one.places) - layout.k]]
             positions, values = tf.pad(positions, behind), tf.pad(values, behind)
         positions, values = (tf.ensure_shape(tensor, (self.collectives.size, None))
                              for tensor in (positions, values))

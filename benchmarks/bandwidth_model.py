@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.launch import mpirun
-from hvd_ext.sparse import payoff
+from hvd_ext.topk import payoff
 
 COUNTER = Path("/sys/class/net/lo/statistics/tx_bytes")
 RATIOS = (0.001, 0.01, 0.05)

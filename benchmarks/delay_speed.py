@@ -25,8 +25,8 @@ from rich.table import Table
 import hvd_ext.torch as hvd
 from examples.resnet import resnet18
 from hvd_ext.torch.collectives import Collectives
-from hvd_ext.torch.delay import DelayReducer
-from hvd_ext.torch.reduce import Entry, PlainReducer, Reducer
+from hvd_ext.torch.reducers.base import Entry, PlainReducer, Reducer
+from hvd_ext.torch.reducers.delay import DelayReducer
 from tests.ranks import run_ranks
 
 BARS = {"exchange": 1.60, "bytes": 1.05, "step": 1.10}

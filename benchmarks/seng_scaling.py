@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import nn
 
 import hvd_ext.torch as hvd
-from hvd_ext.torch import seng_kernels as kernels
+from hvd_ext.torch.seng import kernels
 
 BASE = {"n": 400_000, "rho": 32, "q": 20_000, "r": 8, "side": 384}
 

@@ -25,10 +25,10 @@ from rich.progress import track
 from rich.table import Table
 from sklearn.datasets import load_digits
 
-from hvd_ext.sparse import Layout, TopK, keep_count
-from hvd_ext.sparse.plan import Segment
-from hvd_ext.torch import sparse_kernels as kernels
+from hvd_ext.topk import Layout, TopK, keep_count
+from hvd_ext.topk.plan import Segment
 from hvd_ext.torch.amsgrad import AMSGrad
+from hvd_ext.torch.reducers import topk_kernels as kernels
 
 METHODS = ("dense", "topk", "topk without feedback")
 WORKERS = 20

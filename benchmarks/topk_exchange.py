@@ -29,10 +29,10 @@ from rich.table import Table
 import hvd_ext.torch as hvd
 from benchmarks.launch import mpirun, under_mpirun
 from examples.resnet import resnet18
-from hvd_ext.sparse import TopK, keep_count, payoff
+from hvd_ext.topk import TopK, keep_count, payoff
 from hvd_ext.torch.collectives import Collectives
-from hvd_ext.torch.reduce import Entry
-from hvd_ext.torch.sparse import TopKReducer
+from hvd_ext.torch.reducers.base import Entry
+from hvd_ext.torch.reducers.topk import TopKReducer
 
 BASELINE = "torch.topk + allgather"
 

@@ -23,7 +23,7 @@ from PIL import Image
 
 import hvd_ext.torch as hvd
 from hvd_ext.seng import imagenet_recipe
-from hvd_ext.torch.seng_schedules import recipe_lr
+from hvd_ext.torch.seng.schedules import recipe_lr
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 DEVIATION = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)

@@ -20,7 +20,7 @@ from hvd_ext.tensorflow.compression import Compression
 from hvd_ext.tensorflow.distributed import DistributedOptimizer
 from hvd_ext.tensorflow.replicas import assert_replicas_equal
 from hvd_ext.tensorflow.seng import SENG
-from hvd_ext.tensorflow.seng_layers import register_seng_rule
+from hvd_ext.tensorflow.seng.rules import register_seng_rule
 from hvd_ext.tensorflow.tape import distributed_tape as DistributedGradientTape
 from hvd_ext.tensorflow.tape import partial_distributed_tape as PartialDistributedGradientTape
 from hvd_ext.tensorflow.variables import broadcast_variables

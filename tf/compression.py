@@ -2,13 +2,13 @@
 
 import horovod.tensorflow as horovod
 
-from hvd_ext.sparse import TopK
+from hvd_ext.topk import TopK
 
 
 class Compression(horovod.Compression):
     """Horovod's ``none`` and ``fp16``, and TopK with error feedback.
 
-    ``Compression.topk(ratio, ...)`` takes the arguments of :class:`hvd_ext.sparse.TopK`.
+    ``Compression.topk(ratio, ...)`` takes the arguments of :class:`hvd_ext.topk.TopK`.
     """
 
     topk = TopK

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from hvd_ext.tensorflow import keras_hooks
 from hvd_ext.tensorflow.checkpoint import ACCUMULATOR
-from hvd_ext.tensorflow.reduce import Reducer, divide_by_ranks
+from hvd_ext.tensorflow.reducers.base import Reducer, divide_by_ranks
 from hvd_ext.tensorflow.report import report
 from hvd_ext.tensorflow.server import Server, state_bytes
 from hvd_ext.tensorflow.variables import as_tf, mark_per_rank

@@ -21,8 +21,8 @@ from hvd_ext import checks
 from hvd_ext.tensorflow import checkpoint, keras_hooks
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.distribution import Distribution, check_extension
-from hvd_ext.tensorflow.reduce import PlainReducer
 from hvd_ext.tensorflow.reducers import check_preconditioner, make_reducer
+from hvd_ext.tensorflow.reducers.base import PlainReducer
 from hvd_ext.tensorflow.server import make_server
 from hvd_ext.tensorflow.variables import as_tf, mark_per_rank, name_of
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from hvd_ext.sparse.plan import DENSE, TOPK
-from hvd_ext.tensorflow.delay import DelayReducer
-from hvd_ext.tensorflow.reduce import Reducer
-from hvd_ext.tensorflow.sparse import TopKReducer
+from hvd_ext.tensorflow.reducers.base import Reducer
+from hvd_ext.tensorflow.reducers.delay import DelayReducer
+from hvd_ext.tensorflow.reducers.topk import TopKReducer
+from hvd_ext.topk.plan import DENSE, TOPK
 
 
 def report(reducer: Reducer, preconditioner: Any = None) -> dict[str, Any]:

@@ -15,15 +15,15 @@ import keras
 import tensorflow as tf
 
 from hvd_ext.delay import DelayCompensated
-from hvd_ext.sparse import TopK
 from hvd_ext.tensorflow import keras_hooks
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.distribution import make_state, precondition
 from hvd_ext.tensorflow.keras_hooks import refuse_xla
-from hvd_ext.tensorflow.reduce import Reducer, divide_by_ranks
 from hvd_ext.tensorflow.reducers import OTHER_REDUCTIONS, REDUCTIONS, check_preconditioner, make_reducer
+from hvd_ext.tensorflow.reducers.base import Reducer, divide_by_ranks
 from hvd_ext.tensorflow.report import report
 from hvd_ext.tensorflow.variables import as_tf
+from hvd_ext.topk import TopK
 
 ON_OPTIMIZER = "_hvd_ext_tape"
 

@@ -16,7 +16,7 @@ from hvd_ext.torch.compression import Compression
 from hvd_ext.torch.optimizer import DistributedOptimizer
 from hvd_ext.torch.replicas import assert_replicas_equal
 from hvd_ext.torch.seng import SENG
-from hvd_ext.torch.seng_layers import register_seng_rule
+from hvd_ext.torch.seng.rules import register_seng_rule
 from hvd_ext.torch.state import broadcast_optimizer_state
 
 openmpi.tell_where_it_lies()

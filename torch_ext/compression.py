@@ -3,7 +3,7 @@
 import horovod.torch as horovod
 from horovod.torch.compression import Compressor, FP16Compressor, NoneCompressor
 
-from hvd_ext.sparse import TopK
+from hvd_ext.topk import TopK
 
 __all__ = ["Compression", "Compressor", "FP16Compressor", "NoneCompressor"]
 
@@ -11,7 +11,7 @@ __all__ = ["Compression", "Compressor", "FP16Compressor", "NoneCompressor"]
 class Compression(horovod.Compression):
     """Horovod's ``none`` and ``fp16``, and TopK with error feedback.
 
-    ``Compression.topk(ratio, ...)`` takes the arguments of :class:`hvd_ext.sparse.TopK`.
+    ``Compression.topk(ratio, ...)`` takes the arguments of :class:`hvd_ext.topk.TopK`.
     """
 
     topk = TopK

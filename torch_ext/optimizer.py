@@ -1,6 +1,6 @@
 """``DistributedOptimizer``: Horovod's own, or the wrapped optimizer with the extensions in its step.
 
-Arguments are decided here; ``extended.py`` is the optimizer itself.
+Arguments are decided here; ``wrapper.py`` is the optimizer itself.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 
 from hvd_ext import composition
 from hvd_ext.delay.config import DelayCompensated
-from hvd_ext.sparse import TopK
+from hvd_ext.topk import TopK
 from hvd_ext.torch.collectives import Collectives
-from hvd_ext.torch.delay import DelayReducer
-from hvd_ext.torch.extended import extend
-from hvd_ext.torch.reduce import PlainReducer, Reducer
+from hvd_ext.torch.reducers.base import PlainReducer, Reducer
+from hvd_ext.torch.reducers.delay import DelayReducer
+from hvd_ext.torch.reducers.topk import TopKReducer
 from hvd_ext.torch.server import make_server
-from hvd_ext.torch.sparse import TopKReducer
+from hvd_ext.torch.wrapper import extend
 
 _OPTIMIZERS = itertools.count()
 

@@ -9,8 +9,8 @@ from rich.table import Table
 
 from hvd_ext.cli.console import Failure, out
 from hvd_ext.composition import SERVERS
-from hvd_ext.sparse import payoff
-from hvd_ext.sparse.wire import VALUE_BYTES
+from hvd_ext.topk import payoff
+from hvd_ext.topk.wire import VALUE_BYTES
 
 
 def register(subcommands: Any) -> None:

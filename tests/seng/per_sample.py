@@ -44,7 +44,7 @@ def by_single_samples(model: nn.Module, loss_of: Callable[[Any, slice], torch.Te
 
 def held_u(seng: Any, layer: Any) -> torch.Tensor:
     """The matrix U (n, rho) that a layer's curvature stands for, parameters in the layer's order."""
-    from hvd_ext.torch.seng_curvature import Explicit
+    from hvd_ext.torch.seng.blocks import Explicit
 
     curvature = seng._curvatures[layer]
     rho = curvature.rho

@@ -23,7 +23,7 @@ from hvd_ext.seng import (
     plan_layer,
 )
 from hvd_ext.seng.plan import columns_kept
-from hvd_ext.torch.seng_schedules import cosine_lr, exp_lr, recipe_lr
+from hvd_ext.torch.seng.schedules import cosine_lr, exp_lr, recipe_lr
 
 
 @pytest.mark.parametrize(("bad", "said"), [

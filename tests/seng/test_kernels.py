@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import hvd_ext.torch as hvd
-from hvd_ext.torch import seng_kernels as kernels
+from hvd_ext.torch.seng import kernels
 from tests.reference import seng as reference
 from tests.seng.per_sample import flat_gradient, held_u
 

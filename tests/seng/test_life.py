@@ -164,7 +164,7 @@ def test_captured_tensor_that_is_not_finite_keeps_the_former_curvature_and_says_
 
 
 def test_system_that_cannot_be_factored_keeps_the_former_curvature(monkeypatch):
-    from hvd_ext.torch import seng_kernels
+    from hvd_ext.torch.seng import kernels as seng_kernels
 
     model = network()
     seng = hvd.SENG(model, damping=LAM, update_freq=1)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import hvd_ext.torch as hvd
-from hvd_ext.sparse import Layout, TopK, keep_count
-from hvd_ext.sparse.plan import Segment
-from hvd_ext.torch import sparse_kernels as kernels
+from hvd_ext.topk import Layout, TopK, keep_count
+from hvd_ext.topk.plan import Segment
+from hvd_ext.torch.reducers import topk_kernels as kernels
 from tests.reference.spars_ams import algorithm_1, algorithm_2
 from tests.torch.problems import UNEVEN, flat, make_parameters, named, worker_gradients
 

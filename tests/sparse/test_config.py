@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hvd_ext.sparse import TopK, keep_count, warm_up
-from hvd_ext.sparse.plan import DENSE, TOPK, route
+from hvd_ext.topk import TopK, keep_count, warm_up
+from hvd_ext.topk.plan import DENSE, TOPK, route
 
 
 @pytest.mark.parametrize("ratio", [0, -0.1, 1.5, float("nan")])

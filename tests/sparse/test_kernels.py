@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from hvd_ext.sparse import Layout, TopK, keep_count
-from hvd_ext.sparse.plan import Segment
-from hvd_ext.sparse.selection import SMALL
-from hvd_ext.torch import sparse_kernels as kernels
+from hvd_ext.topk import Layout, TopK, keep_count
+from hvd_ext.topk.plan import Segment
+from hvd_ext.topk.selection import SMALL
+from hvd_ext.torch.reducers import topk_kernels as kernels
 from tests.reference.spars_ams import top_k
 
 LARGE = 4 * SMALL

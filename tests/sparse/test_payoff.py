@@ -8,8 +8,8 @@ import math
 import pytest
 
 from hvd_ext.cli.main import main
-from hvd_ext.sparse import payoff
-from hvd_ext.sparse.payoff import Link
+from hvd_ext.topk import payoff
+from hvd_ext.topk.payoff import Link
 
 FREE = Link(10.0, latency_us=0.0, select_ns=0.0)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import hvd_ext.torch as hvd
-from hvd_ext.sparse import Layout, keep_count, warm_up
+from hvd_ext.topk import Layout, keep_count, warm_up
 from tests.torch.problems import UNEVEN, backward, bits, flat, make_parameters, named, worker_gradients
 
 pytestmark = pytest.mark.ranks

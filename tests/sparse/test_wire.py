@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from hvd_ext.buckets import Bucket, Slot
-from hvd_ext.sparse import Layout, MessageError
-from hvd_ext.sparse.plan import Segment, check_bucket, segments
-from hvd_ext.sparse.wire import check_messages
-from hvd_ext.torch import sparse_kernels as kernels
+from hvd_ext.topk import Layout, MessageError
+from hvd_ext.topk.plan import Segment, check_bucket, segments
+from hvd_ext.topk.wire import check_messages
+from hvd_ext.torch.reducers import topk_kernels as kernels
 
 
 @pytest.mark.parametrize(("values", "expected"), [("float32", 808), ("float16", 608), ("float64", 1208)])

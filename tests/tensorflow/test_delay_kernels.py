@@ -9,7 +9,7 @@ tf = pytest.importorskip("tensorflow", reason="TensorFlow is not installed")
 pytest.importorskip("horovod.tensorflow", reason="Horovod is not built for TensorFlow")
 
 from hvd_ext.delay import DelayCompensated  # noqa: E402
-from hvd_ext.tensorflow.delay_kernels import TOGETHER, reduced_slice  # noqa: E402
+from hvd_ext.tensorflow.reducers.delay_kernels import TOGETHER, reduced_slice  # noqa: E402
 from tests.reference.delay_compensation import DelayOracle  # noqa: E402
 
 LR = 0.4

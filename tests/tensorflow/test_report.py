@@ -12,7 +12,7 @@ pytest.importorskip("torch", reason="the cross-checks need PyTorch")
 import keras  # noqa: E402
 
 import hvd_ext.tensorflow as hvd  # noqa: E402
-from hvd_ext.sparse import Layout, TopK  # noqa: E402
+from hvd_ext.topk import Layout, TopK  # noqa: E402
 from tests.tensorflow import made, training, twins  # noqa: E402
 
 STEPS = 3

@@ -15,9 +15,9 @@ import keras  # noqa: E402
 import torch  # noqa: E402
 
 import hvd_ext.tensorflow.keras as hvd  # noqa: E402
-from hvd_ext.sparse import Layout, TopK, keep_count, warm_up  # noqa: E402
-from hvd_ext.sparse.plan import Segment  # noqa: E402
-from hvd_ext.tensorflow import sparse_kernels as kernels  # noqa: E402
+from hvd_ext.tensorflow.reducers import topk_kernels as kernels  # noqa: E402
+from hvd_ext.topk import Layout, TopK, keep_count, warm_up  # noqa: E402
+from hvd_ext.topk.plan import Segment  # noqa: E402
 from tests.reference import spars_ams  # noqa: E402
 from tests.tensorflow import made, training  # noqa: E402
 from tests.torch.problems import worker_gradients  # noqa: E402
@@ -29,9 +29,9 @@ KEEP = {"ratio": 0.05, "min_size": 0}
 
 def torch_kernels():
     """PyTorch's kernels; Horovod serves one framework a process, so never on a TensorFlow rank."""
-    from hvd_ext.torch import sparse_kernels
+    from hvd_ext.torch.reducers import topk_kernels
 
-    return sparse_kernels
+    return topk_kernels
 
 
 def vector(seed, n=5000, dtype=np.float32):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import hvd_ext.torch as hvd
-from hvd_ext.torch.delay_kernels import Recursion, compensated_sum, plain_sum
+from hvd_ext.torch.reducers.delay_kernels import Recursion, compensated_sum, plain_sum
 from tests.reference.delay_compensation import DelayOracle
 from tests.torch.problems import backward, flat, make_parameters, named, worker_gradients
 

@@ -19,7 +19,7 @@ from hvd_ext.tensorflow.keras.save import save_model
 from hvd_ext.tensorflow.optimizer import distribute as DistributedOptimizer
 from hvd_ext.tensorflow.replicas import assert_replicas_equal
 from hvd_ext.tensorflow.seng import SENG
-from hvd_ext.tensorflow.seng_layers import register_seng_rule
+from hvd_ext.tensorflow.seng.rules import register_seng_rule
 from hvd_ext.tensorflow.variables import broadcast_variables
 
 # Horovod's modules of these names are here already; an import from this package would find them.

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from hvd_ext.tensorflow.seng_curvature import Run
-from hvd_ext.tensorflow.seng_state import LayerState
+from hvd_ext.tensorflow.seng.blocks import Run
+from hvd_ext.tensorflow.seng.state import LayerState
 
 ALONE = 1 << 18  # numbers from which on a message is worth no copy
 

@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, dataclass, field, fields
 from fnmatch import fnmatchcase
 
 from hvd_ext import checks
-from hvd_ext.sparse.wire import VALUE_BYTES
+from hvd_ext.topk.wire import VALUE_BYTES
 
 HOROVOD_FUSION_BYTES = 128 * 2**20  # what Horovod fuses unless HOROVOD_FUSION_THRESHOLD says else
 

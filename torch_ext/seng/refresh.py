@@ -10,12 +10,12 @@ import torch
 
 from hvd_ext.buckets import digest
 from hvd_ext.seng import Settings, generator, sample_rows
-from hvd_ext.torch import seng_kernels as kernels
 from hvd_ext.torch.collectives import Collectives, Handle
-from hvd_ext.torch.seng_build import Chooser, row_scores, sketch
-from hvd_ext.torch.seng_capture import working_dtype
-from hvd_ext.torch.seng_curvature import Block, Curvature, Explicit
-from hvd_ext.torch.seng_model import Layer
+from hvd_ext.torch.seng import kernels
+from hvd_ext.torch.seng.blocks import Block, Curvature, Explicit
+from hvd_ext.torch.seng.build import Chooser, row_scores, sketch
+from hvd_ext.torch.seng.capture import working_dtype
+from hvd_ext.torch.seng.inventory import Layer
 
 
 @dataclass

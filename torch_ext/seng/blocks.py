@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hvd_ext.torch import seng_kernels as kernels
+from hvd_ext.torch.seng import kernels
 
 
 @dataclass

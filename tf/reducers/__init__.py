@@ -8,11 +8,11 @@ import horovod.tensorflow as horovod
 
 from hvd_ext import composition
 from hvd_ext.delay import DelayCompensated
-from hvd_ext.sparse import TopK
 from hvd_ext.tensorflow.collectives import Collectives
-from hvd_ext.tensorflow.delay import DelayReducer
-from hvd_ext.tensorflow.reduce import PlainReducer, Reducer
-from hvd_ext.tensorflow.sparse import TopKReducer
+from hvd_ext.tensorflow.reducers.base import PlainReducer, Reducer
+from hvd_ext.tensorflow.reducers.delay import DelayReducer
+from hvd_ext.tensorflow.reducers.topk import TopKReducer
+from hvd_ext.topk import TopK
 
 REDUCTIONS = {"Average": horovod.Average, "Sum": horovod.Sum}
 OTHER_REDUCTIONS = {"Adasum": horovod.Adasum, "Min": horovod.Min, "Max": horovod.Max,

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hvd_ext.seng import Report, elements_held
-from hvd_ext.torch.seng_curvature import Block, Curvature, Explicit, Product
-from hvd_ext.torch.seng_model import Layer
+from hvd_ext.torch.seng.blocks import Block, Curvature, Explicit, Product
+from hvd_ext.torch.seng.inventory import Layer
 
 if TYPE_CHECKING:
     from hvd_ext.torch.seng import SENG

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from hvd_ext.buckets import DEFAULT_BUCKET_BYTES, Bucket, TensorSpec, digest, plan_buckets
 from hvd_ext.tensorflow.collectives import Collectives
-from hvd_ext.tensorflow.reduce import Gradient, MakeVariable, Reducer
+from hvd_ext.tensorflow.reducers.base import Gradient, MakeVariable, Reducer
 from hvd_ext.tensorflow.variables import as_tf, name_of
 
 

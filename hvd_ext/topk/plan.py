@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hvd_ext.buckets import Bucket
-from hvd_ext.sparse.config import TopK, keep_count
-from hvd_ext.sparse.wire import MAX_NUMEL
+from hvd_ext.topk.config import TopK, keep_count
+from hvd_ext.topk.wire import MAX_NUMEL
 
 TOPK = "topk"
 DENSE = "dense"

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from hvd_ext.seng import Settings, generator, sample_batch
-from hvd_ext.torch.seng_build import build
-from hvd_ext.torch.seng_curvature import Curvature
-from hvd_ext.torch.seng_model import Layer
+from hvd_ext.torch.seng.blocks import Curvature
+from hvd_ext.torch.seng.build import build
+from hvd_ext.torch.seng.inventory import Layer
 
 
 def working_dtype(layer: Layer) -> torch.dtype:

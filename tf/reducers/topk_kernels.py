@@ -14,10 +14,10 @@ import numpy as np
 import tensorflow as tf
 
 from hvd_ext.buckets import digest
-from hvd_ext.sparse import Layout, TopK
-from hvd_ext.sparse.plan import Segment
-from hvd_ext.sparse.selection import SAMPLE, enough, sample_ranks
-from hvd_ext.sparse.wire import HEADER_WORDS
+from hvd_ext.topk import Layout, TopK
+from hvd_ext.topk.plan import Segment
+from hvd_ext.topk.selection import SAMPLE, enough, sample_ranks
+from hvd_ext.topk.wire import HEADER_WORDS
 
 BLOCK = 16  # entries of which only the largest is looked at first; a cache line of float32
 

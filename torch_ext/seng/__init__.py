@@ -16,18 +16,18 @@ from torch import nn
 
 from hvd_ext.seng import DEFAULT_SKETCH_SIZE, Report, Settings
 from hvd_ext.seng.settings import Damping
-from hvd_ext.torch import seng_state
 from hvd_ext.torch.collectives import Collectives, Handle
-from hvd_ext.torch.seng_capture import Capture
-from hvd_ext.torch.seng_curvature import (
+from hvd_ext.torch.seng import state as saved
+from hvd_ext.torch.seng.blocks import (
     Curvature,
     contribution,
     subtract,
     subtract_at_once,
 )
-from hvd_ext.torch.seng_gradients import Gradients, all_finite
-from hvd_ext.torch.seng_model import Layer, take_inventory
-from hvd_ext.torch.seng_refresh import Refresh, Refreshed
+from hvd_ext.torch.seng.capture import Capture
+from hvd_ext.torch.seng.gradients import Gradients, all_finite
+from hvd_ext.torch.seng.inventory import Layer, take_inventory
+from hvd_ext.torch.seng.refresh import Refresh, Refreshed
 
 
 class SENG:
@@ -378,7 +378,7 @@ class SENG:
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state between two steps: curvature, lagged gradient, counters."""
-        return seng_state.save(self)
+        return saved.save(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what ``state_dict()`` gave, so that the next step is the same bit for bit.
@@ -386,7 +386,7 @@ class SENG:
         Raises:
             ValueError: it is of another model, other settings or another number of ranks.
         """
-        seng_state.load(self, state)
+        saved.load(self, state)
 
     def reset_state(self) -> None:
         """Start anew: no curvature, step 0, a refresh at the next step."""
@@ -396,4 +396,4 @@ class SENG:
 
     def report(self) -> Report:
         """Per layer: kind, sizes, bytes, coefficient norm, jitter, age; prints as a table."""
-        return seng_state.report(self)
+        return saved.report(self)

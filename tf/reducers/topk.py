@@ -15,13 +15,13 @@ import numpy as np
 import tensorflow as tf
 
 from hvd_ext.buckets import Bucket, TensorSpec
-from hvd_ext.sparse import Layout, TopK
-from hvd_ext.sparse.plan import DENSE, TOPK, Segment, check_bucket, route, segments
-from hvd_ext.tensorflow import sparse_kernels as kernels
-from hvd_ext.tensorflow.buckets import BucketReducer
 from hvd_ext.tensorflow.collectives import Collectives
-from hvd_ext.tensorflow.reduce import MakeVariable
+from hvd_ext.tensorflow.reducers import topk_kernels as kernels
+from hvd_ext.tensorflow.reducers.base import MakeVariable
+from hvd_ext.tensorflow.reducers.buckets import BucketReducer
 from hvd_ext.tensorflow.variables import name_of
+from hvd_ext.topk import Layout, TopK
+from hvd_ext.topk.plan import DENSE, TOPK, Segment, check_bucket, route, segments
 
 
 class TopKReducer(BucketReducer):

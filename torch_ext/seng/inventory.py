@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from hvd_ext.seng import LayerPlan, LayerShape, Settings, plan_layer
-from hvd_ext.torch.seng_layers import Registered, rule_for
+from hvd_ext.torch.seng.rules import Registered, rule_for
 
 
 @dataclass(eq=False)

@@ -9,10 +9,10 @@ from typing import Any
 import tensorflow as tf
 
 from hvd_ext.seng import Report, Settings, elements_held
-from hvd_ext.tensorflow import seng_kernels as kernels
-from hvd_ext.tensorflow.seng_capture import Captured, put
-from hvd_ext.tensorflow.seng_curvature import Block, Explicit, Parts, Product, Run, held
-from hvd_ext.tensorflow.seng_model import Layer
+from hvd_ext.tensorflow.seng import kernels
+from hvd_ext.tensorflow.seng.blocks import Block, Explicit, Parts, Product, Run, held
+from hvd_ext.tensorflow.seng.capture import Captured, put
+from hvd_ext.tensorflow.seng.inventory import Layer
 
 
 @dataclass

@@ -19,7 +19,7 @@ from hvd_ext.buckets import (
 )
 from hvd_ext.header import pack_row, unpack_rows
 from hvd_ext.torch.collectives import Collectives
-from hvd_ext.torch.reduce import Entry, Reducer
+from hvd_ext.torch.reducers.base import Entry, Reducer
 
 
 class BucketReducer(Reducer):

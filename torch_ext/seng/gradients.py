@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 import torch
 
-from hvd_ext.torch.seng_capture import working_dtype
-from hvd_ext.torch.seng_model import Layer
+from hvd_ext.torch.seng.capture import working_dtype
+from hvd_ext.torch.seng.inventory import Layer
 
 
 class Gradients:

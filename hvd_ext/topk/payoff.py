@@ -11,8 +11,8 @@ import math
 from dataclasses import dataclass
 
 from hvd_ext import checks
-from hvd_ext.sparse.config import TopK, checked_ratio, keep_count
-from hvd_ext.sparse.wire import VALUE_BYTES, Layout
+from hvd_ext.topk.config import TopK, checked_ratio, keep_count
+from hvd_ext.topk.wire import VALUE_BYTES, Layout
 
 DENSE_BYTES = 4
 HALF_BYTES = 2

@@ -14,9 +14,9 @@ from typing import Any
 import tensorflow as tf
 
 from hvd_ext.seng import Settings
-from hvd_ext.tensorflow.seng_kernels import choose_samples
-from hvd_ext.tensorflow.seng_layers import Factors, Pick
-from hvd_ext.tensorflow.seng_model import Layer
+from hvd_ext.tensorflow.seng.inventory import Layer
+from hvd_ext.tensorflow.seng.kernels import choose_samples
+from hvd_ext.tensorflow.seng.rules import Factors, Pick
 
 
 def put(variable: tf.Variable, value: tf.Tensor) -> None:

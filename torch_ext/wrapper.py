@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from hvd_ext.torch.reduce import Entry, Reducer
+from hvd_ext.torch.reducers.base import Entry, Reducer
 
 STATE_KEY = "hvd_ext"
 

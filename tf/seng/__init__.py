@@ -19,16 +19,16 @@ import tensorflow as tf
 from hvd_ext.buckets import digest
 from hvd_ext.seng import DEFAULT_SKETCH_SIZE, Report, Settings
 from hvd_ext.seng.settings import Damping
-from hvd_ext.tensorflow import seng_kernels as kernels
-from hvd_ext.tensorflow import seng_state
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.keras_hooks import require_tensorflow_backend
-from hvd_ext.tensorflow.reduce import Gradient
-from hvd_ext.tensorflow.seng_capture import Capture
-from hvd_ext.tensorflow.seng_curvature import Product, Run
-from hvd_ext.tensorflow.seng_messages import mean_over_ranks
-from hvd_ext.tensorflow.seng_model import take_inventory
-from hvd_ext.tensorflow.seng_state import LayerState
+from hvd_ext.tensorflow.reducers.base import Gradient
+from hvd_ext.tensorflow.seng import kernels
+from hvd_ext.tensorflow.seng import state as saved
+from hvd_ext.tensorflow.seng.blocks import Product, Run
+from hvd_ext.tensorflow.seng.capture import Capture
+from hvd_ext.tensorflow.seng.inventory import take_inventory
+from hvd_ext.tensorflow.seng.messages import mean_over_ranks
+from hvd_ext.tensorflow.seng.state import LayerState
 from hvd_ext.tensorflow.variables import as_tf, name_of
 
 
@@ -323,7 +323,7 @@ class SENG(tf.Module):
     def report(self) -> Report:
         """Per layer: kind, sizes, bytes, coefficient norm, jitter, age; prints as a table."""
         ready = sum(state.layer.n for state in self.states if bool(state.ready))
-        return seng_state.report(
+        return saved.report(
             self.states, self.settings, step=int(self.step), skipped=int(self.skipped),
             ranks=max(1, self._ranks), identity_parameters=self._parameters - ready)
 

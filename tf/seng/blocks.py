@@ -15,10 +15,10 @@ from typing import Any
 import tensorflow as tf
 
 from hvd_ext.seng import Settings
-from hvd_ext.tensorflow import seng_kernels as kernels
 from hvd_ext.tensorflow.collectives import Collectives
-from hvd_ext.tensorflow.seng_capture import Captured, put
-from hvd_ext.tensorflow.seng_model import Layer
+from hvd_ext.tensorflow.seng import kernels
+from hvd_ext.tensorflow.seng.capture import Captured, put
+from hvd_ext.tensorflow.seng.inventory import Layer
 
 Parts = dict[str, tf.Tensor]
 """Tensors of a block by the names of the variables that hold them."""

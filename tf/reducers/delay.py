@@ -14,10 +14,10 @@ import tensorflow as tf
 
 from hvd_ext.delay import DelayCompensated
 from hvd_ext.delay.slices import slice_sizes
-from hvd_ext.tensorflow.buckets import BucketReducer
 from hvd_ext.tensorflow.collectives import NARROW, Collectives
-from hvd_ext.tensorflow.delay_kernels import accumulation_dtype, reduced_slice, square_norms
-from hvd_ext.tensorflow.reduce import MakeVariable
+from hvd_ext.tensorflow.reducers.base import MakeVariable
+from hvd_ext.tensorflow.reducers.buckets import BucketReducer
+from hvd_ext.tensorflow.reducers.delay_kernels import accumulation_dtype, reduced_slice, square_norms
 
 
 class DelayReducer(BucketReducer):

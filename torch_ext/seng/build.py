@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from hvd_ext.seng import LayerPlan
-from hvd_ext.torch import seng_kernels as kernels
-from hvd_ext.torch.seng_curvature import Block, Curvature, Explicit, Product, working
-from hvd_ext.torch.seng_layers import Factors, PerSample
-from hvd_ext.torch.seng_model import Layer
+from hvd_ext.torch.seng import kernels
+from hvd_ext.torch.seng.blocks import Block, Curvature, Explicit, Product, working
+from hvd_ext.torch.seng.inventory import Layer
+from hvd_ext.torch.seng.rules import Factors, PerSample
 
 Chooser = Callable[[str, int, int], "tuple[torch.Tensor, torch.Tensor]"]
 """``choose(label, n, q)`` gives rows (q,) int64 and weights (q,) in the working precision."""

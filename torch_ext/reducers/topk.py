@@ -14,13 +14,13 @@ import horovod.torch as horovod
 import torch
 
 from hvd_ext.buckets import Bucket, Slot, TensorSpec
-from hvd_ext.sparse import Layout, TopK
-from hvd_ext.sparse.plan import DENSE, TOPK, Segment, check_bucket, route, segments
-from hvd_ext.sparse.wire import check_messages
-from hvd_ext.torch import sparse_kernels as kernels
-from hvd_ext.torch.buckets import BucketReducer
+from hvd_ext.topk import Layout, TopK
+from hvd_ext.topk.plan import DENSE, TOPK, Segment, check_bucket, route, segments
+from hvd_ext.topk.wire import check_messages
 from hvd_ext.torch.collectives import Collectives, Handle
-from hvd_ext.torch.reduce import Entry
+from hvd_ext.torch.reducers import topk_kernels as kernels
+from hvd_ext.torch.reducers.base import Entry
+from hvd_ext.torch.reducers.buckets import BucketReducer
 
 
 class TopKReducer(BucketReducer):

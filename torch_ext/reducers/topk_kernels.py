@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from hvd_ext.buckets import digest
-from hvd_ext.sparse import Layout, TopK
-from hvd_ext.sparse.plan import Segment
-from hvd_ext.sparse.selection import SAMPLE, enough, sample_ranks
-from hvd_ext.sparse.wire import HEADER_WORDS
+from hvd_ext.topk import Layout, TopK
+from hvd_ext.topk.plan import Segment
+from hvd_ext.topk.selection import SAMPLE, enough, sample_ranks
+from hvd_ext.topk.wire import HEADER_WORDS
 
 CHUNK = 2**18  # elements that stay in a core's cache while they are compared
 

@@ -16,16 +16,16 @@ import torch
 from hvd_ext.buckets import DEFAULT_BUCKET_BYTES, Bucket, Slot
 from hvd_ext.delay.config import DelayCompensated
 from hvd_ext.delay.slices import Worker, application_order, slice_sizes, usable
-from hvd_ext.torch.buckets import BucketReducer
 from hvd_ext.torch.collectives import Collectives, Handle
-from hvd_ext.torch.delay_kernels import (
+from hvd_ext.torch.reducers.base import Entry
+from hvd_ext.torch.reducers.buckets import BucketReducer
+from hvd_ext.torch.reducers.delay_kernels import (
     Recursion,
     accumulation_dtype,
     compensated_sum,
     plain_sum,
     square_norm,
 )
-from hvd_ext.torch.reduce import Entry
 
 ABSENT = -1.0  # in place of a squared norm: this rank had no such micro-batch
 

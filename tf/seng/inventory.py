@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from hvd_ext.seng import LayerPlan, LayerShape, Settings, plan_layer
-from hvd_ext.tensorflow.seng_layers import Registered, rule_for
+from hvd_ext.tensorflow.seng.rules import Registered, rule_for
 from hvd_ext.tensorflow.variables import as_tf
 
 

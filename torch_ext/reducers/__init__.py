@@ -1,0 +1,1 @@
+"""How gradients are reduced over the ranks: one module for each way."""

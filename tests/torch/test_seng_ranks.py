@@ -8,9 +8,9 @@ import torch
 
 import hvd_ext.torch as hvd
 from tests.reference import seng as reference
-from tests.seng import on_ranks
-from tests.seng.on_ranks import LAM, data, loss_of, network
-from tests.seng.per_sample import flat_gradient
+from tests.torch import seng_on_ranks as on_ranks
+from tests.torch.per_sample import flat_gradient
+from tests.torch.seng_on_ranks import LAM, data, loss_of, network
 
 pytestmark = pytest.mark.ranks
 

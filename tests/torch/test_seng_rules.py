@@ -12,7 +12,7 @@ from torch import nn
 
 import hvd_ext.torch as hvd
 from tests.reference import seng as reference
-from tests.seng.per_sample import by_masking, by_single_samples, flat_gradient, held_u
+from tests.torch.per_sample import by_masking, by_single_samples, flat_gradient, held_u
 
 LAM = 0.3
 

@@ -1,4 +1,4 @@
-"""What ranks run for tests/seng/test_ranks.py; every function is called on all ranks at once."""
+"""What ranks run for tests/torch/test_seng_ranks.py; every function is called on all ranks at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 import hvd_ext.torch as hvd
 from hvd_ext.torch.seng import SENG
-from tests.seng.per_sample import flat_gradient, held_u
+from tests.torch.per_sample import flat_gradient, held_u
 
 LAM = 0.25
 
@@ -51,8 +51,9 @@ def trained(settings: dict[str, Any], steps: int, rhos: list[int], same: bool = 
     for step in range(steps):
         optimizer.zero_grad()
         me = 0 if same else hvd.rank()
-        local = torch.autograd.grad(loss_of(clone(model), data(me, step, rhos[hvd.rank()], kind)),
-                                    list(FRESH.parameters()))
+        fresh = clone(model)
+        local = torch.autograd.grad(loss_of(fresh, data(me, step, rhos[hvd.rank()], kind)),
+                                    list(fresh.parameters()))
         loss_of(model, data(me, step, rhos[hvd.rank()], kind)).backward()
         optimizer.synchronize()
         where = {id(p): k for k, p in enumerate(model.parameters())}
@@ -70,15 +71,11 @@ def trained(settings: dict[str, Any], steps: int, rhos: list[int], same: bool = 
     return seen
 
 
-FRESH: nn.Module = nn.Identity()
-
-
 def clone(model: nn.Module) -> nn.Module:
     """A copy without hooks that gives the local gradient."""
-    global FRESH
-    FRESH = network(next(model.parameters()).dtype)
-    FRESH.load_state_dict(model.state_dict())
-    return FRESH
+    fresh = network(next(model.parameters()).dtype)
+    fresh.load_state_dict(model.state_dict())
+    return fresh
 
 
 def bits(model: nn.Module) -> bytes:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import hvd_ext.torch as hvd
-from tests.seng.small import LAM, batch, loss_of, network, same
+from tests.torch.small import LAM, batch, loss_of, network, same
 
 SETTINGS = [
     {"coupling": "block", "sketch": "uniform", "sketch_size": 50},

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 import hvd_ext.torch as hvd
 from tests.reference import seng as reference
-from tests.seng.per_sample import flat_gradient, held_u
-from tests.seng.small import LAM, batch, loss_of, network, same, train
+from tests.torch.per_sample import flat_gradient, held_u
+from tests.torch.small import LAM, batch, loss_of, network, same, train
 
 
 def hooks(model: nn.Module) -> int:

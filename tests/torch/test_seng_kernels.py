@@ -9,7 +9,7 @@ import torch
 import hvd_ext.torch as hvd
 from hvd_ext.torch.seng import kernels
 from tests.reference import seng as reference
-from tests.seng.per_sample import flat_gradient, held_u
+from tests.torch.per_sample import flat_gradient, held_u
 
 
 @pytest.mark.parametrize("shape", [(5, 9, 7), (9, 5, 7), (4, 9, 30), (9, 4, 30), (3, 3, 2)])

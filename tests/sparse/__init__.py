@@ -1,1 +1,0 @@
-"""TopK with error feedback, AMSGrad, their oracle."""

@@ -2,41 +2,70 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
+from typing import Any
 
 DEFAULT_BUCKET_BYTES = 25 * 2**20
 
 
+@dataclass(frozen=True, order=True)
+class Kind:
+    """What all tensors of a bucket have in common. A field that does not separate them is None.
+
+    Attributes:
+        dtype: its name, such as "float32".
+        device: where the tensors are, such as "cuda".
+        group: the number of their parameter group.
+        route: how they travel, such as "topk" or "dense".
+        owner: the rank that updates them.
+    """
+
+    dtype: str
+    device: str | None = None
+    group: int | None = None
+    route: str | None = None
+    owner: int | None = None
+
+    def __str__(self) -> str:
+        parts = [self.dtype]
+        parts += [] if self.device is None else [f"on {self.device}"]
+        parts += [] if self.group is None else [f"in parameter group {self.group}"]
+        parts += [] if self.route is None else [f"sent {self.route}"]
+        parts += [] if self.owner is None else [f"updated by rank {self.owner}"]
+        return " ".join(parts)
+
+
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a plan needs to know of one parameter's gradient.
-
-    ``kind`` holds whatever must be alike within a bucket: dtype, device type, parameter group.
-    """
+    """What a plan needs to know about one parameter's gradient."""
 
     name: str
     shape: tuple[int, ...]
     itemsize: int
-    kind: tuple[str, ...]
+    kind: Kind
 
     @property
     def numel(self) -> int:
         """Number of elements; 1 for a scalar."""
-        count = 1
-        for extent in self.shape:
-            count *= extent
-        return count
+        return prod(self.shape)
+
+    def __str__(self) -> str:
+        return f"{self.name}{list(self.shape)} {self.kind}"
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor's place in a bucket, ``flat[offset:offset + numel]``; ``index`` numbers it in the input."""
+    """One tensor's place in a bucket; ``index`` is its number among the tensors planned for."""
 
     index: int
     offset: int
     numel: int
+
+    def of(self, flat: Any) -> Any:
+        """The tensor's elements in a flat bucket, ``flat[offset:offset + numel]``."""
+        return flat[self.offset : self.offset + self.numel]
 
 
 @dataclass(frozen=True)
@@ -45,7 +74,7 @@ class Bucket:
 
     index: int
     slots: tuple[Slot, ...]
-    kind: tuple[str, ...]
+    kind: Kind
 
     @property
     def numel(self) -> int:
@@ -61,16 +90,16 @@ def plan_buckets(tensors: Sequence[TensorSpec], *, bucket_bytes: int = DEFAULT_B
     ``groups`` (lists of tensor numbers) each group is a bucket of its own, whatever its size.
     """
     plan: list[Bucket] = []
-    grouped = [list(group) for group in groups] if groups is not None else None
-    if grouped is None:
+    if groups is None:
         batches = [list(range(len(tensors)))]
         limit: float = bucket_bytes
     else:
-        taken = {index for group in grouped for index in group}
-        batches = grouped + [[index] for index in range(len(tensors)) if index not in taken]
+        batches = [list(group) for group in groups]
+        taken = {index for batch in batches for index in batch}
+        batches += [[index] for index in range(len(tensors)) if index not in taken]
         limit = float("inf")
     for batch in batches:
-        filling: dict[tuple[str, ...], list[Slot]] = {}
+        filling: dict[Kind, list[Slot]] = {}
         for index in sorted(batch, reverse=True):
             spec = tensors[index]
             slots = filling.setdefault(spec.kind, [])
@@ -85,22 +114,61 @@ def plan_buckets(tensors: Sequence[TensorSpec], *, bucket_bytes: int = DEFAULT_B
     return plan
 
 
-def digest(*parts: object) -> int:
-    """A 62-bit number that ranks compare to see that they planned alike."""
-    text = "\n".join(repr(part) for part in parts)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
+def slice_sizes(count: int, parts: int) -> list[int]:
+    """Cut ``count`` items into ``parts`` contiguous slices, as equal as possible, larger ones first."""
+    base, rest = divmod(count, parts)
+    return [base + (part < rest) for part in range(parts)]
 
 
-def differences(mine: Sequence[str], others: Sequence[Sequence[str]], limit: int = 4) -> list[str]:
-    """Lines that say where ranks' descriptions differ from rank 0's, a few for each rank."""
-    first = others[0]
-    lines = []
-    for rank, theirs in enumerate(others):
-        if list(theirs) == list(first):
-            continue
-        missing = [item for item in first if item not in set(theirs)]
-        extra = [item for item in theirs if item not in set(first)]
-        said = [f"has not {item}" for item in missing[:limit]]
-        said += [f"has {item}" for item in extra[:limit]]
-        lines.append(f"rank {rank}: " + "; ".join(said or ["has the same in another order"]))
-    return lines
+def split_groups(groups: int | Sequence[Any] | None, tensors: Sequence[Any], *,
+                 key: Callable[[Any], Hashable] = id) -> list[list[int]] | None:
+    """Horovod's ``groups=`` as lists of tensor numbers.
+
+    Args:
+        groups: a number of groups of consecutive tensors (the first ones are larger where they do
+            not divide evenly, as in Horovod), or lists of tensors. None and 0 mean no groups.
+        tensors: all tensors, in the same order on every rank.
+        key: what identifies a tensor.
+
+    Returns:
+        The groups, without empty ones; tensors in no group are left out. None for no groups.
+    """
+    if groups is None or (isinstance(groups, int) and groups == 0):
+        return None
+    if isinstance(groups, int):
+        start, result = 0, []
+        for size in slice_sizes(len(tensors), max(1, min(groups, len(tensors)))):
+            result.append(list(range(start, start + size)))
+            start += size
+        return [group for group in result if group]
+    numbers = {key(tensor): number for number, tensor in enumerate(tensors)}
+    found = [[numbers[key(one)] for one in _members(group) if key(one) in numbers]
+             for group in groups]
+    return [group for group in found if group]
+
+
+def check_groups(groups: Any, *, member: type | tuple[type, ...], what: str,
+                 key: Callable[[Any], Hashable] = id) -> None:
+    """Refuse a ``groups=`` that is neither a number nor lists of ``member`` objects.
+
+    Args:
+        what: the name of ``member`` for messages, such as "torch.Tensor".
+
+    Raises:
+        ValueError: it is neither, or a tensor is in two groups.
+    """
+    if groups is None or (isinstance(groups, int) and not isinstance(groups, bool) and groups >= 0):
+        return
+    if not isinstance(groups, (list, tuple)):
+        raise ValueError(f"groups should be a non-negative integer or a list of list of {what}, "
+                         f"got {groups!r}")
+    members = [one for group in groups for one in _members(group)]
+    if not all(isinstance(one, member) for one in members):
+        raise ValueError(f"groups must consist of {what}.")
+    if len({key(one) for one in members}) < len(members):
+        raise ValueError("A parameter can only appear once in groups.")
+
+
+def _members(group: Any) -> Sequence[Any]:
+    """The tensors of a group; a tensor by itself is a group of one."""
+    return group if isinstance(group, (list, tuple)) else [group]

@@ -1,42 +1,80 @@
-"""Which extensions go together; a combination without meaning is refused by both front ends alike."""
+"""Ways to reduce gradients: what their settings must say, and which extensions go together.
+
+The settings of a way to reduce are a frozen dataclass with two class attributes, ``slot``: the
+argument of ``DistributedOptimizer`` that takes them ("op" or "compression"), and ``label``: its
+name in messages, in Horovod's timeline and, in the compression slot, ``hvd.Compression.<label>``.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from typing import Any
+
 SERVERS = ("rank0", "replicated", "sharded")
+SLOTS = ("op", "compression")
 
 
-def check(*, delay: bool, topk: bool, op_name: str, predivide: float, server: str | None,
-          multiple_evaluations: bool) -> None:
+def public_name(settings: Any) -> str:
+    """What a user wrote: ``DelayCompensated``, ``Compression.topk``."""
+    kind: Any = settings if isinstance(settings, type) else type(settings)
+    return f"Compression.{kind.label}" if kind.slot == "compression" else kind.__name__
+
+
+def check_registration(settings: Any, table: Mapping[Any, Any], *, replace: bool = False) -> None:
+    """Refuse settings that cannot be entered in a table of reducers.
+
+    Raises:
+        TypeError: not a dataclass type with ``slot`` and ``label``.
+        ValueError: an unknown slot, or a label or type that is taken and ``replace`` is False.
+    """
+    if not (isinstance(settings, type) and is_dataclass(settings)):
+        raise TypeError(f"settings must be a dataclass type, got {settings!r}")
+    slot, label = getattr(settings, "slot", None), getattr(settings, "label", None)
+    if slot not in SLOTS:
+        raise ValueError(f"{settings.__name__}.slot must be 'op' or 'compression', the argument that "
+                         f"takes it; got {slot!r}")
+    if not (isinstance(label, str) and label.isidentifier()):
+        raise TypeError(f"{settings.__name__}.label must be a name such as 'topk', got {label!r}")
+    taken = next((one for one in table if one is settings or one.label == label), None)
+    if taken is not None and not replace:
+        raise ValueError(f"{label!r} is registered already, for {taken.__name__}; choose another "
+                         "label, or pass replace=True to replace it")
+
+
+def check(*, op: Any, compression: Any, op_name: str, predivide: float, server: str | None,
+          multiple_evaluations: bool = False) -> None:
     """Refuse what cannot be combined.
 
     Args:
-        delay: ``op`` is a DelayCompensated.
-        topk: ``compression`` is a TopK.
-        op_name: the plain operation's name, "Average" with ``delay``.
+        op: settings of a registered way to reduce given as ``op=``, else None.
+        compression: settings given as ``compression=``, else None.
+        op_name: the plain operation's name; "Average" where ``op`` is not None.
         predivide: ``gradient_predivide_factor``.
         server: the ``server=`` argument.
         multiple_evaluations: the wrapped optimizer evaluates a closure several times a step.
 
     Raises:
-        ValueError: names both arguments and the way out.
+        ValueError: names both arguments and what to do instead.
     """
-    if topk and delay:
+    if op is not None and compression is not None:
         raise ValueError(
-            "compression=Compression.topk and op=DelayCompensated do not go together: compensation "
-            "needs every rank's whole gradient; drop one of them"
+            f"compression={public_name(compression)} and op={public_name(op)} cannot be combined: "
+            "each needs every rank's whole gradient to itself; drop one of them"
         )
-    if topk and op_name != "Average":
+    if compression is not None and op_name != "Average":
         raise ValueError(
-            f"compression=Compression.topk and op={op_name} do not go together: TopK sums what the "
-            "ranks send and divides by their number; use op=Average, or Compression.fp16"
+            f"compression={public_name(compression)} and op={op_name} cannot be combined: it "
+            "averages what the ranks send; use op=Average, or Compression.fp16"
         )
-    if predivide != 1.0 and (delay or topk or op_name != "Average"):
-        raise ValueError("gradient_predivide_factor not supported with op != Average or with TopK; "
-                         "leave it at 1.0")
+    if predivide != 1.0 and (op is not None or compression is not None or op_name != "Average"):
+        raise ValueError("gradient_predivide_factor not supported with op != Average or with "
+                         "compression other than none and fp16; leave it at 1.0")
     if server is not None and server not in SERVERS:
         raise ValueError(f"server must be one of {', '.join(map(repr, SERVERS))}; got {server!r}")
     if multiple_evaluations:
         raise ValueError(
-            "an optimizer that evaluates its closure several times a step (LBFGS) cannot be "
-            "combined with op=DelayCompensated, TopK, a preconditioner or server=; use SGD or Adam"
+            "an optimizer that evaluates its closure several times per step (LBFGS) cannot be "
+            "combined with op=DelayCompensated, Compression.topk or .powersgd, a preconditioner or "
+            "server=; use SGD or Adam"
         )

@@ -1,4 +1,4 @@
-"""Open MPI from a wheel: where it lies, for programs that are started without ``mpirun``."""
+"""Open MPI from a wheel: its place, for programs that are started without ``mpirun``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def loaded_library(maps: Path = Path("/proc/self/maps")) -> Path | None:
     return None
 
 
-def tell_where_it_lies() -> None:
+def set_opal_prefix() -> None:
     """Set ``OPAL_PREFIX`` when the loaded Open MPI is the one in this Python environment.
 
     The wheel is moved from where it was built, so its library finds its parts only by this

@@ -25,7 +25,7 @@ from hvd_ext.tensorflow.tape import distributed_tape as DistributedGradientTape
 from hvd_ext.tensorflow.tape import partial_distributed_tape as PartialDistributedGradientTape
 from hvd_ext.tensorflow.variables import broadcast_variables
 
-openmpi.tell_where_it_lies()
+openmpi.set_opal_prefix()
 
 # Horovod's modules of these names are here already; an import from this package would find them.
 elastic = importlib.import_module("hvd_ext.tensorflow.elastic")

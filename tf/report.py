@@ -46,7 +46,7 @@ def _(reducer: DelayReducer) -> dict[str, Any]:
 
 @figures.register
 def _(reducer: TopKReducer) -> dict[str, Any]:
-    elements = {kind: sum(bucket.numel for bucket in reducer.buckets if bucket.kind[-1] == kind)
+    elements = {kind: sum(bucket.numel for bucket in reducer.buckets if bucket.kind.route == kind)
                 for kind in (TOPK, DENSE)}
     found: dict[str, Any] = {}
     taken = reducer.step_taken()

@@ -210,8 +210,7 @@ def make_server(kind: str | None, optimizer: Any, collectives: Collectives) -> S
     """
     if kind in (None, "replicated"):
         return None
-    composition.check(delay=False, topk=False, op_name="Average", predivide=1.0, server=kind,
-                      multiple_evaluations=False)
+    composition.check(op=None, compression=None, op_name="Average", predivide=1.0, server=kind)
     if optimizer.built:
         raise ValueError(f"server={kind!r} with an optimizer that has state already: make a new "
                          "one, or load the model with hvd.load_model(..., server=...)")

@@ -19,7 +19,7 @@ from hvd_ext.torch.seng import SENG
 from hvd_ext.torch.seng.rules import register_seng_rule
 from hvd_ext.torch.state import broadcast_optimizer_state
 
-openmpi.tell_where_it_lies()
+openmpi.set_opal_prefix()
 
 __all__ = [
     *(name for name in dir() if not name.startswith("_")),

@@ -14,6 +14,7 @@ import horovod.torch as horovod
 import torch
 
 from hvd_ext import composition
+from hvd_ext.buckets import check_groups
 from hvd_ext.delay.config import DelayCompensated
 from hvd_ext.topk import TopK
 from hvd_ext.torch.collectives import Collectives
@@ -79,10 +80,11 @@ def DistributedOptimizer(
         groups = num_groups if groups is None else groups
     if backward_passes_per_step <= 0:
         raise ValueError("backward_passes_per_step must be > 0")
-    _check_groups(groups)
+    check_groups(groups, member=torch.Tensor, what="torch.Tensor")
     composition.check(
-        delay=delay, topk=topk, op_name=_op_name(op), predivide=gradient_predivide_factor,
-        server=server, multiple_evaluations=isinstance(optimizer, torch.optim.LBFGS),
+        op=op if delay else None, compression=compression if topk else None,
+        op_name=_op_name(op), predivide=gradient_predivide_factor, server=server,
+        multiple_evaluations=isinstance(optimizer, torch.optim.LBFGS),
     )
     collectives = Collectives(process_set)
     suffix = _number_suffix(next(_OPTIMIZERS))
@@ -112,18 +114,3 @@ def _op_name(op: Any) -> str:
 def _number_suffix(number: int) -> str:
     """Names of collectives differ between optimizers; the first one's are the plain ones."""
     return f".{number}" if number else ""
-
-
-def _check_groups(groups: Any) -> None:
-    if groups is None:
-        return
-    if not (isinstance(groups, list) or (isinstance(groups, int) and groups >= 0)):
-        raise ValueError(
-            f"groups should be a non-negative integer or a list of list of torch.Tensor, got {groups!r}"
-        )
-    if isinstance(groups, list):
-        members = [p for group in groups for p in group]
-        if not all(isinstance(p, torch.Tensor) for p in members):
-            raise ValueError("groups must consist of torch.Tensor.")
-        if len({id(p) for p in members}) < len(members):
-            raise ValueError("A parameter can only appear once in groups.")

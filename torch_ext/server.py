@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from hvd_ext import checks
-from hvd_ext.buckets import Bucket, TensorSpec, plan_buckets
+from hvd_ext.buckets import Bucket, Kind, TensorSpec, plan_buckets
 from hvd_ext.composition import SERVERS
 from hvd_ext.servers import Shard, check_loadable, owners, shares
 from hvd_ext.servers.ownership import EVERY_RANK
@@ -118,10 +118,10 @@ class Server:
         self._parameters += fresh
         self._owners += owned
         specs = [TensorSpec(str(i), tuple(p.shape), p.element_size(),
-                            (str(p.dtype), str(p.device), str(owner)))
+                            Kind(str(p.dtype), str(p.device), owner=owner))
                  for i, (p, owner) in enumerate(zip(self._parameters, self._owners, strict=True))]
         plan = plan_buckets(specs, bucket_bytes=WEIGHT_BUCKET_BYTES)
-        self._buckets = [(int(bucket.kind[-1]), bucket) for bucket in plan if bucket.numel]
+        self._buckets = [(bucket.kind.owner, bucket) for bucket in plan if bucket.numel]
         self._buffers = {}
 
     @contextmanager

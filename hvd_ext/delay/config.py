@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from hvd_ext import checks
 
@@ -34,6 +35,9 @@ class DelayCompensated:
     Raises:
         TypeError, ValueError: a setting is of the wrong type or outside its limits.
     """
+
+    slot: ClassVar[str] = "op"
+    label: ClassVar[str] = "delay"
 
     lam: float = 2.0
     adaptive: bool = field(default=True, kw_only=True)

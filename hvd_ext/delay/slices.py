@@ -1,4 +1,4 @@
-"""Which rank reduces which part of a bucket, and in which order gradients are taken up."""
+"""In which order delay compensation applies the virtual workers' gradients."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Worker:
+class VirtualWorker:
     """One virtual worker of a step: the gradient of ``rank``'s backward pass number ``part``.
 
     ``step_square`` is the squared length of the step it would make, ``sum_groups lr^2 |g|^2``.
@@ -19,18 +19,12 @@ class Worker:
     step_square: float
 
 
-def slice_sizes(numel: int, ranks: int) -> list[int]:
-    """Cut ``numel`` elements into one contiguous slice a rank, sizes as equal as can be, larger first."""
-    base, rest = divmod(numel, ranks)
-    return [base + (rank < rest) for rank in range(ranks)]
-
-
-def usable(workers: Sequence[Worker]) -> bool:
+def usable(workers: Sequence[VirtualWorker]) -> bool:
     """Whether all gradients are finite and small enough to be squared."""
     return all(math.isfinite(worker.step_square) for worker in workers)
 
 
-def application_order(workers: Sequence[Worker], order: str) -> list[Worker]:
+def application_order(workers: Sequence[VirtualWorker], order: str) -> list[VirtualWorker]:
     """The workers in the order in which their gradients are taken up (supplement, section H)."""
     if order == "norm":
         return sorted(workers, key=lambda w: (w.step_square, w.rank, w.part))

@@ -1,7 +1,12 @@
 """SENG, the sketchy empirical natural gradient: its decisions, for both front ends."""
 
-from hvd_ext.seng.plan import LayerPlan, LayerShape, columns_kept, elements_held, plan_layer
-from hvd_ext.seng.report import Report
+from hvd_ext.seng.agreement import (
+    check_same_layers,
+    fingerprint,
+    states_differ,
+)
+from hvd_ext.seng.plan import LayerPlan, LayerShape, elements_held, plan_layer
+from hvd_ext.seng.report import Held, Report, layer_row, make_report
 from hvd_ext.seng.rows import generator, sample_batch, sample_rows
 from hvd_ext.seng.schedules import (
     IMAGENET_RECIPES,
@@ -12,12 +17,13 @@ from hvd_ext.seng.schedules import (
     WarmUp,
     imagenet_recipe,
 )
-from hvd_ext.seng.settings import DEFAULT_SKETCH_SIZE, Settings
+from hvd_ext.seng.settings import DEFAULT_SKETCH_SIZE, Settings, takes_settings
 from hvd_ext.seng.solve import JITTERS, jitters
 
 __all__ = [
     "DEFAULT_SKETCH_SIZE", "IMAGENET_RECIPES", "JITTERS", "Cosine", "DampingDecay", "ExpDecay",
-    "LayerPlan", "LayerShape", "Recipe", "Report", "Settings", "WarmUp", "columns_kept",
-    "elements_held", "generator", "imagenet_recipe", "jitters", "plan_layer", "sample_batch",
-    "sample_rows",
+    "Held", "LayerPlan", "LayerShape", "Recipe", "Report", "Settings", "WarmUp", "check_same_layers",
+    "elements_held", "fingerprint", "generator", "imagenet_recipe", "jitters",
+    "layer_row", "make_report", "plan_layer", "sample_batch", "sample_rows", "states_differ",
+    "takes_settings",
 ]

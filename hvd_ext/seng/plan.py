@@ -41,6 +41,20 @@ class LayerPlan:
     rows_g: int | None = None
     rows_a: int | None = None
 
+    @property
+    def sampled(self) -> list[str]:
+        """Which of "rows", "rows_g" and "rows_a" are sampled."""
+        counts = {"rows": self.sketch, "rows_g": self.rows_g, "rows_a": self.rows_a}
+        return [label for label, count in counts.items() if count is not None]
+
+    @property
+    def sketch_text(self) -> str | None:
+        """The sketch for a report: ``"512"``, ``"512 × all"``, or None for no sketch."""
+        if not self.implicit:
+            return None if self.sketch is None else str(self.sketch)
+        rows = [str(count or "all") for count in (self.rows_g, self.rows_a)]
+        return " × ".join(rows) if self.rows_g or self.rows_a else None
+
 
 def plan_layer(shape: LayerShape, settings: Settings) -> LayerPlan:
     """Explicit below ``explicit_threshold``, implicit at or above it (SENG Algorithm 1)."""
@@ -52,11 +66,6 @@ def plan_layer(shape: LayerShape, settings: Settings) -> LayerPlan:
             rows_a=_kept(shape.n_a, settings.row_sketch, settings),
         )
     return LayerPlan(implicit=False, sketch=_kept(shape.n, settings.sketch_size, settings))
-
-
-def columns_kept(kappa: int, n_g: int, n_a: int, rank: int) -> int:
-    """Columns left of a sample's factors: all of kappa, or r after the truncated SVD."""
-    return kappa if kappa <= rank else min(rank, n_g, n_a)
 
 
 def elements_held(shape: LayerShape, plan: LayerPlan, *, rho: int, r: int = 0) -> int:

@@ -1,14 +1,65 @@
-"""What a natural-gradient preconditioner says about itself: data, and a table made of it."""
+"""What SENG reports about itself: one row per layer, totals, and a table made of them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from hvd_ext.seng.plan import LayerPlan, LayerShape, elements_held
+from hvd_ext.seng.settings import Settings
+
 COLUMNS = ("layer", "kind", "held", "n", "n_G", "n_A", "groups", "rho", "kappa", "rank", "sketch",
            "bytes", "formula_bytes", "coefficient_norm", "jitter", "age", "failures")
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a front end knows about the curvature that it holds for one layer.
+
+    ``r`` is 0 for a layer without factors, ``itemsize`` the bytes of one stored number, ``nbytes``
+    everything held, ``age`` the steps since the curvature was taken, ``kappa`` None where it is
+    not known.
+    """
+
+    rho: int
+    r: int
+    itemsize: int
+    nbytes: int
+    jitter: float
+    age: int
+    coefficient_norm: float | None
+    kappa: int | None = None
+
+
+def layer_row(shape: LayerShape, plan: LayerPlan, held: Held | None, *,
+              failures: int) -> dict[str, Any]:
+    """One layer's row; ``held`` is None while the layer has no curvature."""
+    row: dict[str, Any] = {
+        "layer": shape.name, "kind": shape.kind, "n": shape.n, "n_G": shape.n_g, "n_A": shape.n_a,
+        "groups": shape.groups, "sketch": plan.sketch_text, "failures": failures,
+        "held": "implicit" if plan.implicit else "explicit", "bytes": 0, "formula_bytes": 0,
+    }
+    if held is None:
+        return {**row, "held": "identity"}
+    formula = held.itemsize * elements_held(shape, plan, rho=held.rho, r=held.r)
+    return {**row, "rho": held.rho, "kappa": held.kappa, "rank": held.r or None,
+            "bytes": held.nbytes, "formula_bytes": formula, "jitter": held.jitter,
+            "coefficient_norm": held.coefficient_norm, "age": held.age}
+
+
+def make_report(rows: Sequence[dict[str, Any]], settings: Settings, *, step: int, ranks: int,
+                skipped: int, identity_parameters: int, **more: Any) -> Report:
+    """The rows of all layers and their totals."""
+    return Report(
+        layers=list(rows), step=step, damping=settings.damping_at(step), coupling=settings.coupling,
+        ranks=ranks, bytes=sum(row["bytes"] for row in rows),
+        formula_bytes=sum(row["formula_bytes"] for row in rows),
+        identity_parameters=identity_parameters, failures=sum(row["failures"] for row in rows),
+        skipped=skipped, **more)
 
 
 class Report(dict[str, Any]):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
 
 from hvd_ext import checks
 
@@ -33,9 +35,9 @@ class Settings:
         subsample: samples of a rank's batch that the curvature is taken from; None for all.
         loss_reduction: whether the loss is the ``"mean"`` or the ``"sum"`` over a rank's batch.
         loss_scale: a constant the loss is multiplied with, such as 1/4 for a loss divided by four
-            micro-batches. Not the scale of mixed precision, which a gradient scaler tells.
-        curvature_dtype: ``"float32"``, ``"bfloat16"``, ``"float64"``, or None for the working
-            precision (that of the parameters, float32 for half-precision ones).
+            micro-batches. Mixed precision's scale is not part of it: the gradient scaler knows it.
+        curvature_dtype: ``"float32"``, ``"bfloat16"``, ``"float64"`` or the framework's dtype of that
+            name; None for the working precision (the parameters', float32 for half-precision ones).
         exclude: names of modules (with all inside them) left on the identity rule ``g/(1+lam)``.
         seed: of all row and sample choices; the same on every rank.
 
@@ -57,8 +59,8 @@ class Settings:
     subsample: int | None = None
     loss_reduction: str = "mean"
     loss_scale: float = 1.0
-    curvature_dtype: str | None = None
-    exclude: tuple[str, ...] = field(default=())
+    curvature_dtype: Any = None
+    exclude: Iterable[str] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -89,12 +91,24 @@ class Settings:
         )
         checks.number("loss_scale", self.loss_scale, low=0.0, open_low=True,
                       hint="1 for a loss that is not multiplied by anything")
+        if self.curvature_dtype is not None:  # torch.bfloat16 and tf.bfloat16 are "bfloat16" too
+            named = getattr(self.curvature_dtype, "name", self.curvature_dtype)
+            object.__setattr__(self, "curvature_dtype", str(named).removeprefix("torch."))
         checks.choice("curvature_dtype", self.curvature_dtype,
                       ("float32", "bfloat16", "float64", None))
         checks.whole("seed", self.seed, low=0)
-        for name in self.exclude:
+        if isinstance(self.exclude, str):
+            raise TypeError(f"exclude must be a list of names, got {self.exclude!r}; pass "
+                            f"[{self.exclude!r}]")
+        object.__setattr__(self, "exclude", tuple(self.exclude or ()))
+        for name in self.excluded:
             if not isinstance(name, str):
                 raise TypeError(f"exclude must hold names of modules, got {name!r}")
+
+    @property
+    def excluded(self) -> tuple[str, ...]:
+        """The names in ``exclude``."""
+        return tuple(self.exclude or ())
 
     def damping_at(self, step: int) -> float:
         """lam at this step.
@@ -124,3 +138,16 @@ class Settings:
                 f"explicit layer, got {self.sketch_size}; pass fewer rows, or sketch=None to solve "
                 "with all of them"
             )
+
+
+def takes_settings(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Show the fields of :class:`Settings` in the signature in place of ``**settings``."""
+    signature = inspect.signature(function)
+    own = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+    shown = [inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, annotation=one.type,
+                               default=inspect.Parameter.empty if one.default is MISSING
+                               else one.default)
+             for one in fields(Settings)]
+    function.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=sorted([*own, *shown], key=lambda one: one.kind))
+    return function

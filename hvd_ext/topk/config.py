@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import KW_ONLY, dataclass, field, fields
-from fnmatch import fnmatchcase
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, field
+from typing import ClassVar
 
 from hvd_ext import checks
+from hvd_ext.exclude import Exclude, checked_exclude
 from hvd_ext.topk.wire import VALUE_BYTES
 
 HOROVOD_FUSION_BYTES = 128 * 2**20  # what Horovod fuses unless HOROVOD_FUSION_THRESHOLD says else
-
-Exclude = Sequence[str] | Callable[[str, tuple[int, ...]], bool]
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,9 @@ class TopK:
         TypeError, ValueError: an argument of the wrong type or outside its limits.
     """
 
+    slot: ClassVar[str] = "compression"
+    label: ClassVar[str] = "topk"
+
     ratio: float | Callable[[int], float] = 0.01
     _: KW_ONLY
     selection: str = "exact"
@@ -65,52 +67,13 @@ class TopK:
         checks.whole("min_size", self.min_size, low=0, hint="min_size=0 compresses every tensor")
         checks.number("tolerance", self.tolerance, low=0.0, high=1.0, open_high=True)
         checks.whole("seed", self.seed, low=0)
-        if self.exclude is not None and not callable(self.exclude):
-            if isinstance(self.exclude, str):
-                raise TypeError(f"exclude must be a list of names or a function, got the string "
-                                f"{self.exclude!r}; pass exclude=[{self.exclude!r}]")
-            patterns = tuple(self.exclude)
-            for pattern in patterns:
-                if not isinstance(pattern, str):
-                    raise TypeError(f"exclude must hold names, got {pattern!r}; to choose by shape "
-                                    "pass a function of (name, shape)")
-            object.__setattr__(self, "exclude", patterns)
+        object.__setattr__(self, "exclude", checked_exclude(self.exclude))
 
     def ratio_at(self, step: int) -> float:
         """The kept fraction at a step, checked."""
         if callable(self.ratio):
             return checked_ratio(self.ratio(step), f"ratio({step})")
         return float(self.ratio)
-
-    def excluded(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Whether the user wants this tensor sent whole."""
-        if self.exclude is None:
-            return False
-        if callable(self.exclude):
-            return bool(self.exclude(name, shape))
-        return any(fnmatchcase(name, pattern) for pattern in self.exclude)
-
-    def check_names(self, names: Iterable[str]) -> None:
-        """Refuse a pattern of ``exclude`` that fits no name: most likely it is misspelt.
-
-        Raises:
-            ValueError: a pattern fits none of the names.
-        """
-        if self.exclude is None or callable(self.exclude):
-            return
-        names = list(names)
-        for pattern in self.exclude:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-                raise ValueError(f"exclude has {pattern!r}, which fits no parameter; names here "
-                                 f"are like {shown}; correct it or leave it out")
-
-    def describe(self) -> str:
-        """The settings as text, alike on ranks that were given the same; functions unnamed."""
-        shown = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        said = (f"{name}={'<function>' if callable(value) else repr(value)}"
-                for name, value in shown.items())
-        return f"TopK({', '.join(said)})"
 
 
 def fusion_threshold() -> int:
@@ -119,13 +82,13 @@ def fusion_threshold() -> int:
     Raises:
         ValueError: HOROVOD_FUSION_THRESHOLD is no whole number.
     """
-    said = os.environ.get("HOROVOD_FUSION_THRESHOLD", "").strip()
-    if not said:
+    given = os.environ.get("HOROVOD_FUSION_THRESHOLD", "").strip()
+    if not given:
         return HOROVOD_FUSION_BYTES
-    if not said.isdecimal():
-        raise ValueError(f"HOROVOD_FUSION_THRESHOLD must be a whole number of bytes, got {said!r}; "
+    if not given.isdecimal():
+        raise ValueError(f"HOROVOD_FUSION_THRESHOLD must be a whole number of bytes, got {given!r}; "
                          "correct it, or pass bucket_bytes=")
-    return max(1, int(said))
+    return max(1, int(given))
 
 
 def checked_ratio(ratio: float, name: str = "ratio") -> float:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from hvd_ext.buckets import Bucket
+from hvd_ext.exclude import is_excluded
 from hvd_ext.topk.config import TopK, keep_count
 from hvd_ext.topk.wire import MAX_NUMEL
 
@@ -23,10 +25,7 @@ class Segment:
 
 def route(name: str, shape: tuple[int, ...], config: TopK) -> str:
     """``TOPK`` for a tensor that is compressed, ``DENSE`` for one that goes whole."""
-    numel = 1
-    for extent in shape:
-        numel *= extent
-    whole = numel < max(1, config.min_size) or config.excluded(name, shape)
+    whole = prod(shape) < max(1, config.min_size) or is_excluded(config.exclude, name, shape)
     return DENSE if whole else TOPK
 
 

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
 from hvd_ext import checks, composition
-from hvd_ext.buckets import TensorSpec, differences, digest, plan_buckets
-from hvd_ext.delay.slices import Worker, application_order, slice_sizes, usable
+from hvd_ext.agreement import describe, differences, digest
+from hvd_ext.buckets import (
+    Kind,
+    TensorSpec,
+    check_groups,
+    plan_buckets,
+    slice_sizes,
+    split_groups,
+)
+from hvd_ext.delay import DelayCompensated
+from hvd_ext.delay.slices import VirtualWorker, application_order, usable
 from hvd_ext.header import pack_row, unpack_rows
+from hvd_ext.topk import TopK
 from hvd_ext.traffic import Traffic
 
+FLOAT = Kind("float32")
 
-def specs(*sizes, kind=("float32",)):
+
+def specs(*sizes, kind=FLOAT):
     return [TensorSpec(f"p{i}", (size,), 4, kind) for i, size in enumerate(sizes)]
 
 
@@ -32,9 +46,9 @@ def test_a_tensor_larger_than_a_bucket_goes_alone():
 
 
 def test_kinds_do_not_share_a_bucket():
-    mixed = [*specs(3, 4), TensorSpec("h", (5,), 2, ("float16",))]
+    mixed = [*specs(3, 4), TensorSpec("h", (5,), 2, Kind("float16"))]
     plan = plan_buckets(mixed, bucket_bytes=10**6)
-    assert sorted(bucket.kind for bucket in plan) == [("float16",), ("float32",)]
+    assert sorted(bucket.kind for bucket in plan) == [Kind("float16"), Kind("float32")]
 
 
 def test_groups_make_buckets_whatever_their_size():
@@ -63,12 +77,13 @@ def test_slices_cover_all_and_are_as_equal_as_can_be(numel, ranks):
 
 
 def test_shorter_steps_come_first_and_ties_go_by_rank():
-    workers = [Worker(0, 0, 4.0), Worker(1, 0, 1.0), Worker(2, 0, 4.0), Worker(1, 1, 0.5)]
+    workers = [VirtualWorker(0, 0, 4.0), VirtualWorker(1, 0, 1.0), VirtualWorker(2, 0, 4.0),
+               VirtualWorker(1, 1, 0.5)]
     assert [(w.rank, w.part) for w in application_order(workers, "norm")] == [(1, 1), (1, 0), (0, 0), (2, 0)]
     assert [(w.rank, w.part) for w in application_order(workers, "rank")] == [(0, 0), (1, 0), (1, 1), (2, 0)]
     assert usable(workers)
-    assert not usable([*workers, Worker(3, 0, math.nan)])
-    assert not usable([*workers, Worker(3, 0, math.inf)])
+    assert not usable([*workers, VirtualWorker(3, 0, math.nan)])
+    assert not usable([*workers, VirtualWorker(3, 0, math.inf)])
 
 
 def test_header_brings_every_ranks_numbers_back():
@@ -87,8 +102,8 @@ def test_digest_tells_plans_apart_and_fits_the_header():
 
 
 def test_differences_name_the_rank_and_the_parameter():
-    lines = differences(["a", "b"], [["a", "b"], ["a", "c"], ["b", "a"]])
-    assert lines == ["rank 1: has not b; has c", "rank 2: has the same in another order"]
+    lines = differences([["a", "b"], ["a", "c"], ["b", "a"]])
+    assert lines == ["rank 1 does not have b; has c", "rank 2 has the same in another order"]
 
 
 def test_traffic_of_a_step_is_what_came_since_the_last():
@@ -102,19 +117,66 @@ def test_traffic_of_a_step_is_what_came_since_the_last():
     assert traffic.sent["values"] == 12
 
 
-@pytest.mark.parametrize(("changed", "said"), [
-    ({"delay": True, "topk": True}, "do not go together"),
-    ({"topk": True, "op_name": "Adasum"}, "op=Adasum do not go together"),
-    ({"delay": True, "predivide": 2.0}, "gradient_predivide_factor"),
+@pytest.mark.parametrize(("changed", "message"), [
+    ({"op": DelayCompensated(), "compression": TopK()},
+     "compression=Compression.topk and op=DelayCompensated cannot be combined"),
+    ({"compression": TopK(), "op_name": "Adasum"}, "op=Adasum cannot be combined"),
+    ({"op": DelayCompensated(), "predivide": 2.0}, "gradient_predivide_factor"),
     ({"server": "cloud"}, "'cloud'"),
     ({"multiple_evaluations": True}, "LBFGS"),
 ])
-def test_combinations_without_meaning_are_refused(changed, said):
-    settings = {"delay": False, "topk": False, "op_name": "Average", "predivide": 1.0, "server": None,
-                "multiple_evaluations": False}
+def test_combinations_without_meaning_are_refused(changed, message):
+    settings = {"op": None, "compression": None, "op_name": "Average", "predivide": 1.0, "server": None}
     composition.check(**settings)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         composition.check(**{**settings, **changed})
+
+
+def test_a_bucket_says_only_what_sets_it_apart():
+    assert str(Kind("float32", "cpu", route="topk")) == "float32 on cpu sent topk"
+    assert str(TensorSpec("w", (2, 3), 4, Kind("float32", "cpu", 1))) == \
+        "w[2, 3] float32 on cpu in parameter group 1"
+
+
+def test_groups_are_split_as_horovod_splits_them():
+    tensors = [object() for _ in range(5)]
+    assert split_groups(2, tensors) == [[0, 1, 2], [3, 4]]
+    assert split_groups(9, tensors) == [[0], [1], [2], [3], [4]]
+    assert split_groups(None, tensors) is split_groups(0, tensors) is None
+    assert split_groups([[tensors[3], tensors[1]], [object()], tensors[0]], tensors) == [[3, 1], [0]]
+    assert split_groups(3, []) == []
+
+
+@pytest.mark.parametrize(("groups", "message"), [
+    (-1, "non-negative integer"), ("all", "non-negative integer"), ([["a"]], "consist of float"),
+    ([[1.0], [1.0]], "only appear once"),
+])
+def test_groups_that_are_none_are_refused(groups, message):
+    with pytest.raises(ValueError, match=message):
+        check_groups(groups, member=float, what="float", key=hash)
+
+
+def test_settings_are_described_field_by_field():
+    assert describe(TopK(lambda step: 0.1)) == describe(TopK(lambda step: 0.2))
+    assert describe(TopK(0.1)) != describe(TopK(0.2))
+    assert "lam=2.0" in describe(DelayCompensated())
+
+
+@dataclass(frozen=True)
+class Method:
+    slot: ClassVar[str] = "compression"
+    label: ClassVar[str] = "mine"
+
+
+def test_methods_are_registered_once():
+    composition.check_registration(Method, {TopK: object})
+    with pytest.raises(ValueError, match="'mine' is registered already, for Method"):
+        composition.check_registration(Method, {Method: object})
+    composition.check_registration(Method, {Method: object}, replace=True)
+    with pytest.raises(TypeError, match="dataclass type"):
+        composition.check_registration(float, {})
+    with pytest.raises(ValueError, match="slot must be"):
+        composition.check_registration(type("Bad", (Method,), {"slot": "elsewhere"}), {})
 
 
 def test_messages_say_value_limit_and_way_out():

@@ -251,7 +251,7 @@ def test_bad_input(monkeypatch):
     with pytest.raises(ValueError, match="gradient_predivide_factor"):
         hvd.DistributedOptimizer(sgd(0.1), op=hvd.Sum, gradient_predivide_factor=2.0)
     with pytest.raises(ValueError, match="groups"):
-        hvd.DistributedOptimizer(sgd(0.1), groups=0)
+        hvd.DistributedOptimizer(sgd(0.1), groups=-1)
     monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
     with pytest.raises(RuntimeError, match=r"runs on 'jax': set KERAS_BACKEND=tensorflow"):
         hvd.DistributedOptimizer(sgd(0.1))

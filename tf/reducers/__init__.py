@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import horovod.tensorflow as horovod
+import keras
+import tensorflow as tf
 
 from hvd_ext import composition
+from hvd_ext.buckets import check_groups
 from hvd_ext.delay import DelayCompensated
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.reducers.base import PlainReducer, Reducer
 from hvd_ext.tensorflow.reducers.delay import DelayReducer
 from hvd_ext.tensorflow.reducers.topk import TopKReducer
+from hvd_ext.tensorflow.variables import as_tf
 from hvd_ext.topk import TopK
 
 REDUCTIONS = {"Average": horovod.Average, "Sum": horovod.Sum}
@@ -35,13 +39,11 @@ def make_reducer(collectives: Collectives, prefix: str, *, op: Any, compression:
     if not names and not delay:
         raise ValueError(f"op must be one of {', '.join('hvd.' + name for name in allowed)} or "
                          f"hvd.DelayCompensated(...) here, got {op!r}")
-    if groups is not None and not (isinstance(groups, list) or
-                                   (isinstance(groups, int) and groups > 0)):
-        raise ValueError("groups must be a number of groups above 0 or a list of lists of "
-                         f"variables, got {groups!r}")
-    composition.check(delay=delay, topk=topk, op_name="Average" if delay else names[0],
-                      predivide=gradient_predivide_factor, server=None,
-                      multiple_evaluations=False)
+    check_groups(groups, member=(tf.Variable, keras.Variable), what="tf.Variable",
+                 key=lambda variable: id(as_tf(variable)))
+    composition.check(op=op if delay else None, compression=compression if topk else None,
+                      op_name="Average" if delay else names[0],
+                      predivide=gradient_predivide_factor, server=None)
     options = {"groups": groups, "sparse_as_dense": sparse_as_dense}
     if topk:
         return TopKReducer(collectives, prefix, compression, **options)

@@ -8,16 +8,16 @@ still runs; in eager mode they start together.
 from __future__ import annotations
 
 import abc
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import horovod.tensorflow as horovod
 import tensorflow as tf
 
+from hvd_ext.buckets import split_groups
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.traffic import Cell
-from hvd_ext.tensorflow.variables import name_of
+from hvd_ext.tensorflow.variables import as_tf, name_of
 
 Gradient = tf.Tensor | tf.IndexedSlices
 MakeVariable = Callable[..., tf.Variable]
@@ -158,23 +158,13 @@ class PlainReducer(Reducer):
         return self.collectives.allreduce_slices(gradient, name, op=self.op)
 
     def _groups(self, gradients: Sequence[Gradient], variables: Sequence[Any]) -> list[list[int]]:
-        alone = [index for index, gradient in enumerate(gradients)
-                 if isinstance(gradient, tf.IndexedSlices)]
-        dense = [index for index in range(len(gradients)) if index not in set(alone)]
-        if self.groups is None:
-            return [[index] for index in range(len(gradients))]
-        if isinstance(self.groups, int):
-            count = min(self.groups, len(dense))
-            cuts = [len(dense) * number // max(1, count) for number in range(count + 1)]
-            groups = [dense[low:high] for low, high in itertools.pairwise(cuts)]
-            return groups + [[index] for index in alone]
-        number_of = {name_of(variables[index]): index for index in dense}
-        groups = []
-        for group in self.groups:
-            found = [number_of.pop(name_of(variable)) for variable in group
-                     if name_of(variable) in number_of]
-            groups += [found] if found else []
-        return groups + [[index] for index in [*number_of.values(), *alone]]
+        dense = [index for index, gradient in enumerate(gradients)
+                 if not isinstance(gradient, tf.IndexedSlices)]
+        groups = split_groups(self.groups, [variables[index] for index in dense],
+                              key=lambda variable: id(as_tf(variable))) or []
+        groups = [[dense[number] for number in group] for group in groups]
+        grouped = {index for group in groups for index in group}
+        return groups + [[index] for index in range(len(gradients)) if index not in grouped]
 
 
 def divide_by_ranks(gradient: Gradient | None, collectives: Collectives) -> Gradient | None:

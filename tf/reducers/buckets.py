@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import abc
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
 
-from hvd_ext.buckets import DEFAULT_BUCKET_BYTES, Bucket, TensorSpec, digest, plan_buckets
+from hvd_ext.agreement import digest
+from hvd_ext.buckets import (
+    DEFAULT_BUCKET_BYTES,
+    Bucket,
+    Kind,
+    TensorSpec,
+    plan_buckets,
+    split_groups,
+)
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.reducers.base import Gradient, MakeVariable, Reducer
 from hvd_ext.tensorflow.variables import as_tf, name_of
@@ -47,7 +54,8 @@ class BucketReducer(Reducer):
         self._number = {id(as_tf(variable)): index for index, variable in enumerate(variables)}
         self.specs = [self.spec(variable) for variable in variables]
         self.buckets = plan_buckets(self.specs, bucket_bytes=self.bucket_bytes,
-                                    groups=self._group_numbers())
+                                    groups=split_groups(self.groups, variables,
+                                                        key=lambda one: id(as_tf(one))))
         self.steps = make_variable((), tf.int64, "steps", False)
         self.stamp = make_variable((2,), tf.int64, "rank_and_ranks", True)
         self.stamp.assign([self.collectives.rank, self.collectives.size])
@@ -58,18 +66,7 @@ class BucketReducer(Reducer):
         """The variable as the plan sees it."""
         value = as_tf(variable)
         return TensorSpec(name_of(variable), tuple(value.shape), value.dtype.size,
-                          (value.dtype.name,))
-
-    def _group_numbers(self) -> list[list[int]] | None:
-        if self.groups is None:
-            return None
-        count = len(self.specs)
-        if isinstance(self.groups, int):
-            parts = min(self.groups, count)
-            cuts = [count * number // max(1, parts) for number in range(parts + 1)]
-            return [list(range(low, high)) for low, high in itertools.pairwise(cuts)]
-        return [[self._number[id(as_tf(v))] for v in group if id(as_tf(v)) in self._number]
-                for group in self.groups]
+                          Kind(value.dtype.name))
 
     @abc.abstractmethod
     def make_state(self, make_variable: MakeVariable) -> None:

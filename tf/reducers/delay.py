@@ -12,8 +12,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from hvd_ext.buckets import slice_sizes
 from hvd_ext.delay import DelayCompensated
-from hvd_ext.delay.slices import slice_sizes
 from hvd_ext.tensorflow.collectives import NARROW, Collectives
 from hvd_ext.tensorflow.reducers.base import MakeVariable
 from hvd_ext.tensorflow.reducers.buckets import BucketReducer
@@ -50,7 +50,7 @@ class DelayReducer(BucketReducer):
         if not self.config.keeps_mean_square:
             return
         for bucket in self.buckets:
-            dtype = accumulation_dtype(tf.as_dtype(bucket.kind[0]))
+            dtype = accumulation_dtype(tf.as_dtype(bucket.kind.dtype))
             own = slice_sizes(bucket.numel, self.collectives.size)[self.collectives.rank]
             self.mean_square[bucket.index] = make_variable(
                 (own,), dtype, f"mean_square_{bucket.index}", True)

@@ -8,13 +8,16 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import horovod.tensorflow as horovod
 import numpy as np
 import tensorflow as tf
 
+from hvd_ext.agreement import describe
 from hvd_ext.buckets import Bucket, TensorSpec
+from hvd_ext.exclude import check_names
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.reducers import topk_kernels as kernels
 from hvd_ext.tensorflow.reducers.base import MakeVariable
@@ -33,7 +36,7 @@ class TopKReducer(BucketReducer):
     """
 
     def __init__(self, collectives: Collectives, prefix: str, config: TopK, **options: Any) -> None:
-        super().__init__(collectives, prefix, settings=config.describe(),
+        super().__init__(collectives, prefix, settings=describe(config),
                          bucket_bytes=config.bucket_bytes, **options)
         self.config = config
         self.residual: dict[int, tf.Variable] = {}
@@ -41,20 +44,20 @@ class TopKReducer(BucketReducer):
         self.kept: Any = None  # entries that this rank sent at the last step
 
     def build(self, variables: Sequence[Any], make_variable: MakeVariable) -> None:
-        self.config.check_names(name_of(variable) for variable in variables)
+        check_names(self.config.exclude, [name_of(variable) for variable in variables])
         super().build(variables, make_variable)
 
     def spec(self, variable: Any) -> TensorSpec:
         plain = super().spec(variable)
-        return TensorSpec(plain.name, plain.shape, plain.itemsize,
-                          (*plain.kind, route(plain.name, plain.shape, self.config)))
+        kind = replace(plain.kind, route=route(plain.name, plain.shape, self.config))
+        return replace(plain, kind=kind)
 
     def make_state(self, make_variable: MakeVariable) -> None:
         self.skipped_steps = make_variable((), tf.int64, "skipped_steps", False)
         self.kept = tf.Variable(0, dtype=tf.int64, trainable=False)
         for bucket in self.buckets:
             check_bucket(bucket, self.specs[bucket.slots[0].index].name)
-            if bucket.kind[-1] == TOPK and self.config.error_feedback:
+            if bucket.kind.route == TOPK and self.config.error_feedback:
                 self.residual[bucket.index] = make_variable(
                     (bucket.numel,), self._dtype(bucket), f"residual_{bucket.index}", True)
 
@@ -62,7 +65,7 @@ class TopKReducer(BucketReducer):
         return list(self.residual.values())
 
     def _dtype(self, bucket: Bucket) -> tf.DType:
-        return tf.float64 if bucket.kind[0] == "float64" else tf.float32
+        return tf.float64 if bucket.kind.dtype == "float64" else tf.float32
 
     def _segments(self, bucket: Bucket, ratio: float) -> list[Segment]:
         return segments(bucket, ratio, per_tensor=self.config.per_tensor)
@@ -77,7 +80,7 @@ class TopKReducer(BucketReducer):
         finite = tf.constant(True)
         sent: list[_Sent] = []
         for bucket, gradient in zip(self.buckets, flats, strict=True):
-            one = self._whole(gradient) if bucket.kind[-1] == DENSE \
+            one = self._whole(gradient) if bucket.kind.route == DENSE \
                 else self._compress(bucket, self._total(bucket, gradient), step)
             sent.append(one)
             finite = tf.logical_and(finite, one.finite)
@@ -138,7 +141,7 @@ class TopKReducer(BucketReducer):
     def _send(self, bucket: Bucket, one: _Sent) -> tf.Tensor:
         name = f"{self.prefix}/topk/bucket{bucket.index}"
         ranks = self.collectives.size
-        if bucket.kind[-1] == DENSE:
+        if bucket.kind.route == DENSE:
             return one.message if ranks == 1 else self.collectives.allreduce(
                 one.message, name, op=horovod.Average, kind="dense")
         if ranks == 1:
@@ -177,7 +180,7 @@ class TopKReducer(BucketReducer):
 
     def _mean(self, bucket: Bucket, one: _Sent, messages: tf.Tensor) -> tf.Tensor:
         """The mean of what all ranks sent."""
-        if bucket.kind[-1] == DENSE:
+        if bucket.kind.route == DENSE:
             return messages
         by_step = callable(self.config.ratio)
         layout = Layout(messages[0, 1], self.config.values) if by_step \

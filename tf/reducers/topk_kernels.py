@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from hvd_ext.buckets import digest
+from hvd_ext.agreement import digest
 from hvd_ext.topk import Layout, TopK
 from hvd_ext.topk.plan import Segment
 from hvd_ext.topk.selection import SAMPLE, enough, sample_ranks

@@ -16,11 +16,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from hvd_ext.buckets import digest
+from hvd_ext.agreement import digest
 from hvd_ext.seng import DEFAULT_SKETCH_SIZE, Report, Settings
 from hvd_ext.seng.settings import Damping
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.keras_hooks import require_tensorflow_backend
+from hvd_ext.tensorflow.loss_scale import loss_scale
 from hvd_ext.tensorflow.reducers.base import Gradient
 from hvd_ext.tensorflow.seng import kernels
 from hvd_ext.tensorflow.seng import state as saved
@@ -78,7 +79,7 @@ class SENG(tf.Module):
             explicit_threshold=explicit_threshold, sketch=sketch, sketch_size=sketch_size,
             replacement=replacement, rank=rank, row_sketch=row_sketch, subsample=subsample,
             loss_reduction=loss_reduction, loss_scale=loss_scale, curvature_dtype=curvature_dtype,
-            exclude=tuple(exclude or ()), seed=seed)
+            exclude=exclude, seed=seed)
         if not model.built:
             raise ValueError(f"the model {model.name!r} has no weights yet; call it on a batch, or "
                              "model.build(input_shape), before hvd.SENG")
@@ -135,11 +136,7 @@ class SENG(tf.Module):
         self._still_scaled = still
 
     def _loss_scale(self) -> Any:
-        optimizer = self._scale_of
-        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-            built = optimizer.built
-            return as_tf(optimizer.dynamic_scale) if built else optimizer.initial_scale
-        return getattr(optimizer, "loss_scale_factor", None) or 1.0
+        return loss_scale(self._scale_of)
 
     def pass_over(self, over: Any = True) -> None:
         """What is captured from here on belongs to another pass (if ``over``)."""

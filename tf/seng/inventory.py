@@ -94,7 +94,7 @@ def take_inventory(model: keras.Model, settings: Settings) -> Inventory:
         own = [weight for weight in layer._trainable_variables if weight.trainable]
         for weight in own:
             owners[id(as_tf(weight))] = owners.get(id(as_tf(weight)), 0) + 1
-        if not own or _within(layer.path, settings.exclude):
+        if not own or _within(layer.path, settings.excluded):
             orphans.update(id(as_tf(weight)) for weight in own)
             continue
         registered = rule_for(layer)

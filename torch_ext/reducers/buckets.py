@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
+from hvd_ext.agreement import digest, disagreement
 from hvd_ext.buckets import (
     DEFAULT_BUCKET_BYTES,
     Bucket,
+    Kind,
     Slot,
     TensorSpec,
-    differences,
-    digest,
     plan_buckets,
+    split_groups,
 )
 from hvd_ext.header import pack_row, unpack_rows
 from hvd_ext.torch.collectives import Collectives
@@ -69,21 +70,11 @@ class BucketReducer(Reducer):
 
     def _spec(self, entry: Entry) -> TensorSpec:
         parameter = entry.parameter
-        kind = (str(parameter.dtype), parameter.device.type, str(entry.group_index))
+        kind = Kind(str(parameter.dtype), parameter.device.type, entry.group_index)
         return TensorSpec(entry.name, tuple(parameter.shape), parameter.element_size(), kind)
 
     def _groups_of(self, entries: Sequence[Entry]) -> list[list[int]] | None:
-        """Horovod's ``groups=`` (a count, or lists of parameters) as lists of entry numbers."""
-        if self.groups is None:
-            return None
-        if isinstance(self.groups, int):
-            if self.groups == 0:
-                return None
-            count = min(self.groups, len(entries))
-            return [[int(i) for i in part]
-                    for part in torch.arange(len(entries)).tensor_split(count)]
-        number = {id(entry.parameter): index for index, entry in enumerate(entries)}
-        return [[number[id(p)] for p in group if id(p) in number] for group in self.groups]
+        return split_groups(self.groups, [entry.parameter for entry in entries])
 
     def _plan_changed(self) -> None:
         """The plan has grown: make buffers for new buckets."""
@@ -172,14 +163,11 @@ class BucketReducer(Reducer):
         digests, rows = unpack_rows(gathered.numpy())
         if any(other != digests[0] for other in digests):
             mine = [f"settings {self.settings!r} with {self.passes} backward passes per step"]
-            mine += [f"{spec.name}{list(spec.shape)} {spec.kind[0]} on {spec.kind[1]} in parameter "
-                     f"group {spec.kind[2]}" for spec in self.specs]
+            mine += [str(spec) for spec in self.specs]
             everyone = self.collectives.allgather_object(mine, f"{self.label}/disagreement")
-            raise ValueError(
-                "the ranks do not train the same parameters in the same way; against rank 0, "
-                + "; ".join(differences(mine, everyone))
-                + ". Build the same model and optimizer on every rank"
-            )
+            raise ValueError(disagreement(
+                "the ranks do not train the same parameters in the same way", everyone,
+                "Build the same model and optimizer on every rank"))
         return rows
 
     def forget(self) -> None:

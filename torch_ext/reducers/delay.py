@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from hvd_ext.buckets import DEFAULT_BUCKET_BYTES, Bucket, Slot
+from hvd_ext.buckets import DEFAULT_BUCKET_BYTES, Bucket, Slot, slice_sizes
 from hvd_ext.delay.config import DelayCompensated
-from hvd_ext.delay.slices import Worker, application_order, slice_sizes, usable
+from hvd_ext.delay.slices import VirtualWorker, application_order, usable
 from hvd_ext.torch.collectives import Collectives, Handle
 from hvd_ext.torch.reducers.base import Entry
 from hvd_ext.torch.reducers.buckets import BucketReducer
@@ -148,7 +148,7 @@ class DelayReducer(BucketReducer):
         self.forget()
         return True
 
-    def _workers(self) -> list[Worker]:
+    def _workers(self) -> list[VirtualWorker]:
         """All ranks' virtual workers of this step, with the squared lengths of their steps."""
         parts = self.parts_of_step()
         keys = sorted(self._norms)
@@ -160,10 +160,10 @@ class DelayReducer(BucketReducer):
         if self._by_microbatch:
             squares = [s if part in self._present else ABSENT for part, s in enumerate(squares)]
         rows = self.agree(squares) if self.collectives.size > 1 else [squares]
-        return [Worker(rank, part, square) for rank, row in enumerate(rows)
+        return [VirtualWorker(rank, part, square) for rank, row in enumerate(rows)
                 for part, square in enumerate(row) if square != ABSENT]
 
-    def _reduce_slice(self, bucket: Bucket, order: list[Worker], good: bool) -> Handle | torch.Tensor:
+    def _reduce_slice(self, bucket: Bucket, order: list[VirtualWorker], good: bool) -> Handle | torch.Tensor:
         """Reduce this rank's slice of a bucket and start gathering it."""
         ranks, parts = self.collectives.size, self.parts_of_step()
         if ranks > 1:
@@ -196,7 +196,7 @@ class DelayReducer(BucketReducer):
         if lr is None:
             raise ValueError(
                 "DelayCompensated needs the learning rate of every parameter group, and "
-                f"group {bucket.kind[2]} has no 'lr'; wrap an optimizer that has one"
+                f"group {bucket.kind.group} has no 'lr'; wrap an optimizer that has one"
             )
         return float(lr)
 

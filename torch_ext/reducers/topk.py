@@ -13,7 +13,9 @@ from typing import Any
 import horovod.torch as horovod
 import torch
 
-from hvd_ext.buckets import Bucket, Slot, TensorSpec
+from hvd_ext.agreement import describe
+from hvd_ext.buckets import Bucket, Kind, Slot, TensorSpec
+from hvd_ext.exclude import check_names
 from hvd_ext.topk import Layout, TopK
 from hvd_ext.topk.plan import DENSE, TOPK, Segment, check_bucket, route, segments
 from hvd_ext.topk.wire import check_messages
@@ -41,7 +43,7 @@ class TopKReducer(BucketReducer):
 
     def __init__(self, collectives: Collectives, passes: int, config: TopK, *, label: str = "topk",
                  scaler: Any = None, groups: Any = None, sparse_as_dense: bool = False) -> None:
-        super().__init__(collectives, passes, label=label, settings=config.describe(),
+        super().__init__(collectives, passes, label=label, settings=describe(config),
                          bucket_bytes=config.bucket_bytes, groups=groups,
                          sparse_as_dense=sparse_as_dense)
         self.config = config
@@ -64,14 +66,14 @@ class TopKReducer(BucketReducer):
 
     def set_entries(self, entries: Sequence[Entry]) -> None:
         if not self.entries:
-            self.config.check_names(entry.name for entry in entries)
+            check_names(self.config.exclude, [entry.name for entry in entries])
         super().set_entries(entries)
 
     def _spec(self, entry: Entry) -> TensorSpec:
         parameter = entry.parameter
         shape = tuple(parameter.shape)
-        kind = (str(parameter.dtype), parameter.device.type, "any",
-                route(entry.name, shape, self.config))
+        kind = Kind(str(parameter.dtype), parameter.device.type,
+                    route=route(entry.name, shape, self.config))
         return TensorSpec(entry.name, shape, parameter.element_size(), kind)
 
     def _plan_changed(self) -> None:
@@ -109,7 +111,7 @@ class TopKReducer(BucketReducer):
         if bucket.index not in self._sum:
             parameter = self.entries[bucket.slots[0].index].parameter
             dtype = parameter.dtype
-            if bucket.kind[-1] == TOPK or dtype == torch.bfloat16:  # Horovod cannot add up bfloat16
+            if bucket.kind.route == TOPK or dtype == torch.bfloat16:  # Horovod cannot add up bfloat16
                 dtype = torch.promote_types(dtype, torch.float32)
             self._sum[bucket.index] = torch.empty(bucket.numel, dtype=dtype,
                                                   device=parameter.device)
@@ -133,7 +135,7 @@ class TopKReducer(BucketReducer):
         self._finite &= finite
         total = self._buffer(bucket)
         name = f"{self.label}/bucket{bucket.index}"
-        if bucket.kind[-1] == DENSE:
+        if bucket.kind.route == DENSE:
             message: Handle | torch.Tensor = total
             if self.collectives.size > 1:
                 message = self.collectives.allreduce_async_(total, name, op=horovod.Average,
@@ -215,7 +217,7 @@ class TopKReducer(BucketReducer):
 
     def _add_up(self, bucket: Bucket, messages: torch.Tensor) -> None:
         """The mean of what all ranks sent becomes the gradient, what was left of g + e the residual."""
-        if bucket.kind[-1] == DENSE:
+        if bucket.kind.route == DENSE:
             mean = messages
         else:
             ranks, layout = self.collectives.size, self._layout(bucket)
@@ -276,14 +278,14 @@ class TopKReducer(BucketReducer):
         self._kept_scale = state["loss_scale"]
         if saved:
             for bucket in self.buckets:
-                if bucket.kind[-1] == TOPK:
+                if bucket.kind.route == TOPK:
                     self.residual[bucket.index] = torch.zeros_like(self._buffer(bucket))
             for entry, piece in self._residual_pieces():
                 piece.copy_(saved[entry.name])
 
     def _check_saved(self, saved: dict[str, torch.Tensor]) -> None:
         expected = {self.entries[slot.index].name: slot.numel for bucket in self.buckets
-                    if bucket.kind[-1] == TOPK for slot in bucket.slots}
+                    if bucket.kind.route == TOPK for slot in bucket.slots}
         found = {name: piece.numel() for name, piece in saved.items()}
         if found != expected:
             names = sorted(n for n in {*found, *expected} if found.get(n) != expected.get(n))
@@ -301,7 +303,7 @@ class TopKReducer(BucketReducer):
         self._last = {}
 
     def _note(self, taken: bool) -> None:
-        compressed = sum(b.numel for b in self.buckets if b.kind[-1] == TOPK)
+        compressed = sum(b.numel for b in self.buckets if b.kind.route == TOPK)
         self._last = {
             "step_taken": taken,
             "ratio": self.config.ratio_at(self.steps + self.skipped_steps),
@@ -321,7 +323,7 @@ class TopKReducer(BucketReducer):
             "steps": self.steps,
             "skipped_steps": self.skipped_steps,
             "buckets": len(self.buckets),
-            "compressed_elements": sum(b.numel for b in self.buckets if b.kind[-1] == TOPK),
-            "dense_elements": sum(b.numel for b in self.buckets if b.kind[-1] == DENSE),
+            "compressed_elements": sum(b.numel for b in self.buckets if b.kind.route == TOPK),
+            "dense_elements": sum(b.numel for b in self.buckets if b.kind.route == DENSE),
             "bytes_held": sum(t.numel() * t.element_size() for t in held),
         }

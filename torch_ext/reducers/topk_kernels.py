@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from hvd_ext.buckets import digest
+from hvd_ext.agreement import digest
 from hvd_ext.topk import Layout, TopK
 from hvd_ext.topk.plan import Segment
 from hvd_ext.topk.selection import SAMPLE, enough, sample_ranks

@@ -17,6 +17,7 @@ from torch import nn
 from hvd_ext.seng import DEFAULT_SKETCH_SIZE, Report, Settings
 from hvd_ext.seng.settings import Damping
 from hvd_ext.torch.collectives import Collectives, Handle
+from hvd_ext.torch.loss_scale import loss_scale
 from hvd_ext.torch.seng import state as saved
 from hvd_ext.torch.seng.blocks import (
     Curvature,
@@ -79,7 +80,7 @@ class SENG:
             explicit_threshold=explicit_threshold, sketch=sketch, sketch_size=sketch_size,
             replacement=replacement, rank=rank, row_sketch=row_sketch, subsample=subsample,
             loss_reduction=loss_reduction, loss_scale=loss_scale, curvature_dtype=curvature_dtype,
-            exclude=tuple(exclude or ()), seed=seed,
+            exclude=exclude, seed=seed,
         )
         self.model = model
         self.name = name
@@ -368,8 +369,7 @@ class SENG:
             self.capture.stop()
 
     def _amp_scale(self) -> float:
-        scaler = self._scaler
-        return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
+        return loss_scale(self._scaler)
 
     def _say_once(self, key: str, names: str, message: str) -> None:
         if (key, message) not in self._said:

@@ -75,7 +75,7 @@ def take_inventory(model: nn.Module, settings: Settings) -> Inventory:
                      if p is not None and p.requires_grad}
         if isinstance(module, nn.MultiheadAttention):
             sealed.append(f"{name}.")
-        if not trainable or _within(name, settings.exclude):
+        if not trainable or _within(name, settings.excluded):
             orphans.update(id(p) for p in trainable.values())
             continue
         registered = None if name.startswith(tuple(sealed)) else rule_for(module)

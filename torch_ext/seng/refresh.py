@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from hvd_ext.buckets import digest
+from hvd_ext.agreement import digest
 from hvd_ext.seng import Settings, generator, sample_rows
 from hvd_ext.torch.collectives import Collectives, Handle
 from hvd_ext.torch.seng import kernels

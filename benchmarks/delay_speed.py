@@ -24,19 +24,20 @@ from rich.table import Table
 
 import hvd_ext.torch as hvd
 from examples.resnet import resnet18
+from hvd_ext.options import Options
 from hvd_ext.torch.collectives import Collectives
-from hvd_ext.torch.reducers.base import Entry, PlainReducer, Reducer
-from hvd_ext.torch.reducers.delay import DelayReducer
+from hvd_ext.torch.reducers import make_reducer
+from hvd_ext.torch.reducers.base import Entry, Reducer
 from tests.ranks import run_ranks
 
 BARS = {"exchange": 1.60, "bytes": 1.05, "step": 1.10}
 RULES = {"adaptive": hvd.DelayCompensated(), "constant": hvd.DelayCompensated(0.04, adaptive=False)}
 
 
-def plain_reducer() -> Reducer:
-    """Horovod's allreduce of every gradient."""
-    return PlainReducer(Collectives(), 1, op=hvd.Average, compression=hvd.Compression.none,
-                        gradient_predivide_factor=1.0, groups=None, sparse_as_dense=False)
+def reducer_of(name: str, op: object) -> Reducer:
+    """What reduces gradients with ``op=op``."""
+    return make_reducer(Collectives(), Options(prefix=f"delay.{name}"), op=op,
+                        compression=hvd.Compression.none)
 
 
 def exchange_times(turns: int) -> dict[str, Any]:
@@ -44,14 +45,12 @@ def exchange_times(turns: int) -> dict[str, Any]:
     shapes = [p.shape for p in resnet18(classes=10).parameters()]
     torch.manual_seed(hvd.rank())
     gradients = [torch.randn(shape) for shape in shapes]
-    ways: dict[str, Reducer] = {"plain": plain_reducer()}
-    for name, rule in RULES.items():
-        ways[name] = DelayReducer(Collectives(), 1, rule, label=f"delay.{name}")
+    ways = {name: reducer_of(name, op) for name, op in {"plain": hvd.Average, **RULES}.items()}
     entries: dict[str, list[Entry]] = {}
     for name, reducer in ways.items():
         entries[name] = [Entry(f"{name}.{i}", torch.nn.Parameter(torch.zeros(shape)), 0, {"lr": 0.1})
                          for i, shape in enumerate(shapes)]
-        reducer.set_entries(entries[name])
+        reducer.build(entries[name])
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(turns + 2):
         for name, reducer in ways.items():

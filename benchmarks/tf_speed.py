@@ -83,8 +83,9 @@ def exchanges(turns: int) -> dict[str, Any]:
     import tensorflow as tf
 
     import hvd_ext.tensorflow as hvd
+    from hvd_ext.options import Options
     from hvd_ext.tensorflow.collectives import Collectives
-    from hvd_ext.tensorflow.reducers import REDUCTIONS, make_reducer
+    from hvd_ext.tensorflow.reducers import make_reducer
 
     variables = resnet18(small_stem=False).trainable_variables
     rng = np.random.default_rng(hvd.rank())
@@ -98,9 +99,7 @@ def exchanges(turns: int) -> dict[str, Any]:
 
     def ours(way: str, **options: Any) -> Run:
         given = {"op": hvd.Average, "compression": hvd.Compression.none, **options}
-        reducer = reducers[way] = make_reducer(
-            Collectives(), way, sparse_as_dense=False, groups=None, gradient_predivide_factor=1.0,
-            allowed=REDUCTIONS, **given)
+        reducer = reducers[way] = make_reducer(Collectives(), Options(prefix=way), **given)
         reducer.build(variables, make)
         inputs = {"lr": tf.constant(0.1)} if "op" in options else {}
         return tf.function(lambda: reducer(gradients, variables, **inputs)[0], autograph=False)

@@ -29,10 +29,11 @@ from rich.table import Table
 import hvd_ext.torch as hvd
 from benchmarks.launch import mpirun, under_mpirun
 from examples.resnet import resnet18
+from hvd_ext.options import Options
 from hvd_ext.topk import TopK, keep_count, payoff
 from hvd_ext.torch.collectives import Collectives
+from hvd_ext.torch.reducers import make_reducer
 from hvd_ext.torch.reducers.base import Entry
-from hvd_ext.torch.reducers.topk import TopKReducer
 
 BASELINE = "torch.topk + allgather"
 
@@ -62,8 +63,9 @@ class Ours:
     """The reducer of ``compression=hvd.Compression.topk(...)``, told of each gradient in turn."""
 
     def __init__(self, entries: list[Entry], config: TopK, label: str) -> None:
-        self.reducer = TopKReducer(Collectives(), 1, config, label=label)
-        self.reducer.set_entries(entries)
+        self.reducer = make_reducer(Collectives(), Options(prefix=label), op=hvd.Average,
+                                    compression=config)
+        self.reducer.build(entries)
 
     def __call__(self) -> None:
         for entry in reversed(self.reducer.entries):

@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 DEFAULT_BUCKET_BYTES = 25 * 2**20
+DENSE = "dense"  # the route of tensors that a compression sends whole
 
 
 @dataclass(frozen=True, order=True)

@@ -42,6 +42,28 @@ def check_registration(settings: Any, table: Mapping[Any, Any], *, replace: bool
                          "label, or pass replace=True to replace it")
 
 
+def register(settings: Any, reducer: Any, table: dict[Any, Any], compressions: Any, *,
+             replace: bool = False) -> None:
+    """Enter a way to reduce in a front end's table.
+
+    Args:
+        settings: as the head of this module says.
+        reducer: the class that serves them.
+        table: from type of settings to reducer.
+        compressions: the class that gets ``<label>`` as an attribute, in the compression slot.
+        replace: allow to replace settings or a label that exist.
+
+    Raises:
+        As :func:`check_registration`.
+    """
+    check_registration(settings, table, replace=replace)
+    for taken in [one for one in table if one.label == settings.label]:
+        del table[taken]
+    table[settings] = reducer
+    if settings.slot == "compression":
+        setattr(compressions, settings.label, settings)
+
+
 def check(*, op: Any, compression: Any, op_name: str, predivide: float, server: str | None,
           multiple_evaluations: bool = False) -> None:
     """Refuse what cannot be combined.
@@ -75,6 +97,6 @@ def check(*, op: Any, compression: Any, op_name: str, predivide: float, server: 
     if multiple_evaluations:
         raise ValueError(
             "an optimizer that evaluates its closure several times per step (LBFGS) cannot be "
-            "combined with op=DelayCompensated, Compression.topk or .powersgd, a preconditioner or "
-            "server=; use SGD or Adam"
+            "combined with op=DelayCompensated, a compression with error feedback, a preconditioner "
+            "or server=; use SGD or Adam"
         )

@@ -33,3 +33,26 @@ class Options:
     groups: Any = None
     sparse_as_dense: bool = False
     loss_scale: Callable[[], Any] = no_loss_scale
+
+
+@dataclass(frozen=True, eq=False)
+class Plain:
+    """Settings of Horovod's own reduction.
+
+    Attributes:
+        op: Horovod's operation.
+        compression: Horovod's compressor, or one of the user's with ``compress``, ``decompress``.
+        predivide: ``gradient_predivide_factor``: with an average the part of the division that is
+            done before the sum is ``1 / predivide``.
+    """
+
+    op: Any
+    compression: Any
+    predivide: float = 1.0
+
+    @property
+    def scale(self) -> dict[str, float]:
+        """Horovod's arguments for the division before and after the sum."""
+        if self.predivide == 1.0:
+            return {}
+        return {"prescale_factor": 1.0 / self.predivide, "postscale_factor": self.predivide}

@@ -18,6 +18,7 @@ from hvd_ext.tensorflow.amsgrad import AMSGrad
 from hvd_ext.tensorflow.async_ps import ParameterServer
 from hvd_ext.tensorflow.compression import Compression
 from hvd_ext.tensorflow.distributed import DistributedOptimizer
+from hvd_ext.tensorflow.reducers import register_reducer
 from hvd_ext.tensorflow.replicas import assert_replicas_equal
 from hvd_ext.tensorflow.seng import SENG
 from hvd_ext.tensorflow.seng.rules import register_seng_rule

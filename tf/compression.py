@@ -1,14 +1,11 @@
-"""``hvd.Compression``: how gradients travel."""
+"""``hvd.Compression``: how gradients travel. ``reducers/__init__.py`` adds the registered methods."""
 
 import horovod.tensorflow as horovod
 
-from hvd_ext.topk import TopK
-
 
 class Compression(horovod.Compression):
-    """Horovod's ``none`` and ``fp16``, and TopK with error feedback.
+    """Horovod's ``none`` and ``fp16``, and one attribute for every registered compression.
 
-    ``Compression.topk(ratio, ...)`` takes the arguments of :class:`hvd_ext.topk.TopK`.
+    ``Compression.topk(ratio, ...)`` takes the arguments of :class:`hvd_ext.topk.TopK`, and so on
+    for ``dir(Compression)``. For methods of your own see :func:`hvd_ext.tensorflow.register_reducer`.
     """
-
-    topk = TopK

@@ -18,11 +18,12 @@ import keras
 import tensorflow as tf
 
 from hvd_ext import checks
+from hvd_ext.options import Options
 from hvd_ext.tensorflow import checkpoint, keras_hooks
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.distribution import Distribution, check_extension
 from hvd_ext.tensorflow.reducers import check_preconditioner, make_reducer
-from hvd_ext.tensorflow.reducers.base import PlainReducer
+from hvd_ext.tensorflow.reducers.plain import PlainReducer
 from hvd_ext.tensorflow.server import make_server
 from hvd_ext.tensorflow.variables import as_tf, mark_per_rank, name_of
 
@@ -295,9 +296,11 @@ def distribute(optimizer: Any, name: str | None = None, device_dense: str = "",
     if placed is not None:
         check_extension(optimizer, f"server={server!r}")
     reducer = make_reducer(
-        collectives, name or optimizer.name, op=op, compression=compression,
-        sparse_as_dense=sparse_as_dense, gradient_predivide_factor=gradient_predivide_factor,
-        groups=groups, passes=passes, average_passes=average_aggregated_gradients)
+        collectives, Options(
+            prefix=name or optimizer.name, passes=passes, groups=groups,
+            average_passes=average_aggregated_gradients, sparse_as_dense=sparse_as_dense,
+            half=compression is horovod.Compression.fp16),
+        op=op, compression=compression, predivide=gradient_predivide_factor)
     if not isinstance(reducer, PlainReducer):
         check_extension(optimizer, type(reducer).__name__.removesuffix("Reducer"))
     if preconditioner is not None:

@@ -14,16 +14,22 @@ import horovod.tensorflow as horovod
 import keras
 import tensorflow as tf
 
-from hvd_ext.delay import DelayCompensated
+from hvd_ext.composition import public_name
+from hvd_ext.options import Options
 from hvd_ext.tensorflow import keras_hooks
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.distribution import make_state, precondition
 from hvd_ext.tensorflow.keras_hooks import refuse_xla
-from hvd_ext.tensorflow.reducers import OTHER_REDUCTIONS, REDUCTIONS, check_preconditioner, make_reducer
+from hvd_ext.tensorflow.reducers import (
+    OTHER_REDUCTIONS,
+    REDUCTIONS,
+    check_preconditioner,
+    make_reducer,
+    method_of,
+)
 from hvd_ext.tensorflow.reducers.base import Reducer, divide_by_ranks
 from hvd_ext.tensorflow.report import report
 from hvd_ext.tensorflow.variables import as_tf
-from hvd_ext.topk import TopK
 
 ON_OPTIMIZER = "_hvd_ext_tape"
 
@@ -135,12 +141,13 @@ def distributed_tape(gradtape: tf.GradientTape, device_dense: str = "", device_s
     groups = (num_groups or None) if groups is None else groups
     settings = (op, compression, sparse_as_dense, gradient_predivide_factor, process_set,
                 device_dense, device_sparse, _Groups(groups) if isinstance(groups, list) else groups)
-    keeps_state = isinstance(op, DelayCompensated) or isinstance(compression, TopK)
+    method = method_of(op, compression)
+    keeps_state = method is not None
     if optimizer is None and not keeps_state:
         return _DistributedGradientTape(gradtape, _kept_reducer(*settings), scale_local_gradients,
                                         None, preconditioner)
     if not isinstance(optimizer, keras.Optimizer):
-        what = "DelayCompensated" if isinstance(op, DelayCompensated) else "Compression.topk"
+        what = public_name(method) if keeps_state else ""
         why = f"a tape with {what} keeps state between steps and needs" if keeps_state else \
             "a tape takes as"
         raise ValueError(
@@ -192,8 +199,9 @@ def _make_reducer(op: Any, compression: Any, sparse_as_dense: bool, predivide: f
     groups = groups.groups if isinstance(groups, _Groups) else groups
     return make_reducer(
         Collectives(process_set, device_dense=device_dense, device_sparse=device_sparse),
-        "DistributedGradientTape", op=op, compression=compression,
-        sparse_as_dense=sparse_as_dense, gradient_predivide_factor=predivide, groups=groups,
+        Options(prefix="DistributedGradientTape", groups=groups, sparse_as_dense=sparse_as_dense,
+                half=compression is horovod.Compression.fp16),
+        op=op, compression=compression, predivide=predivide,
         allowed={**REDUCTIONS, **OTHER_REDUCTIONS})
 
 

@@ -14,6 +14,7 @@ from hvd_ext.torch.amsgrad import AMSGrad
 from hvd_ext.torch.async_ps import ParameterServer
 from hvd_ext.torch.compression import Compression
 from hvd_ext.torch.optimizer import DistributedOptimizer
+from hvd_ext.torch.reducers import register_reducer
 from hvd_ext.torch.replicas import assert_replicas_equal
 from hvd_ext.torch.seng import SENG
 from hvd_ext.torch.seng.rules import register_seng_rule
@@ -34,5 +35,6 @@ __all__ = [
     "assert_replicas_equal",
     "broadcast_optimizer_state",
     "momentum_for_delay",
+    "register_reducer",
     "register_seng_rule",
 ]

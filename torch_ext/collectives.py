@@ -37,6 +37,11 @@ class Handle:
                 self.collectives.traffic.add(kind, received=count)
         return tensor if self.dtype is None else tensor.view(self.dtype)
 
+    def wait_all(self) -> list[torch.Tensor]:
+        """The results of a grouped collective, in the order of its inputs."""
+        result = horovod.synchronize(self.ticket)
+        return list(result) if isinstance(result, tuple) else [result]
+
 
 class Collectives:
     """Asynchronous, named collectives over one process set.
@@ -78,6 +83,19 @@ class Collectives:
             tensor, name=name, op=op, process_set=self.process_set, **scale
         )
         moved = allreduce_bytes(nbytes(tensor), self.size)
+        self.traffic.add(kind, sent=moved, received=moved)
+        return Handle(self, ticket, kind)
+
+    def grouped_allreduce_async_(self, tensors: Sequence[torch.Tensor], name: str, *,
+                                 op: Any = horovod.Average, kind: str = "gradients",
+                                 **scale: float) -> Handle:
+        """Reduce tensors of one dtype and device as one group, in place; see ``Handle.wait_all``."""
+        if len(tensors) == 1:
+            return self.allreduce_async_(tensors[0], name, op=op, kind=kind, **scale)
+        ticket = horovod.grouped_allreduce_async_(
+            list(tensors), name=name, op=op, process_set=self.process_set, **scale
+        )
+        moved = allreduce_bytes(sum(map(nbytes, tensors)), self.size)
         self.traffic.add(kind, sent=moved, received=moved)
         return Handle(self, ticket, kind)
 

@@ -5,6 +5,7 @@ Arguments are decided here; ``wrapper.py`` is the optimizer itself.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
 from collections.abc import Iterable
@@ -13,14 +14,10 @@ from typing import Any
 import horovod.torch as horovod
 import torch
 
-from hvd_ext import composition
-from hvd_ext.buckets import check_groups
-from hvd_ext.delay.config import DelayCompensated
-from hvd_ext.topk import TopK
+from hvd_ext.options import Options
 from hvd_ext.torch.collectives import Collectives
-from hvd_ext.torch.reducers.base import PlainReducer, Reducer
-from hvd_ext.torch.reducers.delay import DelayReducer
-from hvd_ext.torch.reducers.topk import TopKReducer
+from hvd_ext.torch.loss_scale import loss_scale
+from hvd_ext.torch.reducers import make_reducer, method_of
 from hvd_ext.torch.server import make_server
 from hvd_ext.torch.wrapper import extend
 
@@ -52,25 +49,24 @@ def DistributedOptimizer(
     Args:
         optimizer: the optimizer to wrap.
         named_parameters: names for the parameters, usually ``model.named_parameters()``.
-        compression: ``Compression.none``, ``.fp16``, or ``.topk(...)``.
+        compression: ``Compression.none``, ``.fp16``, or a registered one such as ``.topk(...)``.
         backward_passes_per_step: backward passes before ``step()``; divide the loss by it.
         op: ``Average``, ``Sum``, ``Adasum``, or ``DelayCompensated(...)``.
         gradient_predivide_factor, num_groups, groups, sparse_as_dense, process_set: Horovod's.
-            With buckets (DelayCompensated, TopK) ``groups`` says which gradients share one.
+            With DelayCompensated and compression with error feedback ``groups`` says which
+            gradients share a bucket.
         preconditioner: ``SENG(...)``: what the reduced gradient is turned into.
         server: where the update runs: "replicated", "rank0" or "sharded".
         grad_scaler: the ``torch.amp.GradScaler`` in use, so that extensions which are not linear
             in the gradient can undo its scale.
 
     Raises:
-        ValueError: an argument is outside its limits, or extensions do not go together.
-        NotImplementedError: the extension has not arrived yet.
+        ValueError: an argument is outside its limits, or extensions cannot be combined.
     """
-    delay = isinstance(op, DelayCompensated)
-    topk = isinstance(compression, TopK)
     if hasattr(optimizer, "_hvd_reducer") or "horovod" in type(optimizer).__module__:
         raise ValueError("the optimizer is a DistributedOptimizer already; wrap it once")
-    if not (delay or topk or preconditioner is not None or server is not None):
+    method = method_of(op, compression)
+    if method is None and preconditioner is None and server is None:
         return horovod.DistributedOptimizer(
             optimizer, named_parameters, compression, backward_passes_per_step, op,
             gradient_predivide_factor, num_groups, groups, sparse_as_dense, process_set,
@@ -80,35 +76,19 @@ def DistributedOptimizer(
         groups = num_groups if groups is None else groups
     if backward_passes_per_step <= 0:
         raise ValueError("backward_passes_per_step must be > 0")
-    check_groups(groups, member=torch.Tensor, what="torch.Tensor")
-    composition.check(
-        op=op if delay else None, compression=compression if topk else None,
-        op_name=_op_name(op), predivide=gradient_predivide_factor, server=server,
+    options = Options(
+        prefix=("" if method is None else method.label) + _number_suffix(next(_OPTIMIZERS)),
+        passes=backward_passes_per_step, half=compression is horovod.Compression.fp16,
+        groups=groups, sparse_as_dense=sparse_as_dense,
+        loss_scale=functools.partial(loss_scale, grad_scaler),
+    )
+    reducer = make_reducer(
+        Collectives(process_set), options, op=op, compression=compression,
+        predivide=gradient_predivide_factor, server=server,
         multiple_evaluations=isinstance(optimizer, torch.optim.LBFGS),
     )
-    collectives = Collectives(process_set)
-    suffix = _number_suffix(next(_OPTIMIZERS))
-    common = {"groups": groups, "sparse_as_dense": sparse_as_dense}
-    reducer: Reducer
-    if delay:
-        wire = torch.float16 if compression is horovod.Compression.fp16 else None
-        reducer = DelayReducer(collectives, backward_passes_per_step, op, label=f"delay{suffix}",
-                               wire_dtype=wire, scaler=grad_scaler, **common)
-    elif topk:
-        reducer = TopKReducer(collectives, backward_passes_per_step, compression,
-                              label=f"topk{suffix}", scaler=grad_scaler, **common)
-    else:
-        reducer = PlainReducer(collectives, backward_passes_per_step, op=op,
-                               compression=compression,
-                               gradient_predivide_factor=gradient_predivide_factor, **common)
     placed = None if server is None else make_server(server)
     return extend(optimizer, named_parameters, reducer, preconditioner, placed, grad_scaler)
-
-
-def _op_name(op: Any) -> str:
-    if isinstance(op, DelayCompensated) or op == horovod.Average:
-        return "Average"
-    return "Adasum" if op == horovod.Adasum else str(op)
 
 
 def _number_suffix(number: int) -> str:

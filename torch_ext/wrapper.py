@@ -88,7 +88,7 @@ class ExtendedOptimizer(torch.optim.Optimizer):
             self._hvd_hooks[entry.parameter] = (
                 entry.parameter.register_post_accumulate_grad_hook(hook)
             )
-        self._hvd_reducer.set_entries([*self._hvd_reducer.entries, *fresh])
+        self._hvd_reducer.build([*self._hvd_reducer.entries, *fresh])
 
     def _hvd_hook(self, entry: Entry) -> Callable[[torch.Tensor], None]:
         def hook(parameter: torch.Tensor) -> None:
@@ -268,7 +268,7 @@ class ExtendedOptimizer(torch.optim.Optimizer):
             if part is None:
                 continue
             if own is None or reset_per_rank_state or key not in own:
-                part.reset_state()
+                part.reset_per_rank_state() if part is self._hvd_reducer else part.reset_state()
             else:
                 part.load_state_dict(own[key])
 

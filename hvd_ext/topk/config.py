@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
+from math import prod
 from typing import ClassVar
 
 from hvd_ext import checks
-from hvd_ext.exclude import Exclude, checked_exclude
+from hvd_ext.exclude import Exclude, checked_exclude, is_excluded
 from hvd_ext.topk.wire import VALUE_BYTES
 
 HOROVOD_FUSION_BYTES = 128 * 2**20  # what Horovod fuses unless HOROVOD_FUSION_THRESHOLD says else
@@ -68,6 +69,11 @@ class TopK:
         checks.number("tolerance", self.tolerance, low=0.0, high=1.0, open_high=True)
         checks.whole("seed", self.seed, low=0)
         object.__setattr__(self, "exclude", checked_exclude(self.exclude))
+
+    def compresses(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor is compressed; otherwise it is sent whole."""
+        small = prod(shape) < max(1, self.min_size)
+        return not (small or is_excluded(self.exclude, name, shape))
 
     def ratio_at(self, step: int) -> float:
         """The kept fraction at a step, checked."""

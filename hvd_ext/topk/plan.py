@@ -1,17 +1,12 @@
-"""Which tensors are compressed, which go whole, and how many entries are kept of what."""
+"""How many entries of what part of a bucket are kept."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 
 from hvd_ext.buckets import Bucket
-from hvd_ext.exclude import is_excluded
-from hvd_ext.topk.config import TopK, keep_count
+from hvd_ext.topk.config import keep_count
 from hvd_ext.topk.wire import MAX_NUMEL
-
-TOPK = "topk"
-DENSE = "dense"
 
 
 @dataclass(frozen=True)
@@ -21,12 +16,6 @@ class Segment:
     offset: int
     numel: int
     k: int
-
-
-def route(name: str, shape: tuple[int, ...], config: TopK) -> str:
-    """``TOPK`` for a tensor that is compressed, ``DENSE`` for one that goes whole."""
-    whole = prod(shape) < max(1, config.min_size) or is_excluded(config.exclude, name, shape)
-    return DENSE if whole else TOPK
 
 
 def segments(bucket: Bucket, ratio: float, *, per_tensor: bool) -> list[Segment]:

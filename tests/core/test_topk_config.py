@@ -6,7 +6,6 @@ import pytest
 
 from hvd_ext.exclude import check_names
 from hvd_ext.topk import TopK, keep_count, warm_up
-from hvd_ext.topk.plan import DENSE, TOPK, route
 
 
 @pytest.mark.parametrize("ratio", [0, -0.1, 1.5, float("nan")])
@@ -75,14 +74,14 @@ def test_k_is_at_least_one_and_at_most_all():
 
 def test_what_goes_whole():
     config = TopK(exclude=["*.bias", "norm?.weight"], min_size=100)
-    assert route("a.weight", (10, 10), config) == TOPK
-    assert route("a.weight", (9, 11), config) == DENSE
-    assert route("a.bias", (1000,), config) == DENSE
-    assert route("norm1.weight", (1000,), config) == DENSE
+    assert config.compresses("a.weight", (10, 10)) is True
+    assert config.compresses("a.weight", (9, 11)) is False
+    assert config.compresses("a.bias", (1000,)) is False
+    assert config.compresses("norm1.weight", (1000,)) is False
     by_shape = TopK(exclude=lambda name, shape: len(shape) == 1, min_size=0)
-    assert route("x", (5000,), by_shape) == DENSE
-    assert route("x", (1, 1), by_shape) == TOPK
-    assert route("x", (0, 3), by_shape) == DENSE
+    assert by_shape.compresses("x", (5000,)) is False
+    assert by_shape.compresses("x", (1, 1)) is True
+    assert by_shape.compresses("x", (0, 3)) is False
 
 
 def test_exclude_that_fits_nothing_is_refused():

@@ -365,7 +365,7 @@ def test_ratio_that_depends_on_the_rank_is_told_on_all(ranks):
 def embedding_with_topk():
     optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1),
                                          compression=hvd.Compression.topk(0.1))
-    with pytest.raises(ValueError, match=r"IndexedSlices, which TopK cannot take"):
+    with pytest.raises(ValueError, match=r"IndexedSlices, which Compression.topk cannot take"):
         training.fit(training.embedding_model(), optimizer, hvd.rank(), hvd.size(), tokens=True)
 
 

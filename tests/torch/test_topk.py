@@ -330,10 +330,10 @@ def refusals():
 
 def test_what_is_refused(ranks):
     for said in ranks(2).run(refusals):
-        assert "op=Adasum do not go together" in said["adasum"]
+        assert "op=Adasum cannot be combined" in said["adasum"]
         assert "op=Average" in said["sum"]
         assert "DelayCompensated do not go together" in said["delay"]
-        assert "'wight', which fits no parameter" in said["exclude"]
+        assert "'wight', which matches no parameter" in said["exclude"]
         assert "'rank0', 'replicated', 'sharded'" in said["server"]
         assert "sparse gradient" in said["sparse"]
 
@@ -346,7 +346,7 @@ def under_way():
         optimizer.zero_grad()
         backward(parameters, worker_gradients(SHAPES, worker=hvd.rank(), step=0), skip=skip,
                  reverse=bool(hvd.rank()))
-        counts.append(len(optimizer._hvd_reducer._messages))
+        counts.append(len(optimizer._hvd_reducer._started))
         optimizer.step()
     return counts, optimizer.report()["buckets"]
 

@@ -1,4 +1,4 @@
-"""Which reducer the arguments ``op`` and ``compression`` ask for."""
+"""Which reducer serves which settings: the one table, for ``op=`` and for ``compression=``."""
 
 from __future__ import annotations
 
@@ -11,54 +11,79 @@ import tensorflow as tf
 from hvd_ext import composition
 from hvd_ext.buckets import check_groups
 from hvd_ext.delay import DelayCompensated
+from hvd_ext.options import Options, Plain
 from hvd_ext.tensorflow.collectives import Collectives
-from hvd_ext.tensorflow.reducers.base import PlainReducer, Reducer
+from hvd_ext.tensorflow.compression import Compression
+from hvd_ext.tensorflow.reducers.base import Reducer
 from hvd_ext.tensorflow.reducers.delay import DelayReducer
+from hvd_ext.tensorflow.reducers.plain import PlainReducer
 from hvd_ext.tensorflow.reducers.topk import TopKReducer
 from hvd_ext.tensorflow.variables import as_tf
 from hvd_ext.topk import TopK
 
+REDUCERS: dict[Any, type[Reducer]] = {}
 REDUCTIONS = {"Average": horovod.Average, "Sum": horovod.Sum}
 OTHER_REDUCTIONS = {"Adasum": horovod.Adasum, "Min": horovod.Min, "Max": horovod.Max,
                     "Product": horovod.Product}
 
 
-def make_reducer(collectives: Collectives, prefix: str, *, op: Any, compression: Any,
-                 sparse_as_dense: bool, gradient_predivide_factor: float, groups: Any,
-                 passes: int = 1, average_passes: bool = False,
-                 allowed: dict[str, Any] = REDUCTIONS) -> Reducer:
-    """The reducer of ``op`` and ``compression``, whose names start with ``prefix``.
+def register_reducer(settings: type, reducer: type[Reducer], *, replace: bool = False) -> None:
+    """Make ``DistributedOptimizer`` and the tape use ``reducer`` for instances of ``settings``.
+
+    Args:
+        settings: a frozen dataclass with the class attributes ``slot`` ("op" or "compression", the
+            argument that takes it) and ``label``, its name in Horovod's timeline; in the
+            compression slot ``hvd.Compression.<label>`` becomes this type.
+        reducer: a subclass of :class:`hvd_ext.tensorflow.reducers.base.Reducer`, usually of
+            :class:`~hvd_ext.tensorflow.reducers.buckets.BucketReducer` or
+            :class:`~hvd_ext.tensorflow.reducers.feedback.FeedbackReducer`.
+        replace: allow to replace settings or a label that exist.
 
     Raises:
-        ValueError: an unknown op, or arguments that contradict each other.
+        TypeError: ``settings`` is not such a dataclass, or ``reducer`` not such a class.
+        ValueError: the type or its label is registered already and ``replace`` is False.
+    """
+    if not (isinstance(reducer, type) and issubclass(reducer, Reducer)):
+        raise TypeError(f"reducer must be a subclass of Reducer, got {reducer!r}")
+    composition.register(settings, reducer, REDUCERS, Compression, replace=replace)
+
+
+register_reducer(DelayCompensated, DelayReducer)
+register_reducer(TopK, TopKReducer)
+
+
+def method_of(op: Any, compression: Any) -> Any:
+    """The settings of a registered way to reduce among the two arguments; None for Horovod's own."""
+    return next((one for one in (op, compression) if type(one) in REDUCERS), None)
+
+
+def make_reducer(collectives: Collectives, options: Options, *, op: Any, compression: Any,
+                 predivide: float = 1.0, allowed: dict[str, Any] = REDUCTIONS) -> Reducer:
+    """The reducer that ``op`` and ``compression`` ask for; of Horovod's operations ``allowed`` ones.
+
+    Raises:
+        ValueError: an unknown op, or arguments that cannot be combined.
         NotImplementedError: an extension that the TensorFlow front end does not have.
     """
-    delay = isinstance(op, DelayCompensated)
-    topk = isinstance(compression, TopK)
+    check_groups(options.groups, member=(tf.Variable, keras.Variable), what="tf.Variable",
+                 key=lambda variable: id(as_tf(variable)))
+    by_op, by_compression = (one if type(one) in REDUCERS else None for one in (op, compression))
     names = [name for name, reduction in allowed.items() if op is reduction or op == reduction]
-    if not names and not delay:
+    if not names and by_op is None:
         raise ValueError(f"op must be one of {', '.join('hvd.' + name for name in allowed)} or "
                          f"hvd.DelayCompensated(...) here, got {op!r}")
-    check_groups(groups, member=(tf.Variable, keras.Variable), what="tf.Variable",
-                 key=lambda variable: id(as_tf(variable)))
-    composition.check(op=op if delay else None, compression=compression if topk else None,
-                      op_name="Average" if delay else names[0],
-                      predivide=gradient_predivide_factor, server=None)
-    options = {"groups": groups, "sparse_as_dense": sparse_as_dense}
-    if topk:
-        return TopKReducer(collectives, prefix, compression, **options)
-    _check_compression(compression)
-    if not delay:
-        return PlainReducer(collectives, prefix, op=op, compression=compression,
-                            gradient_predivide_factor=gradient_predivide_factor, **options)
-    microbatch = op.virtual_workers == "microbatch"
-    if microbatch and passes == 1:
-        raise ValueError(
-            "virtual_workers='microbatch' needs backward_passes_per_step above 1, the number of "
-            "micro-batches a step; got 1. Pass it, or use virtual_workers='rank'")
-    return DelayReducer(collectives, prefix, op, parts=passes if microbatch else 1,
-                        mean_of_parts=average_passes, half=compression is horovod.Compression.fp16,
-                        **options)
+    composition.check(op=by_op, compression=by_compression, predivide=predivide, server=None,
+                      op_name="Average" if by_op is not None else names[0])
+    settings = method_of(op, compression)
+    if by_compression is None:
+        _check_compression(compression)
+    if settings is None:
+        average = predivide if names[0] == "Average" else 1.0
+        return PlainReducer(collectives, Plain(op, compression, average), options)
+    if by_op is not None and compression not in (Compression.none, Compression.fp16):
+        raise ValueError(f"compression={compression!r} and op={composition.public_name(op)} cannot be "
+                         "combined; use Compression.none or Compression.fp16")
+    return REDUCERS[type(settings)](collectives, settings, options)
 
 
 def check_preconditioner(preconditioner: Any) -> None:
@@ -73,5 +98,7 @@ def check_preconditioner(preconditioner: Any) -> None:
 
 def _check_compression(compression: Any) -> None:
     if not (hasattr(compression, "compress") and hasattr(compression, "decompress")):
-        raise ValueError(f"compression must be hvd.Compression.none, .fp16 or .topk(...), got "
-                         f"{compression!r}")
+        known = ["none", "fp16", *(f"{one.label}(...)" for one in REDUCERS
+                                   if one.slot == "compression")]
+        raise ValueError(f"compression must be hvd.Compression.{', .'.join(known)}, "
+                         f"got {compression!r}")

@@ -1,4 +1,4 @@
-"""How gradients come together: the interface of a reducer, and the plain one.
+"""The interface of a reducer: what turns each rank's gradients into the reduced gradient.
 
 A reducer takes this rank's gradients of some variables and returns the reduced ones. Inside a
 ``tf.function`` its collectives start as soon as each gradient is there, while the backward pass
@@ -11,32 +11,39 @@ import abc
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import horovod.tensorflow as horovod
 import tensorflow as tf
 
-from hvd_ext.buckets import split_groups
+from hvd_ext.options import Options
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.traffic import Cell
-from hvd_ext.tensorflow.variables import as_tf, name_of
+from hvd_ext.tensorflow.variables import name_of
 
 Gradient = tf.Tensor | tf.IndexedSlices
 MakeVariable = Callable[..., tf.Variable]
 
 
 class Reducer(abc.ABC):
-    """Turns each rank's local gradients into the reduced gradient, the same bits on every rank."""
+    """Turns each rank's local gradients into the reduced gradient, the same bits on every rank.
+
+    Args:
+        collectives: the ranks to reduce over.
+        settings: of this way to reduce, as the user gave them.
+        options: what every way to reduce is given.
+    """
 
     stamp: Any = None  # a variable (rank, ranks) beside state that belongs to one rank
 
-    def __init__(self, collectives: Collectives, prefix: str) -> None:
+    def __init__(self, collectives: Collectives, settings: Any, options: Options) -> None:
         self.collectives = collectives
-        self.prefix = prefix
+        self.settings = settings
+        self.options = options
+        self.prefix = options.prefix
         self.variables: list[Any] = []
         self._functions: dict[tuple[str, ...], Any] = {}
         self._taken: Cell | None = None
 
     def build(self, variables: Sequence[Any], make_variable: MakeVariable) -> None:
-        """Take the variables whose gradients are to be reduced, and make what state that needs.
+        """Take the variables whose gradients are to be reduced, and make the state they need.
 
         ``make_variable(shape, dtype, name, per_rank)`` returns a tf.Variable of zeros that the
         owner of this reducer saves and restores.
@@ -53,11 +60,11 @@ class Reducer(abc.ABC):
         return []
 
     def reset_per_rank_state(self) -> None:
-        """Start the state of this rank anew. Here there is none."""
+        """Start what this rank keeps between steps anew. Here there is nothing."""
         return
 
     def inputs(self, optimizer: Any) -> dict[str, tf.Tensor]:
-        """What ``reduce`` needs of an optimizer at this step, as tensors."""
+        """What ``reduce`` needs to know about an optimizer at this step, as tensors."""
         del optimizer
         return {}
 
@@ -72,17 +79,17 @@ class Reducer(abc.ABC):
         if not present:
             return list(gradients), None
         sent = [gradients[index] for index in present]
-        owners = [variables[index] for index in present]
+        given = [variables[index] for index in present]
         if tf.executing_eagerly():
-            key = tuple(f"{index}.{name_of(owner)}" for index, owner in enumerate(owners))
+            key = tuple(f"{index}.{name_of(one)}" for index, one in enumerate(given))
             if key not in self._functions:
                 self._functions[key] = tf.function(
-                    lambda sent, inputs: self._counted(sent, owners, inputs),
+                    lambda sent, inputs: self._counted(sent, given, inputs),
                     reduce_retracing=True, autograph=False,
                 )
             reduced, good = self._functions[key](sent, inputs)
         else:
-            reduced, good = self._counted(sent, owners, inputs)
+            reduced, good = self._counted(sent, given, inputs)
         result = list(gradients)
         for index, gradient in zip(present, reduced, strict=True):
             result[index] = gradient
@@ -107,64 +114,9 @@ class Reducer(abc.ABC):
                **inputs: Any) -> tuple[list[Gradient], Any]:
         """What ``__call__`` returns, for variables that have a gradient; in a graph being traced."""
 
-
-class PlainReducer(Reducer):
-    """Horovod's own reduction, tensor by tensor or in groups."""
-
-    def __init__(self, collectives: Collectives, prefix: str, *, op: Any = horovod.Average,
-                 compression: Any = horovod.Compression.none, sparse_as_dense: bool = False,
-                 gradient_predivide_factor: float = 1.0, groups: Any = None) -> None:
-        super().__init__(collectives, prefix)
-        self.op = op
-        self.compression = compression
-        self.sparse_as_dense = sparse_as_dense
-        self.groups = groups
-        self.scale: dict[str, float] = {}
-        if op == horovod.Average and gradient_predivide_factor != 1.0:
-            self.scale = {"prescale_factor": 1.0 / gradient_predivide_factor,
-                          "postscale_factor": gradient_predivide_factor}
-
-    def reduce(self, gradients: list[Gradient], variables: Sequence[Any],
-               **inputs: Any) -> tuple[list[Gradient], Any]:
-        if self.sparse_as_dense:
-            gradients = [tf.convert_to_tensor(gradient) for gradient in gradients]
-        return list(self.collectives.if_many(
-            lambda: self._communicate(gradients, variables), lambda: list(gradients))), None
-
-    def _communicate(self, gradients: list[Gradient], variables: Sequence[Any]) -> list[Gradient]:
-        options = {"op": self.op, "compression": self.compression, **self.scale}
-        reduced: list[Gradient] = list(gradients)
-        for number, group in enumerate(self._groups(gradients, variables)):
-            if len(group) == 1:
-                index = group[0]
-                name = f"{self.prefix}/{name_of(variables[index])}"
-                gradient = gradients[index]
-                if isinstance(gradient, tf.IndexedSlices):
-                    reduced[index] = self._gather(gradient, name)
-                else:
-                    reduced[index] = self.collectives.allreduce(gradient, name, **options)
-                continue
-            together = self.collectives.grouped_allreduce(
-                [gradients[index] for index in group], f"{self.prefix}/group{number}", **options)
-            for index, gradient in zip(group, together, strict=True):
-                reduced[index] = gradient
-        return reduced
-
-    def _gather(self, gradient: tf.IndexedSlices, name: str) -> tf.IndexedSlices:
-        if self.op not in (horovod.Average, horovod.Sum) or self.scale:
-            raise NotImplementedError(
-                f"the gradient of {name} is a tf.IndexedSlices, which is reduced with op=Average "
-                "or op=Sum and without gradient_predivide_factor; pass sparse_as_dense=True")
-        return self.collectives.allreduce_slices(gradient, name, op=self.op)
-
-    def _groups(self, gradients: Sequence[Gradient], variables: Sequence[Any]) -> list[list[int]]:
-        dense = [index for index, gradient in enumerate(gradients)
-                 if not isinstance(gradient, tf.IndexedSlices)]
-        groups = split_groups(self.groups, [variables[index] for index in dense],
-                              key=lambda variable: id(as_tf(variable))) or []
-        groups = [[dense[number] for number in group] for group in groups]
-        grouped = {index for group in groups for index in group}
-        return groups + [[index] for index in range(len(gradients)) if index not in grouped]
+    def report(self) -> dict[str, Any]:
+        """Figures of the last step, for people and programs to read."""
+        return {}
 
 
 def divide_by_ranks(gradient: Gradient | None, collectives: Collectives) -> Gradient | None:

@@ -8,46 +8,57 @@ bytes, what a ring allreduce moves.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from hvd_ext.buckets import slice_sizes
+from hvd_ext.buckets import Bucket, slice_sizes
 from hvd_ext.delay import DelayCompensated
+from hvd_ext.options import Options
 from hvd_ext.tensorflow.collectives import NARROW, Collectives
 from hvd_ext.tensorflow.reducers.base import MakeVariable
-from hvd_ext.tensorflow.reducers.buckets import BucketReducer
+from hvd_ext.tensorflow.reducers.buckets import BucketReducer, Started, count
 from hvd_ext.tensorflow.reducers.delay_kernels import accumulation_dtype, reduced_slice, square_norms
+
+
+class Sent(NamedTuple):
+    """A bucket on its way: its squared norm, 0-D, and (M, own) every rank's gradient of this slice."""
+
+    square: tf.Tensor
+    received: tf.Tensor
 
 
 class DelayReducer(BucketReducer):
     """The reducer of ``op=hvd.DelayCompensated(...)``.
 
-    Args:
-        collectives: the ranks to reduce over.
-        prefix: of the names in the timeline.
-        config: the method's settings.
-        parts: micro-batches that are workers of their own, along the gradients' first axis; 1
-            when each rank is one worker.
-        mean_of_parts: divide the sum over micro-batches by their number; otherwise the losses
-            were divided by it.
-        half: send float16.
+    With ``options.half`` float16 travels; the recursion runs in float32 (float64 for float64
+    gradients) whatever travels.
     """
 
-    def __init__(self, collectives: Collectives, prefix: str, config: DelayCompensated, *,
-                 parts: int = 1, mean_of_parts: bool = False, half: bool = False,
-                 **options: Any) -> None:
-        super().__init__(collectives, prefix, settings=(config, parts, half), **options)
-        self.config = config
-        self.parts = parts
-        self.mean_of_parts = mean_of_parts
-        self.half = half
+    settings: DelayCompensated
+
+    def __init__(self, collectives: Collectives, settings: DelayCompensated,
+                 options: Options) -> None:
+        if settings.virtual_workers == "microbatch" and options.passes == 1:
+            raise ValueError(
+                "virtual_workers='microbatch' needs backward_passes_per_step above 1, the number of "
+                "micro-batches per step; got 1. Pass it, or use virtual_workers='rank'")
+        super().__init__(collectives, settings, options)
         self.unusable_steps: Any = None
         self.mean_square: dict[int, tf.Variable] = {}
 
+    @property
+    def parts(self) -> int:
+        return self.options.passes if self.settings.virtual_workers == "microbatch" else 1
+
+    @property
+    def _alone(self) -> bool:
+        """One worker only: its gradient is the result."""
+        return self.collectives.size * self.parts == 1
+
     def make_state(self, make_variable: MakeVariable) -> None:
         self.unusable_steps = make_variable((), tf.int64, "unusable_steps", False)
-        if not self.config.keeps_mean_square:
+        if not self.settings.keeps_mean_square:
             return
         for bucket in self.buckets:
             dtype = accumulation_dtype(tf.as_dtype(bucket.kind.dtype))
@@ -61,70 +72,71 @@ class DelayReducer(BucketReducer):
     def inputs(self, optimizer: Any) -> dict[str, tf.Tensor]:
         return {"lr": tf.cast(optimizer.learning_rate, tf.float32)}
 
-    def parts_shape(self) -> tuple[int, ...]:
-        return (self.parts,) if self.parts > 1 else ()
+    # The exchange
 
-    def exchange(self, flats: list[tf.Tensor], **inputs: Any) -> tuple[list[tf.Tensor], Any]:
-        lr = inputs["lr"]
-        ranks, parts = self.collectives.size, self.parts
-        if ranks * parts == 1:
-            return flats, None
-        dtypes = [flat.dtype for flat in flats]
-        flats = [tf.reshape(self._narrow(flat), (parts, -1)) for flat in flats]
-        received = [self._slices(flat, bucket) for flat, bucket in zip(flats, self.buckets, strict=True)]
-        squares = sum(square_norms(flat) for flat in flats)
-        squares = tf.reshape(self.agree(tf.unstack(squares * tf.cast(lr, tf.float64) ** 2,
-                                                   num=parts)), [-1])
+    def start(self, bucket: Bucket, part: int, flat: tf.Tensor) -> Any:
+        if self._alone:
+            return flat
+        sent = self._narrow(flat)
+        ranks = self.collectives.size
+        received = sent[None]
+        if ranks > 1:
+            splits = slice_sizes(bucket.numel, ranks)
+            own = splits[self.collectives.rank]
+            received = tf.reshape(self.collectives.alltoall(
+                sent, splits, f"{self.prefix}/delay/bucket{bucket.index}/part{part}",
+                rows=ranks * own), (ranks, own))
+        return Sent(square_norms(sent), received)
+
+    def complete(self, started: Started, **inputs: Any) -> tuple[list[tf.Tensor], Any]:
+        if self._alone:
+            return [started[bucket.index, 0] for bucket in self.buckets], None
+        lr, parts = inputs["lr"], self.parts
+        squares = [tf.add_n([started[bucket.index, part].square for bucket in self.buckets])
+                   for part in range(parts)]
+        lr_square = tf.cast(lr, tf.float64) ** 2
+        squares = tf.reshape(self.agree([square * lr_square for square in squares]), [-1])
         good = tf.reduce_all(tf.math.is_finite(squares))
-        order = tf.range(ranks * parts)
-        if self.config.order == "norm":
+        order = tf.range(self.collectives.size * parts)
+        if self.settings.order == "norm":
             sorted_order = tf.argsort(squares, stable=True, direction="ASCENDING")
             order = tf.where(good, sorted_order, order)
-        slices = [tf.cast(self._reduce_slice(rows, bucket, order, good, lr), dtype)
-                  for rows, bucket, dtype in zip(received, self.buckets, dtypes, strict=True)]
+        slices = [self._reduce_slice(bucket, started, order, good, lr) for bucket in self.buckets]
         self.steps.assign_add(tf.cast(good, tf.int64))
         self.unusable_steps.assign_add(1 - tf.cast(good, tf.int64))
         return [self._gather(own, bucket)
                 for own, bucket in zip(slices, self.buckets, strict=True)], None
 
     def _narrow(self, flat: tf.Tensor) -> tf.Tensor:
-        if self.half:
+        if self.options.half:
             return tf.cast(flat, tf.float16)
         return tf.cast(flat, tf.float32) if flat.dtype in NARROW else flat
 
-    def _slices(self, flat: tf.Tensor, bucket: Any) -> tf.Tensor:
-        """(M * parts, own): every worker's gradient of this rank's slice, by rank and part."""
-        if self.collectives.size == 1:
-            return flat
-        splits = slice_sizes(bucket.numel, self.collectives.size)
-        own = splits[self.collectives.rank]
-        by_part = [
-            tf.reshape(self.collectives.alltoall(
-                part, splits, f"{self.prefix}/delay/bucket{bucket.index}/part{number}",
-                rows=self.collectives.size * own),
-                (self.collectives.size, own))
-            for number, part in enumerate(self._parts(flat))]
-        return tf.reshape(tf.stack(by_part, axis=1), (self.collectives.size * self.parts, own))
-
-    def _parts(self, flat: tf.Tensor) -> list[tf.Tensor]:
-        """The rows, without a copy where there is one only."""
-        return [tf.reshape(flat, [-1])] if self.parts == 1 else tf.unstack(flat, num=self.parts)
-
-    def _reduce_slice(self, rows: tf.Tensor, bucket: Any, order: tf.Tensor, good: tf.Tensor,
+    def _reduce_slice(self, bucket: Bucket, started: Started, order: tf.Tensor, good: tf.Tensor,
                       lr: tf.Tensor) -> tf.Tensor:
+        by_part = [started[bucket.index, part].received for part in range(self.parts)]
+        rows = by_part[0]
+        if self.parts > 1:  # by rank and then by part
+            rows = tf.reshape(tf.stack(by_part, axis=1), (-1, by_part[0].shape[1]))
         before = self.mean_square.get(bucket.index)
-        divisor = self.collectives.size * (self.parts if self.mean_of_parts else 1)
+        mean_of_parts = self.options.average_passes and self.parts > 1
+        divisor = self.collectives.size * (self.parts if mean_of_parts else 1)
         total, after = reduced_slice(
-            rows, order, good, lr / rows.shape[0], None if before is None else before.read_value(),
-            self.config, 1.0 if self.mean_of_parts else float(self.parts), divisor)
+            rows, order, good, lr / (self.collectives.size * self.parts),
+            None if before is None else before.read_value(), self.settings,
+            1.0 if mean_of_parts else float(self.parts), divisor)
         if before is not None:
             before.assign(after)
-        return total
+        return tf.cast(total, tf.as_dtype(bucket.kind.dtype))
 
-    def _gather(self, own: tf.Tensor, bucket: Any) -> tf.Tensor:
+    def _gather(self, own: tf.Tensor, bucket: Bucket) -> tf.Tensor:
         if self.collectives.size == 1:
             return own
-        wide = self._narrow(own)
         gathered = self.collectives.allgather(
-            wide, f"{self.prefix}/delay/bucket{bucket.index}/reduced", rows=bucket.numel)
+            self._narrow(own), f"{self.prefix}/delay/bucket{bucket.index}/reduced",
+            rows=bucket.numel)
         return tf.cast(gathered, own.dtype)
+
+    def report(self) -> dict[str, Any]:
+        return {**super().report(), "workers": self.collectives.size * self.parts,
+                "unusable_steps": count(self.unusable_steps)}

@@ -1,1 +1,83 @@
-"""How gradients are reduced over the ranks: one module for each way."""
+"""Which reducer serves which settings: the one table, for ``op=`` and for ``compression=``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import horovod.torch as horovod
+import torch
+
+from hvd_ext import composition
+from hvd_ext.buckets import check_groups
+from hvd_ext.delay import DelayCompensated
+from hvd_ext.options import Options, Plain
+from hvd_ext.topk import TopK
+from hvd_ext.torch.collectives import Collectives
+from hvd_ext.torch.compression import Compression
+from hvd_ext.torch.reducers.base import Reducer
+from hvd_ext.torch.reducers.delay import DelayReducer
+from hvd_ext.torch.reducers.plain import PlainReducer
+from hvd_ext.torch.reducers.topk import TopKReducer
+
+REDUCERS: dict[Any, type[Reducer]] = {}
+
+
+def register_reducer(settings: type, reducer: type[Reducer], *, replace: bool = False) -> None:
+    """Make ``DistributedOptimizer`` use ``reducer`` where it is given an instance of ``settings``.
+
+    Args:
+        settings: a frozen dataclass with the class attributes ``slot`` ("op" or "compression", the
+            argument that takes it) and ``label``, its name in Horovod's timeline; in the
+            compression slot ``hvd.Compression.<label>`` becomes this type.
+        reducer: a subclass of :class:`hvd_ext.torch.reducers.base.Reducer`, usually of
+            :class:`~hvd_ext.torch.reducers.buckets.BucketReducer` or
+            :class:`~hvd_ext.torch.reducers.feedback.FeedbackReducer`.
+        replace: allow to replace settings or a label that exist.
+
+    Raises:
+        TypeError: ``settings`` is not such a dataclass, or ``reducer`` not such a class.
+        ValueError: the type or its label is registered already and ``replace`` is False.
+    """
+    if not (isinstance(reducer, type) and issubclass(reducer, Reducer)):
+        raise TypeError(f"reducer must be a subclass of Reducer, got {reducer!r}")
+    composition.register(settings, reducer, REDUCERS, Compression, replace=replace)
+
+
+register_reducer(DelayCompensated, DelayReducer)
+register_reducer(TopK, TopKReducer)
+
+
+def method_of(op: Any, compression: Any) -> Any:
+    """The settings of a registered way to reduce among the two arguments; None for Horovod's own."""
+    return next((one for one in (op, compression) if type(one) in REDUCERS), None)
+
+
+def make_reducer(collectives: Collectives, options: Options, *, op: Any, compression: Any,
+                 predivide: float = 1.0, server: str | None = None,
+                 multiple_evaluations: bool = False) -> Reducer:
+    """The reducer that ``op`` and ``compression`` ask for.
+
+    ``options.prefix`` may end in a suffix such as ".1"; the method's label is put before it.
+
+    Raises:
+        ValueError: arguments that cannot be combined.
+    """
+    check_groups(options.groups, member=torch.Tensor, what="torch.Tensor")
+    by_op, by_compression = (one if type(one) in REDUCERS else None for one in (op, compression))
+    composition.check(op=by_op, compression=by_compression, op_name=_op_name(op, by_op),
+                      predivide=predivide, server=server,
+                      multiple_evaluations=multiple_evaluations)
+    settings = method_of(op, compression)
+    if settings is None:
+        average = predivide if op == horovod.Average else 1.0
+        return PlainReducer(collectives, Plain(op, compression, average), options)
+    if by_op is not None and compression not in (Compression.none, Compression.fp16):
+        raise ValueError(f"compression={compression!r} and op={composition.public_name(op)} cannot be "
+                         "combined; use Compression.none or Compression.fp16")
+    return REDUCERS[type(settings)](collectives, settings, options)
+
+
+def _op_name(op: Any, settings: Any) -> str:
+    if settings is not None or op == horovod.Average:
+        return "Average"
+    return "Adasum" if op == horovod.Adasum else str(op)

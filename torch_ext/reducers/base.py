@@ -1,7 +1,7 @@
-"""How gradients come together: the interface of a reducer, and the plain one.
+"""The interface of a reducer: what turns each rank's gradients into the reduced gradient.
 
-A reducer is told of every gradient as the backward pass yields it, starts its collectives then,
-and hands back reduced gradients when the step needs them. ``optimizer.py`` owns the hooks.
+``wrapper.py`` owns the hooks. It tells the reducer about every gradient as the backward pass yields
+it; the reducer starts its collectives then, and hands back reduced gradients when the step needs them.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import horovod.torch as horovod
 import torch
 
-from hvd_ext.torch.collectives import Collectives, Handle
+from hvd_ext.options import Options
+from hvd_ext.torch.collectives import Collectives
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,15 +28,23 @@ class Entry:
 
 
 class Reducer(abc.ABC):
-    """Turns each rank's local gradients into the reduced gradient, the same bits on every rank."""
+    """Turns each rank's local gradients into the reduced gradient, the same bits on every rank.
 
-    def __init__(self, collectives: Collectives, passes: int) -> None:
+    Args:
+        collectives: the ranks to reduce over.
+        settings: of this way to reduce, as the user gave them.
+        options: what every way to reduce is given.
+    """
+
+    def __init__(self, collectives: Collectives, settings: Any, options: Options) -> None:
         self.collectives = collectives
-        self.passes = passes
+        self.settings = settings
+        self.options = options
+        self.passes = options.passes
         self.entries: list[Entry] = []
 
-    def set_entries(self, entries: Sequence[Entry]) -> None:
-        """Take the parameters whose gradients are to be reduced; called again when they change."""
+    def build(self, entries: Sequence[Entry]) -> None:
+        """Take the parameters whose gradients are to be reduced; called again when there are more."""
         self.entries = list(entries)
 
     @abc.abstractmethod
@@ -47,7 +55,7 @@ class Reducer(abc.ABC):
     def finish(self) -> bool:
         """Wait for the reduced gradients and put them into ``parameter.grad``.
 
-        Returns whether the step may be taken; False, on all ranks alike, when it must be skipped.
+        Returns whether the step may be taken; False, on all ranks, when it must be skipped.
         """
 
     @abc.abstractmethod
@@ -61,67 +69,9 @@ class Reducer(abc.ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  (most keep nothing)
         """Take back what ``state_dict()`` gave, bit for bit."""
 
-    def reset_state(self) -> None:  # noqa: B027
-        """Start the state anew."""
+    def reset_per_rank_state(self) -> None:  # noqa: B027
+        """Start what this rank keeps between steps anew."""
 
     def report(self) -> dict[str, Any]:
-        """Figures of the last step, to be read by people and programs."""
+        """Figures of the last step, for people and programs to read."""
         return {}
-
-
-class PlainReducer(Reducer):
-    """Horovod's own reduction, tensor by tensor: for steps that extend only what comes after it."""
-
-    def __init__(self, collectives: Collectives, passes: int, *, op: Any, compression: Any,
-                 gradient_predivide_factor: float, groups: Any, sparse_as_dense: bool) -> None:
-        super().__init__(collectives, passes)
-        self.op = op
-        self.compression = compression
-        self.sparse_as_dense = sparse_as_dense
-        self._scale: dict[str, float] = {}
-        if op == horovod.Average and gradient_predivide_factor != 1.0:
-            self._scale = {"prescale_factor": 1.0 / gradient_predivide_factor,
-                           "postscale_factor": gradient_predivide_factor}
-        # Explicit groups only tell Horovod what to fuse; the result is the same without them.
-        del groups
-        self._started: dict[Entry, tuple[Any, Any]] = {}
-
-    def gradient_ready(self, entry: Entry, passes_done: int) -> None:
-        if passes_done == self.passes:
-            self._start(entry)
-
-    def _start(self, entry: Entry) -> None:
-        parameter = entry.parameter
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        gradient = parameter.grad
-        if gradient.is_sparse and not self.sparse_as_dense:
-            handle = horovod.sparse_allreduce_async(
-                gradient, name=entry.name, op=self.op, process_set=self.collectives.process_set
-            )
-            self._started[entry] = (handle, None)
-            return
-        if gradient.is_sparse:
-            gradient = gradient.to_dense()
-        sent, context = self.compression.compress(gradient)
-        handle = self.collectives.allreduce_async_(sent, entry.name, op=self.op, **self._scale)
-        self._started[entry] = (handle, context)
-
-    def finish(self) -> bool:
-        for entry in self.entries:
-            if entry not in self._started:
-                self._start(entry)
-        started, self._started = self._started, {}
-        for entry, (handle, context) in started.items():
-            gradient = entry.parameter.grad
-            assert gradient is not None
-            reduced = handle.wait() if isinstance(handle, Handle) else handle()
-            if gradient.is_sparse:
-                reduced = reduced if reduced.is_sparse else reduced.to_sparse()
-                gradient.zero_().add_(reduced)
-            else:
-                gradient.set_(self.compression.decompress(reduced, context))
-        return True
-
-    def forget(self) -> None:
-        self._started = {}

@@ -1,14 +1,20 @@
-"""Reducers whose gradients travel in flat buckets, each started as soon as its gradients are there."""
+"""Reducers whose gradients travel in flat buckets, each started as soon as its gradients are there.
+
+A subclass says how one bucket is exchanged (``start``) and what becomes of the answers
+(``complete``); planning, filling, agreement of the ranks and handing back are here.
+"""
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from hvd_ext.agreement import digest, disagreement
+from hvd_ext import composition
+from hvd_ext.agreement import Fingerprint, describe, disagreement
 from hvd_ext.buckets import (
     DEFAULT_BUCKET_BYTES,
     Bucket,
@@ -19,45 +25,78 @@ from hvd_ext.buckets import (
     split_groups,
 )
 from hvd_ext.header import pack_row, unpack_rows
+from hvd_ext.options import Options
 from hvd_ext.torch.collectives import Collectives
 from hvd_ext.torch.reducers.base import Entry, Reducer
+
+Started = Mapping[tuple[int, int], Any]
+"""What ``start`` returned, by (number of the bucket, part of the step)."""
 
 
 class BucketReducer(Reducer):
     """Plans buckets, sees when one is complete, and makes the ranks agree before any result is used.
 
-    Subclasses pack gradients (``_take``), start a bucket's exchange (``_start``) and finish it.
     Once a parameter is in the plan it stays there; without a gradient it takes part with zeros.
     Parameters that come later (``add_param_group``, unfreezing) get buckets of their own, so that
-    state kept for earlier buckets stays valid.
+    state kept for earlier buckets stays valid. A step has ``parts`` parts, each an exchange of its
+    own: one, unless every micro-batch is.
     """
 
-    def __init__(self, collectives: Collectives, passes: int, *, label: str,
-                 settings: Any = None, bucket_bytes: int = DEFAULT_BUCKET_BYTES,
-                 groups: Any = None, sparse_as_dense: bool = False) -> None:
-        super().__init__(collectives, passes)
-        self.label = label
-        self.settings = settings
-        self.bucket_bytes = bucket_bytes
-        self.groups = groups
-        self.sparse_as_dense = sparse_as_dense
+    def __init__(self, collectives: Collectives, settings: Any, options: Options) -> None:
+        super().__init__(collectives, settings, options)
+        self.prefix = options.prefix
+        self.bucket_bytes = getattr(settings, "bucket_bytes", DEFAULT_BUCKET_BYTES)
+        self.steps = 0
         self.buckets: list[Bucket] = []
         self.specs: list[TensorSpec] = []
         self._place: dict[Entry, tuple[Bucket, Slot]] = {}
-        self._taken: dict[tuple[int, int], set[Entry]] = {}
-        self._begun: set[tuple[int, int]] = set()
+        self._buffers: dict[tuple[int, int], torch.Tensor] = {}
+        self._filled: dict[tuple[int, int], set[Entry]] = {}
+        self._started: dict[tuple[int, int], Any] = {}
         self._sparse: set[Entry] = set()
+        self._devices: list[torch.device] = []
+        self._fingerprint: tuple[tuple[int, int], Fingerprint] | None = None
+
+    # What a subclass says
+
+    @property
+    def parts(self) -> int:
+        """How many parts a step has."""
+        return 1
+
+    def kind(self, entry: Entry) -> Kind:
+        """What the parameter shares with all others of its bucket."""
+        return Kind(str(entry.parameter.dtype), self._device_name(entry.parameter.device))
+
+    def buffer_dtype(self, bucket: Bucket) -> torch.dtype:
+        """The dtype of the bucket's flat buffer; the gradients' unless overridden."""
+        return self.parameter(bucket).dtype
+
+    def fill(self, entry: Entry, bucket: Bucket, slot: Slot, part: int) -> None:
+        """Put the entry's gradient, or zeros, into its place in the flat buffer."""
+        target, gradient = slot.of(self.buffer(bucket, part)), self.dense(entry)
+        if gradient is None:
+            target.zero_()
+        else:
+            target.view(gradient.shape).copy_(gradient)
+
+    @abc.abstractmethod
+    def start(self, bucket: Bucket, part: int, flat: torch.Tensor) -> Any:
+        """Start the exchange of a bucket that is full; what it returns goes to ``complete``."""
+
+    @abc.abstractmethod
+    def complete(self, started: Started) -> tuple[list[torch.Tensor], bool]:
+        """The reduced flat buckets, the same on every rank, and whether the step may be taken."""
 
     # Planning
 
-    def set_entries(self, entries: Sequence[Entry]) -> None:
+    def build(self, entries: Sequence[Entry]) -> None:
         known = set(self.entries)
         added = [entry for entry in entries if entry not in known]
-        if not added:
-            return
         base = len(self.entries)
-        specs = [self._spec(entry) for entry in added]
-        groups = self._groups_of(added)
+        specs = [TensorSpec(entry.name, tuple(entry.parameter.shape),
+                            entry.parameter.element_size(), self.kind(entry)) for entry in added]
+        groups = split_groups(self.options.groups, [entry.parameter for entry in added])
         for bucket in plan_buckets(specs, bucket_bytes=self.bucket_bytes, groups=groups):
             slots = tuple(Slot(s.index + base, s.offset, s.numel) for s in bucket.slots)
             placed = Bucket(len(self.buckets), slots, bucket.kind)
@@ -66,61 +105,61 @@ class BucketReducer(Reducer):
                 self._place[added[slot.index - base]] = (placed, slot)
         self.entries = [*self.entries, *added]
         self.specs += specs
-        self._plan_changed()
 
-    def _spec(self, entry: Entry) -> TensorSpec:
-        parameter = entry.parameter
-        kind = Kind(str(parameter.dtype), parameter.device.type, entry.group_index)
-        return TensorSpec(entry.name, tuple(parameter.shape), parameter.element_size(), kind)
+    def _device_name(self, device: torch.device) -> str:
+        """The device as ranks can compare it: each may know its own by another number."""
+        known = [one for one in self._devices if one.type == device.type]
+        if device not in known:
+            self._devices.append(device)
+            known.append(device)
+        number = known.index(device)
+        return f"{device.type} {number}" if number else device.type
 
-    def _groups_of(self, entries: Sequence[Entry]) -> list[list[int]] | None:
-        return split_groups(self.groups, [entry.parameter for entry in entries])
+    def parameter(self, bucket: Bucket) -> torch.nn.Parameter:
+        """A parameter of the bucket: all have its dtype and device."""
+        return self.entries[bucket.slots[0].index].parameter
 
-    def _plan_changed(self) -> None:
-        """The plan has grown: make buffers for new buckets."""
+    def buffer(self, bucket: Bucket, part: int = 0) -> torch.Tensor:
+        """The flat memory that gradients are put into: (numel,)."""
+        key = (bucket.index, part)
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty(bucket.numel, dtype=self.buffer_dtype(bucket),
+                                             device=self.parameter(bucket).device)
+        return self._buffers[key]
 
-    def digest(self) -> int:
-        """A number that is alike on ranks that plan the same exchange."""
-        return digest(self.label, self.settings, self.passes, self.bucket_bytes, self.specs)
-
-    # Filling buckets during the backward pass
+    # During the backward pass
 
     def gradient_ready(self, entry: Entry, passes_done: int) -> None:
-        part = self._part(passes_done)
-        if part is None or entry not in self._place:
+        if self.parts > 1:
+            part = passes_done - 1
+        elif passes_done == self.passes:
+            part = 0
+        else:
+            return
+        if entry not in self._place:
             return
         bucket, slot = self._place[entry]
-        key = (bucket.index, part)
-        self._take(entry, bucket, slot, part)
-        taken = self._taken.setdefault(key, set())
-        taken.add(entry)
-        if len(taken) == len(bucket.slots):
-            self._begin(bucket, part)
+        self.fill(entry, bucket, slot, part)
+        filled = self._filled.setdefault((bucket.index, part), set())
+        filled.add(entry)
+        if len(filled) == len(bucket.slots):
+            self._start(bucket, part)
 
-    def _part(self, passes_done: int) -> int | None:
-        """Which part of the step a backward pass is; None when its gradient is to wait."""
-        return 0 if passes_done == self.passes else None
+    def _start(self, bucket: Bucket, part: int) -> None:
+        self._started[bucket.index, part] = self.start(bucket, part, self.buffer(bucket, part))
 
-    def parts_of_step(self) -> int:
-        """How many parts, each an exchange of its own, a bucket has in a step."""
-        return 1
-
-    def begin_rest(self) -> None:
+    def _start_rest(self) -> None:
         """Start what the hooks did not: buckets with gradients missing, which count as zeros."""
         for bucket in self.buckets:
-            for part in range(self.parts_of_step()):
+            for part in range(self.parts):
                 key = (bucket.index, part)
-                if key in self._begun:
+                if key in self._started:
                     continue
                 for slot in bucket.slots:
                     entry = self.entries[slot.index]
-                    if entry not in self._taken.get(key, ()):
-                        self._take(entry, bucket, slot, part, late=True)
-                self._begin(bucket, part)
-
-    def _begin(self, bucket: Bucket, part: int) -> None:
-        self._begun.add((bucket.index, part))
-        self._start(bucket, part)
+                    if entry not in self._filled.get(key, ()):
+                        self.fill(entry, bucket, slot, part)
+                self._start(bucket, part)
 
     def dense(self, entry: Entry) -> torch.Tensor | None:
         """The entry's gradient as a dense tensor; None when there is none.
@@ -131,17 +170,33 @@ class BucketReducer(Reducer):
         gradient = entry.parameter.grad
         if gradient is None or not gradient.is_sparse:
             return gradient
-        if not self.sparse_as_dense:
+        if not self.options.sparse_as_dense:
             raise ValueError(
-                f"{entry.name} has a sparse gradient, which {self.label} cannot take; pass "
-                "sparse_as_dense=True to DistributedOptimizer, or make the layer's gradient dense"
+                f"{entry.name} has a sparse gradient, which "
+                f"{composition.public_name(self.settings)} cannot take; pass sparse_as_dense=True "
+                "to DistributedOptimizer, or make the layer's gradient dense"
             )
         self._sparse.add(entry)
         return gradient.to_dense()
 
-    def give_back(self, entry: Entry, reduced: torch.Tensor) -> None:
-        """Copy ``reduced``, of the parameter's shape, into the entry's gradient."""
-        parameter = entry.parameter
+    # At the end of the step
+
+    def finish(self) -> bool:
+        self._start_rest()
+        reduced, good = self.complete(self._started)
+        if good:
+            for bucket, flat in zip(self.buckets, reduced, strict=True):
+                for slot in bucket.slots:
+                    self._give_back(self.entries[slot.index], slot.of(flat))
+        else:
+            for entry in self.entries:  # so that a GradScaler sees it and backs off
+                entry.parameter.grad = torch.full_like(entry.parameter, math.nan)
+        self.forget()
+        return good
+
+    def _give_back(self, entry: Entry, piece: torch.Tensor) -> None:
+        """Copy a piece of a flat bucket into the entry's gradient."""
+        parameter, reduced = entry.parameter, piece.view(entry.parameter.shape)
         if entry in self._sparse:
             parameter.grad = reduced.to(parameter.dtype).to_sparse()
         elif parameter.grad is None:
@@ -151,34 +206,43 @@ class BucketReducer(Reducer):
 
     # Agreement of the ranks
 
+    def fingerprint(self) -> Fingerprint:
+        """What must be the same on every rank."""
+        key = (len(self.specs), self.passes)
+        if self._fingerprint is None or self._fingerprint[0] != key:
+            name = composition.public_name(self.settings)
+            lines = [f"{name} {line}" for line in describe(self.settings)]
+            lines += [f"half precision: {self.options.half}",
+                      f"{self.passes} backward passes per step", *map(str, self.specs)]
+            self._fingerprint = key, Fingerprint(tuple(lines))
+        return self._fingerprint[1]
+
     def agree(self, values: Sequence[float]) -> list[list[float]]:
-        """Exchange a few numbers a rank; every rank's, by rank.
+        """Exchange a few numbers per rank; every rank's, by rank.
 
         Raises:
-            ValueError: on every rank alike, when their parameters or settings differ.
+            ValueError: on every rank, when their parameters or settings differ.
         """
-        row = torch.from_numpy(pack_row(self.digest(), values))
-        name = f"{self.label}/agree"
-        gathered = self.collectives.allgather_async(row, name, kind="agreement").wait()
-        digests, rows = unpack_rows(gathered.numpy())
-        if any(other != digests[0] for other in digests):
-            mine = [f"settings {self.settings!r} with {self.passes} backward passes per step"]
-            mine += [str(spec) for spec in self.specs]
-            everyone = self.collectives.allgather_object(mine, f"{self.label}/disagreement")
+        if self.collectives.size == 1:
+            return [[float(value) for value in values]]
+        mine = self.fingerprint()
+        row = torch.from_numpy(pack_row(mine.number, values))
+        gathered = self.collectives.allgather_async(row, f"{self.prefix}/agree", kind="agreement")
+        numbers, rows = unpack_rows(gathered.wait().numpy())
+        if any(number != numbers[0] for number in numbers):
             raise ValueError(disagreement(
-                "the ranks do not train the same parameters in the same way", everyone,
+                "the ranks do not train the same parameters in the same way",
+                self.collectives.allgather_object(mine.lines, f"{self.prefix}/disagreement"),
                 "Build the same model and optimizer on every rank"))
         return rows
 
     def forget(self) -> None:
-        self._taken.clear()
-        self._begun.clear()
+        self._filled.clear()
+        self._started.clear()
 
-    @abc.abstractmethod
-    def _take(self, entry: Entry, bucket: Bucket, slot: Slot, part: int, *,
-              late: bool = False) -> None:
-        """Take the entry's gradient into the bucket; ``late`` outside the backward pass, perhaps None."""
+    def bytes_held(self) -> int:
+        """Bytes of flat buffers and of state between steps."""
+        return sum(t.numel() * t.element_size() for t in self._buffers.values())
 
-    @abc.abstractmethod
-    def _start(self, bucket: Bucket, part: int) -> None:
-        """Start the exchange of a complete bucket."""
+    def report(self) -> dict[str, Any]:
+        return {"steps": self.steps, "buckets": len(self.buckets), "bytes_held": self.bytes_held()}

@@ -13,7 +13,7 @@ CPU_CHUNK = 2**16
 
 @dataclass(frozen=True)
 class Recursion:
-    """What one call of :func:`compensated_sum` needs beside tensors.
+    """What one call of :func:`compensated_sum` needs besides tensors.
 
     Args:
         step: ``lr / M``, the step of one worker.
@@ -21,6 +21,7 @@ class Recursion:
         adaptive, decay, eps: the rule of ``MeanSquare``; unused for a constant lam.
         cumulative: displacement by all gradients before, or by the worker's own step.
         scale: the workers' gradients are ``scale`` times the rows given (loss scale, micro-batches).
+        divisor: what the sum is divided by, before it is rounded to half precision.
     """
 
     step: float
@@ -30,11 +31,12 @@ class Recursion:
     eps: float
     cumulative: bool
     scale: float = 1.0
+    divisor: float = 1.0
 
 
 def compensated_sum(rows: Sequence[torch.Tensor], rule: Recursion,
                     mean_square: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
-    """Write ``sum_j c^j / scale`` into ``out``, taking up the rows in their order.
+    """Write ``sum_j c^j / (scale divisor)`` into ``out``, the rows in their order.
 
     With ``g^j = scale * rows[j]`` the terms are ``c^j = g^j + lam g^j*g^j*(w~_j - w_t)`` (DC-ASGD
     supplement eq. 95). Since ``w~_j - w_t = -step * sum_{i<j} c^i``, the running sum S itself is
@@ -83,16 +85,18 @@ def _recursion(rows: Sequence[torch.Tensor], rule: Recursion, mean_square: torch
             torch.add(mean_square, rule.eps, out=root)
             correction.mul_(root.rsqrt_())
         total.add_(gradient).addcmul_(gradient, correction, value=-strength)
+    if rule.divisor != 1.0:
+        total.div_(rule.divisor)
     if total is not out:
         out.copy_(total)
 
 
-def plain_sum(rows: Sequence[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
-    """Write the rows' plain sum into ``out``, in their order, accumulated as in :func:`compensated_sum`."""
+def plain_sum(rows: Sequence[torch.Tensor], out: torch.Tensor, divisor: float = 1.0) -> torch.Tensor:
+    """Write the rows' plain sum, divided, into ``out``; in their order, as :func:`compensated_sum`."""
     total = rows[0].to(accumulation_dtype(out.dtype), copy=True)
     for row in rows[1:]:
         total.add_(row)
-    return out.copy_(total)
+    return out.copy_(total.div_(divisor))
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,0 +1,63 @@
+"""Horovod's own reduction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import horovod.tensorflow as horovod
+import tensorflow as tf
+
+from hvd_ext.buckets import split_groups
+from hvd_ext.options import Plain
+from hvd_ext.tensorflow.reducers.base import Gradient, Reducer
+from hvd_ext.tensorflow.variables import as_tf, name_of
+
+
+class PlainReducer(Reducer):
+    """Reduces gradient by gradient, or group by group with ``groups=``, as Horovod does."""
+
+    settings: Plain
+
+    def reduce(self, gradients: list[Gradient], variables: Sequence[Any],
+               **inputs: Any) -> tuple[list[Gradient], Any]:
+        if self.options.sparse_as_dense:
+            gradients = [tf.convert_to_tensor(gradient) for gradient in gradients]
+        return list(self.collectives.if_many(
+            lambda: self._communicate(gradients, variables), lambda: list(gradients))), None
+
+    def _communicate(self, gradients: list[Gradient], variables: Sequence[Any]) -> list[Gradient]:
+        options = {"op": self.settings.op, "compression": self.settings.compression,
+                   **self.settings.scale}
+        reduced: list[Gradient] = list(gradients)
+        for number, group in enumerate(self._groups(gradients, variables)):
+            if len(group) == 1:
+                index = group[0]
+                name = f"{self.prefix}/{name_of(variables[index])}"
+                gradient = gradients[index]
+                if isinstance(gradient, tf.IndexedSlices):
+                    reduced[index] = self._gather(gradient, name)
+                else:
+                    reduced[index] = self.collectives.allreduce(gradient, name, **options)
+                continue
+            together = self.collectives.grouped_allreduce(
+                [gradients[index] for index in group], f"{self.prefix}/group{number}", **options)
+            for index, gradient in zip(group, together, strict=True):
+                reduced[index] = gradient
+        return reduced
+
+    def _gather(self, gradient: tf.IndexedSlices, name: str) -> tf.IndexedSlices:
+        if self.settings.op not in (horovod.Average, horovod.Sum) or self.settings.scale:
+            raise NotImplementedError(
+                f"the gradient of {name} is a tf.IndexedSlices, which is reduced with op=Average "
+                "or op=Sum and without gradient_predivide_factor; pass sparse_as_dense=True")
+        return self.collectives.allreduce_slices(gradient, name, op=self.settings.op)
+
+    def _groups(self, gradients: Sequence[Gradient], variables: Sequence[Any]) -> list[list[int]]:
+        dense = [index for index, gradient in enumerate(gradients)
+                 if not isinstance(gradient, tf.IndexedSlices)]
+        groups = split_groups(self.options.groups, [variables[index] for index in dense],
+                              key=lambda variable: id(as_tf(variable))) or []
+        groups = [[dense[number] for number in group] for group in groups]
+        grouped = {index for group in groups for index in group}
+        return groups + [[index] for index in range(len(gradients)) if index not in grouped]

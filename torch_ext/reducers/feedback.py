@@ -1,0 +1,265 @@
+"""Reducers that send less than the gradient and keep the rest: error feedback, whatever the method.
+
+compensate (g + e) -> compress and send -> the mean of what all ranks sent -> keep the rest as e
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import horovod.torch as horovod
+import torch
+
+from hvd_ext.buckets import DENSE, Bucket, Kind, Slot
+from hvd_ext.exclude import check_names
+from hvd_ext.options import Options
+from hvd_ext.torch.collectives import Collectives, Handle
+from hvd_ext.torch.reducers.base import Entry
+from hvd_ext.torch.reducers.buckets import BucketReducer, Started
+
+
+class FeedbackReducer(BucketReducer):
+    """What is common to compressions with error feedback, such as TopK.
+
+    A bucket keeps two flat buffers: the residual e, and g + e of this step. When the step is taken
+    they change places: what is left of g + e is the next residual, and the old one's memory takes
+    the mean. A step in which some rank's gradient is not finite is skipped by all ranks; e is then
+    what it was. Residuals are float32, float64 for float64 gradients, and follow the loss scale.
+
+    The settings have ``compresses(name, shape)``, ``exclude`` and ``error_feedback``.
+    """
+
+    def __init__(self, collectives: Collectives, settings: Any, options: Options) -> None:
+        super().__init__(collectives, settings, options)
+        self.skipped_steps = 0
+        self.residual: dict[int, torch.Tensor] = {}
+        self._kept_scale = 1.0  # the loss scale that the residual carries
+        self._scale_now: float | None = None
+        self._finite = True
+        self._square = 0.0
+        self._last: dict[str, Any] = {}
+
+    # What a subclass says
+
+    @abc.abstractmethod
+    def send(self, bucket: Bucket, total: torch.Tensor, finite: bool) -> Any:
+        """Compress ``total`` = g + e (numel,) of a bucket and start its exchange.
+
+        With ``finite`` False the step is going to be skipped: send anything of the usual size.
+        Returns something with ``wait()``, or a tensor, which goes to ``means``.
+        """
+
+    @abc.abstractmethod
+    def means(self, received: Sequence[tuple[Bucket, Any]]) -> list[torch.Tensor]:
+        """The mean over the ranks of every compressed bucket, (numel,), the same on every rank.
+
+        Afterwards ``buffer(bucket)`` must hold what this rank did not send. ``swap(bucket)``
+        gives memory for the mean.
+        """
+
+    def compresses(self, entry: Entry) -> bool:
+        """Whether the entry's gradient is compressed; otherwise it is sent whole."""
+        return bool(self.settings.compresses(entry.name, tuple(entry.parameter.shape)))
+
+    def agreed(self) -> list[float]:
+        """Further numbers that must be the same on every rank at each step."""
+        return []
+
+    # Planning and filling
+
+    def build(self, entries: Sequence[Entry]) -> None:
+        if not self.entries:
+            check_names(self.settings.exclude, [entry.name for entry in entries])
+        super().build(entries)
+
+    def kind(self, entry: Entry) -> Kind:
+        route = self.settings.label if self.compresses(entry) else DENSE
+        return replace(super().kind(entry), route=route)
+
+    def buffer_dtype(self, bucket: Bucket) -> torch.dtype:
+        dtype = super().buffer_dtype(bucket)
+        if bucket.kind.route != DENSE or dtype == torch.bfloat16:  # Horovod cannot add up bfloat16
+            dtype = torch.promote_types(dtype, torch.float32)
+        return dtype
+
+    def fill(self, entry: Entry, bucket: Bucket, slot: Slot, part: int) -> None:
+        residual = self.residual.get(bucket.index)
+        if residual is None:
+            super().fill(entry, bucket, slot, part)
+            return
+        target, kept, gradient = slot.of(self.buffer(bucket)), slot.of(residual), self.dense(entry)
+        if gradient is None:
+            torch.mul(kept, self._rescale(), out=target)
+        else:
+            torch.add(gradient, kept.view(gradient.shape), alpha=self._rescale(),
+                      out=target.view(gradient.shape))
+
+    def _scale(self) -> float:
+        """The loss scale of this step's gradients."""
+        if self._scale_now is None:
+            self._scale_now = self.options.loss_scale()
+        return self._scale_now
+
+    def _rescale(self) -> float:
+        """What brings the residual from the loss scale that it carries to this step's."""
+        return self._scale() / self._kept_scale
+
+    @property
+    def attempts(self) -> int:
+        """Steps before this one, taken or skipped."""
+        return self.steps + self.skipped_steps
+
+    # The exchange
+
+    def start(self, bucket: Bucket, part: int, flat: torch.Tensor) -> Any:
+        finite = self._measure(bucket)
+        self._finite &= finite
+        if not bucket.numel:
+            return flat
+        if bucket.kind.route != DENSE:
+            return self.send(bucket, flat, finite)
+        if self.collectives.size == 1:
+            return flat
+        return self.collectives.allreduce_async_(flat, f"{self.prefix}/bucket{bucket.index}",
+                                                 op=horovod.Average, kind="dense")
+
+    def _measure(self, bucket: Bucket) -> bool:
+        """Whether the bucket's gradients are finite; their norm goes into the report."""
+        gradients = [g for g in (self.dense(self.entries[slot.index]) for slot in bucket.slots)
+                     if g is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        self._square += norm * norm
+        # The norm of huge but finite gradients overflows: only then look at every element.
+        return math.isfinite(norm) or all(bool(g.isfinite().all()) for g in gradients)
+
+    def complete(self, started: Started) -> tuple[list[torch.Tensor], bool]:
+        good = self._agree_to_go_on()
+        # Also in a step that is skipped: every message must have been received.
+        received = {index: handle.wait() if isinstance(handle, Handle) else handle
+                    for (index, _), handle in sorted(started.items())}
+        if good:
+            compressed = [bucket for bucket in self.buckets if bucket.kind.route != DENSE]
+            means = self.means([(bucket, received[bucket.index]) for bucket in compressed])
+            received.update({bucket.index: mean
+                             for bucket, mean in zip(compressed, means, strict=True)})
+            self._kept_scale = self._scale()
+        self._note(good)
+        self.steps += good
+        self.skipped_steps += not good
+        return [received[bucket.index] for bucket in self.buckets], good
+
+    def _agree_to_go_on(self) -> bool:
+        """Whether all ranks have finite gradients.
+
+        Raises:
+            ValueError: on every rank, when they are not at the same step with the same settings.
+        """
+        rows = self.agree([float(self._finite), float(self.attempts), self._scale(), *self.agreed()])
+        if any(row[1:] != rows[0][1:] for row in rows):
+            raise ValueError(
+                "the ranks are not at the same point of training; their (step, loss scale, ratio if "
+                f"there is one), by rank: {[tuple(row[1:]) for row in rows]}. Load the same "
+                "checkpoint on every rank, and make settings that are functions depend on the step "
+                "alone"
+            )
+        return all(row[0] == 1.0 for row in rows)
+
+    def swap(self, bucket: Bucket) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is left of g + e, from now on the residual, and memory for the mean, uninitialised."""
+        left = self.buffer(bucket)
+        if not self.settings.error_feedback:
+            return left, left
+        memory = self.residual.get(bucket.index)
+        memory = torch.empty_like(left) if memory is None else memory
+        self.residual[bucket.index], self._buffers[bucket.index, 0] = left, memory
+        return left, memory
+
+    def forget(self) -> None:
+        super().forget()
+        self._scale_now = None
+        self._finite = True
+        self._square = 0.0
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "steps": self.steps,
+            "skipped_steps": self.skipped_steps,
+            "loss_scale": self._kept_scale,
+            "residual": {entry.name: piece.clone() for entry, piece in self._pieces(self.residual)},
+        }
+
+    def _pieces(self, flats: dict[int, torch.Tensor]) -> list[tuple[Entry, torch.Tensor]]:
+        return [(self.entries[slot.index], slot.of(flats[bucket.index])) for bucket in self.buckets
+                if bucket.index in flats for slot in bucket.slots]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        saved = state["residual"]
+        if saved:
+            if not self.settings.error_feedback:
+                raise ValueError(
+                    "the checkpoint holds residuals, which error_feedback=False would drop; pass "
+                    "reset_per_rank_state=True to drop them, or leave error feedback on"
+                )
+            self._check_saved(saved)
+        self.reset_per_rank_state()
+        self.steps = state["steps"]
+        self.skipped_steps = state["skipped_steps"]
+        self._kept_scale = state["loss_scale"]
+        if saved:
+            self.residual = {bucket.index: torch.zeros_like(self.buffer(bucket))
+                             for bucket in self.buckets if bucket.kind.route != DENSE}
+            for entry, piece in self._pieces(self.residual):
+                piece.copy_(saved[entry.name])
+
+    def _check_saved(self, saved: dict[str, torch.Tensor]) -> None:
+        expected = {self.entries[slot.index].name: slot.numel for bucket in self.buckets
+                    if bucket.kind.route != DENSE for slot in bucket.slots}
+        found = {name: piece.numel() for name, piece in saved.items()}
+        if found != expected:
+            names = sorted(n for n in {*found, *expected} if found.get(n) != expected.get(n))
+            raise ValueError(
+                f"the checkpoint's residuals do not fit this model: {', '.join(names[:4])} differ "
+                f"({len(names)} in all). Use the model and the {type(self.settings).__name__} "
+                "settings that it was saved with (exclude= among them), or pass "
+                "reset_per_rank_state=True to start without residuals"
+            )
+
+    def reset_per_rank_state(self) -> None:
+        self.forget()
+        self.residual = {}
+        self.steps = self.skipped_steps = 0
+        self._kept_scale = 1.0
+        self._last = {}
+
+    # Figures
+
+    def _note(self, taken: bool) -> None:
+        self._last = {"step_taken": taken, "gradient_norm": math.sqrt(self._square) / self._scale(),
+                      **self.figures()}
+
+    def figures(self) -> dict[str, Any]:
+        """Further figures of the step under way."""
+        return {}
+
+    def elements(self, *, compressed: bool) -> int:
+        """Elements of the tensors that are compressed, or of those that are sent whole."""
+        return sum(b.numel for b in self.buckets if (b.kind.route != DENSE) is compressed)
+
+    def bytes_held(self) -> int:
+        return super().bytes_held() + sum(t.numel() * t.element_size()
+                                          for t in self.residual.values())
+
+    def report(self) -> dict[str, Any]:
+        """Figures of the last step; norms are of this rank's gradient and residual, unscaled."""
+        norms = [float(torch.linalg.vector_norm(r, dtype=torch.float64))
+                 for r in self.residual.values()]
+        return {**super().report(), **self._last, "skipped_steps": self.skipped_steps,
+                "residual_norm": math.hypot(*norms) / self._kept_scale,
+                "compressed_elements": self.elements(compressed=True),
+                "dense_elements": self.elements(compressed=False)}

@@ -1,0 +1,88 @@
+"""Horovod's own reduction, for steps that extend only what comes after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import horovod.torch as horovod
+import torch
+
+from hvd_ext.buckets import split_groups
+from hvd_ext.options import Options, Plain
+from hvd_ext.torch.collectives import Collectives
+from hvd_ext.torch.reducers.base import Entry, Reducer
+
+
+class PlainReducer(Reducer):
+    """Reduces gradient by gradient, or group by group with ``groups=``, as Horovod does."""
+
+    def __init__(self, collectives: Collectives, settings: Plain, options: Options) -> None:
+        super().__init__(collectives, settings, options)
+        self._group: dict[Entry, list[Entry]] = {}
+        self._ready: set[Entry] = set()
+        self._started: list[tuple[list[Entry], Any, list[Any]]] = []
+
+    def build(self, entries: Sequence[Entry]) -> None:
+        super().build(entries)
+        groups = split_groups(self.options.groups, [entry.parameter for entry in entries]) or []
+        self._group = {entries[number]: [entries[member] for member in group]
+                       for group in groups for number in group}
+
+    def gradient_ready(self, entry: Entry, passes_done: int) -> None:
+        if passes_done == self.passes:
+            self._take(entry)
+
+    def _take(self, entry: Entry) -> None:
+        """Start the gradient's collective, or its group's once all of the group are there."""
+        parameter = entry.parameter
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        self._ready.add(entry)
+        group = self._group.get(entry, [entry])
+        if parameter.grad.is_sparse and not self.options.sparse_as_dense:
+            handle = horovod.sparse_allreduce_async(parameter.grad, name=entry.name,
+                                                    op=self.settings.op,
+                                                    process_set=self.collectives.process_set)
+            self._started.append(([entry], handle, []))
+        elif all(member in self._ready for member in group):
+            self._start([one for one in group if self.options.sparse_as_dense
+                         or not one.parameter.grad.is_sparse])
+
+    def _start(self, group: list[Entry]) -> None:
+        gradients = [one.parameter.grad.to_dense() if one.parameter.grad.is_sparse
+                     else one.parameter.grad for one in group]
+        sent, contexts = zip(*map(self.settings.compression.compress, gradients), strict=True)
+        alike: dict[Any, list[int]] = {}  # Horovod fuses tensors of one dtype and device
+        for number, tensor in enumerate(sent):
+            alike.setdefault((tensor.dtype, tensor.device), []).append(number)
+        for numbers in alike.values():
+            handle = self.collectives.grouped_allreduce_async_(
+                [sent[number] for number in numbers], group[numbers[0]].name,
+                op=self.settings.op, **self.settings.scale)
+            self._started.append(([group[number] for number in numbers], handle,
+                                  [contexts[number] for number in numbers]))
+
+    def finish(self) -> bool:
+        for entry in self.entries:
+            if entry not in self._ready:
+                self._take(entry)
+        started = self._started
+        self.forget()
+        for group, handle, contexts in started:
+            if not contexts:
+                gradient, reduced = group[0].parameter.grad, handle()
+                reduced = reduced if reduced.is_sparse else reduced.to_sparse()
+                gradient.zero_().add_(reduced)
+                continue
+            for entry, reduced, context in zip(group, handle.wait_all(), contexts, strict=True):
+                dense = self.settings.compression.decompress(reduced, context)
+                if entry.parameter.grad.is_sparse:
+                    entry.parameter.grad.zero_().add_(dense.to_sparse())
+                else:
+                    entry.parameter.grad.set_(dense)
+        return True
+
+    def forget(self) -> None:
+        self._started = []
+        self._ready = set()

@@ -12,11 +12,13 @@ from hvd_ext import composition
 from hvd_ext.buckets import check_groups
 from hvd_ext.delay import DelayCompensated
 from hvd_ext.options import Options, Plain
+from hvd_ext.powersgd import PowerSGD
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.compression import Compression
 from hvd_ext.tensorflow.reducers.base import Reducer
 from hvd_ext.tensorflow.reducers.delay import DelayReducer
 from hvd_ext.tensorflow.reducers.plain import PlainReducer
+from hvd_ext.tensorflow.reducers.powersgd import PowerSGDReducer
 from hvd_ext.tensorflow.reducers.topk import TopKReducer
 from hvd_ext.tensorflow.variables import as_tf
 from hvd_ext.topk import TopK
@@ -50,6 +52,7 @@ def register_reducer(settings: type, reducer: type[Reducer], *, replace: bool = 
 
 register_reducer(DelayCompensated, DelayReducer)
 register_reducer(TopK, TopKReducer)
+register_reducer(PowerSGD, PowerSGDReducer)
 
 
 def method_of(op: Any, compression: Any) -> Any:

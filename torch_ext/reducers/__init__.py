@@ -11,12 +11,14 @@ from hvd_ext import composition
 from hvd_ext.buckets import check_groups
 from hvd_ext.delay import DelayCompensated
 from hvd_ext.options import Options, Plain
+from hvd_ext.powersgd import PowerSGD
 from hvd_ext.topk import TopK
 from hvd_ext.torch.collectives import Collectives
 from hvd_ext.torch.compression import Compression
 from hvd_ext.torch.reducers.base import Reducer
 from hvd_ext.torch.reducers.delay import DelayReducer
 from hvd_ext.torch.reducers.plain import PlainReducer
+from hvd_ext.torch.reducers.powersgd import PowerSGDReducer
 from hvd_ext.torch.reducers.topk import TopKReducer
 
 REDUCERS: dict[Any, type[Reducer]] = {}
@@ -45,6 +47,7 @@ def register_reducer(settings: type, reducer: type[Reducer], *, replace: bool = 
 
 register_reducer(DelayCompensated, DelayReducer)
 register_reducer(TopK, TopKReducer)
+register_reducer(PowerSGD, PowerSGDReducer)
 
 
 def method_of(op: Any, compression: Any) -> Any:

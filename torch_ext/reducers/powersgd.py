@@ -1,0 +1,104 @@
+"""PowerSGD: a rank-r approximation of every gradient matrix, by two allreduces, with error feedback.
+
+compensate (D = g + e) -> P = D Q -> allreduce -> orthogonalize -> Q = D^T P -> allreduce -> P Q^T
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hvd_ext.buckets import Bucket
+from hvd_ext.options import Options
+from hvd_ext.powersgd import Matrix, PowerSGD, first_q, matrices, sizes
+from hvd_ext.torch.collectives import Collectives, Handle
+from hvd_ext.torch.reducers import powersgd_kernels as kernels
+from hvd_ext.torch.reducers.feedback import FeedbackReducer
+
+
+class PowerSGDReducer(FeedbackReducer):
+    """The reducer of ``compression=hvd.Compression.powersgd(...)``: arXiv 1905.13727, Algorithms 1, 2.
+
+    Q, the same on every rank, is kept from step to step (warm start).
+    """
+
+    settings: PowerSGD
+
+    def __init__(self, collectives: Collectives, settings: PowerSGD, options: Options) -> None:
+        super().__init__(collectives, settings, options)
+        self.q: dict[int, torch.Tensor] = {}
+
+    def _matrices(self, bucket: Bucket) -> list[Matrix]:
+        return matrices(bucket, self.specs, self.settings.rank)
+
+    def _q(self, bucket: Bucket, like: torch.Tensor) -> torch.Tensor:
+        """All Q of the bucket that this step begins with, flat."""
+        step = 0 if self.settings.warm_start else self.attempts
+        kept = self.q.get(bucket.index)
+        if kept is None or not self.settings.warm_start or not bool(kept.any()):
+            drawn = first_q(self._matrices(bucket), (self.settings.seed, bucket.index, step))
+            self.q[bucket.index] = torch.from_numpy(drawn).to(like)
+        return self.q[bucket.index]
+
+    def send(self, bucket: Bucket, total: torch.Tensor, finite: bool) -> Handle | torch.Tensor:
+        """``P = D Q``, and its mean over the ranks."""
+        p = kernels.left_factors(total, self._q(bucket, total), self._matrices(bucket))
+        # g + e may overflow where neither does.
+        if not (finite and bool(p.isfinite().all())):
+            self._finite = False
+            p.zero_()
+        return self._mean(p, bucket, "p")
+
+    def means(self, received: Sequence[tuple[Bucket, torch.Tensor]]) -> list[torch.Tensor]:
+        """``Q = D^T P`` and its mean over the ranks; then ``P Q^T``, the same on every rank."""
+        sent = []
+        for bucket, p in received:
+            found = self._matrices(bucket)
+            kernels.orthogonalize(p, found)
+            q = kernels.right_factors(self.buffer(bucket), p, found, self.q[bucket.index])
+            sent.append(self._mean(q, bucket, "q"))
+        result = []
+        for (bucket, p), handle in zip(received, sent, strict=True):
+            q = handle.wait() if isinstance(handle, Handle) else handle
+            left, mean = self.swap(bucket)
+            kernels.expand(p, q, self._matrices(bucket), left, mean)
+            result.append(mean)
+        return result
+
+    def _mean(self, factors: torch.Tensor, bucket: Bucket, which: str) -> Handle | torch.Tensor:
+        if self.collectives.size == 1:
+            return factors
+        return self.collectives.allreduce_async_(
+            factors, f"{self.prefix}/bucket{bucket.index}/{which}", kind="factors")
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "q": {index: q.clone() for index, q in self.q.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        expected = {bucket.index: sizes(self._matrices(bucket))[1] for bucket in self.buckets
+                    if bucket.kind.route == self.settings.label}
+        if any(q.numel() != expected.get(index) for index, q in state["q"].items()):
+            raise ValueError("the checkpoint's PowerSGD factors do not fit this model; use the model, "
+                             "rank=, bucket_bytes= and groups= that it was saved with, or pass "
+                             "reset_per_rank_state=True")
+        super().load_state_dict(state)
+        for index, q in state["q"].items():
+            buffer = self.buffer(self.buckets[index])
+            self.q[index] = q.to(device=buffer.device, dtype=buffer.dtype, copy=True)
+
+    def reset_per_rank_state(self) -> None:
+        super().reset_per_rank_state()
+        self.q = {}
+
+    def figures(self) -> dict[str, Any]:
+        numbers = sum(one.p.numel + one.q.numel for bucket in self.buckets
+                      if bucket.kind.route == self.settings.label for one in self._matrices(bucket))
+        compressed = self.elements(compressed=True)
+        return {"sent_fraction": numbers / compressed if compressed else 1.0}
+
+    def bytes_held(self) -> int:
+        return super().bytes_held() + sum(q.numel() * q.element_size() for q in self.q.values())

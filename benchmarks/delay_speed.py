@@ -48,7 +48,8 @@ def exchange_times(turns: int) -> dict[str, Any]:
     ways = {name: reducer_of(name, op) for name, op in {"plain": hvd.Average, **RULES}.items()}
     entries: dict[str, list[Entry]] = {}
     for name, reducer in ways.items():
-        entries[name] = [Entry(f"{name}.{i}", torch.nn.Parameter(torch.zeros(shape)), 0, {"lr": 0.1})
+        entries[name] = [Entry(f"{name}.{i}", torch.nn.Parameter(torch.zeros(shape)), 0,
+                               lambda: [{"lr": 0.1}])
                          for i, shape in enumerate(shapes)]
         reducer.build(entries[name])
     seconds: dict[str, list[float]] = {name: [] for name in ways}

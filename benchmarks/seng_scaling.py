@@ -59,20 +59,21 @@ def explicit(kind: str) -> Callable[..., Callable[[], Any]]:
 
 
 def implicit(kind: str) -> Callable[..., Callable[[], Any]]:
-    """Operations on factors (1, side, r rho) of a layer of side² parameters."""
+    """Operations on factors (1, side, r, rho) of a layer of side² parameters."""
 
     def prepare(rho: int, r: int, side: int, **_: int) -> Callable[[], Any]:
-        g, a = torch.randn(1, side, r * rho), torch.randn(1, side, r * rho)
+        g, a = torch.randn(1, side, r, rho), torch.randn(1, side, r, rho)
         z, c = torch.randn(1, side, side), torch.randn(rho)
+        out = torch.empty(1, side, side)
 
         def factored() -> torch.Tensor:
             left, right = kernels.factored_means(g, a, c, c.abs().sqrt().sum())
             return left @ right.mT
 
         return {
-            "gram": lambda: kernels.gram_implicit(g, a, rho),
-            "project": lambda: kernels.project_implicit(g, a, z, rho),
-            "exact": lambda: kernels.expand_exact(g, a, c),
+            "gram": lambda: kernels.gram_implicit(g, a),
+            "project": lambda: kernels.project_implicit(g, a, z),
+            "exact": lambda: kernels.expand_exact(g, a, c, out),
             "factored": factored,
         }[kind]
 

@@ -54,8 +54,7 @@ class Trainer:
     def refresh_next(self) -> None:
         """Let the coming step take the curvature anew."""
         assert self.seng is not None
-        self.seng._due = True
-        self.seng._arm()
+        self.seng.refresh_next()
 
     def step(self) -> tuple[float, float]:
         """Seconds and CPU seconds of one training step."""

@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
         scale = float(torch.rand((), generator=generator)) + 0.1
         gradients.append(torch.randn(shape, generator=generator) * scale)
         parameter.grad = torch.zeros(shape)
-        entries.append(Entry(f"p{number}", parameter, 0, {}))
+        entries.append(Entry(f"p{number}", parameter, 0, lambda: [{}]))
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     numel = flat.numel()
 

@@ -17,7 +17,7 @@ from hvd_ext.replicas import ReplicasDifferError
 from hvd_ext.tensorflow.amsgrad import AMSGrad
 from hvd_ext.tensorflow.async_ps import ParameterServer
 from hvd_ext.tensorflow.compression import Compression
-from hvd_ext.tensorflow.distributed import DistributedOptimizer
+from hvd_ext.tensorflow.optimizer import DistributedOptimizer
 from hvd_ext.tensorflow.reducers import register_reducer
 from hvd_ext.tensorflow.replicas import assert_replicas_equal
 from hvd_ext.tensorflow.seng import SENG

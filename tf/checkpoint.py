@@ -7,7 +7,8 @@ ranks that do not own them. ``gather`` brings the plain ones together, ``load`` 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from hvd_ext.servers.ownership import EVERY_RANK
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.variables import as_tf, is_per_rank, name_of
 
+IN_PLACE = "_hvd_ext_saved"
 ACCUMULATOR = "gradient_accumulator"  # Keras' sums of this rank's gradients, not yet reduced
 
 
@@ -27,12 +29,12 @@ def gather(optimizer: Any, *, reset_per_rank_state: bool = False) -> dict[str, A
         ValueError: on all ranks, for state that belongs to each rank and has no place in it, or
             whose owner is not known.
     """
-    distribution = optimizer._hvd_ext
+    wrapper = optimizer._hvd_ext
     refuse_per_rank_state(optimizer, reset_per_rank_state)
-    collectives = Collectives(distribution.collectives.process_set)  # not part of a step's bytes
+    collectives = Collectives(wrapper.collectives.process_set)  # not part of a step's bytes
     values: dict[str, Any] = {}
     for number, variable in enumerate(plain_variables(optimizer)):
-        value = _value(optimizer, as_tf(variable), collectives, f"{distribution.prefix}/{number}")
+        value = _value(optimizer, as_tf(variable), collectives, f"{wrapper.options.prefix}/{number}")
         if collectives.rank == 0:
             values[str(number)] = value
     return values
@@ -62,6 +64,26 @@ def _value(optimizer: Any, variable: tf.Variable, collectives: Collectives, name
     return collectives.broadcast(tf.constant(own, variable.dtype), owner, f"{name}/state").numpy()
 
 
+@contextlib.contextmanager
+def saving(optimizer: Any, values: dict[str, Any]) -> Iterator[None]:
+    """Keras saves these values in place of the optimizer's variables until the block ends."""
+    object.__setattr__(optimizer, IN_PLACE, values)
+    try:
+        yield
+    finally:
+        object.__delattr__(optimizer, IN_PLACE)
+
+
+def save(optimizer: Any, store: Any, save_all: Callable[[Any], None]) -> None:
+    """What Keras asks an optimizer for: its variables, or the values of :func:`saving`."""
+    values = optimizer.__dict__.get(IN_PLACE)
+    if values is None:
+        save_all(store)
+        return
+    for number, value in values.items():
+        store[number] = value
+
+
 def plain_variables(optimizer: Any) -> list[Any]:
     """Those of a distributed optimizer's variables that the wrapped one has too."""
     return list(optimizer.variables)[:optimizer._hvd_ext.plain_count]
@@ -73,13 +95,13 @@ def refuse_per_rank_state(optimizer: Any, reset: bool) -> None:
     Raises:
         ValueError: there is such state.
     """
-    distribution = optimizer._hvd_ext
-    if distribution.counter is not None and int(distribution.counter):
+    wrapper = optimizer._hvd_ext
+    if wrapper.counter is not None and int(wrapper.counter):
         raise ValueError(
-            f"{int(distribution.counter)} of backward_passes_per_step={distribution.passes} passes "
+            f"{int(wrapper.counter)} of backward_passes_per_step={wrapper.options.passes} passes "
             "are done and their gradients belong to each rank; save after a whole step")
-    if distribution.reducer.per_rank_state() and not reset:
-        what = type(distribution.reducer).__name__.removesuffix("Reducer")
+    if wrapper.reducer.per_rank_state() and not reset:
+        what = type(wrapper.reducer).__name__.removesuffix("Reducer")
         raise ValueError(
             f"{what} keeps state that belongs to each rank, which one file for all has no place "
             "for: save one file a rank with model.save, or pass reset_per_rank_state=True to leave "
@@ -97,8 +119,8 @@ def load(optimizer: Any, store: Any, load_all: Callable[[Any], None]) -> None:
     Raises:
         ValueError: the file is another rank's, or of other extensions.
     """
-    distribution, variables = optimizer._hvd_ext, optimizer.variables
-    count, plain = len(store.keys()), distribution.plain_count
+    wrapper, variables = optimizer._hvd_ext, optimizer.variables
+    count, plain = len(store.keys()), wrapper.plain_count
     if plain is None or plain == len(variables):
         load_all(store)  # Keras says why where it loads nothing
         return
@@ -114,24 +136,24 @@ def load(optimizer: Any, store: Any, load_all: Callable[[Any], None]) -> None:
     values = {key: store[key] for key in list(store.keys())}
     for number, variable in enumerate(variables):
         own = as_tf(variable)
-        if own is distribution.server_stamp:
-            check_stamp(values[str(number)], distribution.collectives, "server=")
-        elif distribution.reset_per_rank_state and distribution.server is None \
+        if own is wrapper.server_stamp:
+            check_stamp(values[str(number)], wrapper.collectives, "server=")
+        elif wrapper.reset_per_rank_state and wrapper.server is None \
                 and is_per_rank(variable):
             values[str(number)] = np.asarray(own)
-        elif own is distribution.reducer.stamp:
-            check_stamp(values[str(number)], distribution.collectives)
+        elif own is wrapper.reducer.stamp:
+            check_stamp(values[str(number)], wrapper.collectives)
     load_all(values)
 
 
 def _load_plain(optimizer: Any, store: Any) -> None:
     """A file without extensions: this rank takes what it owns, the extensions start anew."""
-    distribution = optimizer._hvd_ext
+    wrapper = optimizer._hvd_ext
     plain = plain_variables(optimizer)
     for number, variable in enumerate(plain):
-        reference, kind = distribution.references.get(id(as_tf(variable)), (None, ""))
-        elsewhere = distribution.server is not None and reference is not None \
-            and kind != ACCUMULATOR and not distribution.server.owns(reference)
+        reference, kind = wrapper.references.get(id(as_tf(variable)), (None, ""))
+        elsewhere = wrapper.server is not None and reference is not None \
+            and kind != ACCUMULATOR and not wrapper.server.owns(reference)
         saved, here = np.asarray(store[str(number)]), as_tf(variable)
         expected = tuple((reference if elsewhere else here).shape)
         if saved.shape != expected:
@@ -141,7 +163,7 @@ def _load_plain(optimizer: Any, store: Any) -> None:
             here.assign(saved)
     for variable in list(optimizer.variables)[len(plain):]:
         as_tf(variable).assign(tf.zeros_like(as_tf(variable)))
-    distribution.stamp_rank()
+    wrapper.stamp_rank()
 
 
 def check_stamp(saved: Any, collectives: Collectives, what: str = "") -> None:

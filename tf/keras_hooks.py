@@ -16,8 +16,8 @@ from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 ATTRIBUTE = "_hvd_ext"
 
 
-def distribution_of(optimizer: Any) -> Any:
-    """The distribution of a distributed optimizer, also inside a ``LossScaleOptimizer``, or None."""
+def wrapper_of(optimizer: Any) -> Any:
+    """What a distributed optimizer has beyond its own, also inside a ``LossScaleOptimizer``; or None."""
     return getattr(distributed_part(optimizer), ATTRIBUTE, None)
 
 
@@ -67,12 +67,12 @@ def install() -> None:
     def check_finite_on_all_ranks(self: Any, grads: Any) -> Any:
         # The answer decides whether the inner optimizer, with its collectives, runs at all.
         finite = check_finite(self, grads)
-        distribution = distribution_of(self)
-        if distribution is None:
+        wrapper = wrapper_of(self)
+        if wrapper is None:
             return finite
         refuse_xla("hvd.DistributedOptimizer")
-        finite = distribution.collectives.all_true(finite, f"{distribution.prefix}/finite")
-        distribution.pass_over(tf.logical_not(finite))
+        finite = wrapper.collectives.all_true(finite, f"{wrapper.options.prefix}/finite")
+        wrapper.end_pass(tf.logical_not(finite))
         return finite
 
     scaled.check_finite = check_finite_on_all_ranks
@@ -80,9 +80,9 @@ def install() -> None:
 
     @functools.wraps(scale_loss)
     def scale_loss_and_say_so(self: Any, loss: Any) -> Any:
-        distribution = distribution_of(self)
-        if distribution is not None:
-            distribution.loss_scaled_by(self)
+        wrapper = wrapper_of(self)
+        if wrapper is not None:
+            wrapper.loss_scaled_by(self)
         return scale_loss(self, loss)
 
     scaled.scale_loss = scale_loss_and_say_so
@@ -93,7 +93,7 @@ def install() -> None:
 
     @functools.wraps(resolve)
     def resolve_auto_jit_compile(self: Any) -> Any:
-        if distribution_of(getattr(self, "optimizer", None)) is not None:
+        if wrapper_of(getattr(self, "optimizer", None)) is not None:
             return False
         return resolve(self)
 

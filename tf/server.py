@@ -40,7 +40,7 @@ class Message:
         return [*map(_numel, self.inside), 1]
 
 
-class Server:
+class UpdateServer:
     """``server="rank0"`` or ``"sharded"`` of a distributed optimizer."""
 
     def __init__(self, kind: str, collectives: Collectives) -> None:
@@ -202,7 +202,7 @@ def _numel(variable: Any) -> int:
     return int(tf.TensorShape(variable.shape).num_elements())
 
 
-def make_server(kind: str | None, optimizer: Any, collectives: Collectives) -> Server | None:
+def make_server(kind: str | None, optimizer: Any, collectives: Collectives) -> UpdateServer | None:
     """The server of a ``server=`` argument; None where every rank applies the update.
 
     Raises:
@@ -214,4 +214,4 @@ def make_server(kind: str | None, optimizer: Any, collectives: Collectives) -> S
     if optimizer.built:
         raise ValueError(f"server={kind!r} with an optimizer that has state already: make a new "
                          "one, or load the model with hvd.load_model(..., server=...)")
-    return Server(kind, collectives)
+    return UpdateServer(kind, collectives)

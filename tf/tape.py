@@ -18,7 +18,6 @@ from hvd_ext.composition import public_name
 from hvd_ext.options import Options
 from hvd_ext.tensorflow import keras_hooks
 from hvd_ext.tensorflow.collectives import Collectives
-from hvd_ext.tensorflow.distribution import make_state, precondition
 from hvd_ext.tensorflow.keras_hooks import refuse_xla
 from hvd_ext.tensorflow.reducers import (
     OTHER_REDUCTIONS,
@@ -27,9 +26,8 @@ from hvd_ext.tensorflow.reducers import (
     make_reducer,
     method_of,
 )
-from hvd_ext.tensorflow.reducers.base import Reducer, divide_by_ranks
-from hvd_ext.tensorflow.report import report
-from hvd_ext.tensorflow.variables import as_tf
+from hvd_ext.tensorflow.reducers.base import Reducer, divide_by_ranks, precondition, report
+from hvd_ext.tensorflow.variables import as_tf, make_state
 
 ON_OPTIMIZER = "_hvd_ext_tape"
 
@@ -153,7 +151,7 @@ def distributed_tape(gradtape: tf.GradientTape, device_dense: str = "", device_s
         raise ValueError(
             f"{why} optimizer=, the Keras optimizer that applies its gradients; got {optimizer!r}. "
             "Pass it, or wrap the optimizer with hvd.DistributedOptimizer instead of the tape")
-    if keras_hooks.distribution_of(optimizer) is not None:
+    if keras_hooks.wrapper_of(optimizer) is not None:
         raise ValueError("optimizer= is distributed already: gradients would be reduced twice; "
                          "use hvd.DistributedOptimizer or hvd.DistributedGradientTape, not both")
     kept = optimizer.__dict__.get(ON_OPTIMIZER)

@@ -1,8 +1,8 @@
-"""Keras variables and tf.Variables side by side: one view of both, names, and their broadcast."""
+"""Keras variables and tf.Variables side by side: one view of both, names, state, broadcasts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import horovod.tensorflow as horovod
@@ -31,6 +31,14 @@ def mark_per_rank(variable: Any) -> Any:
 def is_per_rank(variable: Any) -> bool:
     """Whether :func:`mark_per_rank` was called on it."""
     return getattr(as_tf(variable), PER_RANK, False) is True
+
+
+def make_state(optimizer: Any, shape: Sequence[int], dtype: Any, name: str,
+               per_rank: bool) -> tf.Variable:
+    """A variable of zeros that the optimizer's checkpoints hold."""
+    variable = optimizer.add_variable(shape=tuple(shape), name=name,
+                                      dtype=tf.as_dtype(dtype).name)
+    return as_tf(mark_per_rank(variable) if per_rank else variable)
 
 
 def broadcast_variables(variables: Iterable[Any], root_rank: int,

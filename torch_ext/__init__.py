@@ -15,10 +15,9 @@ from hvd_ext.torch.async_ps import ParameterServer
 from hvd_ext.torch.compression import Compression
 from hvd_ext.torch.optimizer import DistributedOptimizer
 from hvd_ext.torch.reducers import register_reducer
-from hvd_ext.torch.replicas import assert_replicas_equal
+from hvd_ext.torch.replicas import assert_replicas_equal, broadcast_optimizer_state
 from hvd_ext.torch.seng import SENG
 from hvd_ext.torch.seng.rules import register_seng_rule
-from hvd_ext.torch.state import broadcast_optimizer_state
 
 openmpi.set_opal_prefix()
 

@@ -6,7 +6,6 @@ Arguments are decided here; ``wrapper.py`` is the optimizer itself.
 from __future__ import annotations
 
 import functools
-import itertools
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -14,14 +13,13 @@ from typing import Any
 import horovod.torch as horovod
 import torch
 
+from hvd_ext.agreement import digest
 from hvd_ext.options import Options
 from hvd_ext.torch.collectives import Collectives
 from hvd_ext.torch.loss_scale import loss_scale
 from hvd_ext.torch.reducers import make_reducer, method_of
 from hvd_ext.torch.server import make_server
 from hvd_ext.torch.wrapper import extend
-
-_OPTIMIZERS = itertools.count()
 
 
 def DistributedOptimizer(
@@ -63,7 +61,7 @@ def DistributedOptimizer(
     Raises:
         ValueError: an argument is outside its limits, or extensions cannot be combined.
     """
-    if hasattr(optimizer, "_hvd_reducer") or "horovod" in type(optimizer).__module__:
+    if hasattr(optimizer, "_hvd_ext") or "horovod" in type(optimizer).__module__:
         raise ValueError("the optimizer is a DistributedOptimizer already; wrap it once")
     method = method_of(op, compression)
     if method is None and preconditioner is None and server is None:
@@ -77,7 +75,7 @@ def DistributedOptimizer(
     if backward_passes_per_step <= 0:
         raise ValueError("backward_passes_per_step must be > 0")
     options = Options(
-        prefix=("" if method is None else method.label) + _number_suffix(next(_OPTIMIZERS)),
+        prefix="" if method is None else _prefix(method.label, optimizer),
         passes=backward_passes_per_step, half=compression is horovod.Compression.fp16,
         groups=groups, sparse_as_dense=sparse_as_dense,
         loss_scale=functools.partial(loss_scale, grad_scaler),
@@ -91,6 +89,12 @@ def DistributedOptimizer(
     return extend(optimizer, named_parameters, reducer, preconditioner, placed, grad_scaler)
 
 
-def _number_suffix(number: int) -> str:
-    """Names of collectives differ between optimizers; the first one's are the plain ones."""
-    return f".{number}" if number else ""
+def _prefix(label: str, optimizer: torch.optim.Optimizer) -> str:
+    """The prefix of the optimizer's collectives, the same on all ranks that train the same parameters.
+
+    It depends on the parameters' shapes, not on how many optimizers this process has made: a rank may
+    have one more than others, and may make its own anew.
+    """
+    shapes = [(tuple(p.shape), str(p.dtype)) for group in optimizer.param_groups
+              for p in group["params"]]
+    return f"{label}.{digest(shapes) & 0xFFFF:04x}"

@@ -1,14 +1,46 @@
-"""``assert_replicas_equal``: whether the ranks' models are still the same bits."""
+"""Replicas: one rank's optimizer state brought to all, and whether all models are the same bits."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import horovod.torch as horovod
 import torch
 
 from hvd_ext.replicas import Summary, check_replicas, summarize
 from hvd_ext.torch.collectives import Collectives
+
+
+def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int,
+                              model: torch.nn.Module | None = None) -> None:
+    """Horovod's function; an error where state that is kept per rank would not come along.
+
+    With ``server="rank0"`` or ``"sharded"`` moments stay with their owners: only the parameter
+    groups' settings are broadcast, and a checkpoint is to be loaded on every rank.
+
+    A checkpoint read on one rank and broadcast brings the wrapped optimizer's state, but the
+    extensions' state is each rank's own. When the ranks' differ in age, that is an error.
+
+    Raises:
+        ValueError: on every rank, when some have extension state of other steps than the root's.
+    """
+    wrapper = getattr(optimizer, "_hvd_ext", None)
+    if wrapper is not None and wrapper.collectives.included:
+        ages = wrapper.collectives.allgather_object(
+            wrapper.reducer.state_dict().get("steps", 0), "hvd_ext/state_age"
+        )
+        if len(set(ages)) > 1:
+            raise ValueError(
+                f"the ranks' extension state is of different steps ({ages}, by rank); load each "
+                "rank's own checkpoint before broadcasting, or load the one file on every rank "
+                "with load_state_dict(state, reset_per_rank_state=True)"
+            )
+    server = None if wrapper is None else wrapper.server
+    if server is not None and not server.alone:
+        server.broadcast_settings(root_rank)
+    elif optimizer is not None:
+        horovod.broadcast_optimizer_state(optimizer, root_rank, model)
 
 
 def assert_replicas_equal(model: torch.nn.Module | Iterable[tuple[str, torch.Tensor]], *,

@@ -1,13 +1,13 @@
 """Where the wrapped optimizer's update runs: on every rank, on rank 0, or on parameters' owners.
 
-Gradients are reduced and alike on all ranks when ``step`` is called. The owner of a parameter runs
+Gradients are reduced and identical on all ranks when ``step`` is called. The owner of a parameter runs
 the wrapped optimizer's own update on it, so that only the owner ever has its moments, and the new
 weights go to all ranks (SPARS-AMS Algorithm 1, lines 5 and 16).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from hvd_ext import checks
 from hvd_ext.buckets import Bucket, Kind, TensorSpec, plan_buckets
 from hvd_ext.composition import SERVERS
-from hvd_ext.servers import Shard, check_loadable, owners, shares
+from hvd_ext.servers import OwnedState, check_loadable, owners, shares
 from hvd_ext.servers.ownership import EVERY_RANK
 from hvd_ext.torch.collectives import Collectives
 
@@ -24,16 +24,16 @@ WEIGHT_BUCKET_BYTES = 64 * 2**20
 STATUS_WORDS = 1  # behind each bucket's weights: whether its owner's update failed
 
 
-def make_server(where: str) -> Server:
+def make_server(where: str) -> UpdateServer:
     """The server of ``server=``.
 
     Raises:
         ValueError: it is none of "rank0", "replicated", "sharded".
     """
-    return Server(checks.choice("server", where, SERVERS))
+    return UpdateServer(checks.choice("server", where, SERVERS))
 
 
-class Server:
+class UpdateServer:
     """Runs the update where it belongs and brings the weights to all ranks.
 
     Args:
@@ -49,10 +49,8 @@ class Server:
         self._buckets: list[tuple[int, Bucket]] = []
         self._buffers: dict[int, torch.Tensor] = {}
 
-    def attach(self, collectives: Collectives, optimizer: torch.optim.Optimizer,
-               entries: Sequence[Any] = ()) -> None:
-        """Serve ``optimizer`` over the ranks of ``collectives``; its parameters tell the owners."""
-        del entries
+    def attach(self, collectives: Collectives, optimizer: torch.optim.Optimizer) -> None:
+        """Serve ``optimizer`` over the ranks of ``collectives``; its parameters decide the owners."""
         self.collectives = collectives
         self.optimizer = optimizer
         self._label = "server"
@@ -71,7 +69,7 @@ class Server:
         """
         if not self.alone:
             raise ValueError(
-                f"step(closure) does not go together with server={self.where!r}: only the owner of "
+                f"step(closure) cannot be used with server={self.where!r}: only the owner of "
                 "a parameter runs the update, while every rank would have to run the closure; call "
                 "loss.backward() and then step(), or use server='replicated'"
             )
@@ -151,8 +149,7 @@ class Server:
             if owner == self.collectives.rank:
                 for slot in bucket.slots:
                     parameter = self._parameters[slot.index]
-                    piece = flat[slot.offset : slot.offset + slot.numel]
-                    piece.view(parameter.shape).copy_(parameter)
+                    slot.of(flat).view(parameter.shape).copy_(parameter)
                 flat[bucket.numel] = float(failed)
             name = f"{self._label}/rank{owner}/bucket{bucket.index}"
             started.append(self.collectives.broadcast_async_(flat, owner, name, kind="weights"))
@@ -165,8 +162,7 @@ class Server:
             elif owner != self.collectives.rank:
                 for slot in bucket.slots:
                     parameter = self._parameters[slot.index]
-                    piece = flat[slot.offset : slot.offset + slot.numel]
-                    parameter.copy_(piece.view(parameter.shape))
+                    parameter.copy_(slot.of(flat).view(parameter.shape))
         return failures
 
     def _buffer(self, bucket: Bucket) -> torch.Tensor:
@@ -190,7 +186,7 @@ class Server:
     def gather(self, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The complete state, on every rank; a collective, to be called by all of them."""
         rank, size = self.collectives.rank, self.collectives.size
-        mark = Shard(self.where, rank, size, None).to_dict()
+        mark = OwnedState(self.where, rank, size, None).to_dict()
         if self.alone:
             return state, mark
         self._plan()
@@ -216,14 +212,14 @@ class Server:
             ValueError: it lacks the state of a parameter that this rank owns.
         """
         if self.alone:
-            check_loadable(None if saved is None else Shard.from_dict(saved), self._shard())
+            check_loadable(None if saved is None else OwnedState.from_dict(saved), self._shard())
             return state
         self._plan()
         shard = self._shard()
         mine = self._mine()
         owned = {number for key, number in self._numbers().items() if key in mine}
         if saved is not None:
-            check_loadable(Shard.from_dict(saved), Shard(shard.server, shard.rank, shard.size,
+            check_loadable(OwnedState.from_dict(saved), OwnedState(shard.server, shard.rank, shard.size,
                                                          tuple(sorted(owned))))
         kept = {number: value for number, value in state["state"].items() if number in owned}
         return {**state, "state": kept}
@@ -256,13 +252,13 @@ class Server:
         every = [p for group in self.optimizer.param_groups for p in group["params"]]
         return {id(parameter): number for number, parameter in enumerate(every)}
 
-    def _shard(self) -> Shard:
+    def _shard(self) -> OwnedState:
         rank, size = self.collectives.rank, self.collectives.size
         if self.alone or (self.where == "rank0" and rank == 0):
-            return Shard(self.where, rank, size, None)
+            return OwnedState(self.where, rank, size, None)
         mine = self._mine()
         owned = tuple(sorted(n for key, n in self._numbers().items() if key in mine))
-        return Shard(self.where, rank, size, owned)
+        return OwnedState(self.where, rank, size, owned)
 
     def report(self) -> dict[str, Any]:
         """Where the update runs, and what of it this rank keeps."""

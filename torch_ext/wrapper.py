@@ -1,7 +1,7 @@
-"""An optimizer with extensions in its step: hooks, synchronisation, state.
+"""An optimizer with extensions in its step: hooks, the step, state.
 
-The way of a gradient: backward hook -> reducer -> ``synchronize()`` -> preconditioner -> the
-user's clipping, if any -> ``step()`` -> server.
+The way of a gradient, in :class:`Wrapper`: backward hook -> reducer -> ``synchronize()``: reduced, then
+preconditioned -> the user's clipping, if any -> ``step()``: the update, where ``server=`` says.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
+from hvd_ext.torch.collectives import Collectives
 from hvd_ext.torch.reducers.base import Entry, Reducer
 
 STATE_KEY = "hvd_ext"
 
 
 def extend(optimizer: torch.optim.Optimizer, named_parameters: Any, reducer: Reducer,
-            preconditioner: Any, server: Any, grad_scaler: Any) -> Any:
+           preconditioner: Any, server: Any, grad_scaler: Any) -> Any:
     """An instance of a subclass of the optimizer's class that shares everything it has."""
     wrapped = type(optimizer)
     # ``step`` is defined in the class itself, under Horovod's module name: Horovod's
@@ -30,115 +31,215 @@ def extend(optimizer: torch.optim.Optimizer, named_parameters: Any, reducer: Red
     extended = cls.__new__(cls)
     # A scheduler that already watches the optimizer has put a step of its own into the instance.
     extended.__dict__.update({k: v for k, v in vars(optimizer).items() if k != "step"})
-    extended._hvd_setup(named_parameters, reducer, preconditioner, server, grad_scaler)
+    extended._synchronized = False
+    extended._should_synchronize = True
+    if preconditioner is not None and grad_scaler is not None:
+        preconditioner.set_grad_scaler(grad_scaler)
+    extended._hvd_ext = Wrapper(extended, named_parameters, reducer, preconditioner, server)
     return extended
 
 
-class ExtendedOptimizer(torch.optim.Optimizer):
-    """What an optimizer wrapped with an extension has beside its own class's methods."""
+class Wrapper:
+    """What an extended optimizer has beyond the wrapped one, under ``optimizer._hvd_ext``."""
 
-    def _hvd_setup(self, named_parameters: Any, reducer: Reducer, preconditioner: Any, server: Any,
-                   grad_scaler: Any) -> None:
-        self._hvd_wrapped: type = type(self).__mro__[2]
-        self._hvd_names = _checked_names(self.param_groups, named_parameters)
-        self._hvd_reducer = reducer
-        self._hvd_preconditioner = preconditioner
-        self._hvd_server = server
-        self._hvd_passes: Counter[torch.Tensor] = Counter()
-        self._hvd_hooks: dict[torch.Tensor, Any] = {}
-        self._hvd_take_step = True
-        self._hvd_size = reducer.collectives.size if reducer.collectives.included else 0
-        self._synchronized = False
-        self._should_synchronize = True
-        self._hvd_watch()
+    def __init__(self, optimizer: torch.optim.Optimizer, named_parameters: Any, reducer: Reducer,
+                 preconditioner: Any, server: Any) -> None:
+        self.optimizer = optimizer
+        self.reducer = reducer
+        self.preconditioner = preconditioner
+        self.server = server
+        self._names = _checked_names(optimizer.param_groups, named_parameters)
+        self._good = True  # the step that synchronize() began may be taken
+        self._passes: Counter[torch.Tensor] = Counter()
+        self._hooks: dict[torch.Tensor, Any] = {}
+        self._ranks = self.collectives.size if self.collectives.included else 0
+        self._watch()
         if preconditioner is not None:
-            if grad_scaler is not None:
-                preconditioner.set_grad_scaler(grad_scaler)
-            preconditioner.attach(reducer.collectives, self)
+            preconditioner.attach(self.collectives, optimizer)
         if server is not None:
-            server.attach(reducer.collectives, self, list(self._hvd_entries()))
+            server.attach(self.collectives, optimizer)
+
+    @property
+    def collectives(self) -> Collectives:
+        """The ranks that the optimizer's gradients are reduced over."""
+        return self.reducer.collectives
+
+    # The step
+
+    def synchronize(self) -> None:
+        """First half of a step: reduce, then precondition."""
+        self._good = True
+        if not self.collectives.included:
+            return
+        try:
+            self._watch()
+            self._meet_ranks()
+            if self.preconditioner is not None:
+                self.preconditioner.before_reduce()
+            self._good = self.reducer.finish()
+            if self._good and self.preconditioner is not None:
+                self.preconditioner.precondition()
+        except BaseException:
+            self.reducer.forget()
+            raise
+        finally:
+            self._passes.clear()
+        self.collectives.traffic.step()
+
+    def update(self, inner_step: Callable[[], Any]) -> Any:
+        """Second half of a step: the wrapped optimizer's update, on the ranks where it belongs.
+
+        A step that the ranks agreed to skip is not taken.
+        """
+        if not self._good:
+            return None
+        if self.server is None or not self.collectives.included:
+            return inner_step()
+        result = self.server.step(inner_step)
+        self.collectives.traffic.step(same=True)
+        return result
+
+    def begun(self) -> bool:
+        """Whether gradients of this step are on their way."""
+        return bool(self._passes)
+
+    def set_passes(self, passes: int) -> None:
+        """Change the number of backward passes per step; between steps only."""
+        self.forget()
+        self.reducer.passes = passes
+
+    def forget(self) -> None:
+        """Drop what was begun for this step."""
+        self._passes.clear()
+        self.reducer.forget()
+
+    # Hooks
+
+    def _entries(self) -> Iterator[Entry]:
+        for index, group in enumerate(self.optimizer.param_groups):
+            for number, parameter in enumerate(group["params"]):
+                name = self._names.setdefault(parameter, f"allreduce.noname.{index}.{number}")
+                yield Entry(name, parameter, index, lambda: self.optimizer.param_groups)
+
+    def _watch(self) -> None:
+        """Hook parameters that require a gradient and are not hooked yet; plan their exchange."""
+        fresh = [entry for entry in self._entries()
+                 if entry.parameter.requires_grad and entry.parameter not in self._hooks]
+        if not fresh or not self.collectives.included:
+            return
+        for entry in fresh:
+            self._hooks[entry.parameter] = (
+                entry.parameter.register_post_accumulate_grad_hook(self._hook(entry)))
+        self.reducer.build([*self.reducer.entries, *fresh])
+
+    def _hook(self, entry: Entry) -> Callable[[torch.Tensor], None]:
+        def hook(parameter: torch.Tensor) -> None:
+            done = self._passes[parameter] + 1
+            if done > self.reducer.passes:
+                raise AssertionError(
+                    "Gradients were computed more than backward_passes_per_step times before call "
+                    "to step(). Increase backward_passes_per_step to accumulate gradients locally."
+                )
+            self._passes[parameter] = done
+            self.reducer.gradient_ready(entry, done)
+
+        return hook
+
+    def unhook(self) -> None:
+        """Remove the hooks from the parameters; the optimizer is of no use afterwards."""
+        self.forget()
+        for handle in self._hooks.values():
+            handle.remove()
+
+    def _meet_ranks(self) -> None:
+        """After an elastic change of the number of ranks, let the extensions take their new part."""
+        before, self._ranks = self._ranks, self.collectives.size
+        if before == self._ranks:
+            return
+        if self.server is not None and self.server.where != "replicated":
+            raise RuntimeError(
+                f"the number of ranks changed from {before} to {self._ranks}, and "
+                f"server={self.server.where!r} left moments on ranks that are not all here; wrap "
+                'the optimizer anew and load a gather_state_dict(), or train with server="replicated"'
+            )
+        if self.preconditioner is not None:
+            self.preconditioner.attach(self.collectives, self.optimizer)
+
+    # State and figures
+
+    def state_dict(self, state: dict[str, Any], *, gather: bool) -> dict[str, Any]:
+        """The wrapped optimizer's state and, under "hvd_ext", this rank's of the extensions."""
+        own: dict[str, Any] = {"rank": self.collectives.rank, "size": self.collectives.size,
+                               "reducer": self.reducer.state_dict()}
+        if self.preconditioner is not None:
+            own["preconditioner"] = self.preconditioner.state_dict()
+        if self.server is not None:
+            serve = self.server.gather if gather else self.server.state_dict
+            state, own["server"] = serve(state)
+        return {**state, STATE_KEY: own}
+
+    def load_state_dict(self, state_dict: dict[str, Any], load: Callable[[dict[str, Any]], None], *,
+                        reset_per_rank_state: bool) -> None:
+        """Restore the extensions, and with ``load`` the wrapped optimizer."""
+        state_dict = dict(state_dict)
+        own = state_dict.pop(STATE_KEY, None)
+        here = (self.collectives.rank, self.collectives.size)
+        per_rank = own is not None and any(own.get(key) for key in ("reducer", "preconditioner"))
+        if per_rank and not reset_per_rank_state and (own["rank"], own["size"]) != here:
+            raise ValueError(
+                f"this state was saved by rank {own['rank']} of {own['size']} and is loaded by rank "
+                f"{here[0]} of {here[1]}, but the extensions keep state per rank; save and load "
+                "one file per rank, or pass reset_per_rank_state=True to start that state anew"
+            )
+        self.forget()
+        if self.server is not None:
+            state_dict = self.server.load_state_dict(
+                state_dict, None if own is None else own.get("server"))
+        load(state_dict)
+        anew = own is None or reset_per_rank_state
+        if anew or "reducer" not in own:
+            self.reducer.reset_per_rank_state()
+        else:
+            self.reducer.load_state_dict(own["reducer"])
+        if self.preconditioner is not None:
+            if anew or "preconditioner" not in own:
+                self.preconditioner.reset_state()
+            else:
+                self.preconditioner.load_state_dict(own["preconditioner"])
+
+    def report(self) -> dict[str, Any]:
+        """Figures of the last step: bytes by kind, and those of each extension in use."""
+        traffic = self.collectives.traffic
+        figures = {"sent": dict(traffic.last_sent), "received": dict(traffic.last_received),
+                   **self.reducer.report()}
+        for name, extension in (("preconditioner", self.preconditioner), ("server", self.server)):
+            if extension is not None:
+                figures[name] = extension.report()
+        return figures
+
+
+class ExtendedOptimizer(torch.optim.Optimizer):
+    """The methods of an extended optimizer beside its own class's; Horovod's names and meanings."""
+
+    _hvd_ext: Wrapper
+    _synchronized: bool
+    _should_synchronize: bool
 
     @property
     def backward_passes_per_step(self) -> int:
         """Backward passes expected before ``step()``."""
-        return self._hvd_reducer.passes
+        return self._hvd_ext.reducer.passes
 
     def set_backward_passes_per_step(self, passes: int) -> None:
         """Change the number of backward passes before ``step()``; between steps only."""
         if passes <= 0:
             raise ValueError("backward_passes_per_step must be > 0")
-        self._hvd_passes.clear()
-        self._hvd_reducer.forget()
-        self._hvd_reducer.passes = passes
-
-    def _hvd_entries(self) -> Iterator[Entry]:
-        for index, group in enumerate(self.param_groups):
-            for number, parameter in enumerate(group["params"]):
-                name = self._hvd_names.setdefault(parameter, f"allreduce.noname.{index}.{number}")
-                yield Entry(name, parameter, index, group)
-
-    def _hvd_watch(self) -> None:
-        """Hook parameters that require a gradient and are not hooked yet; plan their exchange."""
-        fresh = [entry for entry in self._hvd_entries()
-                 if entry.parameter.requires_grad and entry.parameter not in self._hvd_hooks]
-        if not fresh or not self._hvd_reducer.collectives.included:
-            return
-        for entry in fresh:
-            hook = self._hvd_hook(entry)
-            self._hvd_hooks[entry.parameter] = (
-                entry.parameter.register_post_accumulate_grad_hook(hook)
-            )
-        self._hvd_reducer.build([*self._hvd_reducer.entries, *fresh])
-
-    def _hvd_hook(self, entry: Entry) -> Callable[[torch.Tensor], None]:
-        def hook(parameter: torch.Tensor) -> None:
-            done = self._hvd_passes[parameter] + 1
-            if done > self._hvd_reducer.passes:
-                raise AssertionError(
-                    "Gradients were computed more than backward_passes_per_step times before call "
-                    "to step(). Increase backward_passes_per_step to accumulate gradients locally."
-                )
-            self._hvd_passes[parameter] = done
-            self._hvd_reducer.gradient_ready(entry, done)
-
-        return hook
+        self._hvd_ext.set_passes(passes)
 
     def synchronize(self) -> None:
         """Wait for the reduced gradients and precondition them; ``parameter.grad`` holds them after."""
-        reducer = self._hvd_reducer
-        if not reducer.collectives.included:
-            self._synchronized = True
-            return
-        try:
-            self._hvd_watch()
-            self._hvd_meet_ranks()
-            if self._hvd_preconditioner is not None:
-                self._hvd_preconditioner.before_reduce()
-            self._hvd_take_step = reducer.finish()
-            if self._hvd_preconditioner is not None and self._hvd_take_step:
-                self._hvd_preconditioner.precondition()
-        except BaseException:
-            reducer.forget()
-            raise
-        finally:
-            self._hvd_passes.clear()
-        reducer.collectives.traffic.step()
+        self._hvd_ext.synchronize()
         self._synchronized = True
-
-    def _hvd_meet_ranks(self) -> None:
-        """After an elastic change of the number of ranks, let the extensions take their new part."""
-        collectives = self._hvd_reducer.collectives
-        before, self._hvd_size = self._hvd_size, collectives.size
-        if before == self._hvd_size:
-            return
-        if self._hvd_server is not None and self._hvd_server.where != "replicated":
-            raise RuntimeError(
-                f"the number of ranks changed from {before} to {self._hvd_size}, and "
-                f"server={self._hvd_server.where!r} left moments on ranks that are not all here; wrap "
-                'the optimizer anew and load a gather_state_dict(), or train with server="replicated"'
-            )
-        if self._hvd_preconditioner is not None:
-            self._hvd_preconditioner.attach(collectives, self)
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
@@ -150,14 +251,14 @@ class ExtendedOptimizer(torch.optim.Optimizer):
             self._should_synchronize = True
 
     def _distributed_step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Synchronize, unless told not to, and take the wrapped optimizer's step.
+        """Synchronize, unless inside ``skip_synchronize()``, and take the wrapped optimizer's step.
 
         A closure is evaluated once, before the gradients are synchronized.
         """
         loss = None
         if closure is not None:
-            if self._hvd_server is not None:
-                self._hvd_server.refuse_closure()
+            if self._hvd_ext.server is not None:
+                self._hvd_ext.server.refuse_closure()
             with torch.enable_grad():
                 loss = closure()
         if self._should_synchronize:
@@ -170,19 +271,12 @@ class ExtendedOptimizer(torch.optim.Optimizer):
                 )
             self.synchronize()
         self._synchronized = False
-        if not self._hvd_take_step:
-            return loss
-        inner = super(type(self), self).step
-        if self._hvd_server is not None and self._hvd_reducer.collectives.included:
-            result = self._hvd_server.step(inner)
-            self._hvd_reducer.collectives.traffic.step(same=True)
-        else:
-            result = inner()
+        result = self._hvd_ext.update(super(type(self), self).step)
         return loss if closure is not None else result
 
     def zero_grad(self, *args: Any, **kwargs: Any) -> None:
-        """As the wrapped optimizer's; refused while gradients are under way."""
-        if self._hvd_passes and not self._synchronized:
+        """As the wrapped optimizer's; refused while gradients are on their way."""
+        if self._hvd_ext.begun() and not self._synchronized:
             raise AssertionError(
                 "optimizer.zero_grad() was called after loss.backward() but before "
                 "optimizer.step() or optimizer.synchronize(). This is prohibited as it can cause "
@@ -192,16 +286,7 @@ class ExtendedOptimizer(torch.optim.Optimizer):
 
     def report(self) -> dict[str, Any]:
         """Figures of the last step: bytes by kind, and those of each extension in use."""
-        traffic = self._hvd_reducer.collectives.traffic
-        figures = {"sent": dict(traffic.last_sent), "received": dict(traffic.last_received),
-                   **self._hvd_reducer.report()}
-        for name in ("preconditioner", "server"):
-            extension = getattr(self, f"_hvd_{name}")
-            if extension is not None:
-                figures[name] = extension.report()
-        return figures
-
-    # State
+        return self._hvd_ext.report()
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state and, under "hvd_ext", this rank's of the extensions.
@@ -209,26 +294,14 @@ class ExtendedOptimizer(torch.optim.Optimizer):
         With ``server="sharded"`` (and with "rank0" on the other ranks) the moments of parameters
         that another rank owns are not in it; see ``gather_state_dict``.
         """
-        return self._hvd_state_dict(gather=False)
+        return self._hvd_ext.state_dict(super().state_dict(), gather=False)
 
     def gather_state_dict(self) -> dict[str, Any]:
         """As ``state_dict()``, with the moments of all parameters, whichever rank owns them.
 
         A collective: call it on every rank. What it gives can be loaded under any ``server=``.
         """
-        return self._hvd_state_dict(gather=True)
-
-    def _hvd_state_dict(self, *, gather: bool) -> dict[str, Any]:
-        state = super().state_dict()
-        collectives = self._hvd_reducer.collectives
-        own: dict[str, Any] = {"rank": collectives.rank, "size": collectives.size,
-                               "reducer": self._hvd_reducer.state_dict()}
-        if self._hvd_preconditioner is not None:
-            own["preconditioner"] = self._hvd_preconditioner.state_dict()
-        if self._hvd_server is not None:
-            server = self._hvd_server
-            state, own["server"] = server.gather(state) if gather else server.state_dict(state)
-        return {**state, STATE_KEY: own}
+        return self._hvd_ext.state_dict(super().state_dict(), gather=True)
 
     def load_state_dict(self, state_dict: dict[str, Any], *,
                         reset_per_rank_state: bool = False) -> None:
@@ -243,34 +316,10 @@ class ExtendedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: the state is another rank's or of another number of ranks.
         """
-        state_dict = dict(state_dict)
-        own = state_dict.pop(STATE_KEY, None)
-        collectives = self._hvd_reducer.collectives
-        here = (collectives.rank, collectives.size)
-        per_rank = own is not None and any(own.get(key) for key in ("reducer", "preconditioner"))
-        if per_rank and not reset_per_rank_state and (own["rank"], own["size"]) != here:
-            raise ValueError(
-                f"this state was saved by rank {own['rank']} of {own['size']} and is loaded by rank "
-                f"{here[0]} of {here[1]}, but the extensions keep state per rank; save and load "
-                "one file a rank, or pass reset_per_rank_state=True to start that state anew"
-            )
-        self._hvd_reducer.forget()
-        self._hvd_passes.clear()
+        self._hvd_ext.load_state_dict(state_dict, super().load_state_dict,
+                                      reset_per_rank_state=reset_per_rank_state)
         self._synchronized = False
         self._should_synchronize = True
-        if self._hvd_server is not None:
-            state_dict = self._hvd_server.load_state_dict(
-                state_dict, None if own is None else own.get("server")
-            )
-        super().load_state_dict(state_dict)
-        parts = [("reducer", self._hvd_reducer), ("preconditioner", self._hvd_preconditioner)]
-        for key, part in parts:
-            if part is None:
-                continue
-            if own is None or reset_per_rank_state or key not in own:
-                part.reset_per_rank_state() if part is self._hvd_reducer else part.reset_state()
-            else:
-                part.load_state_dict(own[key])
 
 
 def _checked_names(param_groups: list[dict[str, Any]], named_parameters: Any) -> dict[Any, str]:

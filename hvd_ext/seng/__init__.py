@@ -7,7 +7,7 @@ from hvd_ext.seng.agreement import (
 )
 from hvd_ext.seng.plan import LayerPlan, LayerShape, elements_held, plan_layer
 from hvd_ext.seng.report import Held, Report, layer_row, make_report
-from hvd_ext.seng.rows import generator, sample_batch, sample_rows
+from hvd_ext.seng.rows import generator, sample_batch, sample_rows, usable_scores
 from hvd_ext.seng.schedules import (
     IMAGENET_RECIPES,
     Cosine,
@@ -25,5 +25,5 @@ __all__ = [
     "Held", "LayerPlan", "LayerShape", "Recipe", "Report", "Settings", "WarmUp", "check_same_layers",
     "elements_held", "fingerprint", "generator", "imagenet_recipe", "jitters",
     "layer_row", "make_report", "plan_layer", "sample_batch", "sample_rows", "states_differ",
-    "takes_settings",
+    "takes_settings", "usable_scores",
 ]

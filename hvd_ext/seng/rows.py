@@ -64,6 +64,16 @@ def sample_rows(n: int, q: int, rng: np.random.Generator, *, scores: npt.NDArray
     return _systematic(inclusion_probabilities(scores, q), q, rng)
 
 
+def usable_scores(scores: npt.NDArray[Any]) -> Reals | None:
+    """The scores when all are finite, else None: rows are then chosen uniformly.
+
+    Squares of finite numbers may overflow, on one rank only. Its small system then has no factor,
+    and all ranks refuse the layer's curvature together.
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    return scores if np.isfinite(scores.sum()) else None
+
+
 def inclusion_probabilities(scores: Reals, q: int) -> Reals:
     """``pi_j = min(1, c scores_j)`` that sum to q; 1 for all when q or fewer have a score."""
     positive = scores > 0

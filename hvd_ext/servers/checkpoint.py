@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Shard:
+class OwnedState:
     """What part of the optimizer's state a rank holds.
 
     ``owned`` are the numbers of the parameters, as in ``state_dict()["param_groups"]``, or None
@@ -30,14 +30,14 @@ class Shard:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, saved: Mapping[str, Any]) -> Shard:
+    def from_dict(cls, saved: Mapping[str, Any]) -> OwnedState:
         """What :meth:`to_dict` gave."""
         owned = saved["owned"]
         return cls(saved["server"], saved["rank"], saved["size"],
                    None if owned is None else tuple(owned))
 
 
-def check_loadable(saved: Shard | None, here: Shard) -> None:
+def check_loadable(saved: OwnedState | None, here: OwnedState) -> None:
     """Refuse a saved state that lacks something this rank needs.
 
     Args:

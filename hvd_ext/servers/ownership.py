@@ -1,4 +1,4 @@
-"""Which rank owns which parameter, balanced by size and alike on every rank."""
+"""Which rank owns which parameter, balanced by size, the same on every rank."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hvd_ext.servers import Shard, assign, check_loadable, owners, shares
+from hvd_ext.servers import OwnedState, assign, check_loadable, owners, shares
 from hvd_ext.servers.ownership import EVERY_RANK
 
 
@@ -34,18 +34,18 @@ def test_owners_of_each_server():
 
 
 def test_what_can_be_loaded_where():
-    whole = Shard("rank0", 0, 2, None)
-    part = Shard("sharded", 1, 2, (1, 3))
-    nothing = Shard("rank0", 1, 2, ())
-    for here in (whole, part, nothing, Shard("replicated", 0, 4, None)):
+    whole = OwnedState("rank0", 0, 2, None)
+    part = OwnedState("sharded", 1, 2, (1, 3))
+    nothing = OwnedState("rank0", 1, 2, ())
+    for here in (whole, part, nothing, OwnedState("replicated", 0, 4, None)):
         check_loadable(None, here)
         check_loadable(whole, here)
     check_loadable(part, part)
     check_loadable(nothing, nothing)
-    check_loadable(part, Shard("sharded", 0, 4, (3,)))
-    for saved, here in ((part, whole), (part, Shard("sharded", 0, 2, (0, 2))), (nothing, part)):
+    check_loadable(part, OwnedState("sharded", 0, 4, (3,)))
+    for saved, here in ((part, whole), (part, OwnedState("sharded", 0, 2, (0, 2))), (nothing, part)):
         with pytest.raises(ValueError, match=r"Save optimizer.gather_state_dict\(\)"):
             check_loadable(saved, here)
     with pytest.raises(ValueError, match="the file of rank 0 is complete"):
         check_loadable(nothing, whole)
-    assert Shard.from_dict(part.to_dict()) == part
+    assert OwnedState.from_dict(part.to_dict()) == part

@@ -200,8 +200,18 @@ def bad_on_one_rank() -> tuple[list[Any], bool]:
 
 def other_settings_on_one_rank() -> str:
     """The error where the last rank has another seed."""
+    return error_of_a_step(damping=0.5, seed=int(hvd.rank() == hvd.size() - 1))
+
+
+def other_damping_on_one_rank() -> str:
+    """The error where the last rank has another damping."""
+    return error_of_a_step(damping=0.3 * (1 + int(hvd.rank() == hvd.size() - 1)))
+
+
+def error_of_a_step(**settings: Any) -> str:
+    """What goes wrong at the first step."""
     model = MODELS["dense"]()[0]
-    seng = hvd.SENG(model, damping=0.5, seed=int(hvd.rank() == hvd.size() - 1))
+    seng = hvd.SENG(model, **settings)
     try:
         seng.precondition(gradient(model, *batch((5,))), model.trainable_variables, Collectives())
     except RuntimeError as error:

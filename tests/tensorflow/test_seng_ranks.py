@@ -125,7 +125,7 @@ def test_accumulated_passes_are_one_step(ranks, size):
         found = tape.gradient(loss, model.trainable_variables)
         if number % 2 == 0:
             before = found
-            seng.pass_over()
+            seng.end_pass()
             continue
         mean = [(one + other) / 2 for one, other in zip(before, found, strict=True)]
         turned = seng.precondition(mean, model.trainable_variables, Alone())
@@ -152,7 +152,7 @@ def test_resumed_run_is_the_same_bit_for_bit(ranks, size, coupling, tmp_path):
     everyone = ranks(size, init="tensorflow").run(on_ranks.resumed, coupling, str(tmp_path), timeout=150)
     for same, error in everyone:
         assert same
-        assert "is that of rank 1 of 2: save and restore one file a rank" in error
+        assert "is that of rank 1 of 2: save and restore one file per rank" in error
 
 
 @pytest.mark.parametrize("size", [2])
@@ -162,6 +162,8 @@ def test_ranks_that_disagree(ranks, size):
         assert ages == [[1, 1], [2, 1], [1, 1]]
         assert finite
     for error in pool.run(on_ranks.other_settings_on_one_rank):
-        assert "other layers or settings on rank 1" in error
+        assert "rank 1 does not have seed=0; has seed=1" in error
+    for error in pool.run(on_ranks.other_damping_on_one_rank):
+        assert "does not have damping=0.3 at step 0; has damping=0.6 at step 0" in error
     for uc in ("factored", "exact"):
         assert pool.run(on_ranks.other_image_sizes, uc) == [True, True]

@@ -131,7 +131,7 @@ def test_accumulated_passes_take_the_curvature_of_the_last():
     here, there = hvd.SENG(ours, **EXACT), TorchSENG(theirs, **EXACT)
     x, y = batch((4, 4, 2), rho=8)
     first = gradient(ours, x[:4], y[:4])
-    here.pass_over()
+    here.end_pass()
     total = [one + other for one, other in zip(first, gradient(ours, x[4:], y[4:]), strict=True)]
     variables = ours.trainable_variables
     directions = dict(zip(map(id, variables), here.precondition(total, variables, Alone()), strict=True))

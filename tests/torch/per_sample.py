@@ -44,19 +44,12 @@ def by_single_samples(model: nn.Module, loss_of: Callable[[Any, slice], torch.Te
 
 def held_u(seng: Any, layer: Any) -> torch.Tensor:
     """The matrix U (n, rho) that a layer's curvature stands for, parameters in the layer's order."""
-    from hvd_ext.torch.seng.blocks import Explicit
-
-    curvature = seng._curvatures[layer]
-    rho = curvature.rho
     parts: dict[int, torch.Tensor] = {}
-    for block in curvature.blocks:
-        if isinstance(block, Explicit):
+    for block in seng.state.systems[layer].blocks:
+        if hasattr(block, "u"):
             parts[block.index] = block.u.double()
             continue
-        groups, n_g, columns = block.g.shape
-        g = block.g.double().view(groups, n_g, columns // rho, rho)
-        a = block.a.double().view(groups, block.a.shape[1], columns // rho, rho)
-        u = torch.einsum("kgri,kari->ikga", g, a)
+        u = torch.einsum("kgri,kari->ikga", block.g.double(), block.a.double())
         parts[block.indices[0]] = u[..., :block.width].flatten(1)
         for k, index in enumerate(block.indices[1:]):
             parts[index] = u[..., block.width + k].flatten(1)

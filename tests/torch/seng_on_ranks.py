@@ -59,9 +59,9 @@ def trained(settings: dict[str, Any], steps: int, rhos: list[int], same: bool = 
         where = {id(p): k for k, p in enumerate(model.parameters())}
         seen.append({
             "gradients": [np.concatenate([local[where[id(p)]].numpy().ravel()
-                                          for p in layer.parameters]) for layer in seng._layers],
-            "directions": [flat_gradient(layer).numpy() for layer in seng._layers],
-            "u": [held_u(seng, layer).numpy() for layer in seng._layers],
+                                          for p in layer.parameters]) for layer in seng.layers],
+            "directions": [flat_gradient(layer).numpy() for layer in seng.layers],
+            "u": [held_u(seng, layer).numpy() for layer in seng.layers],
         })
         with optimizer.skip_synchronize():
             optimizer.step()
@@ -192,6 +192,27 @@ def other_settings_on_one_rank() -> str:
     return "nothing"
 
 
+def other_damping_on_one_rank() -> tuple[str, str]:
+    """The errors for dampings that differ from the start, and from step 2 on."""
+    odd = 0.3 * (1 + hvd.rank())
+    return (error_of_three_steps(odd, "constant"),
+            error_of_three_steps(lambda step: odd if step == 2 else 0.3, "at_step_2"))
+
+
+def error_of_three_steps(damping: Any, name: str) -> str:
+    """What goes wrong when the curvature is taken at each of three steps."""
+    model = network()
+    seng = SENG(model, damping=damping, update_freq=1, name=name)
+    try:
+        for _ in range(3):
+            model.zero_grad()
+            loss_of(model, data(0, 0, 5)).backward()
+            seng.step()
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
 def other_image_sizes(uc: str, coupling: str) -> tuple[bool, bytes]:
     """Images of another size, so kappa and columns of the factors, on each rank."""
     torch.manual_seed(0)
@@ -242,7 +263,7 @@ def resumed(coupling: str) -> tuple[bool, str]:
     error = ""
     try:
         own = state["hvd_ext"]["preconditioner"]
-        other._hvd_preconditioner.load_state_dict({**own, "ranks": 7})
+        other._hvd_ext.preconditioner.load_state_dict({**own, "ranks": 7})
     except ValueError as caught:
         error = str(caught)
     return bits(model) == bits(again), error
@@ -256,7 +277,7 @@ def standalone(coupling: str) -> tuple[list[np.ndarray], bytes]:
     for k, p in enumerate(model.parameters()):
         p.grad.copy_(hvd.allreduce(p.grad, name=f"by hand {k}"))
     seng.step()
-    directions = [flat_gradient(layer).numpy() for layer in seng._layers]
+    directions = [flat_gradient(layer).numpy() for layer in seng.layers]
     seng.close()
     return directions, b"".join(d.tobytes() for d in directions)
 

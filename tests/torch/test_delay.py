@@ -210,7 +210,7 @@ def poison(value, rule):
         backward(parameters, gradients)
         optimizer.synchronize()
         given.append(flat([p.grad for p in parameters]))
-        kept.append(flat(optimizer._hvd_reducer.mean_square.values()))
+        kept.append(flat(optimizer._hvd_ext.reducer.mean_square.values()))
         optimizer.zero_grad()
     return kept, given, optimizer.report()["unusable_steps"]
 

@@ -153,9 +153,7 @@ def check_sparse_and_layouts():
         if not as_dense:
             with pytest.raises(ValueError, match="sparse_as_dense=True"):
                 loss.backward()
-            optimizer._hvd_passes.clear()
-            for handle in optimizer._hvd_hooks.values():
-                handle.remove()
+            optimizer._hvd_ext.unhook()
             table.weight.grad = None
             continue
         loss.backward()
@@ -231,12 +229,12 @@ def check_broadcast_and_elastic():
     state.sync()
     take_steps(optimizer, parameters, range(2, 4))
     after = bits(parameters)
-    kept = flat(optimizer._hvd_reducer.mean_square.values())
+    kept = flat(optimizer._hvd_ext.reducer.mean_square.values())
     state.restore()
     assert bits(parameters) != after
     take_steps(optimizer, parameters, range(2, 4))
     assert bits(parameters) == after
-    np.testing.assert_array_equal(flat(optimizer._hvd_reducer.mean_square.values()), kept)
+    np.testing.assert_array_equal(flat(optimizer._hvd_ext.reducer.mean_square.values()), kept)
     if hvd.size() == 1:
         return
     # A checkpoint read on rank 0 only is not passed off as everybody's.
@@ -310,7 +308,7 @@ def check_change_of_size():
     take_steps(optimizer, parameters, [0])
     size = f"attach {hvd.size()}"
     assert noting.calls == [size, "before", "precondition"]
-    optimizer._hvd_size = optimizer._hvd_reducer._ranks = hvd.size() + 1
+    optimizer._hvd_ext._ranks = optimizer._hvd_ext.reducer._ranks = hvd.size() + 1
     if hvd.size() > 1:
         with pytest.warns(UserWarning, match="starts MeanSquare anew"):
             take_steps(optimizer, parameters, [1])
@@ -318,7 +316,7 @@ def check_change_of_size():
         take_steps(optimizer, parameters, [1])
     assert noting.calls[3:] == [size, "before", "precondition"]
     optimizer = delayed(parameters := make_parameters(), server="sharded")
-    optimizer._hvd_size = hvd.size() + 1
+    optimizer._hvd_ext._ranks = hvd.size() + 1
     backward(parameters, worker_gradients(UNEVEN, worker=hvd.rank(), step=0))
     with pytest.raises(RuntimeError, match="gather_state_dict"):
         optimizer.synchronize()
@@ -364,3 +362,76 @@ def test_process_sets_train_apart(size):
 def test_settings_are_checked_at_construction(setting, said):
     with pytest.raises((ValueError, TypeError), match=said):
         hvd.DelayCompensated(**setting)
+
+
+def schedule_after_loading(load):
+    """Weights after steps whose learning rate falls, with or without a load_state_dict() between."""
+    parameters = make_parameters([(6, 4), (5,)], dtype=torch.float64)
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(parameters, lr=0.5), named(parameters),
+                                         op=hvd.DelayCompensated(lam=4.0, adaptive=False))
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1)
+    for step in range(4):
+        if load and step == 1:
+            optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.zero_grad()
+        backward(parameters, worker_gradients([(6, 4), (5,)], worker=hvd.rank(), step=step))
+        optimizer.step()
+        schedule.step()
+    return flat(parameters)
+
+
+@pytest.mark.ranks
+def test_the_learning_rate_reaches_the_recursion_after_load_state_dict(ranks):
+    pool = ranks(2)
+    plain, loaded = pool.run(schedule_after_loading, False), pool.run(schedule_after_loading, True)
+    np.testing.assert_array_equal(loaded[0], plain[0])
+
+
+def with_an_extra_optimizer(what):
+    """Train while rank 1 has, or had, an optimizer that rank 0 does not have."""
+    def wrap(shapes):
+        parameters = make_parameters(shapes)
+        return parameters, hvd.DistributedOptimizer(
+            torch.optim.SGD(parameters, lr=0.1), named(parameters), op=hvd.DelayCompensated())
+
+    extra = None
+    if hvd.rank() == 1:
+        extra = wrap([(3, 2)] if what == "another model" else [(6, 4), (5,)])
+    if what == "dropped":
+        extra = None
+    parameters, optimizer = wrap([(6, 4), (5,)])
+    for step in range(2):
+        optimizer.zero_grad()
+        backward(parameters, worker_gradients([(6, 4), (5,)], worker=hvd.rank(), step=step))
+        optimizer.step()
+    return bits(parameters), extra is not None
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("what", ["another model", "dropped"])
+def test_one_more_optimizer_on_one_rank_does_not_stop_the_others(ranks, what):
+    (first, _), (second, kept) = ranks(2).run(with_an_extra_optimizer, what, timeout=40)
+    assert first == second
+    assert kept is (what == "another model")
+
+
+def two_twins():
+    """Two optimizers of the same shapes, alive together: their collectives have names of their own."""
+    built = []
+    for _ in range(2):
+        parameters = make_parameters([(6, 4)])
+        built.append((parameters, hvd.DistributedOptimizer(
+            torch.optim.SGD(parameters, lr=0.1), named(parameters), op=hvd.DelayCompensated())))
+    gradients = [worker_gradients([(6, 4)], worker=hvd.rank() + 10 * k, step=0) for k in range(2)]
+    for (parameters, _), own in zip(built, gradients, strict=True):
+        backward(parameters, own)
+    for _, optimizer in reversed(built):
+        optimizer.step()
+    return [bits(parameters) for parameters, _ in built]
+
+
+@pytest.mark.ranks
+def test_twins_under_way_together(ranks):
+    first, second = ranks(2).run(two_twins)
+    assert first == second
+    assert first[0] != first[1]

@@ -48,16 +48,16 @@ def test_curvature_stays_between_refreshes_and_damping_follows_its_schedule():
     for step in range(4):
         model.zero_grad()
         loss_of(model, batch(step)).backward()
-        g = [flat_gradient(layer).numpy() for layer in seng._layers]
+        g = [flat_gradient(layer).numpy() for layer in seng.layers]
         seng.step()
-        now = [held_u(seng, layer).numpy() for layer in seng._layers]
+        now = [held_u(seng, layer).numpy() for layer in seng.layers]
         if step in (1, 2):
             for old, new in zip(held, now, strict=True):
                 np.testing.assert_array_equal(old, new)
         elif step == 3:
             assert not np.array_equal(held[0], now[0])
         held = now
-        for layer, u, gradient in zip(seng._layers, now, g, strict=True):
+        for layer, u, gradient in zip(seng.layers, now, g, strict=True):
             np.testing.assert_allclose(flat_gradient(layer).numpy(),
                                        reference.direction(u, gradient, damping(step)), rtol=1e-6,
                                        atol=1e-9)
@@ -70,9 +70,9 @@ def test_lagged_on_one_rank_is_the_equation():
     for step in range(8):
         model.zero_grad()
         loss_of(model, batch(step)).backward()
-        g = [flat_gradient(layer).numpy() for layer in seng._layers]
+        g = [flat_gradient(layer).numpy() for layer in seng.layers]
         seng.step()
-        for k, layer in enumerate(seng._layers):
+        for k, layer in enumerate(seng.layers):
             u = held_u(seng, layer).numpy()
             lagged = g[k] if previous is None else previous[k]
             np.testing.assert_allclose(flat_gradient(layer).numpy(),
@@ -132,7 +132,7 @@ def poisoned_rule(module, x, gz, pick):
     return {"weight": u * float("nan") if Poisoned.broken else u}
 
 
-def test_captured_tensor_that_is_not_finite_keeps_the_former_curvature_and_says_so_once():
+def test_captured_tensor_that_is_not_finite_keeps_the_previous_curvature_and_says_so_once():
     hvd.register_seng_rule(Poisoned, poisoned_rule, replace=True)
     model = nn.Sequential(network(), Poisoned())
     seng = hvd.SENG(model, damping=LAM, update_freq=1, sketch=None)
@@ -146,10 +146,10 @@ def test_captured_tensor_that_is_not_finite_keeps_the_former_curvature_and_says_
         torch.testing.assert_close(model[1].weight.grad, g / (1 + LAM))
         Poisoned.broken = False
         train(model, seng, optimizer, [1])
-        layer = seng._layers[-1]
+        layer = seng.layers[-1]
         held = held_u(seng, layer)
         Poisoned.broken = True
-        with pytest.warns(UserWarning, match="keeps its former curvature"):
+        with pytest.warns(UserWarning, match="keeps its previous curvature"):
             train(model, seng, optimizer, [2])
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -163,7 +163,7 @@ def test_captured_tensor_that_is_not_finite_keeps_the_former_curvature_and_says_
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-def test_system_that_cannot_be_factored_keeps_the_former_curvature(monkeypatch):
+def test_system_that_cannot_be_factored_keeps_the_previous_curvature(monkeypatch):
     from hvd_ext.torch.seng import kernels as seng_kernels
 
     model = network()
@@ -273,7 +273,7 @@ def test_accumulated_micro_batches_take_the_curvature_of_the_last():
     alone.load_state_dict(model.state_dict())
     loss_of(alone, batch(1)).backward()
     other.step()
-    for one, two in zip(seng._layers, other._layers, strict=True):
+    for one, two in zip(seng.layers, other.layers, strict=True):
         torch.testing.assert_close(held_u(seng, one), held_u(other, two))
 
 
@@ -357,11 +357,11 @@ def test_another_number_of_ranks_drops_what_depends_on_it():
     seng.attach(None, None)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     train(model, seng, optimizer, [0, 1])
-    assert seng._pending is not None
+    assert seng.state.lagged.pending
     assert not hooks(model)
     seng._ranks = 2
     seng.attach(Ranks(), None)
-    assert seng._pending is None
+    assert not seng.state.lagged.pending
     assert hooks(model)
     train(model, seng, optimizer, [2])
     assert seng.report()["layers"][0]["age"] == 1

@@ -91,7 +91,7 @@ def test_full_equals_one_rank_on_the_joined_batch(ranks, size):
             batches = [data(rank, step, 4, torch.float32) for rank in range(size)]
             loss_of(model, tuple(torch.cat(part) for part in zip(*batches, strict=True))).backward()
             seng.step()
-            for layer, found in zip(seng._layers, everyone[0][step]["directions"], strict=True):
+            for layer, found in zip(seng.layers, everyone[0][step]["directions"], strict=True):
                 wanted = flat_gradient(layer).numpy()
                 # Rows by leverage hang on rounding, and bfloat16 rounds what differs by rounding.
                 loose = 1e-2 if case == "bfloat16" else 1e-5
@@ -110,7 +110,7 @@ def test_identical_ranks_with_factored_product_equal_one_rank(ranks, size):
         seng = hvd.SENG(model, damping=LAM, **{**settings, "coupling": "block"})
         loss_of(model, data(0, 0, 5)).backward()
         seng.step()
-        for layer, found in zip(seng._layers, everyone[0][0]["directions"], strict=True):
+        for layer, found in zip(seng.layers, everyone[0][0]["directions"], strict=True):
             np.testing.assert_allclose(found, flat_gradient(layer).numpy(), rtol=1e-7, atol=1e-10)
 
 
@@ -137,7 +137,14 @@ def test_gradient_not_finite_on_one_rank_is_left_alone_on_all(ranks, size, coupl
 @pytest.mark.parametrize("size", [2])
 def test_other_settings_on_a_rank_end_in_an_error_on_all(ranks, size):
     for said in ranks(size).run(on_ranks.other_settings_on_one_rank):
-        assert "other layers or settings on rank 1" in said
+        assert "rank 1 does not have rank=2; has rank=3" in said
+
+
+@pytest.mark.parametrize("size", [2])
+def test_other_damping_on_a_rank_ends_in_an_error_on_all(ranks, size):
+    for constant, at_step_2 in ranks(size).run(on_ranks.other_damping_on_one_rank):
+        assert "does not have damping=0.3 at step 0; has damping=0.6 at step 0" in constant
+        assert "SENG's damping differs between ranks: [0.3, 0.6] (by rank)" in at_step_2
 
 
 @pytest.mark.parametrize("size", [2])
@@ -146,7 +153,7 @@ def test_other_state_on_a_rank_ends_in_an_error_on_all(ranks, size):
     assert everyone == [("", everyone[0][1])] * size
     everyone = ranks(size).run(on_ranks.other_state_on_one_rank, False)
     for said, weights in everyone:
-        assert "at the steps [2, 0]" in said
+        assert "at steps [2, 0]" in said
         assert weights == everyone[0][1]
 
 

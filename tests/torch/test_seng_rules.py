@@ -79,7 +79,7 @@ def test_captured_gradients_and_direction(case):
     seng = hvd.SENG(model, damping=LAM, sketch=None)
     shares = by_masking(model, module, lambda out: mean_loss(out, target), x, x.shape[0])
     mean_loss(model(x), target).backward()
-    (layer,) = seng._layers
+    (layer,) = seng.layers
     g = flat_gradient(layer)
     seng.step()
     u = reference.dense_u(torch.cat([s.flatten(1) for s in shares.values()], 1).numpy())
@@ -100,7 +100,7 @@ def test_implicit_with_everything_kept_equals_explicit(case):
         mean_loss(model(x), target).backward()
         seng.step()
         assert seng.report()["layers"][0]["held"] == ("implicit" if threshold == 0 else "explicit")
-        found.append(flat_gradient(seng._layers[0]).numpy())
+        found.append(flat_gradient(seng.layers[0]).numpy())
         seng.close()
     np.testing.assert_allclose(found[1], found[0], rtol=1e-7, atol=1e-10)
 
@@ -110,15 +110,14 @@ def test_factored_product_equals_the_equation(case):
     model, _module, x, target = problem(case)
     seng = hvd.SENG(model, damping=LAM, sketch=None, rank=10**6, explicit_threshold=0)
     mean_loss(model(x), target).backward()
-    (layer,) = seng._layers
+    (layer,) = seng.layers
     g = flat_gradient(layer)
     seng.step()
     u = held_u(seng, layer).numpy()
     c = reference.coefficients(u, g.numpy(), LAM)
-    block = seng._curvatures[layer].blocks[0]
+    block = seng.state.systems[layer].blocks[0]
     rho = len(x)
-    # (groups, n, r rho) with the sample as the fastest index.
-    split = [t.view(*t.shape[:2], -1, rho).permute(3, 0, 1, 2).numpy() for t in (block.g, block.a)]
+    split = [factor.permute(3, 0, 1, 2).numpy() for factor in (block.g, block.a)]
     product = np.stack([
         reference.factored_product([split[0][i, k] for i in range(rho)],
                                    [split[1][i, k] for i in range(rho)], c)
@@ -156,10 +155,10 @@ def test_modules_used_twice_and_tied_weights(threshold):
     x, target = torch.randn(6, 4).double(), torch.randn(6, 4).double()
     seng = hvd.SENG(model, damping=LAM, sketch=None, rank=100, uc="exact",
                     explicit_threshold=threshold)
-    again, tied = seng._layers
-    assert [len(layer.parameters) for layer in seng._layers] == [2, 3]
+    again, tied = seng.layers
+    assert [len(layer.parameters) for layer in seng.layers] == [2, 3]
     mean_loss(model(x), target).backward()
-    g = {layer: flat_gradient(layer).numpy() for layer in seng._layers}
+    g = {layer: flat_gradient(layer).numpy() for layer in seng.layers}
     seng.step()
     for layer in (again, tied):
         shares = by_single_samples(model, lambda out, i: mean_loss(out, target[i]), x,
@@ -181,7 +180,7 @@ def test_summed_loss_and_loss_scale():
         loss = 0.5 * (model(x) - target).square().sum()
         (loss * factor / (1 if reduction == "sum" else x.shape[0])).backward()
         seng.step()
-        np.testing.assert_allclose(held_u(seng, seng._layers[0]).numpy(), u, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(held_u(seng, seng.layers[0]).numpy(), u, rtol=1e-9, atol=1e-12)
         seng.close()
 
 
@@ -192,7 +191,7 @@ def test_subsample_takes_some_columns_and_whole_batch_statistics():
     seng = hvd.SENG(model, damping=LAM, sketch=None, subsample=2)
     mean_loss(model(x), target).backward()
     seng.step()
-    kept = held_u(seng, seng._layers[0]).T * 2**0.5
+    kept = held_u(seng, seng.layers[0]).T * 2**0.5
     nearest = torch.cdist(kept, every)
     assert nearest.shape == (2, 5)
     assert (nearest.min(1).values < 1e-9).all()
@@ -268,9 +267,9 @@ def test_layers_without_a_rule_fall_back_with_one_warning_and_a_rule_can_be_regi
     assert [row["layer"] for row in seng.report()["layers"]] == ["own", "head"]
     model.zero_grad()
     mean_loss(model(x), target).backward()
-    g = {layer: flat_gradient(layer).numpy() for layer in seng._layers}
+    g = {layer: flat_gradient(layer).numpy() for layer in seng.layers}
     seng.step()
-    for layer in seng._layers:
+    for layer in seng.layers:
         shares = by_single_samples(model, lambda out, i: mean_loss(out, target[i]), x,
                                    layer.parameters)
         u = reference.dense_u(torch.cat([s.flatten(1) for s in shares], 1).numpy())

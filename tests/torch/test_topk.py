@@ -276,7 +276,7 @@ def disagreeing(what):
         settings["ratio"] = lambda step: 0.1
     parameters, optimizer = build(settings, shapes=shapes)
     if what == "steps" and hvd.rank() == 1:
-        optimizer._hvd_reducer.steps = 3
+        optimizer._hvd_ext.reducer.steps = 3
     try:
         step_once(parameters, optimizer, 0, shapes=shapes)
     except Exception as error:
@@ -332,7 +332,7 @@ def test_what_is_refused(ranks):
     for said in ranks(2).run(refusals):
         assert "op=Adasum cannot be combined" in said["adasum"]
         assert "op=Average" in said["sum"]
-        assert "DelayCompensated do not go together" in said["delay"]
+        assert "op=DelayCompensated cannot be combined" in said["delay"]
         assert "'wight', which matches no parameter" in said["exclude"]
         assert "'rank0', 'replicated', 'sharded'" in said["server"]
         assert "sparse gradient" in said["sparse"]
@@ -346,7 +346,7 @@ def under_way():
         optimizer.zero_grad()
         backward(parameters, worker_gradients(SHAPES, worker=hvd.rank(), step=0), skip=skip,
                  reverse=bool(hvd.rank()))
-        counts.append(len(optimizer._hvd_reducer._started))
+        counts.append(len(optimizer._hvd_ext.reducer._started))
         optimizer.step()
     return counts, optimizer.report()["buckets"]
 

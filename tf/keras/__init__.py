@@ -16,7 +16,7 @@ from hvd_ext.tensorflow.amsgrad import AMSGrad
 from hvd_ext.tensorflow.compression import Compression
 from hvd_ext.tensorflow.keras.load import load_model
 from hvd_ext.tensorflow.keras.save import save_model
-from hvd_ext.tensorflow.optimizer import distribute as DistributedOptimizer
+from hvd_ext.tensorflow.optimizer import KerasDistributedOptimizer as DistributedOptimizer
 from hvd_ext.tensorflow.reducers import register_reducer
 from hvd_ext.tensorflow.replicas import assert_replicas_equal
 from hvd_ext.tensorflow.seng import SENG

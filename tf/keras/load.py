@@ -10,7 +10,7 @@ import keras
 
 from hvd_ext.tensorflow.amsgrad import AMSGrad
 from hvd_ext.tensorflow.keras_hooks import require_tensorflow_backend
-from hvd_ext.tensorflow.optimizer import distribute
+from hvd_ext.tensorflow.optimizer import KerasDistributedOptimizer
 
 
 def load_model(filepath: Any, custom_optimizers: Iterable[type] | None = None,
@@ -59,7 +59,7 @@ def _distributing(kind: type, options: dict[str, Any]) -> type:
     class FromFile(kind):  # type: ignore[misc, valid-type]
         @classmethod
         def from_config(cls, config: dict[str, Any], **arguments: Any) -> Any:
-            return distribute(kind.from_config(config, **arguments), **options)
+            return KerasDistributedOptimizer(kind.from_config(config, **arguments), **options)
 
     FromFile.__name__ = kind.__name__
     return FromFile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import horovod.tensorflow as horovod
@@ -36,21 +37,18 @@ def save_model(model: keras.Model, filepath: Any, *, reset_per_rank_state: bool 
     """
     require_tensorflow_backend("hvd.save_model")
     optimizer = distributed_part(getattr(model, "optimizer", None))
-    collectives = Collectives(process_set)
+    collectives, saving = Collectives(process_set), contextlib.nullcontext()
     if optimizer is not None:
-        distribution = optimizer._hvd_ext
-        collectives = Collectives(distribution.collectives.process_set)
-        distribution.gathered = checkpoint.gather(optimizer,
-                                                  reset_per_rank_state=reset_per_rank_state)
+        collectives = Collectives(optimizer._hvd_ext.collectives.process_set)
+        values = checkpoint.gather(optimizer, reset_per_rank_state=reset_per_rank_state)
+        saving = checkpoint.saving(optimizer, values)
     failure = None
     try:
-        if collectives.rank == 0:
-            model.save(filepath, **options)
+        with saving:
+            if collectives.rank == 0:
+                model.save(filepath, **options)
     except Exception as error:
         failure = error
-    finally:
-        if optimizer is not None:
-            optimizer._hvd_ext.gathered = None
     said = collectives.allgather_object(failure and f"{type(failure).__name__}: {failure}",
                                         "save_model")
     if failure is not None:

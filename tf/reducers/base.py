@@ -127,3 +127,28 @@ def divide_by_ranks(gradient: Gradient | None, collectives: Collectives) -> Grad
         return tf.IndexedSlices(gradient.values / collectives.size_op(gradient.values.dtype),
                                 gradient.indices, gradient.dense_shape)
     return gradient / collectives.size_op(gradient.dtype)
+
+
+def report(reducer: Reducer, preconditioner: Any = None) -> dict[str, Any]:
+    """Bytes by kind, and the figures of each extension in use.
+
+    Under Horovod elastic bytes are not counted, and "sent" and "received" are left out.
+    """
+    found: dict[str, Any] = {}
+    if not reducer.collectives.elastic:
+        found["sent"], found["received"] = reducer.collectives.traffic.last()
+    found.update(reducer.report())
+    if preconditioner is not None:
+        found["preconditioner"] = preconditioner.report()
+    return found
+
+
+def precondition(preconditioner: Any, gradients: list[Any], variables: Sequence[Any],
+                 reducer: Reducer) -> list[Any]:
+    """Reduced gradients turned into directions; as they are without a preconditioner."""
+    if preconditioner is None:
+        return gradients
+    collectives = reducer.collectives
+    with collectives.traffic.section():
+        return list(preconditioner.precondition(gradients, variables,
+                                                collectives.counted_as("curvature")))

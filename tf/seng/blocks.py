@@ -1,8 +1,7 @@
-"""One layer's curvature, and how it is applied to a gradient.
+"""One layer's curvature in blocks over disjoint weights, which share one coefficient per sample.
 
-A layer's per-sample gradients are held in blocks over disjoint weights, which share one coefficient
-a sample: :class:`Explicit` holds U, :class:`Product` the factors of a kernel (and of a bias that is
-a row of ones). Gradients are flat, one a weight, in the layer's precision.
+:class:`Explicit` holds U, :class:`Product` the factors of a kernel (and of a bias that is a row of
+ones). Gradients are flat, one per weight, in the layer's precision.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ Parts = dict[str, tf.Tensor]
 
 
 @dataclass(frozen=True)
-class Run:
+class Context:
     """What a step works with: settings, the ranks, and the prefix of the collectives' names."""
 
     settings: Settings
@@ -65,34 +64,52 @@ class Block(tf.Module, abc.ABC):
         """What a pass captured, and whether it is finite; zeros where it is not."""
 
     @abc.abstractmethod
-    def sketch(self, parts: Parts, at: tf.Tensor, run: Run) -> None:
-        """Choose rows and add Xi, of all ranks when they are joined; every rank calls it alike."""
+    def sketch(self, parts: Parts, at: tf.Tensor, context: Context) -> None:
+        """Choose rows and add Xi, of all ranks when they are joined; all ranks call it in the same order."""
 
     @abc.abstractmethod
     def gram(self, parts: Parts) -> tf.Tensor:
         """``Xi^T Xi`` of what ``sketch`` made."""
 
     @abc.abstractmethod
-    def project(self, gradients: Sequence[tf.Tensor], run: Run) -> tf.Tensor:
+    def project(self, gradients: Sequence[tf.Tensor], context: Context) -> tf.Tensor:
         """``Xi^T xi`` for the block's gradients (SENG eq. 12, 19)."""
 
     @abc.abstractmethod
-    def message(self, b: tf.Tensor, own: tf.Tensor, run: Run) -> tf.Tensor:
+    def message(self, b: tf.Tensor, own: tf.Tensor, context: Context) -> tf.Tensor:
         """What this rank adds to ``U b``, flat, such that the mean over ranks is subtracted.
 
         ``b`` are the coefficients of the whole system, ``own`` those of this rank's samples.
         """
 
     @abc.abstractmethod
-    def expand(self, mean: tf.Tensor, run: Run) -> list[tf.Tensor]:
-        """``U b`` from the mean of the messages, flat, one a weight."""
+    def expand(self, mean: tf.Tensor, context: Context) -> list[tf.Tensor]:
+        """``U b`` from the mean of the messages, flat, one per weight."""
 
     @abc.abstractmethod
-    def largest(self, run: Run) -> int:
+    def samples(self, parts: Parts) -> tf.Tensor:
+        """rho of what ``take`` gave, 0-D int32."""
+
+    has_columns = False  # whether its factors have columns that must be as many on all ranks
+
+    def columns_of(self, parts: Parts) -> tf.Tensor:
+        """r of what ``take`` gave, 0-D int32; 0 without factors."""
+        return tf.constant(0)
+
+    def columns(self) -> int:
+        """r of what is held; 0 without factors."""
+        return 0
+
+    def pad(self, parts: Parts, r: tf.Tensor) -> None:
+        """Bring factors to ``r`` columns per sample. Without factors there is nothing to do."""
+        return
+
+    @abc.abstractmethod
+    def largest(self, context: Context) -> int:
         """The most numbers that a message can have."""
 
     @abc.abstractmethod
-    def nothing(self, run: Run) -> tf.Tensor:
+    def nothing(self, context: Context) -> tf.Tensor:
         """A message of zeros."""
 
     def put(self, parts: Parts) -> None:
@@ -104,11 +121,11 @@ class Block(tf.Module, abc.ABC):
         """A variable's value in the precision it is computed in."""
         return tf.cast(variable.read_value(), self.dtype)
 
-    def gathered(self, xi: tf.Tensor, name: str, run: Run) -> tf.Tensor:
+    def gathered(self, xi: tf.Tensor, name: str, context: Context) -> tf.Tensor:
         """All ranks' Xi, (rho, ...) each; bfloat16 travels as float32, which holds it exactly."""
         wide = tf.float32 if xi.dtype == tf.bfloat16 else xi.dtype
         sent = tf.cast(xi, wide)
-        together = run.collectives.allgather(sent, f"{run.prefix}.{name}/{self.layer.key}")
+        together = context.collectives.allgather(sent, f"{context.prefix}.{name}/{self.layer.key}")
         return tf.cast(together, xi.dtype)
 
 
@@ -124,50 +141,53 @@ class Explicit(Block):
         self.rows = held(tf.zeros((self.q or 0,), tf.int64))
         self.weights = held(tf.zeros((self.q or 0,), self.dtype))
 
-    def _apart(self, run: Run) -> bool:
-        return self.q is not None or run.joined
+    def _apart(self, context: Context) -> bool:
+        return self.q is not None or context.joined
 
     def take(self, captured: Captured) -> tuple[Parts, tf.Tensor]:
         u = captured.u.read_value()
         finite = tf.reduce_all(tf.math.is_finite(u))
         return {"u": tf.cast(u, self.stored)}, finite
 
-    def sketch(self, parts: Parts, at: tf.Tensor, run: Run) -> None:
-        if not self._apart(run):
+    def sketch(self, parts: Parts, at: tf.Tensor, context: Context) -> None:
+        if not self._apart(context):
             return
         xi = parts["u"]
         if self.q is not None:
             wide = tf.cast(xi, self.dtype)
-            scores = row_scores(tf.reduce_sum(wide * wide, axis=0), f"scores/{self.layer.key}", run)
-            rows, weights = kernels.choose_rows(sum(self.sizes), self.q, scores, run.settings, at,
+            scores = row_scores(tf.reduce_sum(wide * wide, axis=0), f"scores/{self.layer.key}", context)
+            rows, weights = kernels.choose_rows(sum(self.sizes), self.q, scores, context.settings, at,
                                                 f"{self.layer.key}/rows")
             weights = tf.cast(weights, self.dtype)
             xi = tf.cast(tf.gather(wide, rows, axis=1) * weights, self.stored)
             parts.update(rows=rows, weights=weights)
-        parts["xi"] = self.gathered(xi, "xi", run) if run.joined else xi
+        parts["xi"] = self.gathered(xi, "xi", context) if context.joined else xi
 
     def gram(self, parts: Parts) -> tf.Tensor:
         xi = parts.get("xi", parts["u"])
         xi = tf.cast(xi, tf.float32) if xi.dtype == tf.bfloat16 else xi
         return tf.matmul(xi, xi, transpose_b=True)
 
-    def project(self, gradients: Sequence[tf.Tensor], run: Run) -> tf.Tensor:
+    def project(self, gradients: Sequence[tf.Tensor], context: Context) -> tf.Tensor:
         g = gradients[0] if len(gradients) == 1 else tf.concat(gradients, axis=0)
         if self.q is not None:
             g = tf.gather(g, self.rows) * self.weights
-        return tf.linalg.matvec(self.working(self.xi if self._apart(run) else self.u), g)
+        return tf.linalg.matvec(self.working(self.xi if self._apart(context) else self.u), g)
 
-    def message(self, b: tf.Tensor, own: tf.Tensor, run: Run) -> tf.Tensor:
-        flat = tf.linalg.matvec(self.working(self.u), own * run.root, transpose_a=True)
+    def message(self, b: tf.Tensor, own: tf.Tensor, context: Context) -> tf.Tensor:
+        flat = tf.linalg.matvec(self.working(self.u), own * context.root, transpose_a=True)
         return tf.ensure_shape(flat, (sum(self.sizes),))
 
-    def expand(self, mean: tf.Tensor, run: Run) -> list[tf.Tensor]:
+    def expand(self, mean: tf.Tensor, context: Context) -> list[tf.Tensor]:
         return tf.split(mean, self.sizes) if len(self.sizes) > 1 else [mean]
 
-    def largest(self, run: Run) -> int:
+    def samples(self, parts: Parts) -> tf.Tensor:
+        return tf.shape(parts["u"])[0]
+
+    def largest(self, context: Context) -> int:
         return sum(self.sizes)
 
-    def nothing(self, run: Run) -> tf.Tensor:
+    def nothing(self, context: Context) -> tf.Tensor:
         return tf.zeros((sum(self.sizes),), self.dtype)
 
 
@@ -190,8 +210,8 @@ class Product(Block):
         self.weights_g, self.weights_a = (held(tf.zeros((self.q[part] or 0,), self.dtype))
                                           for part in "ga")
 
-    def _apart(self, part: str, run: Run) -> bool:
-        return self.q[part] is not None or run.joined
+    def _apart(self, part: str, context: Context) -> bool:
+        return self.q[part] is not None or context.joined
 
     def take(self, captured: Captured) -> tuple[Parts, tf.Tensor]:
         g, a = captured.g.read_value(), captured.a.read_value()
@@ -209,23 +229,23 @@ class Product(Block):
         return {name: tf.cast(kernels.samples_last(factor), self.stored)
                 for name, factor in (("g", g), ("a", a))}, finite
 
-    def sketch(self, parts: Parts, at: tf.Tensor, run: Run) -> None:
+    def sketch(self, parts: Parts, at: tf.Tensor, context: Context) -> None:
         for part in ("g", "a"):
             factor, q = parts[part], self.q[part]
             if q is not None:
                 wide = tf.cast(factor, self.dtype)
                 scores = row_scores(tf.reduce_sum(wide * wide, axis=(0, 2, 3)),
-                                    f"scores_{part}/{self.layer.key}", run)
-                rows, weights = kernels.choose_rows(int(factor.shape[1]), q, scores, run.settings,
+                                    f"scores_{part}/{self.layer.key}", context)
+                rows, weights = kernels.choose_rows(int(factor.shape[1]), q, scores, context.settings,
                                                     at, f"{self.layer.key}/rows_{part}")
                 weights = tf.cast(weights, self.dtype)
                 factor = tf.gather(wide, rows, axis=1) * weights[:, None, None]
                 factor = tf.cast(factor, self.stored)
                 parts[f"rows_{part}"], parts[f"weights_{part}"] = rows, weights
-            if run.joined:
-                everyone = self.gathered(kernels.samples_first(factor), f"x{part}", run)
+            if context.joined:
+                everyone = self.gathered(kernels.samples_first(factor), f"x{part}", context)
                 factor = kernels.samples_last(everyone)
-            if self._apart(part, run):
+            if self._apart(part, context):
                 parts[f"x{part}"] = factor
 
     def gram(self, parts: Parts) -> tf.Tensor:
@@ -234,8 +254,8 @@ class Product(Block):
             xg, xa = tf.cast(xg, tf.float32), tf.cast(xa, tf.float32)
         return kernels.gram_implicit(xg, xa)
 
-    def project(self, gradients: Sequence[tf.Tensor], run: Run) -> tf.Tensor:
-        xg, xa = (self.working(getattr(self, f"x{part}" if self._apart(part, run) else part))
+    def project(self, gradients: Sequence[tf.Tensor], context: Context) -> tf.Tensor:
+        xg, xa = (self.working(getattr(self, f"x{part}" if self._apart(part, context) else part))
                   for part in ("g", "a"))
         kernel = tf.reshape(gradients[0], (self.width, self.groups * self.n_g))
         bias = tf.reshape(gradients[1], (1, -1)) if len(gradients) > 1 else None
@@ -256,16 +276,16 @@ class Product(Block):
             return matrix
         return tf.gather(matrix, self.rows_g, axis=2) * self.weights_g
 
-    def message(self, b: tf.Tensor, own: tf.Tensor, run: Run) -> tf.Tensor:
+    def message(self, b: tf.Tensor, own: tf.Tensor, context: Context) -> tf.Tensor:
         g, a = self.working(self.g), self.working(self.a)
-        if run.settings.uc == "exact":
-            return kernels.flat_of(kernels.expand_exact(g, a, own * run.root))
+        if context.settings.uc == "exact":
+            return kernels.flat_of(kernels.expand_exact(g, a, own * context.root))
         # Eq. 28's sum of sqrt|c_j| runs over all samples of the system.
-        means = kernels.factored_means(g, a, own * run.root ** 2, tf.reduce_sum(tf.sqrt(tf.abs(b))))
+        means = kernels.factored_means(g, a, own * context.root ** 2, tf.reduce_sum(tf.sqrt(tf.abs(b))))
         return tf.concat([tf.reshape(mean, [-1]) for mean in means], axis=0)
 
-    def expand(self, mean: tf.Tensor, run: Run) -> list[tf.Tensor]:
-        if run.settings.uc == "exact":
+    def expand(self, mean: tf.Tensor, context: Context) -> list[tf.Tensor]:
+        if context.settings.uc == "exact":
             return tf.split(mean, self.sizes) if len(self.sizes) > 1 else [mean]
         rows = self.groups * (self.n_g + self.n_a)
         r = tf.size(mean) // rows
@@ -277,22 +297,36 @@ class Product(Block):
             tf.matmul(part, g, transpose_b=True), (self.groups, None, self.n_g))), (size,))
             for part, size in zip(parts, self.sizes, strict=True)]
 
-    def largest(self, run: Run) -> int:
-        if run.settings.uc == "exact":
+    has_columns = True
+
+    def samples(self, parts: Parts) -> tf.Tensor:
+        return tf.shape(parts["g"])[3]
+
+    def columns_of(self, parts: Parts) -> tf.Tensor:
+        return tf.shape(parts["g"])[2]
+
+    def columns(self) -> int:
+        return int(tf.shape(self.g)[2])
+
+    def pad(self, parts: Parts, r: tf.Tensor) -> None:
+        parts.update(g=kernels.pad_columns(parts["g"], r), a=kernels.pad_columns(parts["a"], r))
+
+    def largest(self, context: Context) -> int:
+        if context.settings.uc == "exact":
             return sum(self.sizes)
         return self.groups * (self.n_g + self.n_a) * int(self.layer.plan.rank or 1)
 
-    def nothing(self, run: Run) -> tf.Tensor:
-        exact = run.settings.uc == "exact"
+    def nothing(self, context: Context) -> tf.Tensor:
+        exact = context.settings.uc == "exact"
         r = tf.shape(self.g.read_value())[2]
         size = sum(self.sizes) if exact else self.groups * (self.n_g + self.n_a) * r
         return tf.zeros(tf.reshape(size, (1,)), self.dtype)
 
 
-def row_scores(squares: tf.Tensor, name: str, run: Run) -> tf.Tensor | None:
+def row_scores(squares: tf.Tensor, name: str, context: Context) -> tf.Tensor | None:
     """What leverage sampling goes by; of all ranks together when they must choose the same rows."""
-    if run.settings.sketch != "leverage":
+    if context.settings.sketch != "leverage":
         return None
-    if not run.joined:
+    if not context.joined:
         return squares
-    return run.collectives.allreduce(squares, f"{run.prefix}.{name}")
+    return context.collectives.allreduce(squares, f"{context.prefix}.{name}")

@@ -1,11 +1,21 @@
 """Kernels of SENG: tensors in, tensors out.
 
-Shapes: rho samples, n parameters of a layer, n_G x n_A one group's gradient matrix, kappa columns
-of a sample's factors, r the columns kept, q (zeta_G, zeta_A) sampled rows. U and Xi are kept sample
-by sample, (rho, n) and (rho, q). Factors are captured a column after another, (rho, groups, kappa,
-n), and kept with the samples last, (groups, n, r, rho), so that a sum over samples is a
-matrix-vector product. The factor ``1/sqrt(rho)`` of U is part of U and of G. A gradient's matrix is
-(groups, n_A, n_G), which Keras' kernels are without a transpose where there is one group.
+The symbols, in every docstring and in this order of axes, the same in both front ends:
+
+=====================  =========================================================================
+M                      ranks
+rho                    samples of one rank that the curvature is taken from
+n_G, n_A               rows of G_i and of A_i: one group's gradient matrix is n_G x n_A
+kappa                  columns of a sample's factors (positions of a convolution)
+r                      columns left of them after the SVD
+q, zeta_G, zeta_A      sampled rows of U, of G and of A
+U, Xi                  (rho, n) per-sample gradients, (rho, q) their sampled rows, weighted
+captured factors       (rho, groups, kappa, n)
+kept factors           (groups, n, r, rho): a sum over samples is a matrix-vector product
+=====================  =========================================================================
+
+The factor ``1/sqrt(rho)`` of U is part of U and of G. A gradient's matrix is (groups, n_A, n_G),
+which Keras' kernels are without a transpose where there is one group.
 """
 
 from __future__ import annotations
@@ -15,7 +25,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from hvd_ext.seng import Settings, generator, jitters, sample_batch, sample_rows
+from hvd_ext.seng import Settings, generator, jitters, sample_batch, sample_rows, usable_scores
 
 
 def choose_samples(rho: tf.Tensor, settings: Settings, step: tf.Tensor) -> tf.Tensor:
@@ -38,9 +48,7 @@ def choose_rows(n: int, q: int, scores: tf.Tensor | None, settings: Settings, st
     scores = tf.zeros((0,)) if scores is None else scores
 
     def choose(scores_now: np.ndarray, step_now: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        known = scores_now.astype(np.float64) if by_leverage else None
-        if known is not None and not np.isfinite(known).all():
-            known = None  # the curvature is refused for it afterwards
+        known = usable_scores(scores_now) if by_leverage else None
         return sample_rows(n, q, generator(settings.seed, int(step_now), label), scores=known,
                            replacement=settings.replacement)
 

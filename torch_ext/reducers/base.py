@@ -7,7 +7,7 @@ it; the reducer starts its collectives then, and hands back reduced gradients wh
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,20 @@ from hvd_ext.torch.collectives import Collectives
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """A parameter under its name, with the number and the dict of its parameter group."""
+    """A parameter under its name, with the number of its parameter group.
+
+    ``groups`` gives the optimizer's groups as they are now: ``load_state_dict`` replaces them.
+    """
 
     name: str
     parameter: torch.nn.Parameter
     group_index: int
-    group: dict[str, Any]
+    groups: Callable[[], Sequence[dict[str, Any]]]
+
+    @property
+    def group(self) -> dict[str, Any]:
+        """The parameter's group as it is now."""
+        return self.groups()[self.group_index]
 
 
 class Reducer(abc.ABC):

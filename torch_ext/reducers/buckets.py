@@ -7,7 +7,9 @@ A subclass says how one bucket is exchanged (``start``) and what becomes of the 
 from __future__ import annotations
 
 import abc
+import itertools
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,6 +30,11 @@ from hvd_ext.header import pack_row, unpack_rows
 from hvd_ext.options import Options
 from hvd_ext.torch.collectives import Collectives
 from hvd_ext.torch.reducers.base import Entry, Reducer
+
+# Errors that all ranks raised together so far. Messages of such a step may never be answered, so that
+# later ones must not have their names.
+_ERRORS: list[str] = []
+_HOLDERS: weakref.WeakValueDictionary[str, BucketReducer] = weakref.WeakValueDictionary()
 
 Started = Mapping[tuple[int, int], Any]
 """What ``start`` returned, by (number of the bucket, part of the step)."""
@@ -145,7 +152,23 @@ class BucketReducer(Reducer):
         if len(filled) == len(bucket.slots):
             self._start(bucket, part)
 
+    def _claim_prefix(self) -> None:
+        """A prefix that no other reducer's collectives have at the moment.
+
+        Two models of the same shapes may both have gradients on their way; ranks run them in the same
+        order and so choose the same names.
+        """
+        base = self.options.prefix + (f".after{len(_ERRORS)}" if _ERRORS else "")
+        for name in itertools.chain([base], (f"{base}.{k}" for k in itertools.count(1))):
+            holder = _HOLDERS.get(name)
+            if holder is None or holder is self or not holder._started:
+                _HOLDERS[name] = self
+                self.prefix = name
+                return
+
     def _start(self, bucket: Bucket, part: int) -> None:
+        if not self._started:
+            self._claim_prefix()
         self._started[bucket.index, part] = self.start(bucket, part, self.buffer(bucket, part))
 
     def _start_rest(self) -> None:
@@ -220,6 +243,8 @@ class BucketReducer(Reducer):
     def agree(self, values: Sequence[float]) -> list[list[float]]:
         """Exchange a few numbers per rank; every rank's, by rank.
 
+        Its name is that of the method alone, so that ranks whose models differ meet here.
+
         Raises:
             ValueError: on every rank, when their parameters or settings differ.
         """
@@ -227,14 +252,19 @@ class BucketReducer(Reducer):
             return [[float(value) for value in values]]
         mine = self.fingerprint()
         row = torch.from_numpy(pack_row(mine.number, values))
-        gathered = self.collectives.allgather_async(row, f"{self.prefix}/agree", kind="agreement")
+        gathered = self.collectives.allgather_async(row, f"{self.settings.label}/agree", kind="agreement")
         numbers, rows = unpack_rows(gathered.wait().numpy())
         if any(number != numbers[0] for number in numbers):
-            raise ValueError(disagreement(
+            raise self.disagree(disagreement(
                 "the ranks do not train the same parameters in the same way",
-                self.collectives.allgather_object(mine.lines, f"{self.prefix}/disagreement"),
+                self.collectives.allgather_object(mine.lines, f"{self.settings.label}/disagreement"),
                 "Build the same model and optimizer on every rank"))
         return rows
+
+    def disagree(self, message: str) -> ValueError:
+        """The error for what ``agree`` has shown; every rank must raise it."""
+        _ERRORS.append(message)
+        return ValueError(message)
 
     def forget(self) -> None:
         self._filled.clear()

@@ -160,7 +160,7 @@ class FeedbackReducer(BucketReducer):
         """
         rows = self.agree([float(self._finite), float(self.attempts), self._scale(), *self.agreed()])
         if any(row[1:] != rows[0][1:] for row in rows):
-            raise ValueError(
+            raise self.disagree(
                 "the ranks are not at the same point of training; their (step, loss scale, ratio if "
                 f"there is one), by rank: {[tuple(row[1:]) for row in rows]}. Load the same "
                 "checkpoint on every rank, and make settings that are functions depend on the step "

@@ -1,26 +1,109 @@
-"""One layer's curvature, and how it is applied to a gradient.
+"""One layer's curvature in blocks over disjoint parameters, which share one coefficient per sample.
 
-A layer's per-sample gradients are held in blocks over disjoint parameters, which share one
-coefficient a sample: :class:`Explicit` holds U of one parameter, :class:`Product` the factors of
-a weight (and of biases that are rows of ones).
+:class:`Explicit` holds U of one parameter, :class:`Product` the factors of a weight (and of biases
+that are rows of ones). Gradients are flat, one per parameter of the layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import abc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
+from hvd_ext.seng import LayerPlan
 from hvd_ext.torch.seng import kernels
+from hvd_ext.torch.seng.kernels import working
+
+Chooser = Callable[[str, int, int], "tuple[torch.Tensor, torch.Tensor]"]
+"""``choose(label, n, q)`` gives rows (q,) int64 and weights (q,) in the working precision."""
 
 
-@dataclass
-class Explicit:
-    """U of parameter ``index``: ``u`` (rho, n); ``xi`` (rho or R, q) its sampled rows, weighted.
+@dataclass(eq=False)
+class Block(abc.ABC):
+    """Curvature of some of a layer's parameters."""
 
-    ``rows`` and ``weights`` (q,) are None, and ``xi`` is ``u`` (of all R = M rho samples in full
-    coupling), when the layer is not sketched.
+    @property
+    @abc.abstractmethod
+    def samples(self) -> int:
+        """rho, this rank's samples."""
+
+    @abc.abstractmethod
+    def row_scores(self, label: str) -> torch.Tensor | None:
+        """Squared row norms of what ``label`` samples; None when it samples nothing of this block."""
+
+    @abc.abstractmethod
+    def sketch(self, plan: LayerPlan, choose: Chooser) -> None:
+        """Sample rows and form Xi (SENG eq. 12, 17)."""
+
+    @abc.abstractmethod
+    def sketches(self) -> dict[str, torch.Tensor]:
+        """Xi by name, samples along the first axis, to be gathered from all ranks."""
+
+    @abc.abstractmethod
+    def join(self, name: str, gathered: torch.Tensor) -> None:
+        """Put all ranks' Xi in place of this rank's; samples along the first axis."""
+
+    @abc.abstractmethod
+    def gram(self) -> torch.Tensor:
+        """``Xi^T Xi`` of all samples of the system (SENG eq. 12, 21)."""
+
+    @abc.abstractmethod
+    def project(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+        """``Xi^T xi`` of the layer's gradients (SENG eq. 12, 19)."""
+
+    @abc.abstractmethod
+    def message_size(self, uc: str) -> int:
+        """Numbers in this block's message."""
+
+    @abc.abstractmethod
+    def message(self, b: torch.Tensor, own: torch.Tensor, ranks: int, uc: str,
+                out: torch.Tensor) -> None:
+        """Write what this rank adds to ``U b`` such that the mean over ranks is subtracted.
+
+        Args:
+            b: the coefficients of the whole system, ``own`` those of this rank's samples.
+            ranks: M where U is ``[U_1 ... U_M]/sqrt(M)`` (full coupling), else 1.
+            uc: "factored" or "exact".
+            out: (message_size,).
+        """
+
+    @abc.abstractmethod
+    def subtract(self, mean: torch.Tensor, gradients: Sequence[torch.Tensor], lam: float,
+                 uc: str) -> None:
+        """``gradients <- (gradients - U b)/lam`` in place (SENG eq. 8), with the mean message."""
+
+    def pad(self, r: int) -> None:  # noqa: B027  (only factors have columns)
+        """Bring the factors to ``r`` columns per sample, as other ranks have them."""
+
+    @property
+    def r(self) -> int:
+        """Columns kept per sample; 0 without factors."""
+        return 0
+
+    @property
+    @abc.abstractmethod
+    def itemsize(self) -> int:
+        """Bytes of one number as stored."""
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors held; one that is held twice is in it twice."""
+        return [value for value in vars(self).values() if isinstance(value, torch.Tensor)]
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: the class's name and every field."""
+        return {"type": type(self).__name__,
+                **{field.name: getattr(self, field.name) for field in fields(self)}}
+
+
+@dataclass(eq=False)
+class Explicit(Block):
+    """U of parameter ``index``: ``u`` (rho, n); ``xi`` (rho or all ranks' samples, q) its sampled rows.
+
+    Its rows are those from ``start`` on of the layer's ``height`` explicit ones. ``rows`` and
+    ``weights`` (q,) are None, and ``xi`` is ``u``, when the layer is not sketched.
     """
 
     index: int
@@ -28,23 +111,62 @@ class Explicit:
     xi: torch.Tensor
     rows: torch.Tensor | None = None
     weights: torch.Tensor | None = None
+    start: int = 0
+    height: int = 0
 
-    def gram(self, rho: int) -> torch.Tensor:
+    @property
+    def samples(self) -> int:
+        return self.u.shape[0]
+
+    @property
+    def itemsize(self) -> int:
+        return self.u.element_size()
+
+    def row_scores(self, label: str) -> torch.Tensor | None:
+        return working(self.u).square().sum(0) if label == "rows" else None
+
+    def sketch(self, plan: LayerPlan, choose: Chooser) -> None:
+        if plan.sketch is None:
+            return
+        rows, weights = choose("rows", self.height, plan.sketch)
+        inside = (rows >= self.start) & (rows < self.start + self.u.shape[1])
+        self.rows, self.weights = rows[inside] - self.start, weights[inside]
+        self.xi = _weighed(self.u, 1, self.rows, self.weights)
+
+    def sketches(self) -> dict[str, torch.Tensor]:
+        return {"xi": self.xi.contiguous()}
+
+    def join(self, name: str, gathered: torch.Tensor) -> None:
+        self.xi = gathered
+
+    def gram(self) -> torch.Tensor:
         return kernels.gram_explicit(self.xi)
 
-    def project(self, gradients: Sequence[torch.Tensor], rho: int) -> torch.Tensor:
+    def project(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
         z = gradients[self.index]
         if self.rows is not None and self.weights is not None:
             z = z.index_select(0, self.rows) * self.weights
         return kernels.project_explicit(self.xi, z)
 
+    def message_size(self, uc: str) -> int:
+        return self.u.shape[1]
 
-@dataclass
-class Product:
+    def message(self, b: torch.Tensor, own: torch.Tensor, ranks: int, uc: str,
+                out: torch.Tensor) -> None:
+        kernels.expand_explicit(self.u, own * ranks ** 0.5 if ranks > 1 else own, out)
+
+    def subtract(self, mean: torch.Tensor, gradients: Sequence[torch.Tensor], lam: float,
+                 uc: str) -> None:
+        gradients[self.index].sub_(mean).mul_(1.0 / lam)
+
+
+@dataclass(eq=False)
+class Product(Block):
     """Factors of the parameters ``indices`` (a weight, then biases).
 
-    ``g`` (groups, n_G, r rho), ``a`` (groups, n_A, r rho), of whose rows the first ``width`` stand
-    for the weight and the rest for biases; ``xg``, ``xa`` their sampled rows, weighted.
+    ``g`` (groups, n_G, r, rho), ``a`` (groups, n_A, r, rho), of whose rows the first ``width`` stand
+    for the weight and the rest for biases; ``xg``, ``xa`` their sampled rows, weighted. The first
+    ``split`` of A's sampled rows are the weight's.
     """
 
     indices: tuple[int, ...]
@@ -57,28 +179,64 @@ class Product:
     weights_g: torch.Tensor | None = None
     rows_a: torch.Tensor | None = None
     weights_a: torch.Tensor | None = None
-    split: int = field(default=-1)
+    split: int = -1
 
     def __post_init__(self) -> None:
         if self.split < 0:
-            rows = self.rows_a
-            self.split = self.width if rows is None else int((rows < self.width).sum())
+            self.split = self.width
 
-    def gram(self, rho: int) -> torch.Tensor:
-        xg, xa = working(self.xg), working(self.xa)
-        return kernels.gram_implicit(xg, xa, rho)
+    @property
+    def samples(self) -> int:
+        return self.g.shape[-1]
 
-    def project(self, gradients: Sequence[torch.Tensor], rho: int) -> torch.Tensor:
+    @property
+    def r(self) -> int:
+        return self.g.shape[2]
+
+    @property
+    def itemsize(self) -> int:
+        return self.g.element_size()
+
+    def row_scores(self, label: str) -> torch.Tensor | None:
+        factor = {"rows_g": self.g, "rows_a": self.a}.get(label)
+        return None if factor is None else working(factor).square().sum((0, 2, 3))
+
+    def sketch(self, plan: LayerPlan, choose: Chooser) -> None:
+        if plan.rows_g is not None:
+            self.rows_g, self.weights_g = choose("rows_g", self.g.shape[1], plan.rows_g)
+            self.xg = _weighed(self.g, 1, self.rows_g, self.weights_g[:, None, None])
+        if plan.rows_a is not None:
+            self.rows_a, self.weights_a = choose("rows_a", self.a.shape[1], plan.rows_a)
+            self.xa = _weighed(self.a, 1, self.rows_a, self.weights_a[:, None, None])
+            self.split = int((self.rows_a < self.width).sum())
+
+    def sketches(self) -> dict[str, torch.Tensor]:
+        return {"xg": kernels.samples_first(self.xg), "xa": kernels.samples_first(self.xa)}
+
+    def join(self, name: str, gathered: torch.Tensor) -> None:
+        if name == "xg":
+            self.xg = kernels.samples_last(gathered)
+        else:
+            self.xa = kernels.samples_last(gathered)
+
+    def pad(self, r: int) -> None:
+        self.g, self.a, self.xg, self.xa = (kernels.pad_columns(factor, r) for factor in
+                                            (self.g, self.a, self.xg, self.xa))
+
+    def gram(self) -> torch.Tensor:
+        return kernels.gram_implicit(working(self.xg), working(self.xa))
+
+    def project(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+        groups, n_g = self.g.shape[:2]
         first = gradients[self.indices[0]]
-        weight = first.view(self.g.shape[0], self.g.shape[1], self.width)
         xg, xa = self.xg.to(first.dtype), self.xa.to(first.dtype)
-        weight = self._sketched(weight, slice(0, self.split), 0)
-        total = kernels.project_implicit(xg, xa[:, :self.split], weight, rho)
+        weight = self._sketched(first.view(groups, n_g, self.width), slice(0, self.split), 0)
+        total = kernels.project_implicit(xg, xa[:, :self.split], weight)
         if self.split == xa.shape[1]:
             return total
-        bias = torch.stack([gradients[k].view(self.g.shape[:2]) for k in self.indices[1:]], 2)
+        bias = torch.stack([gradients[k].view(groups, n_g) for k in self.indices[1:]], 2)
         bias = self._sketched(bias, slice(self.split, None), self.width)
-        return total + kernels.project_implicit(xg, xa[:, self.split:], bias, rho)
+        return total + kernels.project_implicit(xg, xa[:, self.split:], bias)
 
     def _sketched(self, matrix: torch.Tensor, part: slice, start: int) -> torch.Tensor:
         """``Omega_G matrix Omega_A^T``, where ``matrix`` holds n_A's rows from ``start`` on."""
@@ -92,170 +250,48 @@ class Product:
             matrix = matrix * self.weights_g.unsqueeze(1)
         return matrix if self.weights_a is None else matrix * self.weights_a[part]
 
-    def targets(self, gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Views of the gradients that ``U c`` is subtracted from, weight (groups, n_G, n_A) first."""
-        groups, n_g = self.g.shape[:2]
-        return [gradients[k].view(groups, n_g, -1) for k in self.indices]
+    def message_size(self, uc: str) -> int:
+        groups, n_g, r = self.g.shape[:3]
+        n_a = self.a.shape[1]
+        return groups * (n_g + n_a) * r if uc == "factored" else groups * n_g * n_a
 
-
-Block = Explicit | Product
-
-
-@dataclass
-class Curvature:
-    """A layer's blocks, and the small system of SENG eq. 9.
-
-    ``rho`` are this rank's samples, ``total`` those of all ranks that the system joins (rho but in
-    full coupling) with this rank's at ``offset``; ``ranks`` is M in full coupling, else 1.
-    ``gram`` (total, total) is float64, ``step`` when it was taken. ``r`` is 0 without factors.
-    """
-
-    blocks: list[Block]
-    rho: int
-    kappa: int
-    r: int
-    step: int
-    gram: torch.Tensor | None = None
-    offset: int = 0
-    total: int = 0
-    ranks: int = 1
-    lower: torch.Tensor | None = None
-    lam: float = 0.0
-    jitter: float = 0.0
-    coefficients: torch.Tensor | None = None
-
-    def system(self) -> None:
-        """Put the Gram matrix together from the (sketched) blocks."""
-        self.total = self.total or self.rho
-        grams = [block.gram(self.total).double() for block in self.blocks]
-        self.gram = torch.stack(grams).sum(0) / self.ranks
-
-    def factor(self, lam: float) -> bool:
-        """Factor ``lam I + U^T U``; a factor for this lam is kept. False when it has none."""
-        if self.lower is not None and self.lam == lam:
-            return True
-        assert self.gram is not None
-        lower, jitter = kernels.factor(self.gram, lam)
-        if lower is None:
-            return False
-        self.lower, self.lam, self.jitter = lower, lam, jitter
-        return True
-
-    def solve(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-        """``b`` of SENG eq. 9 or 12 for all samples of the system: (total,)."""
-        assert self.lower is not None
-        rhs = self.blocks[0].project(gradients, self.total)
-        for block in self.blocks[1:]:
-            rhs = rhs + block.project(gradients, self.total)
-        if self.ranks > 1:
-            rhs = rhs / self.ranks ** 0.5
-        self.coefficients = kernels.solve(self.lower, rhs)
-        return self.coefficients
-
-    def own(self, b: torch.Tensor) -> torch.Tensor:
-        """This rank's part of the coefficients."""
-        return b[self.offset:self.offset + self.rho]
-
-    def nbytes(self) -> int:
-        """Bytes of everything held."""
-        held = {id(t): t for block in self.blocks for t in vars(block).values()
-                if isinstance(t, torch.Tensor)}
-        held.update({id(t): t for t in (self.gram, self.lower) if t is not None})
-        return sum(t.numel() * t.element_size() for t in held.values())
-
-
-def contribution(curvature: Curvature, b: torch.Tensor, uc: str) -> torch.Tensor:
-    """What this rank adds to ``U b``, flat, such that the mean over ranks is what is subtracted.
-
-    Explicit blocks and the exact form give ``U_i b_i`` (SENG eq. 25, 26), the factored form the
-    two means of eq. 28. In full coupling U is ``[U_1 ... U_M]/sqrt(M)`` and eq. 28's sum of
-    ``sqrt|c_j|`` runs over all ranks' samples, which every rank knows.
-    """
-    own, ranks = curvature.own(b), curvature.ranks
-    linear = own * ranks ** 0.5 if ranks > 1 else own
-    out = b.new_empty(sum(_message_size(block, uc, curvature.rho) for block in curvature.blocks))
-    start = 0
-    for block in curvature.blocks:
-        part = out[start:start + _message_size(block, uc, curvature.rho)]
-        start += part.numel()
-        if isinstance(block, Explicit):
-            kernels.expand_explicit(block.u, linear, part)
-            continue
-        g, a = block.g.to(b.dtype), block.a.to(b.dtype)
+    def message(self, b: torch.Tensor, own: torch.Tensor, ranks: int, uc: str,
+                out: torch.Tensor) -> None:
+        g, a = self.g.to(b.dtype), self.a.to(b.dtype)
         if uc == "factored":
+            # Eq. 28's sum of sqrt|c_j| runs over all samples of the system, which every rank knows.
             means = kernels.factored_means(g, a, own * ranks, b.abs().sqrt().sum())
-            torch.cat([mean.flatten() for mean in means], out=part)
+            torch.cat([mean.flatten() for mean in means], out=out)
         else:
-            torch.matmul(*_weighted(g, a, linear), out=part.view(g.shape[0], g.shape[1], -1))
-    return out
+            kernels.expand_exact(g, a, own * ranks ** 0.5, out.view(g.shape[0], g.shape[1], -1))
 
-
-def subtract(curvature: Curvature, message: torch.Tensor, gradients: Sequence[torch.Tensor],
-             lam: float, uc: str) -> None:
-    """``gradients <- (gradients - U b)/lam`` in place with the mean of the ranks' contributions."""
-    start = 0
-    for block in curvature.blocks:
-        part = message[start:start + _message_size(block, uc, curvature.rho)]
-        start += part.numel()
-        if isinstance(block, Explicit):
-            gradients[block.index].sub_(part).mul_(1.0 / lam)
-        elif uc == "factored":
-            groups, n_g = block.g.shape[:2]
-            cut = part.numel() * n_g // (n_g + block.a.shape[1])
-            _subtract_factored(block, part[:cut].view(groups, n_g, -1),
-                               part[cut:].view(groups, block.a.shape[1], -1), gradients, lam)
-        else:
-            matrix = part.view(block.g.shape[0], block.g.shape[1], -1)
-            for k, target in enumerate(block.targets(gradients)):
-                target.sub_(_columns(block, matrix, 2, k)).mul_(1.0 / lam)
-
-
-def subtract_at_once(curvature: Curvature, b: torch.Tensor, gradients: Sequence[torch.Tensor],
-                     lam: float, uc: str) -> None:
-    """The same on a single rank, where nothing is sent, without forming ``U b``."""
-    for block in curvature.blocks:
-        if isinstance(block, Explicit):
-            kernels.subtract_explicit(gradients[block.index], block.u, b, lam)
-            continue
-        g, a = block.g.to(b.dtype), block.a.to(b.dtype)
+    def subtract(self, mean: torch.Tensor, gradients: Sequence[torch.Tensor], lam: float,
+                 uc: str) -> None:
+        groups, n_g = self.g.shape[:2]
+        n_a = self.a.shape[1]
+        targets = [gradients[k].view(groups, n_g, -1) for k in self.indices]
+        columns = [slice(0, self.width), *(slice(k, k + 1) for k in range(self.width, n_a))]
         if uc == "factored":
-            g, a = kernels.factored_means(g, a, b, b.abs().sqrt().sum())
-            _subtract_factored(block, g, a, gradients, lam)
+            cut = mean.numel() * n_g // (n_g + n_a)
+            g, a = mean[:cut].view(groups, n_g, -1), mean[cut:].view(groups, n_a, -1)
+            for target, part in zip(targets, columns, strict=True):
+                target.baddbmm_(g, a[:, part].mT, beta=1.0 / lam, alpha=-1.0 / lam)
         else:
-            left, right = _weighted(g, a, b)
-            for k, target in enumerate(block.targets(gradients)):
-                target.baddbmm_(left, _columns(block, right, 2, k), beta=1.0 / lam,
-                                alpha=-1.0 / lam)
+            matrix = mean.view(groups, n_g, n_a)
+            for target, part in zip(targets, columns, strict=True):
+                target.sub_(matrix[..., part]).mul_(1.0 / lam)
 
 
-def _subtract_factored(block: Product, g_mean: torch.Tensor, a_mean: torch.Tensor,
-                       gradients: Sequence[torch.Tensor], lam: float) -> None:
-    for k, target in enumerate(block.targets(gradients)):
-        rows = _columns(block, a_mean, 1, k)
-        target.baddbmm_(g_mean, rows.mT, beta=1.0 / lam, alpha=-1.0 / lam)
+BLOCKS: dict[str, type[Block]] = {"Explicit": Explicit, "Product": Product}
 
 
-def _columns(block: Product, tensor: torch.Tensor, axis: int, k: int) -> torch.Tensor:
-    """The part along ``axis`` (n_A) that belongs to the block's k-th parameter."""
-    if k == 0:
-        return tensor.narrow(axis, 0, block.width)
-    return tensor.narrow(axis, block.width + k - 1, 1)
+def block_from(state: dict[str, Any], device: torch.device) -> Block:
+    """The block that ``state()`` was called on, on a device."""
+    values = {key: value.to(device) if isinstance(value, torch.Tensor) else value
+              for key, value in state.items() if key != "type"}
+    return BLOCKS[state["type"]](**values)
 
 
-def _weighted(g: torch.Tensor, a: torch.Tensor, c: torch.Tensor
-              ) -> tuple[torch.Tensor, torch.Tensor]:
-    return (g.view(*g.shape[:2], -1, c.numel()) * c).flatten(2), a.mT
-
-
-def _message_size(block: Block, uc: str, rho: int) -> int:
-    if isinstance(block, Explicit):
-        return block.u.shape[1]
-    groups, n_g, columns = block.g.shape
-    n_a = block.a.shape[1]
-    return groups * (n_g + n_a) * (columns // rho) if uc == "factored" else groups * n_g * n_a
-
-
-def working(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in float32 when it is stored in half precision."""
-    half = tensor.dtype in (torch.bfloat16, torch.float16)
-    return tensor.float() if half else tensor
+def _weighed(tensor: torch.Tensor, axis: int, rows: torch.Tensor, weights: torch.Tensor
+             ) -> torch.Tensor:
+    return (working(tensor.index_select(axis, rows)) * weights).to(tensor.dtype)

@@ -1,4 +1,4 @@
-"""Hooks that catch a layer's input and the gradient of its output, only while a refresh is due."""
+"""Hooks that catch a layer's input and the gradient of its output, installed only while a refresh is due."""
 
 from __future__ import annotations
 
@@ -10,14 +10,8 @@ import torch
 from torch import nn
 
 from hvd_ext.seng import Settings, generator, sample_batch
-from hvd_ext.torch.seng.blocks import Curvature
-from hvd_ext.torch.seng.build import build
 from hvd_ext.torch.seng.inventory import Layer
-
-
-def working_dtype(layer: Layer) -> torch.dtype:
-    """The precision a layer is computed in: float64 for float64 parameters, else float32."""
-    return torch.float64 if layer.parameters[0].dtype == torch.float64 else torch.float32
+from hvd_ext.torch.seng.system import LayerSystem, take
 
 
 def _in_backward() -> bool:
@@ -73,7 +67,7 @@ class Capture:
         self._scale: float | None = None
         self._open: dict[Layer, list[_Use]] = {}
         self._waiting: dict[Layer, int] = {}
-        self._done: dict[Layer, Curvature | str] = {}
+        self._done: dict[Layer, LayerSystem | str] = {}
         self._chosen: dict[tuple[int, torch.device], torch.Tensor | None] = {}
 
     @property
@@ -102,7 +96,7 @@ class Capture:
         self._handles = []
         self._forget()
 
-    def collect(self) -> dict[Layer, Curvature | str]:
+    def collect(self) -> dict[Layer, LayerSystem | str]:
         """Each caught layer's curvature, or what is wrong with it; layers not used are left out."""
         for layer in list(self._open):
             self._finish(layer)
@@ -146,7 +140,7 @@ class Capture:
             return
         if self._scale is None:
             self._scale = self._amp_scale() * self._settings.loss_scale
-        dtype = working_dtype(layer)
+        dtype = layer.dtype
         name = self._settings.curvature_dtype
         stored = dtype if name is None else getattr(torch, name)
         picks = [_Pick(self._choose, dtype) for _ in uses]
@@ -158,7 +152,7 @@ class Capture:
         pick = picks[0]
         whole = pick.samples if self._settings.loss_reduction == "mean" else 1
         scale = whole / (self._scale * pick.kept ** 0.5)
-        self._done[layer] = build(layer, captured, scale=scale, dtype=stored, step=self._step)
+        self._done[layer] = take(layer, captured, scale=scale, dtype=stored, step=self._step)
 
     def _choose(self, rho: int, device: torch.device) -> torch.Tensor | None:
         key = (rho, device)

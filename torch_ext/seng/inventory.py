@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from hvd_ext.seng import LayerPlan, LayerShape, Settings, plan_layer
@@ -27,6 +28,11 @@ class Layer:
     parameters: list[nn.Parameter] = field(default_factory=list)
     slots: dict[nn.Module, dict[str, int]] = field(default_factory=dict)
     plan: LayerPlan = field(default_factory=lambda: LayerPlan(implicit=False))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision it is computed in: float64 for float64 parameters, else float32."""
+        return torch.float64 if self.parameters[0].dtype == torch.float64 else torch.float32
 
     def add(self, module: nn.Module, trainable: dict[str, nn.Parameter]) -> None:
         """Take in a module, its parameters by name."""

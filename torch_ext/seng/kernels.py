@@ -1,14 +1,26 @@
 """Kernels of SENG: tensors in, tensors out.
 
-Shapes: rho samples, n_G × n_A one group's gradient matrix, kappa columns of a sample's factors, r
-the columns kept, q (zeta_G, zeta_A) sampled rows. An implicit layer's factors are kept as
-``(groups, n, r rho)``, column ``j rho + i`` the j-th of sample i, so that a sum over samples is a
-matrix-vector product. The factor ``1/sqrt(rho)`` of U is part of U and of G.
+The symbols, in every docstring and in this order of axes, the same in both front ends:
+
+=====================  =========================================================================
+M                      ranks
+rho                    samples of one rank that the curvature is taken from
+n_G, n_A               rows of G_i and of A_i: one group's gradient matrix is n_G x n_A
+kappa                  columns of a sample's factors (positions of a convolution)
+r                      columns left of them after the SVD
+q, zeta_G, zeta_A      sampled rows of U, of G and of A
+U, Xi                  (rho, n) per-sample gradients, (rho, q) their sampled rows, weighted
+captured factors       (rho, groups, kappa, n)
+kept factors           (groups, n, r, rho): a sum over samples is a matrix-vector product
+=====================  =========================================================================
+
+The factor ``1/sqrt(rho)`` of U is part of U and of G.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -19,17 +31,36 @@ CHUNK = 1 << 14
 GRAM_BLOCK = 1 << 22
 
 
+def working(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in float32 when it is stored in half precision."""
+    half = tensor.dtype in (torch.bfloat16, torch.float16)
+    return tensor.float() if half else tensor
+
+
+def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether no element is infinite or NaN."""
+    dense = [t.coalesce().values() if t.is_sparse else t for t in tensors]
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for tensor in dense:
+        by_device.setdefault(tensor.device, []).append(tensor.sum(dtype=torch.float32))
+    # A sum is the cheapest pass that lets nothing infinite through; only when it is not finite,
+    # which finite but large numbers can cause too, every element is looked at.
+    if all(bool(torch.isfinite(torch.stack(sums)).all()) for sums in by_device.values()):
+        return True
+    return all(bool(torch.isfinite(tensor).all()) for tensor in dense)
+
+
 def per_sample_products(g: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     """``u_i = vec(G_i A_i^T)`` (SENG eq. 3).
 
     Args:
-        g: (rho, groups, n_G, kappa).
-        a: (rho, groups, n_A, kappa).
+        g: (rho, groups, kappa, n_G).
+        a: (rho, groups, kappa, n_A).
 
     Returns:
         (rho, groups n_G n_A).
     """
-    return torch.matmul(g, a.transpose(-1, -2)).flatten(1)
+    return torch.matmul(g.mT, a).flatten(1)
 
 
 def truncate(g: torch.Tensor, a: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,16 +71,16 @@ def truncate(g: torch.Tensor, a: torch.Tensor, rank: int) -> tuple[torch.Tensor,
     that the columns of A sum to something not negative: eq. 23 adds columns over samples.
 
     Args:
-        g: (..., n_G, kappa), a: (..., n_A, kappa), finite.
+        g: (..., kappa, n_G), a: (..., kappa, n_A), finite.
 
     Returns:
         Both with min(kappa, rank, n_G, n_A) columns, or unchanged when kappa <= rank.
     """
-    kappa = g.shape[-1]
+    kappa = g.shape[-2]
     if kappa <= rank:
         return g, a
-    swap = a.shape[-2] < g.shape[-2]
-    small, other = (a, g) if swap else (g, a)
+    swap = a.shape[-1] < g.shape[-1]
+    small, other = (a.mT, g.mT) if swap else (g.mT, a.mT)
     rank = min(rank, small.shape[-2])
     if kappa <= small.shape[-2]:
         _, vectors = torch.linalg.eigh(small.mT @ small)
@@ -64,20 +95,25 @@ def truncate(g: torch.Tensor, a: torch.Tensor, rank: int) -> tuple[torch.Tensor,
         right = (small.mT @ left) * inverse.unsqueeze(-2)
         small = left * lengths.unsqueeze(-2)
     other = other @ right
-    g, a = (other, small) if swap else (small, other)
-    signs = torch.where(a.sum(-2, keepdim=True) < 0, -1.0, 1.0).to(a.dtype)
-    return g * signs, a * signs
+    new_g, new_a = (other, small) if swap else (small, other)
+    signs = torch.where(new_a.sum(-2, keepdim=True) < 0, -1.0, 1.0).to(new_a.dtype)
+    return (new_g * signs).mT, (new_a * signs).mT
 
 
-def columns_together(factor: torch.Tensor) -> torch.Tensor:
-    """(rho, groups, n, r) as (groups, n, r rho)."""
-    return factor.permute(1, 2, 3, 0).flatten(2)
+def samples_last(factor: torch.Tensor) -> torch.Tensor:
+    """(rho, groups, r, n) as (groups, n, r, rho)."""
+    return factor.permute(1, 3, 2, 0).contiguous()
 
 
-def pad_columns(factor: torch.Tensor, rho: int, r: int) -> torch.Tensor:
-    """(groups, n, r' rho) with zero columns added up to r of them for each sample."""
-    missing = r * rho - factor.shape[-1]
-    return F.pad(factor, (0, missing)) if missing > 0 else factor
+def samples_first(factor: torch.Tensor) -> torch.Tensor:
+    """(groups, n, r, rho) as (rho, groups, r, n)."""
+    return factor.permute(3, 0, 2, 1).contiguous()
+
+
+def pad_columns(factor: torch.Tensor, r: int) -> torch.Tensor:
+    """(groups, n, r', rho) with zero columns added up to ``r`` of them for each sample."""
+    missing = r - factor.shape[2]
+    return F.pad(factor, (0, 0, 0, missing)) if missing > 0 else factor
 
 
 def gram_explicit(xi: torch.Tensor) -> torch.Tensor:
@@ -91,15 +127,17 @@ def gram_explicit(xi: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def gram_implicit(xg: torch.Tensor, xa: torch.Tensor, rho: int) -> torch.Tensor:
+def gram_implicit(xg: torch.Tensor, xa: torch.Tensor) -> torch.Tensor:
     """``(u_i)^T u_j ~ elesum((Xi_Ai^T Xi_Aj) o (Xi_Gi^T Xi_Gj))`` (SENG eq. 21), summed over groups.
 
     Args:
-        xg: (groups, zeta_G, r rho), xa: (groups, zeta_A, r rho).
+        xg: (groups, zeta_G, r, rho), xa: (groups, zeta_A, r, rho).
 
     Returns:
         (rho, rho).
     """
+    rho = xg.shape[-1]
+    xg, xa = xg.flatten(2), xa.flatten(2)
     columns = xg.shape[-1]
     total = xg.new_zeros((rho, rho))
     step = max(rho, GRAM_BLOCK // max(1, columns * xg.shape[0]) // rho * rho)
@@ -121,21 +159,22 @@ def project_explicit(xi: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def project_implicit(xg: torch.Tensor, xa: torch.Tensor, z: torch.Tensor, rho: int) -> torch.Tensor:
+def project_implicit(xg: torch.Tensor, xa: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     """``u_i^T z ~ elesum((Xi_z^T Xi_Gi) o Xi_Ai)`` (SENG eq. 19), summed over groups.
 
     Args:
-        xg: (groups, zeta_G, r rho), xa: (groups, zeta_A, r rho), z: (groups, zeta_G, zeta_A),
+        xg: (groups, zeta_G, r, rho), xa: (groups, zeta_A, r, rho), z: (groups, zeta_G, zeta_A),
             with the weights of Omega_G and Omega_A already in all three.
 
     Returns:
         (rho,).
     """
-    return torch.matmul(z.mT, xg).mul_(xa).sum((0, 1)).view(-1, rho).sum(0)
+    total = torch.matmul(z.mT, xg.flatten(2)).mul_(xa.flatten(2)).sum((0, 1))
+    return total.view(-1, xg.shape[-1]).sum(0)
 
 
 def expand_explicit(u: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """``out <- U b`` for ``u`` (rho, n), ``b`` (rho,), ``out`` (n,)."""
+    """``out <- U b`` (SENG eq. 25) for ``u`` (rho, n), ``b`` (rho,), ``out`` (n,)."""
     if u.dtype == b.dtype:
         return torch.mv(u.t(), b, out=out)
     for start in range(0, out.numel(), CHUNK):
@@ -144,15 +183,14 @@ def expand_explicit(u: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torc
     return out
 
 
-def subtract_explicit(gradient: torch.Tensor, u: torch.Tensor, b: torch.Tensor,
-                      lam: float) -> None:
-    """``gradient <- (gradient - U b) / lam`` in place (SENG eq. 8), gradient (n,)."""
-    if u.dtype == b.dtype:
-        gradient.addmv_(u.t(), b, beta=1.0 / lam, alpha=-1.0 / lam)
-        return
-    for start in range(0, gradient.numel(), CHUNK):
-        part = slice(start, start + CHUNK)
-        gradient[part].addmv_(u[:, part].to(b.dtype).t(), b, beta=1.0 / lam, alpha=-1.0 / lam)
+def expand_exact(g: torch.Tensor, a: torch.Tensor, c: torch.Tensor, out: torch.Tensor
+                 ) -> torch.Tensor:
+    """``out <- U c`` of SENG eq. 22 as one product: (groups, n_G, n_A).
+
+    Args:
+        g: (groups, n_G, r, rho), a: (groups, n_A, r, rho), c: (rho,).
+    """
+    return torch.matmul((g * c).flatten(2), a.flatten(2).mT, out=out)
 
 
 def factored_means(g: torch.Tensor, a: torch.Tensor, c: torch.Tensor, total: torch.Tensor
@@ -160,23 +198,14 @@ def factored_means(g: torch.Tensor, a: torch.Tensor, c: torch.Tensor, total: tor
     """``sum_i sqrt|c_i| G_i`` and ``sum_i c_i/total A_i`` (SENG eq. 23), zero where total is zero.
 
     Args:
-        g: (groups, n_G, r rho), a: (groups, n_A, r rho), c: (rho,),
+        g: (groups, n_G, r, rho), a: (groups, n_A, r, rho), c: (rho,),
             total: ``sum_i sqrt|c_i|``, a tensor of no dimension.
 
     Returns:
         (groups, n_G, r) and (groups, n_A, r).
     """
-    rho = c.numel()
     weights = torch.where(total > 0, c / total, 0.0)
-    g_mean = torch.matmul(g.view(*g.shape[:2], -1, rho), c.abs().sqrt())
-    a_mean = torch.matmul(a.view(*a.shape[:2], -1, rho), weights)
-    return g_mean, a_mean
-
-
-def expand_exact(g: torch.Tensor, a: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-    """``U c`` of SENG eq. 22 as one product: (groups, n_G, n_A)."""
-    weighted = g.view(*g.shape[:2], -1, c.numel()) * c
-    return torch.matmul(weighted.flatten(2), a.mT)
+    return torch.matmul(g, c.abs().sqrt()), torch.matmul(a, weights)
 
 
 def factor(gram: torch.Tensor, lam: float) -> tuple[torch.Tensor | None, float]:

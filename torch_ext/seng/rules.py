@@ -24,9 +24,9 @@ from torch import nn
 
 @dataclass
 class Factors:
-    """``weight`` gradient of sample i in group k is ``g[i, k] @ a[i, k].T``.
+    """``weight`` gradient of sample i in group k is ``g[i, k].T @ a[i, k]``.
 
-    ``g`` (samples, groups, n_G, kappa) and ``a`` (samples, groups, n_A, kappa); viewed as
+    ``g`` (samples, groups, kappa, n_G) and ``a`` (samples, groups, kappa, n_A); viewed as
     ``(groups, n_G, n_A)`` the weight's gradient is that product. The bias gradient is ``g`` summed
     over kappa (a row of ones under A), unless ``bias`` (samples, bias size) gives it.
     """
@@ -107,9 +107,7 @@ def _linear(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick) ->
     if x.dim() == 1:
         x, gz = x.unsqueeze(0), gz.unsqueeze(0)
     x, gz = pick(x), pick(gz)
-    a = x.reshape(x.shape[0], -1, x.shape[-1]).mT
-    g = gz.reshape(gz.shape[0], -1, gz.shape[-1]).mT
-    return Factors(g.unsqueeze(1), a.unsqueeze(1))
+    return Factors(*(t.reshape(t.shape[0], 1, -1, t.shape[-1]) for t in (gz, x)))
 
 
 def patches(x: torch.Tensor, kernel: tuple[int, ...], stride: tuple[int, ...],
@@ -139,7 +137,7 @@ def _convolution(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pic
     a = patches(x, module.kernel_size, module.stride, module.dilation, tuple(gz.shape[2:]))
     rho, groups = x.shape[0], module.groups
     kappa = a.shape[-1]
-    return Factors(gz.reshape(rho, groups, -1, kappa), a.reshape(rho, groups, -1, kappa))
+    return Factors(gz.reshape(rho, groups, -1, kappa).mT, a.reshape(rho, groups, -1, kappa).mT)
 
 
 def _transposed(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick) -> Factors:
@@ -160,7 +158,7 @@ def _transposed(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick
     a = patches(padded, module.kernel_size, module.stride, module.dilation, tuple(x.shape[2:]))
     rho, groups = x.shape[0], module.groups
     kappa = a.shape[-1]
-    return Factors(x.reshape(rho, groups, -1, kappa), a.reshape(rho, groups, -1, kappa), bias)
+    return Factors(x.reshape(rho, groups, -1, kappa).mT, a.reshape(rho, groups, -1, kappa).mT, bias)
 
 
 def _batch_norm(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick) -> PerSample:

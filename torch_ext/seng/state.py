@@ -1,169 +1,97 @@
-"""What SENG keeps between steps, as a dict and back, and its report."""
+"""What SENG keeps between steps, as one object that saves, loads and reports itself."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from hvd_ext.seng import Report, elements_held
-from hvd_ext.torch.seng.blocks import Block, Curvature, Explicit, Product
+from hvd_ext.seng import Report, Settings, layer_row, make_report
 from hvd_ext.torch.seng.inventory import Layer
+from hvd_ext.torch.seng.step import Lagged
+from hvd_ext.torch.seng.system import LayerSystem
 
-if TYPE_CHECKING:
-    from hvd_ext.torch.seng import SENG
-
-FORMAT = 1
-_SYSTEM = ("rho", "kappa", "r", "step", "gram", "offset", "total", "ranks", "jitter",
-           "coefficients")
-
-
-def save(seng: SENG) -> dict[str, Any]:
-    """The state as plain containers and tensors; waits for what is under way."""
-    pending = None
-    if seng._pending is not None:
-        seng._pending = {layer: seng._wait(started) for layer, started in seng._pending.items()}
-        pending = {layer.name: message for layer, message in seng._pending.items()}
-    previous = seng._previous
-    return {
-        "format": FORMAT,
-        "ranks": _ranks(seng),
-        "step": seng._step,
-        "due": seng._due,
-        "skipped": seng._skipped,
-        "failures": dict(seng._failures),
-        "settings": _described(seng),
-        "layers": {layer.name: _save_curvature(one) for layer, one in seng._curvatures.items()},
-        "pending": pending,
-        "previous": None if previous is None else {
-            layer.name: list(flat) for layer, flat in previous.items()},
-    }
+FORMAT = 2
+BINDING = ("coupling", "uc", "explicit_threshold", "sketch", "sketch_size", "replacement", "rank",
+           "row_sketch", "seed")  # settings that the saved tensors depend on
 
 
-def load(seng: SENG, state: dict[str, Any]) -> None:
-    """Put a saved state in place.
+@dataclass
+class State:
+    """Counters, the layers' curvature, and what "lagged" coupling carries over.
 
-    Raises:
-        ValueError: another format, model, settings or number of ranks; nothing is changed then.
+    ``due``: the coming step refreshes the curvature.
     """
-    if state.get("format") != FORMAT:
-        raise ValueError(f"SENG's state has format {state.get('format')!r}, not {FORMAT}; it was "
-                         "saved by another version: call reset_state() instead")
-    if state["ranks"] != _ranks(seng):
-        raise ValueError(f"SENG's state was saved by {state['ranks']} ranks and there are "
-                         f"{_ranks(seng)} now; call reset_state() to start its curvature anew")
-    mine = _described(seng)
-    odd = sorted(key for key in mine if state["settings"].get(key) != mine[key])
-    if odd:
-        raise ValueError(
-            f"SENG's state was saved with other settings: {odd[0]} was "
-            f"{state['settings'].get(odd[0])!r} and is {mine[odd[0]]!r}; construct SENG as it was, "
-            "or call reset_state()")
-    names = {layer.name: layer for layer in seng._layers}
-    unknown = sorted(set(state["layers"]) - set(names))
-    if unknown:
-        raise ValueError(f"SENG's state has a layer {unknown[0]!r} that this model has not; load "
-                         "it into the model it was saved with, or call reset_state()")
-    curvatures = {names[name]: _load_curvature(names[name], one)
-                  for name, one in state["layers"].items()}
-    seng.reset_state()
-    seng._curvatures = {layer: curvatures[layer] for layer in seng._layers if layer in curvatures}
-    seng._step, seng._due = int(state["step"]), bool(state["due"])
-    seng._skipped, seng._failures = int(state["skipped"]), dict(state["failures"])
-    for key in ("pending", "previous"):
-        saved = state[key]
-        if saved is not None:
-            setattr(seng, f"_{key}", {
-                names[name]: _to_device(names[name], tensors) for name, tensors in saved.items()})
-    seng._arm()
 
+    step: int = 0
+    due: bool = True
+    skipped: int = 0
+    failures: dict[str, int] = field(default_factory=dict)
+    systems: dict[Layer, LayerSystem] = field(default_factory=dict)
+    lagged: Lagged = field(default_factory=Lagged)
 
-def report(seng: SENG) -> Report:
-    """Data of every layer, see :data:`hvd_ext.seng.report.COLUMNS`."""
-    rows = []
-    for layer in seng._layers:
-        shape, plan = layer.shape, layer.plan
-        row: dict[str, Any] = {
-            "layer": layer.name, "kind": shape.kind,
-            "held": "implicit" if plan.implicit else "explicit",
-            "n": shape.n, "n_G": shape.n_g, "n_A": shape.n_a, "groups": shape.groups,
-            "sketch": _sketch_said(layer), "bytes": 0, "formula_bytes": 0,
-            "failures": seng._failures.get(layer.name, 0),
+    def to_dict(self, settings: Settings, ranks: int) -> dict[str, Any]:
+        """The state as plain containers and tensors; nothing may be under way."""
+        return {
+            "format": FORMAT, "ranks": ranks, "step": self.step, "due": self.due,
+            "skipped": self.skipped, "failures": dict(self.failures),
+            "settings": {name: getattr(settings, name) for name in BINDING},
+            "layers": {layer.name: system.state() for layer, system in self.systems.items()},
+            **self.lagged.state(),
         }
-        curvature = seng._curvatures.get(layer)
-        if curvature is None:
-            row["held"] = "identity"
-        else:
-            b = curvature.coefficients
-            size = _element_size(curvature.blocks[0])
-            row.update(
-                rho=curvature.rho, kappa=curvature.kappa, rank=curvature.r or None,
-                bytes=curvature.nbytes(), jitter=curvature.jitter,
-                formula_bytes=size * elements_held(shape, plan, rho=curvature.rho, r=curvature.r),
-                coefficient_norm=None if b is None else float(b.norm()),
-                age=seng._step - curvature.step,
-            )
-        rows.append(row)
-    owned = {id(p) for layer in seng._curvatures for p in layer.parameters}
-    rest = sum(p.numel() for p in seng.model.parameters()
-               if p.requires_grad and id(p) not in owned)
-    return Report(
-        layers=rows, step=seng._step, damping=seng.settings.damping_at(seng._step),
-        coupling=seng.settings.coupling, ranks=_ranks(seng),
-        bytes=sum(row["bytes"] for row in rows),
-        formula_bytes=sum(row["formula_bytes"] for row in rows),
-        identity_parameters=rest, failures=sum(seng._failures.values()), skipped=seng._skipped,
-        seconds_waited=seng.waited,
-    )
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any], layers: Sequence[Layer], settings: Settings,
+                  ranks: int) -> State:
+        """What :meth:`to_dict` gave.
+
+        Raises:
+            ValueError: another format, model, settings or number of ranks.
+        """
+        if saved.get("format") not in (1, FORMAT):
+            raise ValueError(f"SENG's state has format {saved.get('format')!r}, not {FORMAT}; it was "
+                             "saved by another version: call reset_state() instead")
+        if saved["ranks"] != ranks:
+            raise ValueError(f"SENG's state was saved by {saved['ranks']} ranks and there are "
+                             f"{ranks} now; call reset_state() to start its curvature anew")
+        mine = {name: getattr(settings, name) for name in BINDING}
+        odd = sorted(name for name in mine if saved["settings"].get(name) != mine[name])
+        if odd:
+            raise ValueError(
+                f"SENG's state was saved with other settings: {odd[0]} was "
+                f"{saved['settings'].get(odd[0])!r} and is {mine[odd[0]]!r}; construct SENG as it was, "
+                "or call reset_state()")
+        names = {layer.name: layer for layer in layers}
+        unknown = sorted(set(saved["layers"]) - set(names))
+        if unknown:
+            raise ValueError(f"SENG's state has a layer {unknown[0]!r} that this model does not have; "
+                             "load it into the model it was saved with, or call reset_state()")
+        systems = {}
+        for layer in layers:
+            if layer.name in saved["layers"]:
+                one = saved["layers"][layer.name]
+                one = one if saved["format"] == FORMAT else _from_format_1(one)
+                systems[layer] = LayerSystem.from_state(one, layer.parameters[0].device)
+        return cls(int(saved["step"]), bool(saved["due"]), int(saved["skipped"]),
+                   dict(saved["failures"]), systems, Lagged.from_state(saved, names))
+
+    def report(self, layers: Sequence[Layer], settings: Settings,
+               parameters: Sequence[torch.Tensor], *, ranks: int, waited: float) -> Report:
+        """Data of every layer, see :data:`hvd_ext.seng.report.COLUMNS`, and totals."""
+        rows = [layer_row(layer.shape, layer.plan,
+                          self.systems[layer].held(self.step) if layer in self.systems else None,
+                          failures=self.failures.get(layer.name, 0)) for layer in layers]
+        owned = {id(p) for layer in self.systems for p in layer.parameters}
+        rest = sum(p.numel() for p in parameters if p.requires_grad and id(p) not in owned)
+        return make_report(rows, settings, step=self.step, ranks=ranks, skipped=self.skipped,
+                           identity_parameters=rest, seconds_waited=waited)
 
 
-def _ranks(seng: SENG) -> int:
-    if not seng._attached:
-        seng._find_ranks()
-    return max(1, seng._ranks)
-
-
-def _described(seng: SENG) -> dict[str, Any]:
-    """Settings that the saved tensors depend on."""
-    wanted = ("coupling", "uc", "explicit_threshold", "sketch", "sketch_size", "replacement",
-              "rank", "row_sketch", "seed")
-    return {key: getattr(seng.settings, key) for key in wanted}
-
-
-def _sketch_said(layer: Layer) -> str | None:
-    plan = layer.plan
-    if plan.implicit:
-        rows = [str(count or "all") for count in (plan.rows_g, plan.rows_a)]
-        return " × ".join(rows) if plan.rows_g or plan.rows_a else None
-    return None if plan.sketch is None else str(plan.sketch)
-
-
-def _element_size(block: Block) -> int:
-    return (block.u if isinstance(block, Explicit) else block.g).element_size()
-
-
-def _save_curvature(curvature: Curvature) -> dict[str, Any]:
-    return {
-        "blocks": [{"type": type(block).__name__, **vars(block)} for block in curvature.blocks],
-        **{key: getattr(curvature, key) for key in _SYSTEM},
-    }
-
-
-def _load_curvature(layer: Layer, saved: dict[str, Any]) -> Curvature:
-    types: dict[str, type[Block]] = {"Explicit": Explicit, "Product": Product}
-    device = layer.parameters[0].device
-    blocks = []
-    for one in saved["blocks"]:
-        fields = {key: value.to(device) if isinstance(value, torch.Tensor) else value
-                  for key, value in one.items() if key != "type"}
-        blocks.append(types[one["type"]](**fields))
-    system = {key: saved[key].to(device) if isinstance(saved[key], torch.Tensor) else saved[key]
-              for key in _SYSTEM}
-    return Curvature(blocks=blocks, **system)
-
-
-def _to_device(layer: Layer, tensors: Any) -> Any:
-    device = layer.parameters[0].device
-    if isinstance(tensors, torch.Tensor):
-        return tensors.to(device)
-    return [tensor.to(device) for tensor in tensors]
+def _from_format_1(saved: dict[str, Any]) -> dict[str, Any]:
+    """Format 1 kept factors as (groups, n, r rho)."""
+    samples = {"g": saved["rho"], "a": saved["rho"], "xg": saved["total"], "xa": saved["total"]}
+    blocks = [{name: value.unflatten(2, (-1, samples[name])) if name in samples else value
+               for name, value in block.items()} for block in saved["blocks"]]
+    return {**saved, "blocks": blocks}

@@ -1,0 +1,82 @@
+"""A refresh of the curvature: sketch, small systems, and what ranks must agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import horovod.tensorflow as horovod
+import tensorflow as tf
+
+from hvd_ext.agreement import odd_ranks
+from hvd_ext.seng import Settings, check_same_layers, fingerprint, states_differ
+from hvd_ext.tensorflow.collectives import Collectives
+from hvd_ext.tensorflow.seng.blocks import Context
+from hvd_ext.tensorflow.seng.system import LayerSystem
+
+
+def check_ranks(systems: Sequence[LayerSystem], settings: Settings, collectives: Collectives, *,
+                prefix: str, stamp: tuple[int, int], step: int, due: bool) -> None:
+    """See, outside of any graph, that the ranks have the same layers and states that belong together.
+
+    Args:
+        stamp: the (rank, ranks) that this rank's state is of, (-1, -1) for a new one.
+
+    Raises:
+        RuntimeError: on every rank, when layers, settings, dampings or steps differ.
+        ValueError: on every rank, when one of them has restored another rank's state.
+    """
+    here = (collectives.rank, collectives.size)
+    mine = fingerprint(settings, [
+        (one.layer.key, one.layer.shape, one.layer.plan) for one in systems])
+    foreign = None if stamp in (here, (-1, -1)) else stamp
+    everyone = collectives.allgather_object((mine.number, foreign, (step, due)), f"{prefix}.state")
+    if odd_ranks([number for number, _, _ in everyone]):
+        check_same_layers(collectives.allgather_object(mine.lines, f"{prefix}.disagreement"))
+    for rank, (_, other, _) in enumerate(everyone):
+        if other is not None:
+            raise ValueError(
+                f"the state restored into SENG on rank {rank} of {len(everyone)} is that of "
+                f"rank {other[0]} of {other[1]}: save and restore one file per rank, or "
+                "call reset_state() on all of them to take the curvature anew")
+    if odd_ranks([at for _, _, at in everyone]):
+        raise states_differ([at[0] for _, _, at in everyone])
+
+
+def refresh(systems: Sequence[LayerSystem], number: tf.Variable, at: tf.Tensor, lam: tf.Tensor,
+            context: Context) -> tf.Tensor:
+    """New curvature of the layers that have one on every rank; others keep what they had.
+
+    Args:
+        number: of the pass that was captured.
+        at: the step, 0-D int64. lam: the damping, 0-D float64.
+
+    Returns:
+        Whether there is one of any layer, 0-D bool.
+    """
+    taken = [system.take(number) for system in systems]
+    _equal_columns(systems, [blocks for blocks, _ in taken], context)
+    made = [system.candidate(blocks, good, at, lam, context)
+            for system, (blocks, good) in zip(systems, taken, strict=True)]
+    fine = tf.stack([tf.cast(candidate.good, tf.int32) for candidate in made])
+    collectives = context.collectives
+    agreed = collectives.if_many(
+        lambda: collectives.allreduce(fine, f"{context.prefix}.refresh", op=horovod.Min),
+        lambda: fine)
+    for k, (system, candidate) in enumerate(zip(systems, made, strict=True)):
+        tf.cond(tf.equal(agreed[k], 1), lambda s=system, c=candidate: s.commit(c),
+                lambda s=system: s.fail())
+        system.captured.clear()
+    return tf.reduce_any(tf.equal(agreed, 1))
+
+
+def _equal_columns(systems: Sequence[LayerSystem], taken: Sequence[list[dict[str, tf.Tensor]]],
+                   context: Context) -> None:
+    """Give factors as many columns as any rank's have, by zeros."""
+    factors = [(block, parts) for system, blocks in zip(systems, taken, strict=True)
+               for block, parts in zip(system.blocks, blocks, strict=True) if block.has_columns]
+    if not factors or context.collectives.size == 1:
+        return
+    counts = tf.stack([block.columns_of(parts) for block, parts in factors])
+    most = context.collectives.allreduce(counts, f"{context.prefix}.columns", op=horovod.Max)
+    for k, (block, parts) in enumerate(factors):
+        block.pad(parts, most[k])

@@ -1,0 +1,160 @@
+"""The step: from reduced gradients to SENG's directions. Equations 26 to 28 and the three couplings.
+
+p = (g - U b)/lam          (SENG eq. 8)   ``LayerSystem.subtract``
+b = (lam I + U^T U)^-1 U^T g    (eq. 9)   ``LayerSystem.solve``
+U b = (1/M) sum_i U_i b_i      (eq. 26)   each rank its own ``b_i``, one allreduce per layer
+the two means of eq. 28 in place of it, for ``uc="factored"``   ``Product.message``
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from hvd_ext.torch.collectives import Collectives, Handle
+from hvd_ext.torch.seng.inventory import Layer
+from hvd_ext.torch.seng.system import LayerSystem
+
+Systems = Mapping[Layer, LayerSystem]
+Started = dict[Layer, "Handle | torch.Tensor"]
+
+
+class Gradients:
+    """Views of a layer's ``.grad``, one ``(n,)`` per parameter, times ``factor``.
+
+    A gradient in half precision, or not contiguous, is a copy that ``write_back`` returns; a
+    missing one counts as zero, so that every rank sends the same messages, and stays missing.
+    """
+
+    def __init__(self, layer: Layer, factor: float = 1.0) -> None:
+        self.flat: list[torch.Tensor] = []
+        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._present: list[torch.Tensor] = []
+        for parameter in layer.parameters:
+            gradient = parameter.grad
+            if gradient is None:
+                self.flat.append(parameter.new_zeros(parameter.numel(), dtype=layer.dtype))
+                continue
+            flat = gradient.detach().reshape(-1).to(layer.dtype)
+            if flat.data_ptr() != gradient.data_ptr():
+                self._copies.append((flat, gradient))
+            if factor != 1.0:
+                flat.mul_(factor)
+            self.flat.append(flat)
+            self._present.append(flat)
+
+    def write_back(self, factor: float = 1.0) -> None:
+        """Multiply by ``factor`` and put copies back into ``.grad``."""
+        if factor != 1.0:
+            for flat in self._present:
+                flat.mul_(factor)
+        for flat, gradient in self._copies:
+            gradient.copy_(flat.view(gradient.shape))
+
+
+@dataclass
+class Step:
+    """What a step works with: the ranks (None for one), the collectives' prefix, the form of U c."""
+
+    collectives: Collectives | None
+    name: str
+    uc: str
+    waited: float = 0.0
+
+    def directions(self, systems: Systems, gradients: Mapping[Layer, Gradients], lam: float) -> None:
+        """"block" coupling, ``U = diag(U_i)`` (SENG eq. 26), and "full", one system of all ranks."""
+        started = {layer: self.start(layer, systems[layer].message(g.flat, lam, self.uc))
+                   for layer, g in gradients.items()}
+        for layer, g in gradients.items():
+            systems[layer].subtract(self.wait(started[layer]), g.flat, lam, self.uc)
+
+    def lagged_directions(self, systems: Systems, gradients: Mapping[Layer, Gradients], lam: float,
+                          lagged: Lagged, lam_next: float | None) -> Lagged:
+        """"lagged" coupling: ``U b`` of the gradient of the step before (SENG eq. 27).
+
+        Layers that have no such gradient yet take this step's, as "block" does.
+
+        Args:
+            lagged: what the step before left.
+            lam_next: the damping of the next step; None when that one refreshes the curvature, so
+                that its message can be made only then.
+
+        Returns:
+            What this step leaves for the next one.
+        """
+        started = {layer: lagged.pending[layer] if layer in lagged.pending else
+                   self.start(layer, systems[layer].message(g.flat, lam, self.uc))
+                   for layer, g in gradients.items()}
+        after = Lagged()
+        for layer, g in gradients.items():
+            following = None
+            if lam_next is None:
+                after.previous[layer] = [flat.clone() for flat in g.flat]
+            else:
+                following = systems[layer].message(g.flat, lam_next, self.uc)
+            systems[layer].subtract(self.wait(started[layer]), g.flat, lam, self.uc)
+            if following is not None:
+                # Under way from here on, during the next forward and backward pass.
+                after.pending[layer] = self.start(layer, following)
+        return after
+
+    def start(self, layer: Layer, message: torch.Tensor) -> Handle | torch.Tensor:
+        """Start the mean of the ranks' messages for a layer."""
+        if self.collectives is None:
+            return message
+        return self.collectives.allreduce_async_(message, f"{self.name}.uc/{layer.name}",
+                                                 kind="curvature")
+
+    def wait(self, started: Handle | torch.Tensor) -> torch.Tensor:
+        """The mean that was started."""
+        if isinstance(started, torch.Tensor):
+            return started
+        begin = time.perf_counter()
+        message = started.wait()
+        self.waited += time.perf_counter() - begin
+        return message
+
+
+@dataclass
+class Lagged:
+    """What "lagged" coupling carries from one step to the next: of each layer either, or neither.
+
+    ``pending``: the mean of the messages for the last gradient, perhaps under way. ``previous``: the
+    last gradient itself, flat per parameter, when the next step's curvature is needed first.
+    """
+
+    pending: Started = field(default_factory=dict)
+    previous: dict[Layer, list[torch.Tensor]] = field(default_factory=dict)
+
+    def with_curvature(self, systems: Systems, step: Step, lam: float) -> Lagged:
+        """The same with the messages of ``previous`` under way, made with a refresh's curvature."""
+        return Lagged({layer: step.start(layer, systems[layer].message(flat, lam, step.uc))
+                       for layer, flat in self.previous.items() if layer in systems})
+
+    def finish(self, step: Step) -> None:
+        """Wait for all messages: they must have been received before they are dropped or saved."""
+        self.pending = {layer: step.wait(started) for layer, started in self.pending.items()}
+
+    def names(self) -> list[str]:
+        """What ranks compare: which parts there are."""
+        return [name for name in ("pending", "previous") if getattr(self, name)]
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint, after :meth:`finish`."""
+        return {"pending": {layer.name: message for layer, message in self.pending.items()} or None,
+                "previous": {layer.name: list(flat) for layer, flat in self.previous.items()} or None}
+
+    @classmethod
+    def from_state(cls, saved: Mapping[str, Any], layers: Mapping[str, Layer]) -> Lagged:
+        """What :meth:`state` gave, on the layers' devices."""
+        def device(name: str) -> torch.device:
+            return layers[name].parameters[0].device
+
+        return cls({layers[name]: message.to(device(name))
+                    for name, message in (saved["pending"] or {}).items()},
+                   {layers[name]: [flat.to(device(name)) for flat in parts]
+                    for name, parts in (saved["previous"] or {}).items()})

@@ -1,0 +1,236 @@
+"""One layer's curvature: its blocks and the small system of SENG eq. 9 that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hvd_ext.seng import Held, LayerPlan
+from hvd_ext.torch.seng import kernels
+from hvd_ext.torch.seng.blocks import Block, Chooser, Explicit, Product, block_from
+from hvd_ext.torch.seng.inventory import Layer
+from hvd_ext.torch.seng.rules import Factors, PerSample
+
+SAVED = ("rho", "kappa", "r", "step", "gram", "offset", "total", "ranks", "jitter", "coefficients")
+
+
+@dataclass(eq=False)
+class LayerSystem:
+    """A layer's blocks and small system.
+
+    ``rho`` are this rank's samples, ``total`` those of all ranks that the system joins (rho but in
+    full coupling) with this rank's at ``offset``; ``ranks`` is M in full coupling, else 1. ``gram``
+    (total, total) and its factor ``lower`` are float64, ``step`` is when it was taken. ``r`` is 0
+    without factors.
+    """
+
+    blocks: list[Block]
+    rho: int
+    kappa: int
+    r: int
+    step: int
+    gram: torch.Tensor | None = None
+    offset: int = 0
+    total: int = 0
+    ranks: int = 1
+    lower: torch.Tensor | None = None
+    lam: float = 0.0
+    jitter: float = 0.0
+    coefficients: torch.Tensor | None = None
+
+    # Made at a refresh
+
+    def sketch(self, plan: LayerPlan, choose: Chooser) -> None:
+        """Sample rows of every block."""
+        for block in self.blocks:
+            block.sketch(plan, choose)
+
+    def row_scores(self, label: str) -> torch.Tensor:
+        """Squared row norms of what ``label`` ("rows", "rows_g", "rows_a") samples."""
+        scores = [block.row_scores(label) for block in self.blocks]
+        return torch.cat([one for one in scores if one is not None])
+
+    def join(self, rho_by_rank: Sequence[int], rank: int) -> None:
+        """The system is that of all ranks' samples from here on."""
+        self.offset = sum(rho_by_rank[:rank])
+        self.total, self.ranks = sum(rho_by_rank), len(rho_by_rank)
+
+    def pad(self, r: int) -> None:
+        """Bring factors to ``r`` columns per sample."""
+        for block in self.blocks:
+            block.pad(r)
+        self.r = r
+
+    def form(self) -> None:
+        """Put the Gram matrix together from the (sketched) blocks."""
+        self.total = self.total or self.rho
+        grams = [block.gram().double() for block in self.blocks]
+        self.gram = torch.stack(grams).sum(0) / self.ranks
+
+    def factor(self, lam: float) -> bool:
+        """Factor ``lam I + U^T U``; a factor for this lam is kept. False when it has none."""
+        if self.lower is not None and self.lam == lam:
+            return True
+        assert self.gram is not None
+        lower, jitter = kernels.factor(self.gram, lam)
+        if lower is None:
+            return False
+        self.lower, self.lam, self.jitter = lower, lam, jitter
+        return True
+
+    # Used at every step
+
+    def solve(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+        """``b`` of SENG eq. 9 or 12 for all samples of the system: (total,)."""
+        assert self.lower is not None
+        rhs = self.blocks[0].project(gradients)
+        for block in self.blocks[1:]:
+            rhs = rhs + block.project(gradients)
+        if self.ranks > 1:
+            rhs = rhs / self.ranks ** 0.5
+        self.coefficients = kernels.solve(self.lower, rhs)
+        return self.coefficients
+
+    def message(self, gradients: Sequence[torch.Tensor], lam: float, uc: str) -> torch.Tensor:
+        """What this rank adds to ``U b``, flat, such that the mean over ranks is what is subtracted.
+
+        Explicit blocks and the exact form give ``U_i b_i`` (SENG eq. 25, 26), the factored form the
+        two means of eq. 28. A lam that has no factor leaves the last one in place.
+        """
+        self.factor(lam)
+        b = self.solve(gradients)
+        own = b[self.offset:self.offset + self.rho]
+        out = b.new_empty(sum(self._sizes(uc)))
+        for block, part in zip(self.blocks, out.split(self._sizes(uc)), strict=True):
+            block.message(b, own, self.ranks, uc, part)
+        return out
+
+    def subtract(self, mean: torch.Tensor, gradients: Sequence[torch.Tensor], lam: float,
+                 uc: str) -> None:
+        """``gradients <- (gradients - U b)/lam`` in place (SENG eq. 8) with the mean of the messages."""
+        for block, part in zip(self.blocks, mean.split(self._sizes(uc)), strict=True):
+            block.subtract(part, gradients, lam, uc)
+
+    def _sizes(self, uc: str) -> list[int]:
+        return [block.message_size(uc) for block in self.blocks]
+
+    # State and figures
+
+    def held(self, step: int) -> Held:
+        """What the report shows."""
+        tensors = {id(t): t for block in self.blocks for t in block.tensors()}
+        tensors.update({id(t): t for t in (self.gram, self.lower) if t is not None})
+        b = self.coefficients
+        return Held(rho=self.rho, r=self.r, kappa=self.kappa, itemsize=self.blocks[0].itemsize,
+                    nbytes=sum(t.numel() * t.element_size() for t in tensors.values()),
+                    jitter=self.jitter, age=step - self.step,
+                    coefficient_norm=None if b is None else float(b.norm()))
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: tensors and plain types; the factor is made again."""
+        return {"blocks": [block.state() for block in self.blocks],
+                **{name: getattr(self, name) for name in SAVED}}
+
+    @classmethod
+    def from_state(cls, saved: dict[str, Any], device: torch.device) -> LayerSystem:
+        """What :meth:`state` gave, on a device."""
+        values = {name: saved[name].to(device) if isinstance(saved[name], torch.Tensor)
+                  else saved[name] for name in SAVED}
+        return cls(blocks=[block_from(one, device) for one in saved["blocks"]], **values)
+
+
+def take(layer: Layer, captured: Sequence[tuple[dict[str, int], Factors | PerSample]], *,
+         scale: float, dtype: torch.dtype, step: int) -> LayerSystem | str:
+    """A layer's unsketched curvature from the results of its rule, one for each use in a pass.
+
+    Args:
+        captured: for each use the module's slots and what the rule returned.
+        scale: what gz is multiplied with to give ``G_i / sqrt(samples)``.
+        dtype: what U and the factors are stored in.
+
+    Returns:
+        The curvature, or what is wrong with what was captured.
+    """
+    u: dict[int, torch.Tensor] = {}
+    factors: list[tuple[torch.Tensor, torch.Tensor]] = []
+    samples, kappa = set(), 0
+    for slots, result in captured:
+        if isinstance(result, Factors):
+            g = result.g * scale
+            samples.add(g.shape[0])
+            kappa += g.shape[2]
+            bias = None if result.bias is None else result.bias * scale
+            if bias is None and not (layer.plan.implicit and layer.registered.ones):
+                bias = g.sum(2).flatten(1) if "bias" in slots else None
+            if layer.plan.implicit:
+                factors.append((g, _with_ones(layer, slots, result.a)))
+            elif "weight" in slots:
+                _add(u, slots["weight"], kernels.per_sample_products(g, result.a))
+            if bias is not None and "bias" in slots:
+                _add(u, slots["bias"], bias)
+        else:
+            kappa += 1
+            for name, place in slots.items():
+                if name not in result:
+                    return f"its rule gave nothing for the parameter {name!r}"
+                samples.add(result[name].shape[0])
+                _add(u, place, result[name].flatten(1) * scale)
+    if len(samples) != 1:
+        return f"its uses had different numbers of samples, {sorted(samples)}"
+    sizes = {place: layer.parameters[place].numel() for place in u}
+    if any(u[place].shape[1] != size for place, size in sizes.items()):
+        return "its rule gave per-sample gradients of another shape than the parameter's"
+    if not all(_finite(t) for t in (*u.values(), *(t for pair in factors for t in pair))):
+        return "what was captured is not finite"
+    blocks: list[Block] = []
+    if factors:
+        product = _product(layer, factors, dtype)
+        if isinstance(product, str):
+            return product
+        blocks.append(product)
+    start = 0
+    for place, part in sorted(u.items()):
+        stored = part.to(dtype)
+        blocks.append(Explicit(place, stored, stored, start=start, height=sum(sizes.values())))
+        start += sizes[place]
+    return LayerSystem(blocks, samples.pop(), kappa, blocks[0].r, step)
+
+
+def _product(layer: Layer, factors: list[tuple[torch.Tensor, torch.Tensor]],
+             dtype: torch.dtype) -> Product | str:
+    g, a = (parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+            for parts in zip(*factors, strict=True))
+    assert layer.plan.rank is not None
+    try:
+        g, a = kernels.truncate(g, a, layer.plan.rank)
+    except torch.linalg.LinAlgError as error:
+        return f"its factors could not be cut to rank {layer.plan.rank} ({error})"
+    g, a = (kernels.samples_last(factor).to(dtype) for factor in (g, a))
+    indices = tuple(range(len(layer.parameters))) if layer.registered.ones else (0,)
+    return Product(indices, layer.groups[2], g, a, g, a)
+
+
+def _with_ones(layer: Layer, slots: dict[str, int], a: torch.Tensor) -> torch.Tensor:
+    """A with a row for each bias of the layer: ones for the bias of this use, zeros for others."""
+    biases = len(layer.parameters) - 1
+    if not biases or not layer.registered.ones:
+        return a
+    rows = a.new_zeros((*a.shape[:3], biases))
+    if "bias" in slots:
+        rows[..., slots["bias"] - 1] = 1.0
+    return torch.cat([a, rows], -1)
+
+
+def _add(sums: dict[int, torch.Tensor], place: int, term: torch.Tensor) -> None:
+    if place not in sums or sums[place].shape != term.shape:
+        sums[place] = term
+    else:
+        sums[place] = sums[place] + term
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) & torch.isfinite(high))

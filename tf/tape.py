@@ -8,17 +8,20 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import horovod.tensorflow as horovod
 import keras
 import tensorflow as tf
 
+from hvd_ext.buckets import check_groups
 from hvd_ext.composition import public_name
 from hvd_ext.options import Options
 from hvd_ext.tensorflow import keras_hooks
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.keras_hooks import refuse_xla
+from hvd_ext.tensorflow.loss_scale import loss_scale
 from hvd_ext.tensorflow.reducers import (
     OTHER_REDUCTIONS,
     REDUCTIONS,
@@ -29,17 +32,18 @@ from hvd_ext.tensorflow.reducers import (
 from hvd_ext.tensorflow.reducers.base import Reducer, divide_by_ranks, precondition, report
 from hvd_ext.tensorflow.variables import as_tf, make_state
 
-ON_OPTIMIZER = "_hvd_ext_tape"
+KEPT = "_hvd_ext_tape"
+MOST_KEPT = 4  # settings per model; who changes them each step has a new reducer each step
 
 
 class _DistributedGradientTape(tf.GradientTape):
     """A ``tf.GradientTape`` with ``gradient`` reduced."""
 
-    def __init__(self, tape: tf.GradientTape, reducer: Reducer, scale_local_gradients: bool,
+    def __init__(self, tape: tf.GradientTape, settings: Settings, scale_local_gradients: bool,
                  optimizer: Any, preconditioner: Any) -> None:
         super().__init__()
         self.__dict__.update(tape.__dict__)
-        self._reducer = reducer
+        self._settings = settings
         self._scale_local = scale_local_gradients
         self._optimizer = optimizer
         self._preconditioner = preconditioner
@@ -60,18 +64,19 @@ class _DistributedGradientTape(tf.GradientTape):
         flat = super().gradient(target, flat_sources, output_gradients, unconnected_gradients)
         far = [index for index, source in enumerate(flat_sources)
                if id(as_tf(source)) not in self._local_sources]
-        owners = [flat_sources[index] for index in far]
-        reduced, good = self._reduce([flat[index] for index in far], owners)
+        variables = [flat_sources[index] for index in far]
+        reducer = kept_reducer(self._optimizer or (variables or flat_sources)[0], self._settings)
+        reduced, good = self._reduce(reducer, [flat[index] for index in far], variables)
         if good is not None:  # as after a plain allreduce, what is not finite reaches every rank
             reduced = [None if gradient is None else tf.where(good, gradient, math.nan)
                        for gradient in reduced]
-        reduced = precondition(self._preconditioner, reduced, owners, self._reducer)
+        reduced = precondition(self._preconditioner, reduced, variables, reducer)
         result = list(flat)
         for index, gradient in zip(far, reduced, strict=True):
             result[index] = gradient
         if self._scale_local:
             for index in set(range(len(result))) - set(far):
-                result[index] = divide_by_ranks(result[index], self._reducer.collectives)
+                result[index] = divide_by_ranks(result[index], reducer.collectives)
         return keras.tree.pack_sequence_as(sources, result)
 
     def build(self, sources: Sequence[Any]) -> None:
@@ -79,18 +84,26 @@ class _DistributedGradientTape(tf.GradientTape):
 
         The first ``gradient`` does; call it before a checkpoint is restored into new objects.
         """
-        if self._optimizer is None or self._reducer.variables:
+        if not self._settings.keeps_state:
+            return
+        reducer = kept_reducer(self._optimizer, self._settings)
+        if reducer.variables:
             return
         with tf.init_scope():
             if not self._optimizer.built:
                 self._optimizer.build(list(sources))
-            self._reducer.build(sources, functools.partial(make_state, self._optimizer))
+            reducer.build(sources, functools.partial(make_state, self._optimizer))
 
-    def _reduce(self, gradients: list[Any], owners: list[Any]) -> tuple[list[Any], Any]:
-        if self._optimizer is None:
-            return self._reducer(gradients, owners)
-        self.build(owners)
-        return self._reducer(gradients, owners, **self._reducer.inputs(self._optimizer))
+    def _reduce(self, reducer: Reducer, gradients: list[Any], variables: list[Any]
+                ) -> tuple[list[Any], Any]:
+        if not self._settings.keeps_state:
+            return reducer(gradients, variables)
+        self.build(variables)
+        # What is not linear in the gradient must see it without the loss's scale.
+        scale = tf.convert_to_tensor(loss_scale(self._optimizer), tf.float32)
+        reduced, good = reducer([_times(gradient, 1.0 / scale) for gradient in gradients], variables,
+                                **reducer.inputs(self._optimizer))
+        return [_times(gradient, scale) for gradient in reduced], good
 
     @tf.autograph.experimental.do_not_convert
     def get_local_and_global_gradients(
@@ -137,30 +150,29 @@ def distributed_tape(gradtape: tf.GradientTape, device_dense: str = "", device_s
     if preconditioner is not None:
         preconditioner.scaled_by(optimizer, still=True)
     groups = (num_groups or None) if groups is None else groups
-    settings = (op, compression, sparse_as_dense, gradient_predivide_factor, process_set,
-                device_dense, device_sparse, _Groups(groups) if isinstance(groups, list) else groups)
     method = method_of(op, compression)
-    keeps_state = method is not None
-    if optimizer is None and not keeps_state:
-        return _DistributedGradientTape(gradtape, _kept_reducer(*settings), scale_local_gradients,
-                                        None, preconditioner)
+    settings = Settings(op, compression, sparse_as_dense, gradient_predivide_factor, process_set,
+                        device_dense, device_sparse,
+                        _Groups(groups) if isinstance(groups, list) else groups, method is not None)
+    check_groups(groups, member=(tf.Variable, keras.Variable), what="tf.Variable",
+                 key=lambda variable: id(as_tf(variable)))
+    _check(replace(settings, groups=None))
+    if optimizer is None and method is None:
+        return _DistributedGradientTape(gradtape, settings, scale_local_gradients, None,
+                                        preconditioner)
     if not isinstance(optimizer, keras.Optimizer):
-        what = public_name(method) if keeps_state else ""
-        why = f"a tape with {what} keeps state between steps and needs" if keeps_state else \
-            "a tape takes as"
+        why = f"a tape with {public_name(method)} keeps state between steps and needs" \
+            if method is not None else "a tape takes as"
         raise ValueError(
             f"{why} optimizer=, the Keras optimizer that applies its gradients; got {optimizer!r}. "
             "Pass it, or wrap the optimizer with hvd.DistributedOptimizer instead of the tape")
     if keras_hooks.wrapper_of(optimizer) is not None:
         raise ValueError("optimizer= is distributed already: gradients would be reduced twice; "
                          "use hvd.DistributedOptimizer or hvd.DistributedGradientTape, not both")
-    kept = optimizer.__dict__.get(ON_OPTIMIZER)
-    if kept is None or kept[0] != settings:
-        kept = settings, _make_reducer(*settings)
-        object.__setattr__(optimizer, ON_OPTIMIZER, kept)
-    object.__setattr__(optimizer, "report", functools.partial(report, kept[1], preconditioner))
-    return _DistributedGradientTape(gradtape, kept[1], scale_local_gradients,
-                                    optimizer if keeps_state else None, preconditioner)
+    object.__setattr__(optimizer, "report", functools.partial(
+        report, kept_reducer(optimizer, settings), preconditioner))
+    return _DistributedGradientTape(gradtape, settings, scale_local_gradients, optimizer,
+                                    preconditioner)
 
 
 @tf.autograph.experimental.do_not_convert
@@ -178,7 +190,7 @@ def partial_distributed_tape(gradtape: tf.GradientTape, *args: Any, local_layers
 
 
 class _Groups:
-    """Lists of variables, alike when they are the same variables."""
+    """Lists of variables, equal when they are the same variables."""
 
     def __init__(self, groups: list[Any]) -> None:
         self.groups = groups
@@ -192,16 +204,63 @@ class _Groups:
         return hash(self._key)
 
 
-def _make_reducer(op: Any, compression: Any, sparse_as_dense: bool, predivide: float,
-                  process_set: Any, device_dense: str, device_sparse: str, groups: Any) -> Reducer:
-    groups = groups.groups if isinstance(groups, _Groups) else groups
-    return make_reducer(
-        Collectives(process_set, device_dense=device_dense, device_sparse=device_sparse),
-        Options(prefix="DistributedGradientTape", groups=groups, sparse_as_dense=sparse_as_dense,
-                half=compression is horovod.Compression.fp16),
-        op=op, compression=compression, predivide=predivide,
-        allowed={**REDUCTIONS, **OTHER_REDUCTIONS})
+@dataclass(frozen=True)
+class Settings:
+    """What a tape's reducer is made of."""
+
+    op: Any
+    compression: Any
+    sparse_as_dense: bool
+    predivide: float
+    process_set: Any
+    device_dense: str
+    device_sparse: str
+    groups: Any
+    keeps_state: bool
+
+    def make(self) -> Reducer:
+        """The reducer.
+
+        Raises:
+            ValueError: arguments contradict each other.
+        """
+        groups = self.groups.groups if isinstance(self.groups, _Groups) else self.groups
+        return make_reducer(
+            Collectives(self.process_set, device_dense=self.device_dense,
+                        device_sparse=self.device_sparse),
+            Options(prefix="DistributedGradientTape", groups=groups,
+                    sparse_as_dense=self.sparse_as_dense,
+                    half=self.compression is horovod.Compression.fp16),
+            op=self.op, compression=self.compression, predivide=self.predivide,
+            allowed={**REDUCTIONS, **OTHER_REDUCTIONS})
 
 
-# A tape is made anew each step; what it compiled for the step before is kept.
-_kept_reducer = functools.cache(_make_reducer)
+@functools.lru_cache(maxsize=16)
+def _check(settings: Settings) -> None:
+    """Fail for bad settings, without groups, when the tape is made; once, as a tape is made each step."""
+    settings.make()
+
+
+def kept_reducer(owner: Any, settings: Settings) -> Reducer:
+    """The reducer of these settings that lives as long as ``owner``.
+
+    A tape is made anew each step; what it compiled for the step before is kept with the optimizer,
+    or with the first of the variables, and goes when they do.
+    """
+    owner = as_tf(owner)
+    if not isinstance(owner, tf.Variable | keras.Optimizer):
+        return settings.make()
+    kept = owner.__dict__.setdefault(KEPT, {})
+    if settings not in kept:
+        while len(kept) >= MOST_KEPT:
+            del kept[next(iter(kept))]
+        kept[settings] = settings.make()
+    return kept[settings]
+
+
+def _times(gradient: Any, factor: tf.Tensor) -> Any:
+    """A gradient times a 0-D number."""
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(gradient.values * tf.cast(factor, gradient.dtype), gradient.indices,
+                                gradient.dense_shape)
+    return None if gradient is None else gradient * tf.cast(factor, gradient.dtype)

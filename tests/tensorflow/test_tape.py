@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 
@@ -11,6 +14,7 @@ pytest.importorskip("horovod.tensorflow", reason="Horovod is not built for Tenso
 import keras  # noqa: E402
 
 import hvd_ext.tensorflow as hvd  # noqa: E402
+from hvd_ext.tensorflow.tape import KEPT, MOST_KEPT  # noqa: E402
 from tests.tensorflow import training  # noqa: E402
 
 
@@ -240,3 +244,78 @@ def test_every_extension_with_a_tape(ranks, tmp_path):
                     np.testing.assert_array_equal(mine, traced)
                 np.testing.assert_allclose(mine, traced, rtol=1e-4, atol=1e-6)
         assert all(count <= 2 for (_, way), count in traces.items() if way != "eager"), traces
+
+
+def lives_of_models():
+    """Whether models that tapes have seen are freed, and how many reducers one variable keeps."""
+    freed = []
+    for _ in range(2):
+        variable = tf.Variable([1.0, 2.0])
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(variable * variable)
+        hvd.DistributedGradientTape(tape).gradient(loss, [variable])
+        gone = weakref.ref(variable)
+        del variable, tape, loss
+        gc.collect()
+        freed.append(gone() is None)
+    variable = tf.Variable([1.0, 2.0])
+    for number in range(9):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(variable * variable)
+        wrapped = hvd.DistributedGradientTape(tape, gradient_predivide_factor=1.0 + number)
+        gradient = wrapped.gradient(loss, [variable])[0].numpy().tolist()
+    return freed, len(variable.__dict__[KEPT]), gradient
+
+
+def graphs_one_after_another():
+    """Gradients in graphs that are gone when the next one is made, then in eager mode."""
+    found = []
+    for _ in range(2):
+        with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+            variable = tf.Variable([1.0, float(hvd.rank())])
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_sum(variable * variable)
+            gradient = hvd.DistributedGradientTape(tape).gradient(loss, [variable])[0]
+            session.run(tf.compat.v1.global_variables_initializer())
+            found.append(session.run(gradient).tolist())
+    variable = tf.Variable([1.0, float(hvd.rank())])
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(variable * variable)
+    found.append(hvd.DistributedGradientTape(tape).gradient(loss, [variable])[0].numpy().tolist())
+    return found
+
+
+@pytest.mark.ranks
+def test_nothing_outlives_a_model_and_its_graph(ranks):
+    for freed, kept, gradient in ranks(2, init="tensorflow").run(lives_of_models):
+        assert freed == [True, True]
+        assert kept <= MOST_KEPT
+        np.testing.assert_allclose(gradient, [2.0, 4.0])
+    for found in ranks(2, init="tensorflow").run(graphs_one_after_another):
+        assert found == [[2.0, 1.0]] * 3
+
+
+def scaled_steps(scale, op, compression):
+    """Weights after steps whose loss is scaled and whose gradients are unscaled after the tape."""
+    variable = tf.Variable(np.linspace(-1.0, 1.0, 12).astype("float32"))
+    optimizer = keras.optimizers.SGD(0.2, loss_scale_factor=scale)
+    options = {} if op is None else {"op": hvd.DelayCompensated(lam=4.0, adaptive=op == "adaptive")}
+    if compression:
+        options["compression"] = hvd.Compression.topk(0.25, min_size=0)
+    for step in range(4):
+        target = tf.constant(np.random.default_rng([hvd.rank(), step]).standard_normal(12), tf.float32)
+        with tf.GradientTape() as tape:
+            loss = optimizer.scale_loss(tf.reduce_sum((variable - target) ** 2))
+        tape = hvd.DistributedGradientTape(tape, optimizer=optimizer, **options)
+        optimizer.apply(tape.gradient(loss, [variable]), [variable])
+    return variable.numpy()
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("op", "compression"), [("adaptive", False), ("constant", False), (None, True)])
+def test_the_loss_scale_does_not_reach_what_is_not_linear(ranks, op, compression):
+    pool = ranks(2, init="tensorflow")
+    plain = pool.run(scaled_steps, None, op, compression)
+    scaled = pool.run(scaled_steps, 256.0, op, compression)
+    np.testing.assert_allclose(scaled[0], plain[0], rtol=1e-5)
+    np.testing.assert_array_equal(scaled[0], scaled[1])

@@ -39,7 +39,7 @@ MOST_KEPT = 4  # settings per model; who changes them each step has a new reduce
 class _DistributedGradientTape(tf.GradientTape):
     """A ``tf.GradientTape`` with ``gradient`` reduced."""
 
-    def __init__(self, tape: tf.GradientTape, settings: Settings, scale_local_gradients: bool,
+    def __init__(self, tape: tf.GradientTape, settings: TapeSettings, scale_local_gradients: bool,
                  optimizer: Any, preconditioner: Any) -> None:
         super().__init__()
         self.__dict__.update(tape.__dict__)
@@ -151,7 +151,7 @@ def distributed_tape(gradtape: tf.GradientTape, device_dense: str = "", device_s
         preconditioner.scaled_by(optimizer, still=True)
     groups = (num_groups or None) if groups is None else groups
     method = method_of(op, compression)
-    settings = Settings(op, compression, sparse_as_dense, gradient_predivide_factor, process_set,
+    settings = TapeSettings(op, compression, sparse_as_dense, gradient_predivide_factor, process_set,
                         device_dense, device_sparse,
                         _Groups(groups) if isinstance(groups, list) else groups, method is not None)
     check_groups(groups, member=(tf.Variable, keras.Variable), what="tf.Variable",
@@ -205,7 +205,7 @@ class _Groups:
 
 
 @dataclass(frozen=True)
-class Settings:
+class TapeSettings:
     """What a tape's reducer is made of."""
 
     op: Any
@@ -236,12 +236,12 @@ class Settings:
 
 
 @functools.lru_cache(maxsize=16)
-def _check(settings: Settings) -> None:
+def _check(settings: TapeSettings) -> None:
     """Fail for bad settings, without groups, when the tape is made; once, as a tape is made each step."""
     settings.make()
 
 
-def kept_reducer(owner: Any, settings: Settings) -> Reducer:
+def kept_reducer(owner: Any, settings: TapeSettings) -> Reducer:
     """The reducer of these settings that lives as long as ``owner``.
 
     A tape is made anew each step; what it compiled for the step before is kept with the optimizer,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hvd_ext.async_ps.config import Settings
+from hvd_ext.async_ps.config import ServerSettings
 from hvd_ext.async_ps.plan import Plan
 from hvd_ext.delay.sequences import Recorded
 
@@ -41,7 +41,7 @@ def save_shard(folder: Path, server: int, servers: int, state: dict[str, Array])
     hidden.replace(path)
 
 
-def seal(folder: Path, plan: Plan, settings: Settings, books: dict[str, Any],
+def seal(folder: Path, plan: Plan, settings: ServerSettings, books: dict[str, Any],
          recording: Recorded, *, dtype: str, shapes: list[tuple[int, ...]]) -> None:
     """Makes a checkpoint valid once all servers have written theirs; removes surplus old ones."""
     recording.save(folder / "recording.npz")
@@ -114,7 +114,7 @@ class Checkpoint:
         return [part.reshape(shape)
                 for part, shape in zip(np.split(flat, cuts), shapes, strict=True)]
 
-    def check(self, plan: Plan, settings: Settings, *, dtype: str,
+    def check(self, plan: Plan, settings: ServerSettings, *, dtype: str,
               shapes: list[tuple[int, ...]]) -> None:
         """Whether a run with this plan and these settings can go on from here.
 

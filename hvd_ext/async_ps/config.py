@@ -1,4 +1,4 @@
-"""Settings of the parameter server, checked on construction."""
+"""ServerSettings of the parameter server, checked on construction."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Schedule = float | Callable[[float], float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class ServerSettings:
     """Everything a run is told, the same on every rank.
 
     Args:

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from hvd_ext.async_ps.config import Schedule, Settings
+from hvd_ext.async_ps.config import Schedule, ServerSettings
 from hvd_ext.async_ps.model import Array, FlatModel
 from hvd_ext.async_ps.report import Report
 from hvd_ext.delay.async_rules import AsyncRule
@@ -39,7 +39,7 @@ class ParameterServer:
         comm: an mpi4py communicator; by default all ranks. It is duplicated, never used itself.
         updates_per_epoch, prefetch, worker_timeout, server_timeout, start_timeout,
         checkpoint_dir, checkpoint_every, keep, resume, reset_workers, broadcast, progress,
-        total_updates: see :class:`hvd_ext.async_ps.config.Settings`.
+        total_updates: see :class:`hvd_ext.async_ps.config.ServerSettings`.
 
     Raises:
         ValueError, TypeError: a setting is out of range; there are fewer than two ranks or more
@@ -58,7 +58,7 @@ class ParameterServer:
                  resume: Folder | None = None, reset_workers: bool = False,
                  broadcast: bool = False, progress: bool = True,
                  total_updates: int | None = None) -> None:
-        settings = Settings(
+        settings = ServerSettings(
             rule=AsyncRule(name=rule, lam=lam, decay=decay, eps=eps), lr=lr,
             updates_per_epoch=updates_per_epoch, momentum=momentum, prefetch=prefetch,
             worker_timeout=worker_timeout, server_timeout=server_timeout,

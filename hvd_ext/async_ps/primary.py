@@ -9,7 +9,7 @@ from typing import Any
 
 from hvd_ext.async_ps import wire
 from hvd_ext.async_ps.checkpoint import latest, place, seal
-from hvd_ext.async_ps.config import Settings
+from hvd_ext.async_ps.config import ServerSettings
 from hvd_ext.async_ps.ending import bound_the_end
 from hvd_ext.async_ps.errors import ServerLost, ServerStopped
 from hvd_ext.async_ps.model import Array, FlatModel
@@ -29,7 +29,7 @@ class Primary(Server):
     is any of it applied.
     """
 
-    def __init__(self, plan: Plan, member: Membership, settings: Settings, weights: Array,
+    def __init__(self, plan: Plan, member: Membership, settings: ServerSettings, weights: Array,
                  model: FlatModel) -> None:
         super().__init__(plan, member, settings, weights)
         self.books = Sequencer(settings, plan, weights.itemsize)

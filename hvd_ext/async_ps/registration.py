@@ -18,7 +18,7 @@ import numpy as np
 from mpi4py import MPI
 
 from hvd_ext.async_ps.checkpoint import Checkpoint
-from hvd_ext.async_ps.config import Settings
+from hvd_ext.async_ps.config import ServerSettings
 from hvd_ext.async_ps.model import Array, FlatModel
 from hvd_ext.async_ps.plan import Plan
 from hvd_ext.async_ps.watch import LOCAL, Guest, Host
@@ -44,7 +44,7 @@ class Membership:
 
 
 def register(comm: MPI.Comm, servers: int, model: FlatModel, weights: Array,
-             settings: Settings) -> tuple[Plan, Membership]:
+             settings: ServerSettings) -> tuple[Plan, Membership]:
     """Called by all ranks of ``comm`` together.
 
     Args:
@@ -102,7 +102,7 @@ def register(comm: MPI.Comm, servers: int, model: FlatModel, weights: Array,
     return plan, Membership(own, host, guest, checkpoint)
 
 
-def _resume(plan: Plan | None, model: FlatModel, settings: Settings) -> Checkpoint | None:
+def _resume(plan: Plan | None, model: FlatModel, settings: ServerSettings) -> Checkpoint | None:
     if settings.resume is None or plan is None:
         return None
     found = Checkpoint(settings.resume)
@@ -119,7 +119,7 @@ def _attempt(make: Callable[[], Any]) -> tuple[Any, str | None]:
         return None, str(error)
 
 
-def _compare(records: list[dict[str, Any]], settings: Settings) -> None:
+def _compare(records: list[dict[str, Any]], settings: ServerSettings) -> None:
     first = records[0]
     for rank, record in enumerate(records):
         if record["error"]:
@@ -153,7 +153,7 @@ def _difference(record: dict[str, Any], first: dict[str, Any]) -> str:
 
 
 def _exchange(comm: MPI.Comm, record: dict[str, Any], deadline: float,
-              settings: Settings) -> list[dict[str, Any]]:
+              settings: ServerSettings) -> list[dict[str, Any]]:
     """Every rank's record, by rank."""
     text = json.dumps(record).encode()
     if len(text) > RECORD and "shapes" in record:
@@ -166,7 +166,7 @@ def _exchange(comm: MPI.Comm, record: dict[str, Any], deadline: float,
     return [json.loads(row.tobytes().decode().rstrip()) for row in everyone]
 
 
-def _wait(request: MPI.Request, deadline: float, settings: Settings) -> None:
+def _wait(request: MPI.Request, deadline: float, settings: ServerSettings) -> None:
     while not request.Test():
         if time.monotonic() > deadline:
             raise TimeoutError(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hvd_ext.async_ps import wire
-from hvd_ext.async_ps.config import Settings
+from hvd_ext.async_ps.config import ServerSettings
 from hvd_ext.async_ps.errors import ServerLost, ServerStopped
 from hvd_ext.async_ps.model import Array
 from hvd_ext.async_ps.plan import Plan
@@ -24,7 +24,7 @@ LAST_WORDS = 5.0  # seconds in which a slice may still arrive after the primary 
 class Secondary(Server):
     """Confirms to the primary what has arrived whole, applies it when told."""
 
-    def __init__(self, plan: Plan, member: Membership, settings: Settings, weights: Array) -> None:
+    def __init__(self, plan: Plan, member: Membership, settings: ServerSettings, weights: Array) -> None:
         super().__init__(plan, member, settings, weights)
         self._orders = HeaderBox(self.comm, wire.ORDER)
         self._ended = False

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hvd_ext.async_ps.config import Settings
+from hvd_ext.async_ps.config import ServerSettings
 from hvd_ext.async_ps.plan import Plan
 from hvd_ext.async_ps.report import Delays, Report, WorkerReport, worker_from
 from hvd_ext.delay.momentum import AutoMomentum
@@ -35,7 +35,7 @@ class Sequencer:
     goes into the same slot.
     """
 
-    def __init__(self, settings: Settings, plan: Plan, itemsize: int) -> None:
+    def __init__(self, settings: ServerSettings, plan: Plan, itemsize: int) -> None:
         self.settings = settings
         self.plan = plan
         self.itemsize = itemsize

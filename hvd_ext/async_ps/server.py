@@ -14,7 +14,7 @@ from mpi4py import MPI
 
 from hvd_ext.async_ps import wire
 from hvd_ext.async_ps.checkpoint import place, save_shard
-from hvd_ext.async_ps.config import Settings
+from hvd_ext.async_ps.config import ServerSettings
 from hvd_ext.async_ps.model import Array
 from hvd_ext.async_ps.plan import Plan
 from hvd_ext.async_ps.registration import Membership
@@ -36,7 +36,7 @@ class Server:
         weights: the model's starting weights, flat (numel,).
     """
 
-    def __init__(self, plan: Plan, member: Membership, settings: Settings, weights: Array) -> None:
+    def __init__(self, plan: Plan, member: Membership, settings: ServerSettings, weights: Array) -> None:
         self.plan = plan
         self.member = member
         self.settings = settings

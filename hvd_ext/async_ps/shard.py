@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hvd_ext.async_ps.config import Settings
+from hvd_ext.async_ps.config import ServerSettings
 from hvd_ext.async_ps.sequencer import Commit
 from hvd_ext.delay.async_rules import BLOCK, apply_in_blocks
 
@@ -25,7 +25,7 @@ class Shard:
         workers: M.
     """
 
-    def __init__(self, weights: Array, settings: Settings, workers: int) -> None:
+    def __init__(self, weights: Array, settings: ServerSettings, workers: int) -> None:
         self.settings = settings
         self.w = weights.copy()
         self.velocity = np.zeros_like(self.w) if settings.moves else None

@@ -9,7 +9,7 @@ import numpy as np
 from mpi4py import MPI
 
 from hvd_ext.async_ps import wire
-from hvd_ext.async_ps.config import Settings
+from hvd_ext.async_ps.config import ServerSettings
 from hvd_ext.async_ps.ending import bound_the_end
 from hvd_ext.async_ps.errors import LeftOut, ServerLost, ServerStopped
 from hvd_ext.async_ps.model import Array, FlatModel
@@ -33,7 +33,7 @@ class Worker:
         model: this rank's model; its weights are set here when a run is resumed or broadcast.
     """
 
-    def __init__(self, plan: Plan, member: Membership, settings: Settings,
+    def __init__(self, plan: Plan, member: Membership, settings: ServerSettings,
                  model: FlatModel) -> None:
         self.plan = plan
         self.settings = settings

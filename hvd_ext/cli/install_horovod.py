@@ -24,7 +24,7 @@ CMAKE_NEED = "cmake>=3.13,<4"
 
 
 @dataclass(frozen=True)
-class Plan:
+class BuildPlan:
     """What one run of the command will do, decided before anything is changed."""
 
     frameworks: dict[str, str]
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def decide(mpi: str, cache: Path, environ: Mapping[str, str] = os.environ) -> Plan:
+def decide(mpi: str, cache: Path, environ: Mapping[str, str] = os.environ) -> BuildPlan:
     """Look at this machine and the user's variables, and decide what to build.
 
     Raises:
@@ -125,10 +125,10 @@ def decide(mpi: str, cache: Path, environ: Mapping[str, str] = os.environ) -> Pl
         cuda=toolchain.cuda_toolkit(environ),
         environ=environ,
     )
-    return Plan(frameworks, chosen, compiler, toolchain.cmake(environ), Slot(cache, parts))
+    return BuildPlan(frameworks, chosen, compiler, toolchain.cmake(environ), Slot(cache, parts))
 
 
-def obtain(plan: Plan, *, source: Path | None, jobs: int, force: bool) -> Path:
+def obtain(plan: BuildPlan, *, source: Path | None, jobs: int, force: bool) -> Path:
     """The wheel of ``plan``: from the cache, or built now.
 
     Raises:
@@ -163,7 +163,7 @@ def obtain(plan: Plan, *, source: Path | None, jobs: int, force: bool) -> Path:
             return slot.store(compile_wheel(tree, shop, environ=environ, log=slot.log))
 
 
-def _describe(plan: Plan, *, force: bool) -> None:
+def _describe(plan: BuildPlan, *, force: bool) -> None:
     """Print the plan."""
     wheel = plan.slot.wheel()
     console = out()
@@ -205,7 +205,7 @@ def _install(wheel: Path) -> None:
     _pip_install(["--no-deps", "--force-reinstall", str(wheel)])
 
 
-def _verify(plan: Plan) -> None:
+def _verify(plan: BuildPlan) -> None:
     """Import what was installed, each framework in a process of its own.
 
     Raises:

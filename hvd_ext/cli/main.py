@@ -18,7 +18,7 @@ COMMANDS = (
 )
 
 
-class Run(Protocol):
+class Command(Protocol):
     """What a subcommand does with its parsed arguments; the result is the exit status."""
 
     def __call__(self, args: argparse.Namespace) -> int: ...
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parser().parse_args(argv)
     try:
-        return cast(Run, args.run)(args)
+        return cast(Command, args.run)(args)
     except Failure as failure:
         err().print(f"[bold red]hvd-ext:[/] {escape(str(failure))}", soft_wrap=True)
         if failure.mend:

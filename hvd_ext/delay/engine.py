@@ -19,7 +19,7 @@ Setting = float | Array | Callable[[int], Any]
 
 
 @dataclass(frozen=True)
-class Run:
+class Trajectory:
     """What :func:`replay` returns.
 
     Attributes:
@@ -38,7 +38,7 @@ class Run:
 def replay(gradient: Gradient, start: Array, *, steps: int,
            delays: DelaySequence | Sequence[DelaySequence] | int = 0, lr: Setting,
            momentum: Setting | AutoMomentum = 0.0, rule: AsyncRule | None = None,
-           observe: Callable[[Array, int], Any] | None = None, observe_every: int = 1) -> Run:
+           observe: Callable[[Array, int], Any] | None = None, observe_every: int = 1) -> Trajectory:
     """Applies ``steps`` delayed gradients, each taken at the weights tau_k updates ago.
 
     ``w_(k+1) = w_k - lr * h(g(w_(k - tau_k))) + momentum * (w_k - w_(k-1))`` (Async-MSGD eq. 1.3),
@@ -100,7 +100,7 @@ def replay(gradient: Gradient, start: Array, *, steps: int,
             if observe is not None and (k + 1) % every == 0:
                 observed.append(observe(w, k + 1))
                 observed_at.append(k + 1)
-    return Run(w, taus, observed, observed_at)
+    return Trajectory(w, taus, observed, observed_at)
 
 
 def _plan(delays: DelaySequence | Sequence[DelaySequence] | int, steps: int,

@@ -6,7 +6,7 @@ from hvd_ext.seng.agreement import (
     states_differ,
 )
 from hvd_ext.seng.plan import LayerPlan, LayerShape, elements_held, plan_layer
-from hvd_ext.seng.report import Held, Report, layer_row, make_report
+from hvd_ext.seng.report import CurvatureReport, Held, layer_row, make_report
 from hvd_ext.seng.rows import generator, sample_batch, sample_rows, usable_scores
 from hvd_ext.seng.schedules import (
     IMAGENET_RECIPES,
@@ -21,9 +21,9 @@ from hvd_ext.seng.settings import DEFAULT_SKETCH_SIZE, Settings, takes_settings
 from hvd_ext.seng.solve import JITTERS, jitters
 
 __all__ = [
-    "DEFAULT_SKETCH_SIZE", "IMAGENET_RECIPES", "JITTERS", "Cosine", "DampingDecay", "ExpDecay",
-    "Held", "LayerPlan", "LayerShape", "Recipe", "Report", "Settings", "WarmUp", "check_same_layers",
-    "elements_held", "fingerprint", "generator", "imagenet_recipe", "jitters",
-    "layer_row", "make_report", "plan_layer", "sample_batch", "sample_rows", "states_differ",
-    "takes_settings", "usable_scores",
+    "DEFAULT_SKETCH_SIZE", "IMAGENET_RECIPES", "JITTERS", "Cosine", "CurvatureReport", "DampingDecay",
+    "ExpDecay", "Held", "LayerPlan", "LayerShape", "Recipe", "Settings", "WarmUp", "check_same_layers",
+    "elements_held", "fingerprint", "generator", "imagenet_recipe", "jitters", "layer_row",
+    "make_report", "plan_layer", "sample_batch", "sample_rows", "states_differ", "takes_settings",
+    "usable_scores",
 ]

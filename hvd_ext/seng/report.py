@@ -52,9 +52,9 @@ def layer_row(shape: LayerShape, plan: LayerPlan, held: Held | None, *,
 
 
 def make_report(rows: Sequence[dict[str, Any]], settings: Settings, *, step: int, ranks: int,
-                skipped: int, identity_parameters: int, **more: Any) -> Report:
+                skipped: int, identity_parameters: int, **more: Any) -> CurvatureReport:
     """The rows of all layers and their totals."""
-    return Report(
+    return CurvatureReport(
         layers=list(rows), step=step, damping=settings.damping_at(step), coupling=settings.coupling,
         ranks=ranks, bytes=sum(row["bytes"] for row in rows),
         formula_bytes=sum(row["formula_bytes"] for row in rows),
@@ -62,7 +62,7 @@ def make_report(rows: Sequence[dict[str, Any]], settings: Settings, *, step: int
         skipped=skipped, **more)
 
 
-class Report(dict[str, Any]):
+class CurvatureReport(dict[str, Any]):
     """A dict with ``layers`` (dicts with the keys of ``COLUMNS``) and totals; prints as a table."""
 
     def table(self) -> Table:

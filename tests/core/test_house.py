@@ -1,4 +1,4 @@
-"""The rules of the house that a test can hold: who may import whom, and how long a file may be."""
+"""The rules of the house that a test can hold: who imports whom, which modules there are, how long."""
 
 from __future__ import annotations
 
@@ -38,3 +38,45 @@ def test_front_ends_do_not_import_each_other(folder, other):
 @pytest.mark.parametrize("path", sorted((ROOT / "tests" / "reference").glob("*.py")), ids=lambda p: p.name)
 def test_oracles_are_independent_of_what_they_check(path):
     assert not {name for name in imported(path) if name.split(".")[0] == "hvd_ext"}
+
+
+FRONT_ENDS = {"torch": ROOT / "torch_ext", "tensorflow": ROOT / "tf"}
+TENSORFLOW_ALONE = {"tape", "traffic", "variables", "checkpoint", "elastic", "keras_hooks"}
+LONGEST = 400  # lines
+
+
+def modules(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.py")}
+
+
+def test_both_front_ends_have_the_same_modules():
+    keras_only = {name for name in modules(FRONT_ENDS["tensorflow"]) if name.startswith("keras/")}
+    assert keras_only
+    assert modules(FRONT_ENDS["tensorflow"]) - keras_only - TENSORFLOW_ALONE == \
+        modules(FRONT_ENDS["torch"])
+
+
+def test_reducers_have_the_same_classes_and_hooks():
+    """A class of one front end's ``reducers/`` or ``seng/`` is in the file of that name of the other."""
+    def classes(path: Path) -> set[str]:
+        return {node.name for node in ast.parse(path.read_text()).body
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_")}
+
+    for name in ("base", "plain", "buckets", "feedback", "delay", "topk", "powersgd"):
+        here, there = (classes(folder / "reducers" / f"{name}.py") for folder in FRONT_ENDS.values())
+        shared = {one for one in here | there if one.endswith("Reducer")}
+        assert shared, name
+        assert shared <= here & there, name
+    for name, expected in {"__init__": "SENG", "system": "LayerSystem", "capture": "Capture",
+                           "inventory": "Inventory", "rules": "Factors"}.items():
+        assert all(expected in classes(folder / "seng" / f"{name}.py")
+                   for folder in FRONT_ENDS.values()), name
+    blocks = [classes(folder / "seng" / "blocks.py") for folder in FRONT_ENDS.values()]
+    assert all({"Block", "Explicit", "Product"} <= one for one in blocks)
+
+
+@pytest.mark.parametrize("folder", ["hvd_ext", "torch_ext", "tf", "benchmarks", "examples"])
+def test_no_file_has_grown_too_long(folder):
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines())
+               for path in (ROOT / folder).rglob("*.py")}
+    assert {path: length for path, length in lengths.items() if length > LONGEST} == {}

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from hvd_ext.seng import Report, Settings, takes_settings
+from hvd_ext.seng import CurvatureReport, Settings, takes_settings
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.keras_hooks import require_tensorflow_backend
 from hvd_ext.tensorflow.loss_scale import loss_scale
@@ -229,7 +229,7 @@ class SENG(tf.Module):
             variable.assign(value)
         self._ranks = 0
 
-    def report(self) -> Report:
+    def report(self) -> CurvatureReport:
         """Per layer: kind, sizes, bytes, coefficient norm, jitter, age; prints as a table."""
         return report(self.states, self.settings, self._parameters, step=int(self.step),
                       skipped=int(self.skipped), ranks=max(1, self._ranks))

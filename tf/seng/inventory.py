@@ -89,11 +89,11 @@ def take_inventory(model: keras.Model, settings: Settings) -> Inventory:
     layers: list[Layer] = []
     orphans: set[int] = set()
     nameless: list[str] = []
-    owners: dict[int, int] = {}
+    uses: dict[int, int] = {}
     for layer in model._flatten_layers(include_self=True):
         own = [weight for weight in layer._trainable_variables if weight.trainable]
         for weight in own:
-            owners[id(as_tf(weight))] = owners.get(id(as_tf(weight)), 0) + 1
+            uses[id(as_tf(weight))] = uses.get(id(as_tf(weight)), 0) + 1
         if not own or _within(layer.path, settings.excluded):
             orphans.update(id(as_tf(weight)) for weight in own)
             continue
@@ -109,7 +109,7 @@ def take_inventory(model: keras.Model, settings: Settings) -> Inventory:
     kept = []
     for one in layers:
         ids = [id(as_tf(weight)) for weight in one.weights.values()]
-        if any(number in orphans or owners[number] > 1 for number in ids):
+        if any(number in orphans or uses[number] > 1 for number in ids):
             nameless.append(f"{one.name} ({one.registered.kind}, shares a weight)")
             continue
         one.plan, one.number = plan_layer(one.shape, settings), len(kept)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hvd_ext.seng import Report, Settings, layer_row, make_report
+from hvd_ext.seng import CurvatureReport, Settings, layer_row, make_report
 from hvd_ext.tensorflow.seng.system import LayerSystem
 
 
 def report(systems: Sequence[LayerSystem], settings: Settings, parameters: int, *, step: int,
-           skipped: int, ranks: int) -> Report:
+           skipped: int, ranks: int) -> CurvatureReport:
     """All layers' rows, see :data:`hvd_ext.seng.report.COLUMNS`, and totals.
 
     Args:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hvd_ext.seng import Report, Settings, takes_settings
+from hvd_ext.seng import CurvatureReport, Settings, takes_settings
 from hvd_ext.torch.collectives import Collectives
 from hvd_ext.torch.loss_scale import loss_scale
 from hvd_ext.torch.seng.capture import Capture
@@ -342,7 +342,7 @@ class SENG:
         """Seconds spent waiting for messages so far."""
         return self._step.waited
 
-    def report(self) -> Report:
+    def report(self) -> CurvatureReport:
         """Per layer: kind, sizes, bytes, coefficient norm, jitter, age; prints as a table."""
         return self.state.report(self.layers, self.settings, list(self.model.parameters()),
                                  ranks=self.ranks(), waited=self.waited)

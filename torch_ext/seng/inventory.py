@@ -71,7 +71,7 @@ def take_inventory(model: nn.Module, settings: Settings) -> Inventory:
     identity rule. Modules inside ``nn.MultiheadAttention`` are called by no forward pass of their
     own and have no rule.
     """
-    owners: dict[int, Layer] = {}
+    layer_of: dict[int, Layer] = {}
     layers: list[Layer] = []
     orphans: set[int] = set()
     nameless: list[str] = []
@@ -89,7 +89,7 @@ def take_inventory(model: nn.Module, settings: Settings) -> Inventory:
             orphans.update(id(p) for p in trainable.values())
             nameless.append(f"{name or 'model'} ({type(module).__name__})")
             continue
-        layer = _layer_of(name, module, registered, trainable, owners)
+        layer = _layer_of(name, module, registered, trainable, layer_of)
         if layer is None:
             orphans.update(id(p) for p in trainable.values())
             nameless.append(f"{name} ({type(module).__name__}, shares a parameter)")
@@ -98,7 +98,7 @@ def take_inventory(model: nn.Module, settings: Settings) -> Inventory:
             layer.add(module, trainable)
         if layer not in layers:
             layers.append(layer)
-        owners.update((id(p), layer) for p in trainable.values())
+        layer_of.update((id(p), layer) for p in trainable.values())
     kept = []
     for layer in layers:
         if any(id(p) in orphans for p in layer.parameters):
@@ -110,11 +110,11 @@ def take_inventory(model: nn.Module, settings: Settings) -> Inventory:
 
 
 def _layer_of(name: str, module: nn.Module, registered: Registered,
-              trainable: dict[str, nn.Parameter], owners: dict[int, Layer]) -> Layer | None:
+              trainable: dict[str, nn.Parameter], layer_of: dict[int, Layer]) -> Layer | None:
     """The layer the module belongs to, a new one, or None when its parameters belong to several."""
     product = registered.groups is not None and "weight" in trainable
     groups = registered.groups(module) if product and registered.groups else (1, 0, 0)
-    found = {id(owners[id(p)]): owners[id(p)] for p in trainable.values() if id(p) in owners}
+    found = {id(layer_of[id(p)]): layer_of[id(p)] for p in trainable.values() if id(p) in layer_of}
     if not found:
         return Layer(name or "model", registered, product, groups)
     layer = next(iter(found.values()))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hvd_ext.seng import Report, Settings, layer_row, make_report
+from hvd_ext.seng import CurvatureReport, Settings, layer_row, make_report
 from hvd_ext.torch.seng.inventory import Layer
 from hvd_ext.torch.seng.step import Lagged
 from hvd_ext.torch.seng.system import LayerSystem
@@ -78,7 +78,7 @@ class State:
                    dict(saved["failures"]), systems, Lagged.from_state(saved, names))
 
     def report(self, layers: Sequence[Layer], settings: Settings,
-               parameters: Sequence[torch.Tensor], *, ranks: int, waited: float) -> Report:
+               parameters: Sequence[torch.Tensor], *, ranks: int, waited: float) -> CurvatureReport:
         """Data of every layer, see :data:`hvd_ext.seng.report.COLUMNS`, and totals."""
         rows = [layer_row(layer.shape, layer.plan,
                           self.systems[layer].held(self.step) if layer in self.systems else None,

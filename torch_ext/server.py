@@ -7,6 +7,7 @@ weights go to all ranks (SPARS-AMS Algorithm 1, lines 5 and 16).
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -52,9 +53,16 @@ class UpdateServer:
     def attach(self, collectives: Collectives, optimizer: torch.optim.Optimizer) -> None:
         """Serve ``optimizer`` over the ranks of ``collectives``; its parameters decide the owners."""
         self.collectives = collectives
-        self.optimizer = optimizer
+        self._optimizer = weakref.ref(optimizer)
         self._label = "server"
         self._plan()
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer that is served; it owns this object."""
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        return optimizer
 
     @property
     def alone(self) -> bool:

@@ -7,6 +7,7 @@ preconditioned -> the user's clipping, if any -> ``step()``: the update, where `
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ def extend(optimizer: torch.optim.Optimizer, named_parameters: Any, reducer: Red
     # ``step`` is defined in the class itself, under Horovod's module name: Horovod's
     # broadcast_optimizer_state then finds the wrapped optimizer's own step one class above.
     members = {"step": ExtendedOptimizer._distributed_step, "__module__": "horovod.torch.optimizer"}
+    # torch would wrap it once more when a state is loaded, and run the user's step hooks twice.
+    ExtendedOptimizer._distributed_step.hooked = True  # type: ignore[attr-defined]
     cls = type(wrapped.__name__, (ExtendedOptimizer, wrapped), members)
     extended = cls.__new__(cls)
     # A scheduler that already watches the optimizer has put a step of its own into the instance.
@@ -36,15 +39,22 @@ def extend(optimizer: torch.optim.Optimizer, named_parameters: Any, reducer: Red
     if preconditioner is not None and grad_scaler is not None:
         preconditioner.set_grad_scaler(grad_scaler)
     extended._hvd_ext = Wrapper(extended, named_parameters, reducer, preconditioner, server)
+    extended._hvd_ext.original = weakref.ref(optimizer)
     return extended
 
 
 class Wrapper:
-    """What an extended optimizer has beyond the wrapped one, under ``optimizer._hvd_ext``."""
+    """What an extended optimizer has beyond the wrapped one, under ``optimizer._hvd_ext``.
+
+    It and its hooks refer to the optimizer, and to each other, only weakly: an optimizer that is
+    dropped is gone at once, and its hooks with it, before another one hooks the same parameters.
+    """
+
+    original: Callable[[], Any] = staticmethod(lambda: None)  # the optimizer that was wrapped
 
     def __init__(self, optimizer: torch.optim.Optimizer, named_parameters: Any, reducer: Reducer,
                  preconditioner: Any, server: Any) -> None:
-        self.optimizer = optimizer
+        self._optimizer = weakref.ref(optimizer)
         self.reducer = reducer
         self.preconditioner = preconditioner
         self.server = server
@@ -54,10 +64,18 @@ class Wrapper:
         self._hooks: dict[torch.Tensor, Any] = {}
         self._ranks = self.collectives.size if self.collectives.included else 0
         self._watch()
+        weakref.finalize(self, _remove, self._hooks)
         if preconditioner is not None:
             preconditioner.attach(self.collectives, optimizer)
         if server is not None:
             server.attach(self.collectives, optimizer)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The extended optimizer."""
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        return optimizer
 
     @property
     def collectives(self) -> Collectives:
@@ -116,10 +134,11 @@ class Wrapper:
     # Hooks
 
     def _entries(self) -> Iterator[Entry]:
+        optimizer = self._optimizer
         for index, group in enumerate(self.optimizer.param_groups):
             for number, parameter in enumerate(group["params"]):
                 name = self._names.setdefault(parameter, f"allreduce.noname.{index}.{number}")
-                yield Entry(name, parameter, index, lambda: self.optimizer.param_groups)
+                yield Entry(name, parameter, index, lambda: optimizer().param_groups)
 
     def _watch(self) -> None:
         """Hook parameters that require a gradient and are not hooked yet; plan their exchange."""
@@ -133,7 +152,12 @@ class Wrapper:
         self.reducer.build([*self.reducer.entries, *fresh])
 
     def _hook(self, entry: Entry) -> Callable[[torch.Tensor], None]:
+        ours = weakref.ref(self)
+
         def hook(parameter: torch.Tensor) -> None:
+            self = ours()
+            if self is None:
+                return
             done = self._passes[parameter] + 1
             if done > self.reducer.passes:
                 raise AssertionError(
@@ -148,8 +172,7 @@ class Wrapper:
     def unhook(self) -> None:
         """Remove the hooks from the parameters; the optimizer is of no use afterwards."""
         self.forget()
-        for handle in self._hooks.values():
-            handle.remove()
+        _remove(self._hooks)
 
     def _meet_ranks(self) -> None:
         """After an elastic change of the number of ranks, let the extensions take their new part."""
@@ -196,6 +219,9 @@ class Wrapper:
             state_dict = self.server.load_state_dict(
                 state_dict, None if own is None else own.get("server"))
         load(state_dict)
+        original = self.original()
+        if original is not None:  # a scheduler that was made before wrapping goes on setting its groups
+            original.param_groups, original.state = self.optimizer.param_groups, self.optimizer.state
         anew = own is None or reset_per_rank_state
         if anew or "reducer" not in own:
             self.reducer.reset_per_rank_state()
@@ -320,6 +346,11 @@ class ExtendedOptimizer(torch.optim.Optimizer):
                                       reset_per_rank_state=reset_per_rank_state)
         self._synchronized = False
         self._should_synchronize = True
+
+
+def _remove(hooks: dict[torch.Tensor, Any]) -> None:
+    for handle in hooks.values():
+        handle.remove()
 
 
 def _checked_names(param_groups: list[dict[str, Any]], named_parameters: Any) -> dict[Any, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, fields
@@ -148,6 +149,15 @@ def takes_settings(function: Callable[..., Any]) -> Callable[..., Any]:
                                default=inspect.Parameter.empty if one.default is MISSING
                                else one.default)
              for one in fields(Settings)]
-    function.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=sorted([*own, *shown], key=lambda one: one.kind))
-    return function
+    whole = signature.replace(parameters=sorted([*own, *shown], key=lambda one: one.kind))
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        try:
+            whole.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"SENG: {error}") from None
+        return function(*args, **kwargs)
+
+    checked.__signature__ = whole  # type: ignore[attr-defined]
+    return checked

@@ -213,6 +213,37 @@ def error_of_three_steps(damping: Any, name: str) -> str:
     return "no error"
 
 
+def fewer_layers_on_one_rank() -> str:
+    """The error when one rank leaves a layer out."""
+    model = network()
+    seng = SENG(model, damping=LAM, exclude=["3"] if hvd.rank() else [], name="fewer")
+    loss_of(model, data(0, 0, 4)).backward()
+    try:
+        seng.step()
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def joined_with_a_schedule(coupling: str) -> bytes:
+    """Rank 1 starts anew while rank 0 is at step 3 of a damping that falls: both go on together."""
+    model = network()
+    seng = SENG(model, damping=lambda step: 0.5 / (1 + step), update_freq=3, coupling=coupling,
+                name=f"joined{coupling}")
+    for step in range(3):
+        model.zero_grad()
+        loss_of(model, data(0, step, 4)).backward()
+        seng.step()
+    state = seng.state_dict()
+    seng.reset_state()
+    if hvd.rank() == 0:
+        seng.load_state_dict(state)
+    model.zero_grad()
+    loss_of(model, data(0, 5, 4)).backward()
+    seng.step()
+    return b"".join(p.grad.numpy().tobytes() for p in model.parameters())
+
+
 def other_image_sizes(uc: str, coupling: str) -> tuple[bool, bytes]:
     """Images of another size, so kappa and columns of the factors, on each rank."""
     torch.manual_seed(0)

@@ -1,6 +1,8 @@
-"""Names of collectives: the same on all ranks, whatever else a rank has built, and never used twice at once."""
+"""Names of collectives: the same on all ranks whatever else a rank has built, never two at once."""
 
 from __future__ import annotations
+
+import weakref
 
 import pytest
 import torch
@@ -17,11 +19,14 @@ def with_an_extra_optimizer(what):
             torch.optim.SGD(parameters, lr=0.1), named(parameters), op=hvd.DelayCompensated())
 
     extra = None
-    if hvd.rank() == 1:
+    if hvd.rank() == 1 and what != "rebuilt":
         extra = wrap([(3, 2)] if what == "another model" else [(6, 4), (5,)])
     if what == "dropped":
         extra = None
     parameters, optimizer = wrap([(6, 4), (5,)])
+    if what == "rebuilt" and hvd.rank() == 1:
+        optimizer = hvd.DistributedOptimizer(torch.optim.SGD(parameters, lr=0.1), named(parameters),
+                                             op=hvd.DelayCompensated())
     for step in range(2):
         optimizer.zero_grad()
         backward(parameters, worker_gradients([(6, 4), (5,)], worker=hvd.rank(), step=step))
@@ -30,7 +35,7 @@ def with_an_extra_optimizer(what):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("what", ["another model", "dropped"])
+@pytest.mark.parametrize("what", ["another model", "dropped", "rebuilt"])
 def test_one_more_optimizer_on_one_rank_does_not_stop_the_others(ranks, what):
     (first, _), (second, kept) = ranks(2).run(with_an_extra_optimizer, what, timeout=40)
     assert first == second
@@ -57,3 +62,29 @@ def test_twins_under_way_together(ranks):
     first, second = ranks(2).run(two_twins)
     assert first == second
     assert first[0] != first[1]
+
+
+def life_of_an_optimizer():
+    """Whether a dropped optimizer is gone with its hooks; calls of a step hook after loading a state;
+    the learning rate after a step of a scheduler that was made before wrapping, and after loading."""
+    parameters = make_parameters([(6, 4)])
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(parameters, lr=0.1), named(parameters),
+                                         op=hvd.DelayCompensated(), server="sharded")
+    gone = weakref.ref(optimizer)
+    del optimizer
+    hooks = len(parameters[0]._post_accumulate_grad_hooks or {})
+    inner = torch.optim.SGD(parameters, lr=0.5)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(inner, 0.5)
+    optimizer = hvd.DistributedOptimizer(inner, named(parameters), op=hvd.DelayCompensated())
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append(1))
+    optimizer.load_state_dict(optimizer.state_dict())
+    backward(parameters, worker_gradients([(6, 4)], worker=hvd.rank(), step=0))
+    optimizer.step()
+    scheduler.step()
+    return gone() is None, hooks, len(calls), optimizer.param_groups[0]["lr"]
+
+
+@pytest.mark.ranks
+def test_an_optimizer_ends_and_is_loaded_cleanly(ranks):
+    assert ranks(2).run(life_of_an_optimizer) == [(True, 0, 1, 0.25)] * 2

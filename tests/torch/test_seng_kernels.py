@@ -54,6 +54,10 @@ def implicit_parts(rho=4, r=3, groups=2, n_g=5, n_a=6):
     return kernels.samples_last(g.mT), kernels.samples_last(a.mT), u
 
 
+def product(left, right):
+    return left @ right.mT
+
+
 def test_implicit_products_equal_the_dense_ones(monkeypatch):
     g, a, u = implicit_parts()
     z = torch.randn(2, 5, 6).double()
@@ -62,7 +66,7 @@ def test_implicit_products_equal_the_dense_ones(monkeypatch):
     monkeypatch.setattr(kernels, "GRAM_BLOCK", 1)
     torch.testing.assert_close(kernels.gram_implicit(g, a), u @ u.T)
     torch.testing.assert_close(kernels.project_implicit(g, a, z), u @ z.flatten())
-    torch.testing.assert_close(kernels.expand_exact(g, a, c, torch.empty_like(z)).flatten(), u.T @ c)
+    torch.testing.assert_close(product(*kernels.exact_terms(g, a, c)).flatten(), u.T @ c)
 
 
 def test_row_sketches_are_a_kronecker_product():
@@ -95,6 +99,9 @@ def test_half_precision_storage_is_summed_in_the_working_precision(monkeypatch):
     torch.testing.assert_close(kernels.gram_explicit(u), exact @ exact.T)
     torch.testing.assert_close(kernels.project_explicit(u, z), exact @ z)
     torch.testing.assert_close(kernels.expand_explicit(u, b, torch.empty(30)), exact.T @ b)
+    gradient = z.clone()
+    kernels.subtract_explicit(gradient, u, b, 0.5)
+    torch.testing.assert_close(gradient, (z - exact.T @ b) / 0.5)
 
 
 def test_factor_climbs_the_ladder_and_gives_up():

@@ -147,6 +147,18 @@ def test_other_damping_on_a_rank_ends_in_an_error_on_all(ranks, size):
         assert "SENG's damping differs between ranks: [0.3, 0.6] (by rank)" in at_step_2
 
 
+def test_other_layers_on_a_rank_end_in_an_error_on_all(ranks):
+    for error in ranks(2).run(on_ranks.fewer_layers_on_one_rank):
+        assert "SENG has different layers or settings on different ranks" in error
+        assert "rank 1" in error
+
+
+@pytest.mark.parametrize("coupling", ["block", "full"])
+def test_a_rank_that_joins_takes_the_damping_of_the_others(ranks, coupling):
+    first, second = ranks(2).run(on_ranks.joined_with_a_schedule, coupling)
+    assert first == second
+
+
 @pytest.mark.parametrize("size", [2])
 def test_other_state_on_a_rank_ends_in_an_error_on_all(ranks, size):
     everyone = ranks(size).run(on_ranks.other_state_on_one_rank, True)

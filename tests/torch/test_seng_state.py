@@ -101,3 +101,22 @@ def test_bad_use_says_what_to_change():
         hvd.SENG(network(), damping=LAM, exclude="0")
     with pytest.raises(RuntimeError, match=r"call loss\.backward\(\) before it"):
         hvd.SENG(network(), damping=LAM).step()
+
+
+def test_misspelt_and_missing_arguments_name_seng():
+    with pytest.raises(TypeError, match="SENG: missing a required argument: 'damping'"):
+        hvd.SENG(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="SENG: got an unexpected keyword argument 'dampin'"):
+        hvd.SENG(torch.nn.Linear(2, 2), damping=0.1, dampin=0.2)
+
+
+def test_curvature_does_not_share_memory_with_the_layers_input():
+    model = torch.nn.Linear(5, 3, bias=False)
+    seng = hvd.SENG(model, damping=0.3, explicit_threshold=0, sketch=None, update_freq=10)
+    x = torch.randn(1, 5)
+    model(x).square().sum().backward()
+    seng.step()
+    (system,) = seng.state.systems.values()
+    before = system.blocks[0].a.clone()
+    x.zero_()
+    torch.testing.assert_close(system.blocks[0].a, before)

@@ -71,6 +71,11 @@ class Block(abc.ABC):
         """
 
     @abc.abstractmethod
+    def subtract_alone(self, b: torch.Tensor, gradients: Sequence[torch.Tensor], lam: float,
+                       uc: str) -> None:
+        """The same on a single rank, where nothing is sent and ``U b`` need not be formed."""
+
+    @abc.abstractmethod
     def subtract(self, mean: torch.Tensor, gradients: Sequence[torch.Tensor], lam: float,
                  uc: str) -> None:
         """``gradients <- (gradients - U b)/lam`` in place (SENG eq. 8), with the mean message."""
@@ -159,6 +164,10 @@ class Explicit(Block):
                  uc: str) -> None:
         gradients[self.index].sub_(mean).mul_(1.0 / lam)
 
+    def subtract_alone(self, b: torch.Tensor, gradients: Sequence[torch.Tensor], lam: float,
+                       uc: str) -> None:
+        kernels.subtract_explicit(gradients[self.index], self.u, b, lam)
+
 
 @dataclass(eq=False)
 class Product(Block):
@@ -220,8 +229,10 @@ class Product(Block):
             self.xa = kernels.samples_last(gathered)
 
     def pad(self, r: int) -> None:
-        self.g, self.a, self.xg, self.xa = (kernels.pad_columns(factor, r) for factor in
-                                            (self.g, self.a, self.xg, self.xa))
+        apart = self.xg is not self.g, self.xa is not self.a
+        self.g, self.a = kernels.pad_columns(self.g, r), kernels.pad_columns(self.a, r)
+        self.xg = kernels.pad_columns(self.xg, r) if apart[0] else self.g
+        self.xa = kernels.pad_columns(self.xa, r) if apart[1] else self.a
 
     def gram(self) -> torch.Tensor:
         return kernels.gram_implicit(working(self.xg), working(self.xa))
@@ -257,29 +268,50 @@ class Product(Block):
 
     def message(self, b: torch.Tensor, own: torch.Tensor, ranks: int, uc: str,
                 out: torch.Tensor) -> None:
+        left, right = self._terms(b, own, ranks, uc)
+        if uc == "factored":
+            torch.cat([left.flatten(), right.flatten()], out=out)
+        else:
+            torch.matmul(left, right.mT, out=out.view(left.shape[0], left.shape[1], -1))
+
+    def _terms(self, b: torch.Tensor, own: torch.Tensor, ranks: int, uc: str
+               ) -> tuple[torch.Tensor, torch.Tensor]:
+        """L (groups, n_G, columns) and R (groups, n_A, columns) with ``U b = L R^T``, this rank's part."""
         g, a = self.g.to(b.dtype), self.a.to(b.dtype)
         if uc == "factored":
             # Eq. 28's sum of sqrt|c_j| runs over all samples of the system, which every rank knows.
-            means = kernels.factored_means(g, a, own * ranks, b.abs().sqrt().sum())
-            torch.cat([mean.flatten() for mean in means], out=out)
-        else:
-            kernels.expand_exact(g, a, own * ranks ** 0.5, out.view(g.shape[0], g.shape[1], -1))
+            return kernels.factored_means(g, a, own * ranks, b.abs().sqrt().sum())
+        return kernels.exact_terms(g, a, own * ranks ** 0.5 if ranks > 1 else own)
 
     def subtract(self, mean: torch.Tensor, gradients: Sequence[torch.Tensor], lam: float,
                  uc: str) -> None:
         groups, n_g = self.g.shape[:2]
         n_a = self.a.shape[1]
-        targets = [gradients[k].view(groups, n_g, -1) for k in self.indices]
-        columns = [slice(0, self.width), *(slice(k, k + 1) for k in range(self.width, n_a))]
         if uc == "factored":
             cut = mean.numel() * n_g // (n_g + n_a)
-            g, a = mean[:cut].view(groups, n_g, -1), mean[cut:].view(groups, n_a, -1)
-            for target, part in zip(targets, columns, strict=True):
-                target.baddbmm_(g, a[:, part].mT, beta=1.0 / lam, alpha=-1.0 / lam)
-        else:
-            matrix = mean.view(groups, n_g, n_a)
-            for target, part in zip(targets, columns, strict=True):
-                target.sub_(matrix[..., part]).mul_(1.0 / lam)
+            self._subtract_product(mean[:cut].view(groups, n_g, -1), mean[cut:].view(groups, n_a, -1),
+                                   gradients, lam)
+            return
+        matrix = mean.view(groups, n_g, n_a)
+        for target, part in self._targets(gradients):
+            target.sub_(matrix[..., part]).mul_(1.0 / lam)
+
+    def subtract_alone(self, b: torch.Tensor, gradients: Sequence[torch.Tensor], lam: float,
+                       uc: str) -> None:
+        self._subtract_product(*self._terms(b, b, 1, uc), gradients, lam)
+
+    def _subtract_product(self, left: torch.Tensor, right: torch.Tensor,
+                          gradients: Sequence[torch.Tensor], lam: float) -> None:
+        """``gradients <- (gradients - L R^T)/lam`` in place."""
+        for target, part in self._targets(gradients):
+            target.baddbmm_(left, right[:, part].mT, beta=1.0 / lam, alpha=-1.0 / lam)
+
+    def _targets(self, gradients: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, slice]]:
+        """Each parameter's gradient as (groups, n_G, rows of A), and which rows of A it stands for."""
+        groups, n_g = self.g.shape[:2]
+        rows = [slice(0, self.width), *(slice(k, k + 1) for k in range(self.width, self.a.shape[1]))]
+        return [(gradients[k].view(groups, n_g, -1), part)
+                for k, part in zip(self.indices, rows, strict=True)]
 
 
 BLOCKS: dict[str, type[Block]] = {"Explicit": Explicit, "Product": Product}

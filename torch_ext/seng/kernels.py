@@ -102,7 +102,8 @@ def truncate(g: torch.Tensor, a: torch.Tensor, rank: int) -> tuple[torch.Tensor,
 
 def samples_last(factor: torch.Tensor) -> torch.Tensor:
     """(rho, groups, r, n) as (groups, n, r, rho)."""
-    return factor.permute(1, 3, 2, 0).contiguous()
+    # A copy always: with one sample it could be a view of what the layer was given.
+    return factor.permute(1, 3, 2, 0).clone(memory_format=torch.contiguous_format)
 
 
 def samples_first(factor: torch.Tensor) -> torch.Tensor:
@@ -183,14 +184,28 @@ def expand_explicit(u: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torc
     return out
 
 
-def expand_exact(g: torch.Tensor, a: torch.Tensor, c: torch.Tensor, out: torch.Tensor
-                 ) -> torch.Tensor:
-    """``out <- U c`` of SENG eq. 22 as one product: (groups, n_G, n_A).
+def subtract_explicit(gradient: torch.Tensor, u: torch.Tensor, b: torch.Tensor,
+                      lam: float) -> None:
+    """``gradient <- (gradient - U b) / lam`` in place (SENG eq. 8), gradient (n,)."""
+    if u.dtype == b.dtype:
+        gradient.addmv_(u.t(), b, beta=1.0 / lam, alpha=-1.0 / lam)
+        return
+    for start in range(0, gradient.numel(), CHUNK):
+        part = slice(start, start + CHUNK)
+        gradient[part].addmv_(u[:, part].to(b.dtype).t(), b, beta=1.0 / lam, alpha=-1.0 / lam)
+
+
+def exact_terms(g: torch.Tensor, a: torch.Tensor, c: torch.Tensor
+                ) -> tuple[torch.Tensor, torch.Tensor]:
+    """L and R with ``U c = L R^T`` (SENG eq. 22), one product instead of one per sample.
 
     Args:
         g: (groups, n_G, r, rho), a: (groups, n_A, r, rho), c: (rho,).
+
+    Returns:
+        (groups, n_G, r rho) and (groups, n_A, r rho).
     """
-    return torch.matmul((g * c).flatten(2), a.flatten(2).mT, out=out)
+    return (g * c).flatten(2), a.flatten(2)
 
 
 def factored_means(g: torch.Tensor, a: torch.Tensor, c: torch.Tensor, total: torch.Tensor

@@ -87,6 +87,7 @@ class Refresh:
                 result.systems[layer] = found
         if self._collectives is not None and self._settings.coupling == "full":
             self._agree(result, lam)
+            lam = self._settings.damping_at(result.step)  # a rank that has joined was at another step
             self._join(result, self._collectives)
         else:
             for layer, system in result.systems.items():
@@ -107,9 +108,10 @@ class Refresh:
                  else 0] for layer in self._layers]
         bits = int(np.float64(lam).view(np.int64))
         header = [self._fingerprint.number, result.step, bits, *np.ravel(rows).tolist()]
-        everyone = self._collectives.allgather_async(
-            torch.tensor([header]), f"{self._name}.refresh", kind="curvature").wait()
-        self._compare(everyone)
+        # Flat, as ranks with other layers send headers of another length.
+        gathered = self._collectives.allgather_async(
+            torch.tensor(header), f"{self._name}.refresh", kind="curvature").wait()
+        everyone = self._compare(gathered, len(header))
         result.step = int(everyone[:, 1].max())
         table = everyone[:, HEADER:].view(everyone.shape[0], -1, 2)
         for k, layer in enumerate(self._layers):
@@ -122,10 +124,12 @@ class Refresh:
         for system in result.systems.values():
             system.step = result.step
 
-    def _compare(self, everyone: torch.Tensor) -> None:
-        """Raise on every rank when settings, layers or dampings differ."""
+    def _compare(self, gathered: torch.Tensor, length: int) -> torch.Tensor:
+        """The ranks' headers (M, length); an error on every rank when what they must share differs."""
         assert self._collectives is not None
-        if bool((everyone[:, 0] != everyone[0, 0]).any()):
+        ranks = self._collectives.size
+        everyone = gathered.view(ranks, -1) if gathered.numel() == ranks * length else None
+        if everyone is None or bool((everyone[:, 0] != everyone[0, 0]).any()):
             check_same_layers(self._collectives.allgather_object(
                 self._fingerprint.lines, f"{self._name}.disagreement"))
         # A rank that has joined is at step 0 still; only the others must have the same damping.
@@ -134,6 +138,7 @@ class Refresh:
             dampings = everyone[:, 2].numpy().view(np.float64).tolist()
             raise RuntimeError(f"SENG's damping differs between ranks: {dampings} (by rank); pass the "
                                "same damping= everywhere, or a function of the step alone")
+        return everyone
 
     def _join(self, result: Refreshed, collectives: Collectives) -> None:
         """Sketch with the same rows on all ranks and gather every rank's Xi (full coupling)."""

@@ -67,6 +67,10 @@ class Step:
 
     def directions(self, systems: Systems, gradients: Mapping[Layer, Gradients], lam: float) -> None:
         """"block" coupling, ``U = diag(U_i)`` (SENG eq. 26), and "full", one system of all ranks."""
+        if self.collectives is None:
+            for layer, g in gradients.items():
+                systems[layer].subtract_alone(g.flat, lam, self.uc)
+            return
         started = {layer: self.start(layer, systems[layer].message(g.flat, lam, self.uc))
                    for layer, g in gradients.items()}
         for layer, g in gradients.items():

@@ -108,6 +108,13 @@ class LayerSystem:
             block.message(b, own, self.ranks, uc, part)
         return out
 
+    def subtract_alone(self, gradients: Sequence[torch.Tensor], lam: float, uc: str) -> None:
+        """``gradients <- (gradients - U b)/lam`` in place (SENG eq. 8) where there is one rank."""
+        self.factor(lam)
+        b = self.solve(gradients)
+        for block in self.blocks:
+            block.subtract_alone(b, gradients, lam, uc)
+
     def subtract(self, mean: torch.Tensor, gradients: Sequence[torch.Tensor], lam: float,
                  uc: str) -> None:
         """``gradients <- (gradients - U b)/lam`` in place (SENG eq. 8) with the mean of the messages."""

@@ -225,10 +225,11 @@ def _with_ones(layer: Layer, slots: dict[str, int], a: torch.Tensor) -> torch.Te
     biases = len(layer.parameters) - 1
     if not biases or not layer.registered.ones:
         return a
-    rows = a.new_zeros((*a.shape[:3], biases))
+    rows = a.new_zeros((*a.shape[:2], biases, a.shape[2]))
     if "bias" in slots:
-        rows[..., slots["bias"] - 1] = 1.0
-    return torch.cat([a, rows], -1)
+        rows[:, :, slots["bias"] - 1] = 1.0
+    # Along whichever axis is not the contiguous one, so that no element is moved on its own.
+    return torch.cat([a, rows.mT], -1) if a.is_contiguous() else torch.cat([a.mT, rows], -2).mT
 
 
 def _add(sums: dict[int, torch.Tensor], place: int, term: torch.Tensor) -> None:
@@ -239,5 +240,6 @@ def _add(sums: dict[int, torch.Tensor], place: int, term: torch.Tensor) -> None:
 
 
 def _finite(tensor: torch.Tensor) -> bool:
-    low, high = torch.aminmax(tensor)
+    # A factor may be a transposed view, which this would copy.
+    low, high = torch.aminmax(tensor if tensor.is_contiguous() else tensor.mT)
     return bool(torch.isfinite(low) & torch.isfinite(high))

@@ -150,32 +150,32 @@ def momentum_by_workers(data: Data, seeds: int, epochs: int,
     return {"rate": rates[0], "errors": found}
 
 
-def shown(name: str, told: dict[str, Any]) -> Table:
+def shown(name: str, results: dict[str, Any]) -> Table:
     """The result as a table."""
     if name == "table":
         made = Table("workers", "method", "error (%)", "lr", "lam", "decay",
                      title="test error after tuning, mean of the seeds")
-        for row in told["rows"]:
+        for row in results["rows"]:
             made.add_row(str(row["workers"]), row["method"],
                          f"{row['error']:.2f} ± {row['std']:.2f}", f"{row['lr']:.4g}",
                          f"{row.get('lam', '')}", f"{row.get('decay', '')}")
     elif name == "lam":
         made = Table("lam", "error (%)",
-                     title=f"DC-ASGD-a, {told['workers']} workers, lr {told['lr']}")
-        made.add_row("sequential SGD", f"{np.mean(told['sequential']):.2f}")
-        for lam, errors in told["errors"].items():
+                     title=f"DC-ASGD-a, {results['workers']} workers, lr {results['lr']}")
+        made.add_row("sequential SGD", f"{np.mean(results['sequential']):.2f}")
+        for lam, errors in results["errors"].items():
             made.add_row("0 (ASGD)" if lam == "0.0" else lam, f"{np.mean(errors):.2f}")
     else:
         made = Table("workers", *map(str, MOMENTA), "best momentum",
                      title="error (%) by momentum")
-        for workers, by_mu in told["errors"].items():
+        for workers, by_mu in results["errors"].items():
             means = {mu: float(np.mean(errors)) for mu, errors in by_mu.items()}
             made.add_row(workers, *(f"{mean:.2f}" for mean in means.values()),
                          min(means, key=lambda mu: means[mu]))
     return made
 
 
-def plot(path: Path, name: str, told: dict[str, Any]) -> None:
+def plot(path: Path, name: str, results: dict[str, Any]) -> None:
     """The result as a picture."""
     import matplotlib
 
@@ -184,22 +184,22 @@ def plot(path: Path, name: str, told: dict[str, Any]) -> None:
 
     figure, axes = plt.subplots(figsize=(6, 4))
     if name == "table":
-        methods = list(dict.fromkeys(row["method"] for row in told["rows"][1:]))
+        methods = list(dict.fromkeys(row["method"] for row in results["rows"][1:]))
         for method in methods:
-            rows = [row for row in told["rows"] if row["method"] == method]
+            rows = [row for row in results["rows"] if row["method"] == method]
             axes.plot([row["workers"] for row in rows], [row["error"] for row in rows],
                       marker="o", label=method)
-        axes.axhline(told["rows"][0]["error"], color="k", ls=":", label="SGD")
+        axes.axhline(results["rows"][0]["error"], color="k", ls=":", label="SGD")
         axes.set(xlabel="workers", ylabel="test error (%)")
     elif name == "lam":
-        lams = [lam for lam in told["errors"] if float(lam) > 0]
-        axes.plot([float(lam) for lam in lams], [np.mean(told["errors"][lam]) for lam in lams],
+        lams = [lam for lam in results["errors"] if float(lam) > 0]
+        axes.plot([float(lam) for lam in lams], [np.mean(results["errors"][lam]) for lam in lams],
                   marker="o", label="DC-ASGD-a")
-        axes.axhline(np.mean(told["errors"]["0.0"]), color="r", ls="--", label="ASGD")
-        axes.axhline(np.mean(told["sequential"]), color="k", ls=":", label="SGD")
+        axes.axhline(np.mean(results["errors"]["0.0"]), color="r", ls="--", label="ASGD")
+        axes.axhline(np.mean(results["sequential"]), color="k", ls=":", label="SGD")
         axes.set(xlabel="lam", ylabel="test error (%)", xscale="log")
     else:
-        for workers, by_mu in told["errors"].items():
+        for workers, by_mu in results["errors"].items():
             axes.plot(list(map(float, by_mu)), [np.mean(e) for e in by_mu.values()], marker="o",
                       label=f"{workers} workers")
         axes.set(xlabel="momentum", ylabel="test error (%)", yscale="log")
@@ -227,16 +227,16 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     began = time.perf_counter()
     with console.status(options.measure) as status:
         data = digits() if options.cifar10 is None else cifar10(options.cifar10)
-        told = MEASURES[options.measure](data, options.seeds, options.epochs, status.update)
-    told |= {"benchmark": f"async_digits {options.measure}", "seeds": options.seeds,
+        results = MEASURES[options.measure](data, options.seeds, options.epochs, status.update)
+    results |= {"benchmark": f"async_digits {options.measure}", "seeds": options.seeds,
              "epochs": options.epochs, "rates": list(RATES)}
-    console.print(shown(options.measure, told))
+    console.print(shown(options.measure, results))
     console.print(f"{time.perf_counter() - began:.0f} s")
     if options.json:
-        options.json.write_text(json.dumps(told, indent=1))
+        options.json.write_text(json.dumps(results, indent=1))
     if options.plot:
-        plot(options.plot, options.measure, told)
-    return told
+        plot(options.plot, options.measure, results)
+    return results
 
 
 if __name__ == "__main__":

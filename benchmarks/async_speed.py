@@ -120,8 +120,8 @@ def launch(kind: str, ranks: int, task: dict[str, Any]) -> dict[str, float]:
                          ["--mca", "mpi_yield_when_idle", "1"])
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
                        timeout=120, stdout=subprocess.DEVNULL)
-        told: dict[str, float] = json.loads(out.read_text())
-        return told
+        results: dict[str, float] = json.loads(out.read_text())
+        return results
 
 
 def measure(numel: int, seconds: float, repeats: int) -> dict[str, Any]:
@@ -149,25 +149,25 @@ def measure(numel: int, seconds: float, repeats: int) -> dict[str, Any]:
     return {"numel": numel, **middle, "kernel": kernel(RESNET18, 3 * repeats)}
 
 
-def ratios(told: dict[str, Any]) -> dict[str, float]:
+def ratios(results: dict[str, Any]) -> dict[str, float]:
     """Each figure over its baseline."""
     found = {"asynchronous over synchronous, one worker slowed 4 x":
-             told["straggler"]["asynchronous"] / told["straggler"]["synchronous"]}
+             results["straggler"]["asynchronous"] / results["straggler"]["synchronous"]}
     for name in ("dc-asgd-c", "dc-asgd-a"):
         found[f"time of a push with {name} over asgd"] = (
-            told["rules"]["asgd"] / told["rules"][name])
+            results["rules"]["asgd"] / results["rules"][name])
         found[f"time of the update alone with {name} over asgd"] = (
-            told["kernel"][name]["update"] / told["kernel"]["asgd"]["update"])
+            results["kernel"][name]["update"] / results["kernel"]["asgd"]["update"])
     for name in RULES:
         found[f"{name}: update of 11.2 M parameters over one copy of what it touches"] = (
-            told["kernel"][name]["update"] / told["kernel"][name]["copy"])
+            results["kernel"][name]["update"] / results["kernel"][name]["copy"])
     for count in ("2", "4"):
         found[f"updates per second with {count} servers over 1"] = (
-            told["servers"][count] / told["servers"]["1"])
+            results["servers"][count] / results["servers"]["1"])
     return found
 
 
-def plot(path: Path, told: dict[str, Any]) -> None:
+def plot(path: Path, results: dict[str, Any]) -> None:
     """Updates per second by server ranks, and by rule."""
     import matplotlib
 
@@ -177,7 +177,7 @@ def plot(path: Path, told: dict[str, Any]) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.5))
     for ax, key, title in zip(axes, ("straggler", "rules", "servers"),
                               ("one worker slowed 4 x", "rule", "server ranks"), strict=True):
-        ax.bar(list(told[key]), list(told[key].values()))
+        ax.bar(list(results[key]), list(results[key].values()))
         ax.set(title=title, ylabel="gradients per second")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -196,20 +196,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.rank:
-        told = (rank_async if options.rank == "async" else rank_sync)(options.task)
-        if told is not None:
-            options.json.write_text(json.dumps(told))
+        results = (rank_async if options.rank == "async" else rank_sync)(options.task)
+        if results is not None:
+            options.json.write_text(json.dumps(results))
         return
-    told = measure(options.numel, options.seconds, options.repeats)
-    found = ratios(told)
+    results = measure(options.numel, options.seconds, options.repeats)
+    found = ratios(results)
     table = Table("measured", "ratio", title="asynchronous training over MPI")
     for name, value in found.items():
         table.add_row(name, f"{value:.2f}")
     Console().print(table)
     if options.json:
-        options.json.write_text(json.dumps({**told, "ratios": found}, indent=1))
+        options.json.write_text(json.dumps({**results, "ratios": found}, indent=1))
     if options.plot:
-        plot(options.plot, told)
+        plot(options.plot, results)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def tune(method: str, grid: dict[str, list[Any]], seeds: int, digits: np.ndarray
 
 
 def plot(path: Path, found: dict[str, Any], target: float) -> None:
-    """Loss against step of the best settings, a line a seed."""
+    """Loss against step of the best settings, one line per seed."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -5,7 +5,7 @@
 
 One step is forward, backward, (precondition,) momentum SGD. Steps of plain SGD, of SENG between
 refreshes and of SENG with a refresh take turns in one process, so that other load meets all of
-them alike; ratios are of medians, of the fastest steps, and of the process's CPU time (medians),
+them equally; ratios are of medians, of the fastest steps, and of the process's CPU time (medians),
 which load from outside disturbs least. All layers are preconditioned. "amortised" is what
 ``--update-freq`` makes of the two.
 """

@@ -246,7 +246,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--turns", type=int, default=15, help="exchanges measured of each way")
     parser.add_argument("--steps", type=int, default=7, help="training steps measured of each way")
-    parser.add_argument("--batch", type=int, default=32, help="images a rank")
+    parser.add_argument("--batch", type=int, default=32, help="images per rank")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = measure(args)

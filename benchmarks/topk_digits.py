@@ -5,7 +5,7 @@
 Handwritten digits, a perceptron with one hidden layer, 20 workers with a shard of the data each,
 one process. Every worker's gradient goes through the kernels that ranks use (select, split, pack,
 add_up), the sum into ``AMSGrad``. Three methods at the same learning rate and number of steps.
-With ``--split random`` (the default) all shards are alike; with ``--split sorted`` they are cut from
+With ``--split random`` (the default) all shards are random; with ``--split sorted`` they are cut from
 the digits sorted by class, so that each worker knows one or two classes.
 A run's accuracy is the mean of its last five evaluations.
 """

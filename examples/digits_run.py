@@ -89,7 +89,7 @@ def table(runs: list[Run], title: str) -> Table:
 
 
 def plot(path: Path, runs: list[Run], title: str) -> None:
-    """Test error by epoch, one line a seed."""
+    """Test error by epoch, one line per seed."""
     import matplotlib
 
     matplotlib.use("Agg")

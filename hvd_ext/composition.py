@@ -74,7 +74,7 @@ def check(*, op: Any, compression: Any, op_name: str, predivide: float, server: 
         op_name: the plain operation's name; "Average" where ``op`` is not None.
         predivide: ``gradient_predivide_factor``.
         server: the ``server=`` argument.
-        multiple_evaluations: the wrapped optimizer evaluates a closure several times a step.
+        multiple_evaluations: the wrapped optimizer evaluates a closure several times per step.
 
     Raises:
         ValueError: names both arguments and what to do instead.

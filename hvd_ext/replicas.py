@@ -59,7 +59,7 @@ def check_replicas(by_rank: Sequence[Iterable[Summary]], *, limit: int = 5) -> N
             key = "missing" if found is None else f"{found} (digest {found.digest[:8]})"
             groups.setdefault(key, []).append(number)
         if len(groups) > 1:
-            parts = [f"{said} on {_ranks(numbers)}" for said, numbers in groups.items()]
+            parts = [f"{text} on {_ranks(numbers)}" for text, numbers in groups.items()]
             lines.append(f"  {name}: " + "; ".join(parts))
     if not lines:
         return

@@ -104,7 +104,7 @@ class ParameterServer(Core):
         super().__init__(self._model, **settings)
 
     def step(self, gradients: Sequence[Any]) -> None:  # type: ignore[override]
-        """Workers: push ``gradients``, one a variable, and pull the next weights.
+        """Workers: push ``gradients``, one per variable, and pull the next weights.
 
         Raises:
             RuntimeError: called inside a ``tf.function``, or as in the base class.
@@ -117,7 +117,7 @@ class ParameterServer(Core):
             )
         if len(gradients) != len(self._model.variables):
             raise ValueError(
-                f"gradients must be {len(self._model.variables)}, one a variable, got "
+                f"gradients must be {len(self._model.variables)}, one per variable, got "
                 f"{len(gradients)}"
             )
         self._model.gradients = gradients

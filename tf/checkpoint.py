@@ -52,12 +52,12 @@ def _value(optimizer: Any, variable: tf.Variable, collectives: Collectives, name
         return own
     owner = EVERY_RANK if reference is None else server.owner(reference)
     if owner == EVERY_RANK:
-        everyone = collectives.allgather_object(own.tobytes(), f"{name}/alike")
+        everyone = collectives.allgather_object(own.tobytes(), f"{name}/identical")
         if reference is None and any(other != everyone[0] for other in everyone):
             raise ValueError(
                 f"{variable.name} of {type(optimizer).__name__} differs by rank and belongs to no "
                 f"one variable, so that server={server.kind!r} cannot bring it together; save one "
-                "file a rank with model.save, or use server='replicated'")
+                "file per rank with model.save, or use server='replicated'")
         return own
     if owner != collectives.rank:
         own = np.zeros(tuple(reference.shape), variable.dtype.as_numpy_dtype)
@@ -104,7 +104,7 @@ def refuse_per_rank_state(optimizer: Any, reset: bool) -> None:
         what = type(wrapper.reducer).__name__.removesuffix("Reducer")
         raise ValueError(
             f"{what} keeps state that belongs to each rank, which one file for all has no place "
-            "for: save one file a rank with model.save, or pass reset_per_rank_state=True to leave "
+            "for: save one file per rank with model.save, or pass reset_per_rank_state=True to leave "
             "it out, so that it starts anew when the file is loaded")
 
 
@@ -183,4 +183,4 @@ def check_stamp(saved: Any, collectives: Collectives, what: str = "") -> None:
         "reset_per_rank_state=True"
     raise ValueError(
         f"the optimizer's state in the file is that of rank {rank} of {ranks}, this is rank "
-        f"{collectives.rank} of {collectives.size}: save and load one file a rank, or {way}")
+        f"{collectives.rank} of {collectives.size}: save and load one file per rank, or {way}")

@@ -175,7 +175,7 @@ class Collectives:
         return tf.bitcast(sent, tensor.dtype) if tensor.dtype in NARROW else sent
 
     def all_true(self, flag: tf.Tensor, name: str) -> tf.Tensor:
-        """Whether ``flag`` holds on every rank: a decision that all ranks take alike."""
+        """Whether ``flag`` holds on every rank: the same decision on all ranks."""
         return self.if_many(
             lambda: tf.equal(self.allreduce(tf.cast(flag, tf.int32), name, op=horovod.Min,
                                             kind="agreement"), 1),

@@ -1,4 +1,4 @@
-"""What Keras decides without asking the optimizer: two things that ranks must decide alike, and a scale.
+"""What Keras decides without asking the optimizer: two decisions that ranks must share, and a scale.
 
 Keras offers no hook for them, so three methods of its classes are extended once, when the first
 distributed optimizer is made. They behave as before for every other optimizer.

@@ -132,7 +132,7 @@ class UpdateServer:
                 as_tf(variable).assign(tf.reshape(piece, variable.shape))
 
     def _messages(self, variables: Sequence[Any]) -> list[Message]:
-        """Every owner's messages, in an order that all ranks compute alike."""
+        """Every owner's messages, in the same order on all ranks."""
         plan: list[Message] = []
         served = [variable for variable in variables if self.owner(variable) != EVERY_RANK]
         for owner in sorted({self.owner(variable) for variable in served}):

@@ -107,7 +107,7 @@ class Checkpoint:
                 file.close()
 
     def weights(self) -> list[Array]:
-        """The weights, one array a parameter, in the model's order."""
+        """The weights, one array per parameter, in the model's order."""
         flat = self.state()["w"]
         shapes = [tuple(shape) for shape in self.manifest["shapes"]]
         cuts = np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1]
@@ -137,8 +137,8 @@ class Checkpoint:
                "adaptive": settings.rule.adaptive}
         differ = {name: value for name, value in now.items() if saved[name] != value}
         if differ and not settings.reset_workers:
-            told = ", ".join(f"{name} {saved[name]}, now {value}" for name, value in differ.items())
+            changes = ", ".join(f"{name} {saved[name]}, now {value}" for name, value in differ.items())
             raise ValueError(
-                f"{self.folder} holds state per worker that does not fit ({told}); start as it was "
+                f"{self.folder} holds state per worker that does not fit ({changes}); start as it was "
                 "saved, or pass reset_workers=True to drop w_bak and MeanSquare"
             )

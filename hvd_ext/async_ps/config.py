@@ -16,7 +16,7 @@ Schedule = float | Callable[[float], float]
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """Everything a run is told, the same on every rank.
+    """Everything a run is configured with, the same on every rank.
 
     Args:
         rule: how a delayed gradient is corrected.
@@ -27,8 +27,8 @@ class ServerSettings:
             the bound from the measured delay.
         prefetch: let a worker start on its next mini-batch while its last push still travels;
             each of its gradients is then one more of its own updates late.
-        worker_timeout: seconds a worker may be silent before it is left out; None for ever.
-        server_timeout: seconds a worker waits for an answer; None for ever.
+        worker_timeout: seconds a worker may be silent before it is left out; None to wait forever.
+        server_timeout: seconds a worker waits for an answer; None to wait forever.
         start_timeout: seconds within which all ranks must have constructed the server.
         checkpoint_dir: folder for checkpoints; None for none.
         checkpoint_every: updates between two of them; None for only at a stop and at the end.
@@ -119,7 +119,7 @@ class ServerSettings:
 
     def digest(self) -> str:
         """A short text that is the same on ranks with the same settings."""
-        told = []
+        lines = []
         for item in fields(self):
             value = getattr(self, item.name)
             if isinstance(value, AutoMomentum):
@@ -127,5 +127,5 @@ class ServerSettings:
             elif callable(value):
                 value = "function"
             if item.name not in ("progress", "total_updates"):
-                told.append(f"{item.name}={value}")
-        return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
+                lines.append(f"{item.name}={value}")
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

@@ -1,7 +1,7 @@
 """A process must be able to end after others have died.
 
 ``MPI_Finalize`` waits for all ranks. Open MPI started with ``--enable-recovery`` lets it pass when
-some have died, but not reliably when several die at once. By then everything is written and said.
+some have died, but not reliably when several die at once. By then everything has been written and reported.
 """
 
 from __future__ import annotations

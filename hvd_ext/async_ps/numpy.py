@@ -22,14 +22,14 @@ class ParameterServer(Core):
         super().__init__(self._model, **settings)
 
     def step(self, gradients: Sequence[Array | None]) -> None:  # type: ignore[override]
-        """Workers: push ``gradients``, one a parameter, and pull the next weights in place.
+        """Workers: push ``gradients``, one per parameter, and pull the next weights in place.
 
         Raises:
             ValueError: their number or a shape differs from the parameters'.
         """
         if len(gradients) != len(self._model.parameters):
             raise ValueError(
-                f"gradients must be {len(self._model.parameters)}, one a parameter, got "
+                f"gradients must be {len(self._model.parameters)}, one per parameter, got "
                 f"{len(gradients)}"
             )
         self._model.gradients = gradients

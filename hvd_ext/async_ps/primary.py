@@ -89,7 +89,7 @@ class Primary(Server):
         super().close()
 
     def _settled(self) -> bool:
-        return all(told.finished or m in self.gone for m, told in enumerate(self.books.workers))
+        return all(record.finished or m in self.gone for m, record in enumerate(self.books.workers))
 
     def _take(self) -> bool:
         """One round through everything that may have arrived; whether anything had."""
@@ -110,24 +110,24 @@ class Primary(Server):
     def _take_confirms(self) -> None:
         """What other servers say; pushes wait in line, for a checkpoint may be under way."""
         while (arrived := self._confirms.take()) is not None:
-            said = arrived[1]
-            if said["kind"] == wire.RECEIVED:
-                self._received.append((int(said["worker"]), int(said["step"])))
-            elif said["kind"] == wire.SAVED:
+            message = arrived[1]
+            if message["kind"] == wire.RECEIVED:
+                self._received.append((int(message["worker"]), int(message["step"])))
+            elif message["kind"] == wire.SAVED:
                 self._saved += 1
             elif self.signal is None:
-                self.signal = int(said["size"])
+                self.signal = int(message["size"])
 
-    def _heard(self, rank: int, said: Any) -> None:
+    def _heard(self, rank: int, message: Any) -> None:
         """A header from a worker."""
         m = self.plan.worker(rank)
         self._seen[m] = time.monotonic()
-        kind = said["kind"]
+        kind = message["kind"]
         if m in self.gone:  # what a dead worker had sent may come in late; nobody waits for it
             if m in self._silent:
                 self.outbox.header(wire.header(wire.LEFT_OUT), rank, wire.REPLY)
         elif kind in (wire.PUSH, wire.PUSH_NOT_FINITE):
-            self.inbox.expect(m, rank, int(said["step"]), finite=kind == wire.PUSH)
+            self.inbox.expect(m, rank, int(message["step"]), finite=kind == wire.PUSH)
         elif kind == wire.ASK_SNAPSHOT:
             self._order(wire.header(wire.SEND_SNAPSHOT, worker=m))
             self.outbox.header(wire.header(wire.SNAPSHOT_READY, update=self.books.update), rank,
@@ -153,9 +153,9 @@ class Primary(Server):
             slot = self.books.drop(m)
             self._order(wire.header(wire.DROP, worker=m, step=slot))
             self.drop(m, slot)
-            told = self.books.workers[m]
-            if told.not_finite == 1:
-                self.display.say(f"async: a gradient of worker {m} (rank {told.rank}) is not "
+            record = self.books.workers[m]
+            if record.not_finite == 1:
+                self.display.say(f"async: a gradient of worker {m} (rank {record.rank}) is not "
                                  "finite; dropped, and further ones are counted")
         else:
             made = self.books.commit(m)
@@ -196,9 +196,9 @@ class Primary(Server):
         """Processes that ended, workers that are silent, signals, the terminal."""
         self._look_at_processes()
         limit = self.settings.worker_timeout
-        for m, told in enumerate(self.books.workers):
+        for m, record in enumerate(self.books.workers):
             silent = now - self._seen[m]
-            if limit is not None and silent > limit and m not in self.gone and not told.finished:
+            if limit is not None and silent > limit and m not in self.gone and not record.finished:
                 self._leave(m, f"silent for {silent:.0f} s (worker_timeout={limit:g})", alive=True)
         if self.signal is not None:
             number, self.signal = self.signal, None
@@ -220,14 +220,14 @@ class Primary(Server):
                 self._leave(m, DEAD)
 
     def _leave(self, m: int, why: str, *, alive: bool = False) -> None:
-        told = self.books.workers[m]
-        told.left_out = why
+        record = self.books.workers[m]
+        record.left_out = why
         self._order(wire.header(wire.FORGET, worker=m))
         self.forget(m)
         if alive:
             self._silent.add(m)
-            self.outbox.header(wire.header(wire.LEFT_OUT), told.rank, wire.REPLY)
-        self.display.say(f"async: worker {m} (rank {told.rank}) is left out after {told.updates} "
+            self.outbox.header(wire.header(wire.LEFT_OUT), record.rank, wire.REPLY)
+        self.display.say(f"async: worker {m} (rank {record.rank}) is left out after {record.updates} "
                          f"updates: {why}")
 
     def _way_back(self) -> str:
@@ -240,12 +240,12 @@ class Primary(Server):
     def _interrupted(self, number: int) -> None:
         if self.settings.checkpoint_dir is not None:
             self.checkpoint()
-        said = (f"stopped by {signal.Signals(number).name} after {self.books.update} updates; "
+        message = (f"stopped by {signal.Signals(number).name} after {self.books.update} updates; "
                 + self._way_back())
-        self.display.say(f"async: {said}")
-        self._stop(said)
+        self.display.say(f"async: {message}")
+        self._stop(message)
         if number == signal.SIGINT:
-            raise KeyboardInterrupt(said)
+            raise KeyboardInterrupt(message)
         raise SystemExit(128 + number)
 
     def _stop(self, why: str, *, lost: bool = False) -> None:
@@ -269,19 +269,19 @@ class Primary(Server):
         """Everybody gets the final weights."""
         if self.settings.checkpoint_dir is not None:
             self.checkpoint()
-        if not any(told.finished for told in self.books.workers):
+        if not any(record.finished for record in self.books.workers):
             raise ServerStopped(f"no worker is left after {self.books.update} updates; "
                                 + self._way_back())
         report = self.books.report()
         if self.settings.progress:
             self.display.show(report)
         text = bytearray(report.to_json().encode())
-        for m, told in enumerate(self.books.workers):
-            if told.finished and m not in self.gone:
+        for m, record in enumerate(self.books.workers):
+            if record.finished and m not in self.gone:
                 self._order(wire.header(wire.SEND_SNAPSHOT, worker=m))
                 made = wire.header(wire.DONE, update=self.books.update, size=len(text))
-                self.outbox.header(made, told.rank, wire.REPLY)
-                self.outbox.send(text, told.rank, wire.TEXT)
+                self.outbox.header(made, record.rank, wire.REPLY)
+                self.outbox.send(text, record.rank, wire.TEXT)
                 self.snapshot(m)
         self._order(wire.header(wire.END))
         whole = self.gather()

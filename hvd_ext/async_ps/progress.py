@@ -29,10 +29,10 @@ class Display:
         if enabled and self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("async"), BarColumn(), MofNCompleteColumn(),
-                TextColumn("{task.fields[told]}"), TimeElapsedColumn(), console=self.console,
+                TextColumn("{task.fields[text]}"), TimeElapsedColumn(), console=self.console,
                 auto_refresh=False,
             )
-            self._task = self._bar.add_task("", total=total, told="")
+            self._task = self._bar.add_task("", total=total, text="")
             self._bar.start()
 
     def due(self) -> bool:
@@ -44,16 +44,16 @@ class Display:
         """Shows where the run stands."""
         self._shown = time.monotonic()
         active = sum(not worker.finished and worker.left_out is None for worker in report.workers)
-        told = (f"{report.updates_per_second:.1f} updates/s, delay {report.delay.mean:.1f} "
+        text = (f"{report.updates_per_second:.1f} updates/s, delay {report.delay.mean:.1f} "
                 f"(max {report.delay.maximum}), {active} workers")
         if report.not_finite:
-            told += f", {report.not_finite} gradients not finite"
+            text += f", {report.not_finite} gradients not finite"
         if self._bar is not None:
-            self._bar.update(self._task, completed=report.updates, told=told)
+            self._bar.update(self._task, completed=report.updates, text=text)
             self._bar.refresh()
         elif self.enabled:
             total = f"/{self.total}" if self.total else ""
-            self.say(f"async: {report.updates}{total} updates, {told}")
+            self.say(f"async: {report.updates}{total} updates, {text}")
 
     def say(self, text: str) -> None:
         """A line of its own, whether or not progress is shown."""

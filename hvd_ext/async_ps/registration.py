@@ -112,7 +112,7 @@ def _resume(plan: Plan | None, model: FlatModel, settings: ServerSettings) -> Ch
 
 
 def _attempt(make: Callable[[], Any]) -> tuple[Any, str | None]:
-    """The result, or what went wrong as a text the other ranks can be told."""
+    """The result, or what went wrong, as a text to send to the other ranks."""
     try:
         return make(), None
     except (ValueError, TypeError, OSError, KeyError) as error:

@@ -22,7 +22,7 @@ LAST_WORDS = 5.0  # seconds in which a slice may still arrive after the primary 
 
 
 class Secondary(Server):
-    """Confirms to the primary what has arrived whole, applies it when told."""
+    """Confirms to the primary what has arrived whole, applies it on the primary's command."""
 
     def __init__(self, plan: Plan, member: Membership, settings: ServerSettings, weights: Array) -> None:
         super().__init__(plan, member, settings, weights)
@@ -74,10 +74,10 @@ class Secondary(Server):
         busy = False
         while (arrived := self.headers.take()) is not None:
             busy = True
-            rank, said = arrived
+            rank, message = arrived
             m = self.plan.worker(rank)
             if m not in self.gone:
-                self.inbox.expect(m, rank, int(said["step"]), finite=said["kind"] == wire.PUSH)
+                self.inbox.expect(m, rank, int(message["step"]), finite=message["kind"] == wire.PUSH)
         for push in self.inbox.arrived():
             busy = True
             self._confirm(wire.header(wire.RECEIVED, worker=push.worker, step=push.step))
@@ -90,26 +90,26 @@ class Secondary(Server):
     def _confirm(self, made: wire.Header) -> None:
         self.outbox.header(made, 0, wire.CONFIRM)
 
-    def _obey(self, said: Any) -> None:
-        kind, m = said["kind"], int(said["worker"])
+    def _obey(self, message: Any) -> None:
+        kind, m = message["kind"], int(message["worker"])
         if kind == wire.COMMIT:
-            self.apply(Commit(int(said["update"]), m, int(said["step"]), int(said["version"]),
-                              float(said["lr"]), float(said["momentum"])))
+            self.apply(Commit(int(message["update"]), m, int(message["step"]), int(message["version"]),
+                              float(message["lr"]), float(message["momentum"])))
         elif kind == wire.DROP:
-            self.drop(m, int(said["step"]))
+            self.drop(m, int(message["step"]))
         elif kind == wire.FORGET:
             self.forget(m)
         elif kind == wire.SEND_SNAPSHOT:
             self.snapshot(m)
         elif kind == wire.SAVE:
-            self.save(int(said["update"]))
+            self.save(int(message["update"]))
             self._confirm(wire.header(wire.SAVED))
         elif kind == wire.END:
             self._ended = True
         elif kind == wire.STOP:
-            text = np.empty(int(said["size"]), dtype=np.uint8)
+            text = np.empty(int(message["size"]), dtype=np.uint8)
             self.comm.Recv(text, source=0, tag=wire.TEXT)
-            kind_of = ServerLost if said["version"] else ServerStopped
+            kind_of = ServerLost if message["version"] else ServerStopped
             raise kind_of(text.tobytes().decode())
 
     def look_around(self, now: float) -> None:

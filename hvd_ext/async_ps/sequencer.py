@@ -68,10 +68,10 @@ class Sequencer:
                             ("momentum", self.momentum)):
             self._record[name].append(value)
         self.delay.add(delay)
-        told = self.workers[worker]
-        told.delay.add(delay)
-        told.updates += 1
-        told.bytes_pushed += self.plan.numel * self.itemsize
+        record = self.workers[worker]
+        record.delay.add(delay)
+        record.updates += 1
+        record.bytes_pushed += self.plan.numel * self.itemsize
         self.update += 1
         self._answer(worker, slot)
         return made

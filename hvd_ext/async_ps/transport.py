@@ -110,7 +110,7 @@ class Inbox:
         self._abandoned: list[Push] = []
 
     def expect(self, worker: int, rank: int, step: int, *, finite: bool) -> None:
-        """A header said that a push is coming."""
+        """A header announced a push."""
         if not finite:
             self._pushes[worker].append(Push(worker, step, None, None))
             return

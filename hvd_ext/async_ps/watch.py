@@ -52,10 +52,10 @@ class Host:
                 continue
             try:
                 connection.settimeout(2.0)
-                said = connection.recv(64, socket.MSG_WAITALL).decode("ascii", "replace").split()
-                if len(said) != 2 or not secrets.compare_digest(said[0], self.token):
+                message = connection.recv(64, socket.MSG_WAITALL).decode("ascii", "replace").split()
+                if len(message) != 2 or not secrets.compare_digest(message[0], self.token):
                     raise ConnectionError("not one of ours")
-                rank = int(said[1])
+                rank = int(message[1])
             except (OSError, ValueError):
                 connection.close()
                 continue

@@ -125,12 +125,12 @@ class Worker:
         self._drain()
         requests = self._receive(self._weights[0].wire, wire.SNAPSHOT)
         self._outbox.header(wire.header(wire.FINISH), 0, wire.TO_SERVER)
-        told = self._reply(wire.DONE, patient=True)
-        report = Report.from_json(self._text(int(told["size"])))
+        reply = self._reply(wire.DONE, patient=True)
+        report = Report.from_json(self._text(int(reply["size"])))
         self._wait_for(requests, self.settings.server_timeout)
         if any(worker.left_out == DEAD for worker in report.workers):
             bound_the_end()
-        self.update = int(told["update"])
+        self.update = int(reply["update"])
         self._weights[0].put_weights()
         self.close()
         return report
@@ -164,21 +164,21 @@ class Worker:
         made = wire.header(0)
         request = self.comm.Irecv(wire.raw(made), source=0, tag=wire.REPLY)
         self._wait_for([request], None if patient else self.settings.server_timeout)
-        said = made[0]
-        if said["kind"] == wire.LEFT_OUT:
+        message = made[0]
+        if message["kind"] == wire.LEFT_OUT:
             self.close()
             raise LeftOut(
                 f"worker {self.number} (rank {self.comm.rank}) was left out: it was silent for "
                 f"longer than worker_timeout={self.settings.worker_timeout}; raise it, or call "
                 "ping() in long pauses"
             )
-        if said["kind"] == wire.STOPPED:
-            text = self._text(int(said["size"]))
+        if message["kind"] == wire.STOPPED:
+            text = self._text(int(message["size"]))
             self.close()
-            raise (ServerLost if said["version"] else ServerStopped)(text)
-        if said["kind"] != kind:
-            raise RuntimeError(f"expected message {kind} from the primary server, got {said}")
-        return said
+            raise (ServerLost if message["version"] else ServerStopped)(text)
+        if message["kind"] != kind:
+            raise RuntimeError(f"expected message {kind} from the primary server, got {message}")
+        return message
 
     def _text(self, size: int) -> str:
         text = np.empty(size, dtype=np.uint8)

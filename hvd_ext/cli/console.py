@@ -6,11 +6,11 @@ from rich.console import Console
 
 
 class Failure(Exception):
-    """A command cannot go on. ``str(failure)`` says what is wrong, ``mend`` what to do about it."""
+    """A command cannot go on. ``str(failure)`` says what is wrong, ``remedy`` what to do about it."""
 
-    def __init__(self, problem: str, mend: str = "") -> None:
+    def __init__(self, problem: str, remedy: str = "") -> None:
         super().__init__(problem)
-        self.mend = mend
+        self.remedy = remedy
 
 
 def out() -> Console:

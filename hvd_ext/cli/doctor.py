@@ -1,4 +1,4 @@
-"""``hvd-ext doctor``: what is installed and usable, and what mends the rest."""
+"""``hvd-ext doctor``: what is installed and usable, and fixes for anything broken."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ def register(subcommands: Any) -> None:
     """Add the subcommand to ``hvd-ext``."""
     parser = subcommands.add_parser(
         "doctor",
-        help="say what is installed and usable, and how to mend the rest",
+        help="show what is installed and usable, and how to fix anything broken",
         description="Prints one table of what is installed, whether Horovod fits the installed "
         "frameworks, and a two-rank allreduce. Exit status 1 when something needed is missing.",
     )
@@ -80,12 +80,12 @@ def _print(findings: list[Finding], problems: int) -> None:
         table.add_column(heading, overflow="fold")
     for finding in findings:
         table.add_row(
-            finding.subject, escape(finding.value), SIGNS[finding.level], escape(finding.mend)
+            finding.subject, escape(finding.value), SIGNS[finding.level], escape(finding.remedy)
         )
     console = out()
     console.print(table)
     for finding in findings:
         if finding.level == "problem":
             # Once more outside the table: there a long command is broken over lines.
-            console.print(f"[red]{finding.subject}[/]: {escape(finding.mend)}", soft_wrap=True)
+            console.print(f"[red]{finding.subject}[/]: {escape(finding.remedy)}", soft_wrap=True)
     console.print("All that is needed works." if not problems else f"Problems: {problems}.")

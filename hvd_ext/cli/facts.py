@@ -175,15 +175,15 @@ def _framework(name: str, horovod: str | None, limit: float) -> Framework:
     code = _FRAMEWORK_PROBES[name]
     if horovod is not None:
         code += _HOROVOD_PROBE.format(name=name)
-    told, error = _probe(code, limit)
-    if not told:
+    results, error = _probe(code, limit)
+    if not results:
         return Framework(name, version, error=error)
     return Framework(
         name,
-        version=told[0]["version"],
-        cuda=told[0]["cuda"],
-        gpus=told[0]["gpus"],
-        horovod=told[1] if len(told) > 1 else None,
+        version=results[0]["version"],
+        cuda=results[0]["cuda"],
+        gpus=results[0]["gpus"],
+        horovod=results[1] if len(results) > 1 else None,
         horovod_error=error,
     )
 
@@ -206,7 +206,7 @@ def _probe(code: str, limit: float) -> tuple[list[dict[str, Any]], str]:
             status, error = 1, f"the import took longer than {limit:g} s"
         output.seek(0)
         lines = output.read().strip().splitlines()
-    told = [json.loads(line) for line in lines if line.startswith('{"')]
+    results = [json.loads(line) for line in lines if line.startswith('{"')]
     if status and not error:
         error = lines[-1] if lines else f"exit status {status}"
-    return told, error
+    return results, error

@@ -1,4 +1,4 @@
-"""What the facts about a machine mean: a line a subject, and for each problem what mends it."""
+"""What the facts about a machine mean: one line per subject, and for each problem what fixes it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,17 +21,17 @@ class Finding:
         subject: what it is about.
         value: what was found.
         level: "ok"; "note", worth knowing and stops nothing; "problem", must be mended.
-        mend: the command (or the step) that mends it; never empty for a problem.
+        remedy: the command (or the step) that fixes it; never empty for a problem.
     """
 
     subject: str
     value: str
     level: Level = "ok"
-    mend: str = ""
+    remedy: str = ""
 
     def __post_init__(self) -> None:
-        if self.level == "problem" and not self.mend:
-            raise ValueError(f"the problem with {self.subject} needs a way to mend it")
+        if self.level == "problem" and not self.remedy:
+            raise ValueError(f"the problem with {self.subject} needs a remedy")
 
 
 def judge(facts: Facts) -> list[Finding]:
@@ -51,8 +51,8 @@ def usable(facts: Facts) -> list[str]:
 def _python(facts: Facts) -> Finding:
     parts = tuple(int(part) for part in facts.python.split(".")[:2])
     if parts < (3, 10):
-        mend = "make a new environment: python3.12 -m venv .venv"
-        return Finding("Python", f"{facts.python}; 3.10 or newer is needed", "problem", mend)
+        remedy = "make a new environment: python3.12 -m venv .venv"
+        return Finding("Python", f"{facts.python}; 3.10 or newer is needed", "problem", remedy)
     return Finding("Python", facts.python)
 
 
@@ -61,9 +61,9 @@ def _framework(framework: Framework) -> Finding:
     if framework.version is None:
         return Finding(title, "not installed", "note", f"pip install 'hvd-ext[{framework.name}]'")
     if framework.error:
-        mend = f"pip install --force-reinstall --no-deps {framework.name}=={framework.version}"
+        remedy = f"pip install --force-reinstall --no-deps {framework.name}=={framework.version}"
         value = f"{framework.version}, does not import: {framework.error}"
-        return Finding(title, value, "problem", mend)
+        return Finding(title, value, "problem", remedy)
     device = f"CUDA {framework.cuda}, {framework.gpus} GPU" if framework.cuda else "CPU"
     value = f"{framework.version} ({device})"
     if framework.version.split("+")[0] != TESTED[framework.name]:
@@ -81,8 +81,8 @@ def _keras(facts: Facts) -> Finding:
 def _horovod(facts: Facts) -> list[Finding]:
     present = [framework for framework in facts.frameworks if framework.version is not None]
     if not present:
-        mend = "pip install 'hvd-ext[torch]' (or [tensorflow]), then " + REBUILD
-        return [Finding("Horovod", "no framework to use it with", "problem", mend)]
+        remedy = "pip install 'hvd-ext[torch]' (or [tensorflow]), then " + REBUILD
+        return [Finding("Horovod", "no framework to use it with", "problem", remedy)]
     if facts.horovod is None:
         return [Finding("Horovod", "not installed", "problem", REBUILD)]
     rows = [Finding("Horovod", facts.horovod)]
@@ -123,13 +123,13 @@ def _mpi(facts: Facts) -> Finding:
     if not _built_with(facts, "mpi"):
         return Finding("MPI", "Horovod is built without it; Gloo serves", "note", REBUILD)
     if facts.mpirun is None:
-        mend = "load the MPI that Horovod was built with, or " + REBUILD
+        remedy = "load the MPI that Horovod was built with, or " + REBUILD
         level: Level = "note" if _built_with(facts, "gloo") else "problem"
-        return Finding("MPI", f"no mpirun; Horovod uses {facts.libmpi}", level, mend)
+        return Finding("MPI", f"no mpirun; Horovod uses {facts.libmpi}", level, remedy)
     value = f"{facts.mpirun_version} ({facts.mpirun})"
     if facts.libmpi and not _same_tree(facts.mpirun, facts.libmpi):
-        mend = f"put the bin folder of {Path(facts.libmpi).parent} first on the PATH, or {REBUILD}"
-        return Finding("MPI", f"{value}, but Horovod loads {facts.libmpi}", "note", mend)
+        remedy = f"put the bin folder of {Path(facts.libmpi).parent} first on the PATH, or {REBUILD}"
+        return Finding("MPI", f"{value}, but Horovod loads {facts.libmpi}", "note", remedy)
     return Finding("MPI", value)
 
 

@@ -163,7 +163,7 @@ def digest(data: bytes) -> str:
 
 def _recognised(source: Path, edit: Edit) -> str:
     """The text of one file, when it is the released one."""
-    mend = (
+    remedy = (
         f"use the unchanged source archive of Horovod {HOROVOD}, which this version of hvd-ext "
         "was made for (leave --source out to download it); for another Horovod release, "
         "upgrade hvd-ext or install that Horovod yourself: hvd-ext uses any that imports"
@@ -172,12 +172,12 @@ def _recognised(source: Path, edit: Edit) -> str:
         data = (source / edit.path).read_bytes()
     except OSError as error:
         raise Failure(
-            f"this source of Horovod is not recognised: {edit.path} cannot be read ({error})", mend
+            f"this source of Horovod is not recognised: {edit.path} cannot be read ({error})", remedy
         ) from error
     if digest(data) != edit.before:
         raise Failure(
             f"this source of Horovod is not recognised: {edit.path} differs from Horovod "
             f"{HOROVOD} (SHA-256 {digest(data)}, expected {edit.before}); nothing was edited",
-            mend,
+            remedy,
         )
     return data.decode()

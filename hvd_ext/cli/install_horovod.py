@@ -183,13 +183,13 @@ def _has(need: str) -> bool:
     return toolchain.distribution_version(name) is not None
 
 
-def _pip_install(arguments: list[str], mend: str = "") -> None:
+def _pip_install(arguments: list[str], remedy: str = "") -> None:
     command = [sys.executable, "-m", "pip", "install", "--quiet", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         raise Failure(
             f"pip install {' '.join(arguments)} failed:\n{done.stderr.strip()}",
-            mend or "check the network and pip's index settings, then repeat",
+            remedy or "check the network and pip's index settings, then repeat",
         )
 
 

@@ -38,15 +38,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand.
 
     Returns:
-        The exit status: 0 done, 1 a problem that was printed with its way out, 130 interrupted.
+        The exit status: 0 done, 1 a problem that was printed with what to do about it, 130 interrupted.
     """
     args = parser().parse_args(argv)
     try:
         return cast(Command, args.run)(args)
     except Failure as failure:
         err().print(f"[bold red]hvd-ext:[/] {escape(str(failure))}", soft_wrap=True)
-        if failure.mend:
-            err().print(f"[bold]What to do:[/] {escape(failure.mend)}", soft_wrap=True)
+        if failure.remedy:
+            err().print(f"[bold]What to do:[/] {escape(failure.remedy)}", soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         err().print("hvd-ext: interrupted")

@@ -34,7 +34,7 @@ def register(subcommands: Any) -> None:
                         help="nanoseconds an element that TopK computes; python -m "
                         "benchmarks.topk_exchange measures it (default: %(default)g, one CPU core)")
     parser.add_argument("--moments", type=int, default=3,
-                        help="elements of optimizer state a parameter: 1 momentum, 2 Adam, 3 AMSGrad "
+                        help="elements of optimizer state per parameter: 1 momentum, 2 Adam, 3 AMSGrad "
                         "(default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.set_defaults(run=run)

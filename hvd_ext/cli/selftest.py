@@ -76,13 +76,13 @@ def allreduce(facts: Facts, framework: str, limit: float) -> Finding:
     status, printed = run_limited(command, limit)
     if status is None:
         value = f"{launcher}: no answer within {limit:g} s, killed"
-        mend = "see docs/install.md, \"When it fails\": a two-rank run hangs"
-        return Finding(subject, value, "problem", mend)
+        remedy = "see docs/install.md, \"When it fails\": a two-rank run hangs"
+        return Finding(subject, value, "problem", remedy)
     ranks = printed.count(DONE)
     if status or ranks != RANKS:
         lines = [line for line in printed.splitlines() if line.strip() and DONE not in line]
-        told = [line for line in lines if "Error" in line] or lines
-        value = f"{launcher}: exit status {status}, {ranks} of {RANKS} ranks: {' '.join(told[-3:])}"
+        errors = [line for line in lines if "Error" in line] or lines
+        value = f"{launcher}: exit status {status}, {ranks} of {RANKS} ranks: {' '.join(errors[-3:])}"
         return Finding(subject, value[:600], "problem", f"{REBUILD} --force")
     return Finding(subject, f"allreduce on {RANKS} ranks by {launcher}")
 

@@ -44,7 +44,7 @@ class Mpi:
 
 
 def frameworks(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Name and version of each framework to build for: those installed, unless told otherwise.
+    """Name and version of each framework to build for: all installed ones, unless left out.
 
     ``HOROVOD_WITHOUT_PYTORCH=1`` and ``HOROVOD_WITHOUT_TENSORFLOW=1`` leave one out.
 

@@ -22,7 +22,7 @@ class DelayCompensated:
             lam0 of the rule below (the paper uses 2 on CIFAR-10), otherwise the constant itself
             (the paper's DC-ASGD-c uses 0.04).
         adaptive: divide ``lam`` elementwise by ``sqrt(MeanSquare + eps)`` with
-            ``MeanSquare <- decay MeanSquare + (1 - decay) g*g`` taken up worker by worker.
+            ``MeanSquare <- decay MeanSquare + (1 - decay) g*g`` updated worker by worker.
         decay: memory of MeanSquare, in [0, 1). The paper: 0.95 on CIFAR-10, 0 on ImageNet.
         eps: added to MeanSquare under the root, > 0.
         order: "norm" applies short steps first, ties by rank; "rank" keeps the ranks' order.

@@ -25,7 +25,7 @@ def usable(workers: Sequence[VirtualWorker]) -> bool:
 
 
 def application_order(workers: Sequence[VirtualWorker], order: str) -> list[VirtualWorker]:
-    """The workers in the order in which their gradients are taken up (supplement, section H)."""
+    """The workers in the order in which their gradients are applied (supplement, section H)."""
     if order == "norm":
         return sorted(workers, key=lambda w: (w.step_square, w.rank, w.part))
     return sorted(workers, key=lambda w: (w.rank, w.part))

@@ -9,6 +9,6 @@ def jitters(mean_diagonal: float) -> tuple[float, ...]:
     """What is added to the diagonal of ``lam I + U^T U``, in this order, until Cholesky succeeds.
 
     Relative to the mean of the diagonal of ``U^T U``; the first is 0. When the last one fails too
-    the layer keeps its former curvature.
+    the layer keeps its previous curvature.
     """
     return tuple(jitter * mean_diagonal for jitter in JITTERS)

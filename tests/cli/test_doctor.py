@@ -1,4 +1,4 @@
-"""The doctor: every mismatch is a problem with a command that mends it, and nothing hangs."""
+"""The doctor: every mismatch is a problem with a command that fixes it, and nothing hangs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_good_machine_has_no_problem_and_no_note() -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "subject", "value", "mend"),
+    ("found", "subject", "value", "remedy"),
     [
         (replace(GOOD, built_for={"torch": "2.9.0", "tensorflow": TENSORFLOW}),
          "Horovod for PyTorch", f"built for torch 2.9.0, installed is {TORCH}",
@@ -78,11 +78,11 @@ def test_a_good_machine_has_no_problem_and_no_note() -> None:
     ids=lambda value: value if isinstance(value, str) and " " not in value else "",
 )
 def test_problem_names_the_mending_command(
-    found: Facts, subject: str, value: str, mend: str
+    found: Facts, subject: str, value: str, remedy: str
 ) -> None:
     problem = of_level(found, "problem")[subject]
     assert value in problem.value
-    assert mend in problem.mend
+    assert remedy in problem.remedy
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_note_is_no_problem(found: Facts, subject: str, value: str) -> None:
 
 
 def test_a_problem_without_a_way_out_cannot_be_made() -> None:
-    with pytest.raises(ValueError, match="needs a way to mend it"):
+    with pytest.raises(ValueError, match="needs a remedy"):
         Finding("MPI", "broken", "problem")
 
 
@@ -160,7 +160,7 @@ def test_exit_status_follows_the_metadata(
     found = {row["subject"]: row for row in report["findings"]}
     row = found["Horovod for PyTorch"]
     assert row["level"] == ("problem" if status else "ok")
-    assert (row["mend"] == "hvd-ext install-horovod") is bool(status)
+    assert (row["remedy"] == "hvd-ext install-horovod") is bool(status)
 
     assert main(["doctor", "--no-selftest"]) == status
     table = capsys.readouterr().out

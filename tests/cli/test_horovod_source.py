@@ -52,7 +52,7 @@ def test_one_changed_byte_is_refused_and_nothing_is_edited(
         apply(source, edits)
     assert contents(source) == found
     assert digest((BEFORE[name] + " ").encode()) in str(failure.value)
-    assert "unchanged source archive" in failure.value.mend
+    assert "unchanged source archive" in failure.value.remedy
 
 
 def test_missing_file_is_refused(source: Path, edits: tuple[Edit, ...]) -> None:

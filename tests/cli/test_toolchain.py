@@ -49,7 +49,7 @@ def test_asked_for_but_missing_framework(monkeypatch: pytest.MonkeyPatch) -> Non
     assert frameworks({}) == {"torch": "2.13.0"}
     with pytest.raises(Failure, match="tensorflow is not installed") as failure:
         frameworks({"HOROVOD_WITH_TENSORFLOW": "1"})
-    assert "pip install 'hvd-ext[tensorflow]'" in failure.value.mend
+    assert "pip install 'hvd-ext[tensorflow]'" in failure.value.remedy
 
 
 def test_no_framework_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +133,7 @@ def test_cmake_beyond_an_unfit_one_is_found(
 def test_missing_compiler_says_how_to_get_one() -> None:
     with pytest.raises(Failure, match="no C\\+\\+ compiler: nothing-like-it") as failure:
         compiler({"CXX": "nothing-like-it -O2"})
-    assert "apt install g++" in failure.value.mend
+    assert "apt install g++" in failure.value.remedy
 
 
 def test_cpu_flags(tmp_path: Path) -> None:

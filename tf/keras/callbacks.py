@@ -88,9 +88,9 @@ class MetricAverageCallback(keras.callbacks.Callback):
         by_rank = self._collectives.allgather_object(
             {name: float(logs[name]) for name in names}, "MetricAverageCallback")
         if any(sorted(rank) != names for rank in by_rank):
-            said = "; ".join(f"rank {number}: {', '.join(sorted(rank))}"
+            shown = "; ".join(f"rank {number}: {', '.join(sorted(rank))}"
                              for number, rank in enumerate(by_rank))
-            raise ValueError("the ranks have different metrics to average (" + said + "); give "
+            raise ValueError("the ranks have different metrics to average (" + shown + "); give "
                              "validation_data and metrics on every rank")
         for name in names:
             logs[name] = sum(rank[name] for rank in by_rank) / len(by_rank)

@@ -49,9 +49,9 @@ def save_model(model: keras.Model, filepath: Any, *, reset_per_rank_state: bool 
                 model.save(filepath, **options)
     except Exception as error:
         failure = error
-    said = collectives.allgather_object(failure and f"{type(failure).__name__}: {failure}",
+    failures = collectives.allgather_object(failure and f"{type(failure).__name__}: {failure}",
                                         "save_model")
     if failure is not None:
         raise failure
-    if said[0]:
-        raise RuntimeError(f"rank 0 could not save the model: {said[0]}")
+    if failures[0]:
+        raise RuntimeError(f"rank 0 could not save the model: {failures[0]}")

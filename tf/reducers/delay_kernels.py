@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from hvd_ext.delay import DelayCompensated
 
-TOGETHER = 16  # workers that one pass over memory takes up
+TOGETHER = 16  # workers that one pass over memory applies
 
 
 @tf.function(jit_compile=True, autograph=False)
@@ -24,7 +24,7 @@ def reduced_slice(rows: tf.Tensor, order: tf.Tensor, good: tf.Tensor, step: tf.T
 
     Args:
         rows: (workers, own), the workers' gradients of a slice, of floating dtype.
-        order: (workers,) int32, in which they are taken up.
+        order: (workers,) int32, in which they are applied.
         good: 0-D bool; if not, the result is of the plain sum, and MeanSquare stays.
         step: ``lr / M``, the step of one worker, 0-D.
         mean_square: MeanSquare of the slice before; None with a constant lam.

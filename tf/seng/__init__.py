@@ -39,7 +39,7 @@ class SENG(tf.Module):
     tape; of several passes that are accumulated from the last. The loss must be the mean or sum
     over the rank's batch, the first axis of every layer's input. What the optimizer's
     ``scale_loss`` multiplies it with (``mixed_float16``, ``loss_scale_factor``) is divided out; a
-    tape is told by its ``optimizer=``. Track it in a ``tf.train.Checkpoint`` to keep the curvature,
+    tape learns it from its ``optimizer=``. Track it in a ``tf.train.Checkpoint`` to keep the curvature,
     one file per rank; without, it is taken anew at the first step.
 
     Args:

@@ -159,8 +159,8 @@ class Capture:
         else:
             new = [(captured.u, _flat(layer, result) * factor, None)]
         samples = tf.shape(new[0][1])[0]
-        alike = tf.logical_or(tf.logical_not(again), tf.equal(captured.samples, samples))
-        more = tf.logical_and(again, alike)
+        same = tf.logical_or(tf.logical_not(again), tf.equal(captured.samples, samples))
+        more = tf.logical_and(again, same)
         for held, value, axis in new:
             def joined(held: tf.Variable = held, value: tf.Tensor = value,
                        axis: int | None = axis) -> tf.Tensor:
@@ -168,7 +168,7 @@ class Capture:
 
             value = tf.cond(more, joined, functools.partial(tf.identity, value))
             put(held, value)
-        spoiled = tf.logical_or(tf.logical_not(alike), tf.equal(captured.at, -2 - self.number))
+        spoiled = tf.logical_or(tf.logical_not(same), tf.equal(captured.at, -2 - self.number))
         captured.samples.assign(samples)
         captured.at.assign(tf.where(spoiled, -2 - self.number, self.number))
         return tf.constant(True)

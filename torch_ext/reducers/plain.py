@@ -53,10 +53,10 @@ class PlainReducer(Reducer):
         gradients = [one.parameter.grad.to_dense() if one.parameter.grad.is_sparse
                      else one.parameter.grad for one in group]
         sent, contexts = zip(*map(self.settings.compression.compress, gradients), strict=True)
-        alike: dict[Any, list[int]] = {}  # Horovod fuses tensors of one dtype and device
+        together: dict[Any, list[int]] = {}  # Horovod fuses tensors of one dtype and device
         for number, tensor in enumerate(sent):
-            alike.setdefault((tensor.dtype, tensor.device), []).append(number)
-        for numbers in alike.values():
+            together.setdefault((tensor.dtype, tensor.device), []).append(number)
+        for numbers in together.values():
             handle = self.collectives.grouped_allreduce_async_(
                 [sent[number] for number in numbers], group[numbers[0]].name,
                 op=self.settings.op, **self.settings.scale)

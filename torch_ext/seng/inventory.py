@@ -118,12 +118,12 @@ def _layer_of(name: str, module: nn.Module, registered: Registered,
     if not found:
         return Layer(name or "model", registered, product, groups)
     layer = next(iter(found.values()))
-    alike = (len(found) == 1 and layer.registered is registered and layer.product == product
+    same = (len(found) == 1 and layer.registered is registered and layer.product == product
              and layer.groups == groups)
-    if alike and product:
+    if same and product:
         # Only a shared weight joins modules: a bias alone does not.
         return layer if trainable["weight"] is layer.parameters[0] else None
-    return layer if alike and {id(p) for p in trainable.values()} == {
+    return layer if same and {id(p) for p in trainable.values()} == {
         id(p) for p in layer.parameters} else None
 
 

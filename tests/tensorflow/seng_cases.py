@@ -35,6 +35,19 @@ class Shared(keras.Model):
         return self.out(self.twice(self.twice(x)))
 
 
+class Evaluating(keras.Model):
+    """A subclassed model whose batch norm is trained and normalises with its moving averages."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = L.BatchNormalization(moving_mean_initializer="ones", moving_variance_initializer=(
+            keras.initializers.Constant(2.5)))
+        self.out = L.Dense(2)
+
+    def call(self, x):
+        return self.out(tf.reduce_mean(self.norm(x, training=False), axis=1))
+
+
 def sequential(shape, *layers):
     return keras.Sequential([keras.Input(shape), *layers, L.Flatten(), L.Dense(2)])
 
@@ -58,6 +71,7 @@ MODELS = {
     "layer norm of two axes": lambda: (sequential((3, 4), L.LayerNormalization(axis=[1, 2])),
                                        (3, 4)),
     "group norm": lambda: (sequential((3, 3, 4), L.GroupNormalization(2)), (3, 3, 4)),
+    "batch norm, evaluating": lambda: (_built(Evaluating(), (4, 3)), (4, 3)),
     "shared": lambda: (_built(Shared(), (5,)), (5,)),
 }
 

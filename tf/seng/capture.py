@@ -108,7 +108,9 @@ class Capture:
         @functools.wraps(call)
         def tapped(inputs: Any, *args: Any, **kwargs: Any) -> Any:
             if not layer.registered.activation:
-                return self._identity(layer, inputs, call(inputs, *args, **kwargs))
+                context = layer.registered.context
+                given = () if context is None else (context(inside, kwargs.get("training") is True),)
+                return self._identity(layer, inputs, call(inputs, *args, **kwargs), given)
             activation = inside.activation
 
             def after_the_tap(z: Any) -> Any:
@@ -125,7 +127,7 @@ class Capture:
         object.__setattr__(inside, "call", tapped)
 
     @tf.autograph.experimental.do_not_convert
-    def _identity(self, layer: Layer, x: Any, z: Any) -> Any:
+    def _identity(self, layer: Layer, x: Any, z: Any, given: tuple[Any, ...] = ()) -> Any:
         if not tf.is_tensor(z) or isinstance(z, tf.RaggedTensor):
             return z  # Keras is working out shapes
         x = tf.stop_gradient(tf.convert_to_tensor(x))
@@ -134,18 +136,19 @@ class Capture:
         @tf.custom_gradient
         def tap(z: tf.Tensor) -> tuple[tf.Tensor, Any]:
             def gradient(gz: tf.Tensor) -> tf.Tensor:
-                tf.cond(self.wanted, lambda: self._store(layer, x, gz), lambda: tf.constant(False))
+                tf.cond(self.wanted, lambda: self._store(layer, x, gz, given),
+                        lambda: tf.constant(False))
                 return gz
 
             return tf.identity(z), gradient
 
         return tap(z)
 
-    def _store(self, layer: Layer, x: tf.Tensor, gz: tf.Tensor) -> tf.Tensor:
+    def _store(self, layer: Layer, x: tf.Tensor, gz: tf.Tensor, given: tuple[Any, ...]) -> tf.Tensor:
         captured = self.of[layer]
         x, gz = (tf.cast(tensor, layer.dtype) for tensor in (x, gz))
         pick, factor = self._samples(gz)
-        result = layer.registered.rule(layer.layer, x, gz, pick)
+        result = layer.registered.rule(layer.layer, x, gz, pick, *given)
         again = tf.equal(captured.at, self.number)
         new: list[tuple[tf.Variable, tf.Tensor, int | None]]
         if isinstance(result, Factors) and layer.plan.implicit:

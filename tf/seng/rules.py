@@ -53,6 +53,8 @@ class Registered:
     ``weights`` are their names in the layer. ``groups(layer)`` gives (groups, n_G, n_A) of the kernel
     for a rule that returns :class:`Factors`, and ``ones`` says whether the bias is a row of ones
     under A. ``activation``: the layer applies one itself, after what ``gz`` is the gradient by.
+    ``context(layer, training)`` is called in the forward pass; what it gives is the rule's last
+    argument.
     """
 
     kind: str
@@ -61,6 +63,7 @@ class Registered:
     groups: Callable[[Any], tuple[int, int, int]] | None = None
     ones: bool = True
     activation: bool = True
+    context: Callable[[Any, bool], Any] | None = None
 
 
 def register_seng_rule(layer_type: type, rule: Rule, *, weights: tuple[str, ...] = ("kernel", "bias"),
@@ -204,11 +207,27 @@ def _normal(x: tf.Tensor, axes: list[int], epsilon: float) -> tf.Tensor:
     return (x - mean) * tf.math.rsqrt(variance + tf.cast(epsilon, x.dtype))
 
 
-def _batch_norm(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick) -> PerSample:
+Moments = tuple[tf.Tensor, tf.Tensor] | None
+
+
+def _moving_moments(layer: Any, training: bool) -> Moments:
+    """Mean and variance that a batch norm normalises with; None for those of the batch."""
+    if training and layer.trainable:
+        return None
+    return tf.identity(layer.moving_mean), tf.identity(layer.moving_variance)
+
+
+def _batch_norm(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick, moments: Moments) -> PerSample:
     channel = layer.axis % len(x.shape)
     axes = [axis for axis in range(len(x.shape)) if axis != channel]
-    # Statistics of the whole batch, not only of the samples that are kept.
-    return _scale_and_offset(pick(_normal(x, axes, layer.epsilon)), pick(gz), axes[1:])
+    if moments is None:
+        # Statistics of the whole batch, not only of the samples that are kept.
+        normal = _normal(x, axes, layer.epsilon)
+    else:
+        shape = [-1 if axis == channel else 1 for axis in range(len(x.shape))]
+        mean, variance = (tf.reshape(tf.cast(moment, x.dtype), shape) for moment in moments)
+        normal = (x - mean) * tf.math.rsqrt(variance + tf.cast(layer.epsilon, x.dtype))
+    return _scale_and_offset(pick(normal), pick(gz), axes[1:])
 
 
 def _layer_norm(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick) -> PerSample:
@@ -229,13 +248,14 @@ def _group_norm(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick) -> PerSampl
     return _scale_and_offset(normal, _channels_last(gz, channel), list(range(1, len(x.shape) - 1)))
 
 
-def _norm(kind: str, rule: Rule) -> Registered:
-    return Registered(kind, rule, ("gamma", "beta"), activation=False)
+def _norm(kind: str, rule: Callable[..., PerSample],
+          context: Callable[[Any, bool], Any] | None = None) -> Registered:
+    return Registered(kind, rule, ("gamma", "beta"), activation=False, context=context)
 
 
 RULES: dict[type, Registered] = {
     _L.Dense: Registered("dense", _dense, groups=kernel_matrix),
-    _L.BatchNormalization: _norm("batch norm", _batch_norm),
+    _L.BatchNormalization: _norm("batch norm", _batch_norm, _moving_moments),
     _L.LayerNormalization: _norm("layer norm", _layer_norm),
     _L.GroupNormalization: _norm("group norm", _group_norm),
     **{kind: Registered("transposed convolution", _transposed, groups=kernel_matrix, ones=False)

@@ -7,7 +7,7 @@ name in messages, in Horovod's timeline and, in the compression slot, ``hvd.Comp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -100,3 +100,31 @@ def check(*, op: Any, compression: Any, op_name: str, predivide: float, server: 
             "combined with op=DelayCompensated, a compression with error feedback, a preconditioner "
             "or server=; use SGD or Adam"
         )
+
+
+def method_of(table: Mapping[Any, Any], op: Any, compression: Any) -> Any:
+    """The settings of a registered way to reduce among the two arguments; None for Horovod's own."""
+    return next((one for one in (op, compression) if type(one) in table), None)
+
+
+def choose(table: Mapping[Any, Any], *, op: Any, compression: Any, op_name: str,
+           casts: Sequence[Any], predivide: float, server: str | None = None,
+           multiple_evaluations: bool = False) -> Any:
+    """The settings that decide the reducer, after :func:`check`; None for Horovod's own reduction.
+
+    Args:
+        table: of registered ways to reduce.
+        op_name: the plain operation's name; ignored where ``op`` is registered.
+        casts: the compressions that only cast, which go with every ``op``.
+
+    Raises:
+        ValueError: what cannot be combined.
+    """
+    by_op = op if type(op) in table else None
+    check(op=by_op, compression=compression if type(compression) in table else None,
+          op_name="Average" if by_op is not None else op_name, predivide=predivide, server=server,
+          multiple_evaluations=multiple_evaluations)
+    if by_op is not None and compression not in casts:
+        raise ValueError(f"compression={compression!r} and op={public_name(op)} cannot be combined; "
+                         "use Compression.none or Compression.fp16")
+    return method_of(table, op, compression)

@@ -16,7 +16,7 @@ import keras
 import tensorflow as tf
 
 from hvd_ext.buckets import check_groups
-from hvd_ext.composition import public_name
+from hvd_ext.composition import method_of, public_name
 from hvd_ext.options import Options
 from hvd_ext.tensorflow import keras_hooks
 from hvd_ext.tensorflow.collectives import Collectives
@@ -24,10 +24,10 @@ from hvd_ext.tensorflow.keras_hooks import refuse_xla
 from hvd_ext.tensorflow.loss_scale import loss_scale
 from hvd_ext.tensorflow.reducers import (
     OTHER_REDUCTIONS,
+    REDUCERS,
     REDUCTIONS,
     check_preconditioner,
     make_reducer,
-    method_of,
 )
 from hvd_ext.tensorflow.reducers.base import Reducer, divide_by_ranks, precondition, report
 from hvd_ext.tensorflow.variables import as_tf, make_state
@@ -150,7 +150,7 @@ def distributed_tape(gradtape: tf.GradientTape, device_dense: str = "", device_s
     if preconditioner is not None:
         preconditioner.scaled_by(optimizer, still=True)
     groups = (num_groups or None) if groups is None else groups
-    method = method_of(op, compression)
+    method = method_of(REDUCERS, op, compression)
     settings = TapeSettings(op, compression, sparse_as_dense, gradient_predivide_factor, process_set,
                         device_dense, device_sparse,
                         _Groups(groups) if isinstance(groups, list) else groups, method is not None)

@@ -13,11 +13,12 @@ from typing import Any
 import horovod.torch as horovod
 import torch
 
+from hvd_ext import composition
 from hvd_ext.agreement import digest
 from hvd_ext.options import Options
 from hvd_ext.torch.collectives import Collectives
 from hvd_ext.torch.loss_scale import loss_scale
-from hvd_ext.torch.reducers import make_reducer, method_of
+from hvd_ext.torch.reducers import REDUCERS, make_reducer
 from hvd_ext.torch.server import make_server
 from hvd_ext.torch.wrapper import extend
 
@@ -63,7 +64,7 @@ def DistributedOptimizer(
     """
     if hasattr(optimizer, "_hvd_ext") or "horovod" in type(optimizer).__module__:
         raise ValueError("the optimizer is a DistributedOptimizer already; wrap it once")
-    method = method_of(op, compression)
+    method = composition.method_of(REDUCERS, op, compression)
     if method is None and preconditioner is None and server is None:
         return horovod.DistributedOptimizer(
             optimizer, named_parameters, compression, backward_passes_per_step, op,

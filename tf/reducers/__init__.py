@@ -55,11 +55,6 @@ register_reducer(TopK, TopKReducer)
 register_reducer(PowerSGD, PowerSGDReducer)
 
 
-def method_of(op: Any, compression: Any) -> Any:
-    """The settings of a registered way to reduce among the two arguments; None for Horovod's own."""
-    return next((one for one in (op, compression) if type(one) in REDUCERS), None)
-
-
 def make_reducer(collectives: Collectives, options: Options, *, op: Any, compression: Any,
                  predivide: float = 1.0, allowed: dict[str, Any] = REDUCTIONS) -> Reducer:
     """The reducer that ``op`` and ``compression`` ask for; of Horovod's operations ``allowed`` ones.
@@ -70,22 +65,18 @@ def make_reducer(collectives: Collectives, options: Options, *, op: Any, compres
     """
     check_groups(options.groups, member=(tf.Variable, keras.Variable), what="tf.Variable",
                  key=lambda variable: id(as_tf(variable)))
-    by_op, by_compression = (one if type(one) in REDUCERS else None for one in (op, compression))
     names = [name for name, reduction in allowed.items() if op is reduction or op == reduction]
-    if not names and by_op is None:
+    if not names and type(op) not in REDUCERS:
         raise ValueError(f"op must be one of {', '.join('hvd.' + name for name in allowed)} or "
                          f"hvd.DelayCompensated(...) here, got {op!r}")
-    composition.check(op=by_op, compression=by_compression, predivide=predivide, server=None,
-                      op_name="Average" if by_op is not None else names[0])
-    settings = method_of(op, compression)
-    if by_compression is None:
+    if type(compression) not in REDUCERS:
         _check_compression(compression)
+    settings = composition.choose(
+        REDUCERS, op=op, compression=compression, op_name=names[0] if names else "",
+        casts=(Compression.none, Compression.fp16), predivide=predivide)
     if settings is None:
         average = predivide if names[0] == "Average" else 1.0
         return PlainReducer(collectives, Plain(op, compression, average), options)
-    if by_op is not None and compression not in (Compression.none, Compression.fp16):
-        raise ValueError(f"compression={compression!r} and op={composition.public_name(op)} cannot be "
-                         "combined; use Compression.none or Compression.fp16")
     return REDUCERS[type(settings)](collectives, settings, options)
 
 

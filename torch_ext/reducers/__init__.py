@@ -50,37 +50,22 @@ register_reducer(TopK, TopKReducer)
 register_reducer(PowerSGD, PowerSGDReducer)
 
 
-def method_of(op: Any, compression: Any) -> Any:
-    """The settings of a registered way to reduce among the two arguments; None for Horovod's own."""
-    return next((one for one in (op, compression) if type(one) in REDUCERS), None)
-
-
 def make_reducer(collectives: Collectives, options: Options, *, op: Any, compression: Any,
                  predivide: float = 1.0, server: str | None = None,
                  multiple_evaluations: bool = False) -> Reducer:
     """The reducer that ``op`` and ``compression`` ask for.
 
-    ``options.prefix`` may end in a suffix such as ".1"; the method's label is put before it.
-
     Raises:
         ValueError: arguments that cannot be combined.
     """
     check_groups(options.groups, member=torch.Tensor, what="torch.Tensor")
-    by_op, by_compression = (one if type(one) in REDUCERS else None for one in (op, compression))
-    composition.check(op=by_op, compression=by_compression, op_name=_op_name(op, by_op),
-                      predivide=predivide, server=server,
-                      multiple_evaluations=multiple_evaluations)
-    settings = method_of(op, compression)
+    names = {horovod.Average: "Average", horovod.Adasum: "Adasum"}
+    plain = op if type(op) not in REDUCERS else None
+    settings = composition.choose(
+        REDUCERS, op=op, compression=compression, op_name=names.get(plain, str(plain)),
+        casts=(Compression.none, Compression.fp16), predivide=predivide, server=server,
+        multiple_evaluations=multiple_evaluations)
     if settings is None:
         average = predivide if op == horovod.Average else 1.0
         return PlainReducer(collectives, Plain(op, compression, average), options)
-    if by_op is not None and compression not in (Compression.none, Compression.fp16):
-        raise ValueError(f"compression={compression!r} and op={composition.public_name(op)} cannot be "
-                         "combined; use Compression.none or Compression.fp16")
     return REDUCERS[type(settings)](collectives, settings, options)
-
-
-def _op_name(op: Any, settings: Any) -> str:
-    if settings is not None or op == horovod.Average:
-        return "Average"
-    return "Adasum" if op == horovod.Adasum else str(op)

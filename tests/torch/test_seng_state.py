@@ -54,6 +54,32 @@ def test_resuming_gives_the_same_next_step_bit_for_bit(settings, steps):
     assert same(first[1].state_dict(), second[1].state_dict())
 
 
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_state_of_format_1_loads(settings):
+    """It had the samples of a factor in the same axis as its columns."""
+    def one_step(model, seng, seed):
+        model.zero_grad()
+        loss_of(model, batch(seed)).backward()
+        seng.step()
+
+    settings = {"damping": LAM, "update_freq": 9, **settings}
+    model, other = network(), network()
+    seng, again = hvd.SENG(model, **settings), hvd.SENG(other, **settings)
+    one_step(model, seng, 0)
+    saved = {**seng.state_dict(), "format": 1}
+    saved["layers"] = {name: {**layer, "blocks": [
+        {key: value.flatten(2) if key in ("g", "a", "xg", "xa") else value
+         for key, value in block.items() if key not in ("start", "height")}
+        for block in layer["blocks"]]} for name, layer in saved["layers"].items()}
+    again.load_state_dict(saved)
+    for name, buffer in model.named_buffers():
+        other.get_buffer(name).copy_(buffer)
+    one_step(model, seng, 1)
+    one_step(other, again, 1)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
 def test_foreign_state_is_refused_with_the_reason():
     seng = hvd.SENG(network(), damping=LAM)
     state = seng.state_dict()

@@ -70,7 +70,7 @@ def examine(*, selftest: bool, limit: float) -> list[Finding]:
     if selftest and not any(finding.level == "problem" for finding in findings):
         findings += [allreduce(facts, framework, limit) for framework in usable(facts)]
     elif selftest:
-        findings.append(Finding("Self-test", "left out until the problems are mended", "note"))
+        findings.append(Finding("Self-test", "left out until the problems are fixed", "note"))
     return findings
 
 

@@ -20,7 +20,7 @@ class Finding:
     Args:
         subject: what it is about.
         value: what was found.
-        level: "ok"; "note", worth knowing and stops nothing; "problem", must be mended.
+        level: "ok"; "note", worth knowing and stops nothing; "problem", must be fixed.
         remedy: the command (or the step) that fixes it; never empty for a problem.
     """
 

@@ -87,7 +87,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
 def show(figures: dict[str, Any]) -> None:
     """The figures for people."""
     console = out()
-    table = Table("exchange", "MB in and out of a rank", "ms", "against dense", title=(
+    table = Table("exchange", "MB per rank", "ms", "against dense", title=(
         f"{figures['params']:,} parameters, {figures['ranks']} ranks, {figures['gbps']:g} Gbit/s, "
         f"ratio {figures['ratio']:g} in {figures['values']}"))
     dense = figures["exchange"]["dense"]["seconds"]

@@ -135,7 +135,7 @@ def _select_one(piece: Total, segment: Segment, config: TopK, seed: tuple[int, .
             threshold = sample[ranks[number] - 1]
             positions, exact = _above(blocks, maxima, rest, threshold)
             excess = tf.size(positions) - segment.k
-            # Above a threshold of zero lies everything that may be chosen.
+            # A threshold of zero leaves out nothing that may be chosen.
             settled = tf.logical_or(tf.size(positions) >= least, threshold <= 0)
             return tf.cond(
                 settled,

@@ -47,7 +47,7 @@ def _select_one(piece: torch.Tensor, k: int, config: TopK, seed: tuple[int, ...]
             found = _above(piece, threshold)
             if found.numel() > k:
                 return found[largest(piece[found].abs(), k)]
-            # Above a threshold of zero lies everything that may be chosen.
+            # A threshold of zero leaves out nothing that may be chosen.
             if threshold == 0 or enough(found.numel(), k, config.selection, config.tolerance):
                 return found
     return largest(piece.abs(), k)

@@ -1,71 +1,52 @@
-"""Checkpoints: one file a server, and a manifest that is written last and makes them valid.
+"""Checkpoints of the parameter server: one file a server, and the primary's books in the manifest.
 
 ``folder/update-000000001000/shard-0-of-2.npz`` holds server 0's slices, ``recording.npz`` the
-delays so far, ``manifest.json`` the books. Without its manifest a checkpoint does not exist, so a
-server that dies while writing leaves the one before.
+delays so far, ``manifest.json`` the books. :mod:`hvd_ext.checkpoints` says when one is valid.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hvd_ext import checkpoints
 from hvd_ext.async_ps.config import ServerSettings
 from hvd_ext.async_ps.plan import Plan
+from hvd_ext.checkpoints import Mark, checked_file
 from hvd_ext.delay.sequences import Recorded
 
 Array = NDArray[Any]
-MANIFEST = "manifest.json"
+RECORDING = "recording.npz"
 
 
-def place(folder: Path, update: int) -> Path:
-    """The folder of the checkpoint after ``update`` updates."""
-    return folder / f"update-{update:012d}"
+def shard_name(server: int, servers: int) -> str:
+    """The name of one server's file."""
+    return f"shard-{server}-of-{servers}.npz"
 
 
-def save_shard(folder: Path, server: int, servers: int, state: dict[str, Array]) -> None:
-    """Writes one server's slices into a checkpoint."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"shard-{server}-of-{servers}.npz"
-    hidden = path.with_suffix(".part")
-    with hidden.open("wb") as file:
-        np.savez(file, allow_pickle=False, **state)
-        file.flush()
-        os.fsync(file.fileno())
-    hidden.replace(path)
+def save_shard(folder: Path, server: int, servers: int, state: dict[str, Array]) -> Mark:
+    """Writes one server's slices into a checkpoint; what the file must be from now on."""
+    return checkpoints.write(folder / shard_name(server, servers),
+                             lambda file: np.savez(file, allow_pickle=False, **state))
 
 
 def seal(folder: Path, plan: Plan, settings: ServerSettings, books: dict[str, Any],
-         recording: Recorded, *, dtype: str, shapes: list[tuple[int, ...]]) -> None:
+         recording: Recorded, shards: Mapping[int, Mark], *, run: str, dtype: str,
+         shapes: list[tuple[int, ...]]) -> None:
     """Makes a checkpoint valid once all servers have written theirs; removes surplus old ones."""
-    recording.save(folder / "recording.npz")
+    files = {shard_name(server, plan.servers): mark for server, mark in shards.items()}
+    files[RECORDING] = checkpoints.write(folder / RECORDING, recording.save)
     manifest = {
         "servers": plan.servers, "workers": plan.workers, "numel": plan.numel, "dtype": dtype,
         "shapes": shapes, "rule": settings.rule.name, "depth": settings.depth,
         "adaptive": settings.rule.adaptive, "moves": settings.moves, "books": books,
     }
-    hidden = folder / (MANIFEST + ".part")
-    with hidden.open("w") as file:
-        json.dump(manifest, file)
-        file.flush()
-        os.fsync(file.fileno())
-    hidden.replace(folder / MANIFEST)
-    for old in sorted(folder.parent.glob("update-*"))[: -settings.keep]:
-        shutil.rmtree(old)
-
-
-def latest(folder: Path) -> Path | None:
-    """The newest valid checkpoint in a folder, or the folder itself if it is one; else None."""
-    if (folder / MANIFEST).is_file():
-        return folder
-    valid = [path for path in sorted(folder.glob("update-*")) if (path / MANIFEST).is_file()]
-    return valid[-1] if valid else None
+    checkpoints.seal(folder, manifest, files, run=run, keep=settings.keep)
 
 
 class Checkpoint:
@@ -73,17 +54,18 @@ class Checkpoint:
 
     Raises:
         FileNotFoundError: there is none under ``folder``.
+        DamagedCheckpointError: its manifest is damaged.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        found = latest(Path(folder))
+        found = checkpoints.latest(Path(folder))
         if found is None:
             raise FileNotFoundError(
                 f"no valid checkpoint in {folder}; pass the folder given as checkpoint_dir or "
                 "one of its update-* folders"
             )
         self.folder = found
-        self.manifest: dict[str, Any] = json.loads((found / MANIFEST).read_text())
+        self.manifest: dict[str, Any] = checkpoints.read_manifest(found)
 
     @property
     def update(self) -> int:
@@ -92,12 +74,18 @@ class Checkpoint:
 
     def recording(self) -> Recorded:
         """The delays up to this checkpoint."""
-        return Recorded.load(self.folder / "recording.npz")
+        return Recorded.load(checked_file(self.folder, self.manifest, RECORDING))
 
     def state(self, part: slice | None = None) -> dict[str, Array]:
-        """The state's arrays over ``part`` of the flat parameters, from all servers' files."""
+        """The state's arrays over ``part`` of the flat parameters, from all servers' files.
+
+        Raises:
+            DamagedCheckpointError: a file is missing, cut short or altered.
+        """
         servers = int(self.manifest["servers"])
-        files = [np.load(self.folder / f"shard-{s}-of-{servers}.npz") for s in range(servers)]
+        paths = [checked_file(self.folder, self.manifest, shard_name(s, servers))
+                 for s in range(servers)]
+        files = [np.load(path) for path in paths]
         part = slice(0, int(self.manifest["numel"])) if part is None else part
         try:
             return {name: np.concatenate([file[name] for file in files])[part]

@@ -28,9 +28,11 @@ class ServerSettings:
         prefetch: let a worker start on its next mini-batch while its last push still travels;
             each of its gradients is then one more of its own updates late.
         worker_timeout: seconds a worker may be silent before it is left out; None to wait forever.
-        server_timeout: seconds a worker waits for an answer; None to wait forever.
+        server_timeout: seconds a worker waits for an answer, and servers for each other (rank 0 for
+            three quarters of it, so that the workers are told who is missing); None to wait forever.
         start_timeout: seconds within which all ranks must have constructed the server.
-        checkpoint_dir: folder for checkpoints; None for none.
+        checkpoint_dir: folder for checkpoints; None for none. One that holds checkpoints is taken
+            only with ``resume`` from the newest of them.
         checkpoint_every: updates between two of them; None for only at a stop and at the end.
         keep: how many checkpoints are kept.
         resume: a checkpoint, or a folder of them (its newest is taken); None to start afresh.

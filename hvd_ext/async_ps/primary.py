@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import secrets
 import signal
 import time
 from collections import Counter, deque
 from typing import Any
 
 from hvd_ext.async_ps import wire
-from hvd_ext.async_ps.checkpoint import latest, place, seal
+from hvd_ext.async_ps.checkpoint import seal
 from hvd_ext.async_ps.config import ServerSettings
 from hvd_ext.async_ps.ending import bound_the_end
 from hvd_ext.async_ps.errors import ServerLost, ServerStopped
@@ -18,8 +20,11 @@ from hvd_ext.async_ps.progress import Display
 from hvd_ext.async_ps.registration import Membership
 from hvd_ext.async_ps.report import DEAD, Report
 from hvd_ext.async_ps.sequencer import Commit, Sequencer
-from hvd_ext.async_ps.server import Server
-from hvd_ext.async_ps.transport import HeaderBox
+from hvd_ext.async_ps.server import Patience, Server, ranks_text
+from hvd_ext.async_ps.transport import HeaderBox, receive_text
+from hvd_ext.checkpoints import Mark, latest, place
+
+TEXT_SECONDS = 2.0  # in which a reason that was announced must arrive
 
 
 class Primary(Server):
@@ -45,8 +50,19 @@ class Primary(Server):
         self._confirmed: Counter[tuple[int, int]] = Counter()
         self._received: deque[tuple[int, int]] = deque()
         self._silent: set[int] = set()  # workers left out whose process has not ended
-        self._saved = 0
+        self._saved: dict[int, Mark] = {}
         self._seen = [time.monotonic()] * plan.workers
+        self._answered = {rank: time.monotonic() for rank in self.others}
+        self._asked = time.monotonic()
+        self._run = self._run_number()
+
+    def _run_number(self) -> str:
+        """What names this run in its checkpoints: also that of the run it goes on from, in its folder."""
+        resumed, folder = self.member.checkpoint, self.settings.checkpoint_dir
+        if resumed is not None and folder is not None \
+                and resumed.folder.resolve().parent == folder.resolve():
+            return str(resumed.manifest["run"])
+        return secrets.token_hex(8)
 
     def serve(self) -> tuple[Report, Array]:
         """Serves until every worker has finished or is left out.
@@ -60,6 +76,7 @@ class Primary(Server):
             KeyboardInterrupt, SystemExit: stopped by Ctrl-C or SIGTERM, after a checkpoint.
         """
         self._seen = [time.monotonic()] * self.plan.workers
+        self._answered = {rank: time.monotonic() for rank in self.others}
         self.books.start_clock()
         idle = wire.Idle()
         with self.catching_signals():
@@ -110,12 +127,18 @@ class Primary(Server):
     def _take_confirms(self) -> None:
         """What other servers say; pushes wait in line, for a checkpoint may be under way."""
         while (arrived := self._confirms.take()) is not None:
-            message = arrived[1]
-            if message["kind"] == wire.RECEIVED:
+            rank, message = arrived
+            kind = message["kind"]
+            self._answered[rank] = time.monotonic()
+            if kind == wire.RECEIVED:
                 self._received.append((int(message["worker"]), int(message["step"])))
-            elif message["kind"] == wire.SAVED:
-                self._saved += 1
-            elif self.signal is None:
+            elif kind == wire.SAVED:
+                self._saved[rank] = Mark(int(message["size"]), int(message["version"]))
+            elif kind == wire.FAILED:
+                why = receive_text(self.comm, int(message["size"]), rank, TEXT_SECONDS)
+                raise ServerLost(f"server rank {rank} failed after {self.books.update} updates: "
+                                 f"{why}; " + self._way_back())
+            elif kind == wire.INTERRUPTED and self.signal is None:
                 self.signal = int(message["size"])
 
     def _heard(self, rank: int, message: Any) -> None:
@@ -177,17 +200,23 @@ class Primary(Server):
         folder = place(self.settings.checkpoint_dir, self.books.update)
         if latest(folder) is not None or self.books.update == self._resumed_at():
             return
-        self._saved = 0
+        self._saved = {}
         self._order(wire.header(wire.SAVE, update=self.books.update))
-        self.save(self.books.update)
-        while self._saved < len(self.others):
+        self._saved[0] = self.save(self.books.update)
+        patience = Patience(self._server_limit)
+        while missing := set(self.others) - set(self._saved):
             self._take_confirms()
             self.outbox.prune()
             self._look_at_processes()
+            if patience.over:
+                raise ServerLost(f"{ranks_text(missing)} did not write the checkpoint after "
+                                 f"{self.books.update} updates within {patience.limit:g} s "
+                                 "(server_timeout); " + self._way_back())
             time.sleep(2e-4)
         seal(folder, self.plan, self.settings, self.books.state_dict(), self.books.recording,
-             dtype=self._dtype, shapes=self._shapes)
+             self._saved, run=self._run, dtype=self._dtype, shapes=self._shapes)
         self._seen = [time.monotonic()] * self.plan.workers
+        self._answered = {rank: time.monotonic() for rank in self.others}
 
     def _resumed_at(self) -> int:
         return self.member.checkpoint.update if self.member.checkpoint is not None else -1
@@ -195,8 +224,11 @@ class Primary(Server):
     def look_around(self, now: float) -> None:
         """Processes that ended, workers that are silent, signals, the terminal."""
         self._look_at_processes()
+        self._look_at_servers(now)
         limit = self.settings.worker_timeout
         for m, record in enumerate(self.books.workers):
+            if self._awaits_a_server(m):
+                self._seen[m] = now
             silent = now - self._seen[m]
             if limit is not None and silent > limit and m not in self.gone and not record.finished:
                 self._leave(m, f"silent for {silent:.0f} s (worker_timeout={limit:g})", alive=True)
@@ -205,6 +237,45 @@ class Primary(Server):
             self._interrupted(number)
         if self.display.due():
             self.display.show(self.books.report())
+
+    def _look_at_servers(self, now: float) -> None:
+        """Ask the other servers now and then whether they are alive, also when no worker pushes.
+
+        Raises:
+            ServerLost: one said nothing for too long.
+        """
+        limit = self._server_limit
+        stalled = [rank for rank in self.others
+                   if limit is not None and now - self._answered[rank] > limit]
+        if stalled:
+            raise ServerLost(f"{ranks_text(stalled)} said nothing for {limit:g} s (server_timeout="
+                             f"{self.settings.server_timeout:g}) after {self.books.update} updates; "
+                             + self._way_back())
+        if now - self._asked > self._notice / 4 and self.others:
+            self._asked = now
+            self._order(wire.header(wire.ASK_ALIVE))
+
+    @property
+    def _server_limit(self) -> float | None:
+        """Seconds a server may say nothing: fewer than workers wait, so that they are told who it is."""
+        limit = self.settings.server_timeout
+        return None if limit is None else 0.75 * limit
+
+    def _awaits_a_server(self, m: int) -> bool:
+        """Whether the worker's push is whole here, and another server has not said that it is there.
+
+        A server that says nothing is not the worker's fault. Where all servers answer, the worker has
+        not sent all of its push.
+        """
+        if m in self.gone or not self.inbox.announced(m):
+            return False
+        return any(time.monotonic() - self._answered[rank] > self._notice / 2 for rank in self.others)
+
+    @property
+    def _notice(self) -> float:
+        """Seconds within which it must be known who is silent."""
+        limits = (self.settings.server_timeout, self.settings.worker_timeout)
+        return min(limit for limit in (*limits, math.inf) if limit is not None)
 
     def _look_at_processes(self) -> None:
         assert self.member.host is not None

@@ -22,6 +22,7 @@ from hvd_ext.async_ps.config import ServerSettings
 from hvd_ext.async_ps.model import Array, FlatModel
 from hvd_ext.async_ps.plan import Plan
 from hvd_ext.async_ps.watch import LOCAL, Guest, Host
+from hvd_ext.checkpoints import check_writable
 
 RECORD = 4096  # bytes
 
@@ -103,11 +104,13 @@ def register(comm: MPI.Comm, servers: int, model: FlatModel, weights: Array,
 
 
 def _resume(plan: Plan | None, model: FlatModel, settings: ServerSettings) -> Checkpoint | None:
-    if settings.resume is None or plan is None:
-        return None
-    found = Checkpoint(settings.resume)
-    found.check(plan, settings, dtype=str(model.dtype),
-                shapes=[tuple(shape) for shape in model.shapes])
+    found = None
+    if settings.resume is not None and plan is not None:
+        found = Checkpoint(settings.resume)
+        found.check(plan, settings, dtype=str(model.dtype),
+                    shapes=[tuple(shape) for shape in model.shapes])
+    if settings.checkpoint_dir is not None:
+        check_writable(settings.checkpoint_dir, resumed=None if found is None else found.folder)
     return found
 
 
@@ -162,13 +165,17 @@ def _exchange(comm: MPI.Comm, record: dict[str, Any], deadline: float,
         text = json.dumps({**record, "error": str(record["error"])[: RECORD // 2]}).encode()
     mine = np.frombuffer(text.ljust(RECORD), dtype=np.uint8)
     everyone = np.empty((comm.size, RECORD), dtype=np.uint8)
-    _wait(comm.Iallgather(mine, everyone), deadline, settings)
+    _wait(comm.Iallgather(mine, everyone), deadline, settings, (mine, everyone))
     return [json.loads(row.tobytes().decode().rstrip()) for row in everyone]
 
 
-def _wait(request: MPI.Request, deadline: float, settings: ServerSettings) -> None:
+_UNANSWERED: list[Any] = []  # requests that were given up, with the memory MPI may still touch
+
+
+def _wait(request: MPI.Request, deadline: float, settings: ServerSettings, memory: Any = None) -> None:
     while not request.Test():
         if time.monotonic() > deadline:
+            _UNANSWERED.append((request, memory))
             raise TimeoutError(
                 f"not all ranks constructed ParameterServer within {settings.start_timeout:g} s; "
                 "look for an error on another rank, or raise start_timeout"

@@ -6,8 +6,6 @@ import signal
 import time
 from typing import Any
 
-import numpy as np
-
 from hvd_ext.async_ps import wire
 from hvd_ext.async_ps.config import ServerSettings
 from hvd_ext.async_ps.errors import ServerLost, ServerStopped
@@ -15,8 +13,8 @@ from hvd_ext.async_ps.model import Array
 from hvd_ext.async_ps.plan import Plan
 from hvd_ext.async_ps.registration import Membership
 from hvd_ext.async_ps.sequencer import Commit
-from hvd_ext.async_ps.server import FLUSH_SECONDS, Server
-from hvd_ext.async_ps.transport import HeaderBox
+from hvd_ext.async_ps.server import FLUSH_SECONDS, Patience, Server
+from hvd_ext.async_ps.transport import HeaderBox, receive_text
 
 LAST_WORDS = 5.0  # seconds in which a slice may still arrive after the primary has gone
 
@@ -27,6 +25,7 @@ class Secondary(Server):
     def __init__(self, plan: Plan, member: Membership, settings: ServerSettings, weights: Array) -> None:
         super().__init__(plan, member, settings, weights)
         self._orders = HeaderBox(self.comm, wire.ORDER)
+        self._orders_awaited = Patience(settings.server_timeout)
         self._ended = False
         self._gathered = False
         self._primary_gone: float | None = None
@@ -40,6 +39,7 @@ class Secondary(Server):
             ServerStopped: the primary server stopped the run.
         """
         idle = wire.Idle()
+        self._orders_awaited.reset()
         with self.catching_signals():
             try:
                 while not self._ended:
@@ -58,8 +58,23 @@ class Secondary(Server):
                     self.look()
                     time.sleep(1e-3)
                 return whole
+            except (ServerLost, ServerStopped):
+                raise
+            except Exception as error:
+                self._tell_failure(error)
+                raise
             finally:
                 self.close()
+
+    def _tell_failure(self, error: Exception) -> None:
+        """Tells the primary why this server ends."""
+        text = bytearray(repr(error).encode())
+        self._confirm(wire.header(wire.FAILED, size=len(text)))
+        self.outbox.send(text, 0, wire.TEXT)
+        patience = Patience(LAST_WORDS)
+        while not self.outbox.empty and not patience.over:
+            self.outbox.prune()
+            time.sleep(1e-3)
 
     @property
     def _watching(self) -> bool:
@@ -83,6 +98,7 @@ class Secondary(Server):
             self._confirm(wire.header(wire.RECEIVED, worker=push.worker, step=push.step))
         while not self._ended and (arrived := self._orders.take()) is not None:
             busy = True
+            self._orders_awaited.reset()
             self._obey(arrived[1])
         self.outbox.prune()
         return busy
@@ -102,15 +118,15 @@ class Secondary(Server):
         elif kind == wire.SEND_SNAPSHOT:
             self.snapshot(m)
         elif kind == wire.SAVE:
-            self.save(int(message["update"]))
-            self._confirm(wire.header(wire.SAVED))
+            size, digest = self.save(int(message["update"]))
+            self._confirm(wire.header(wire.SAVED, size=size, version=digest))
+        elif kind == wire.ASK_ALIVE:
+            self._confirm(wire.header(wire.ALIVE))
         elif kind == wire.END:
             self._ended = True
         elif kind == wire.STOP:
-            text = np.empty(int(message["size"]), dtype=np.uint8)
-            self.comm.Recv(text, source=0, tag=wire.TEXT)
             kind_of = ServerLost if message["version"] else ServerStopped
-            raise kind_of(text.tobytes().decode())
+            raise kind_of(receive_text(self.comm, int(message["size"]), 0, LAST_WORDS))
 
     def look_around(self, now: float) -> None:
         """The primary's process, and signals, which are the primary's to act on."""
@@ -120,6 +136,10 @@ class Secondary(Server):
             self._confirm(wire.header(wire.INTERRUPTED, size=int(signal.Signals(self.signal))))
         if self._primary_gone is None and self.member.guest.lost():
             self._primary_gone = now
+        if self._primary_gone is None and not self._gathered and self._orders_awaited.over:
+            raise ServerLost(f"the primary server (rank 0) said nothing for "
+                             f"{self._orders_awaited.limit:g} s (server_timeout); start again with "
+                             "resume= and the folder given as checkpoint_dir")
         if self._primary_gone is None or self._gathered:
             return
         while not self._ended and (arrived := self._orders.take()) is not None:

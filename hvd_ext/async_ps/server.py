@@ -6,24 +6,49 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import FrameType
 
 import numpy as np
 from mpi4py import MPI
 
 from hvd_ext.async_ps import wire
-from hvd_ext.async_ps.checkpoint import place, save_shard
+from hvd_ext.async_ps.checkpoint import save_shard
 from hvd_ext.async_ps.config import ServerSettings
+from hvd_ext.async_ps.errors import ServerLost
 from hvd_ext.async_ps.model import Array
 from hvd_ext.async_ps.plan import Plan
 from hvd_ext.async_ps.registration import Membership
 from hvd_ext.async_ps.sequencer import Commit
 from hvd_ext.async_ps.shard import Shard
 from hvd_ext.async_ps.transport import HeaderBox, Inbox, Outbox
+from hvd_ext.checkpoints import Mark, place
 
 LOOK_EVERY = 0.02  # seconds between looks at the watch, the clock and the terminal
 FLUSH_SECONDS = 30.0
+
+
+class Patience:
+    """How long nothing may happen; ``limit`` None is for ever."""
+
+    def __init__(self, limit: float | None) -> None:
+        self.limit = limit
+        self.reset()
+
+    def reset(self) -> None:
+        """Something happened."""
+        self.began = time.monotonic()
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing has happened for too long."""
+        return self.limit is not None and time.monotonic() - self.began > self.limit
+
+
+def ranks_text(ranks: Iterable[int]) -> str:
+    """Server ranks for a message."""
+    numbers = sorted(ranks)
+    return ("server rank " if len(numbers) == 1 else "server ranks ") + ", ".join(map(str, numbers))
 
 
 class Server:
@@ -85,23 +110,34 @@ class Server:
         self.inbox.forget(worker)
         self.outbox.forget(self.plan.rank(worker))
 
-    def save(self, update: int) -> None:
+    def save(self, update: int) -> Mark:
         """Writes this slice into the checkpoint after ``update`` updates."""
         assert self.settings.checkpoint_dir is not None
-        save_shard(place(self.settings.checkpoint_dir, update), self.rank, self.plan.servers,
-                   self.shard.state_dict())
+        return save_shard(place(self.settings.checkpoint_dir, update), self.rank, self.plan.servers,
+                          self.shard.state_dict())
 
     def gather(self) -> Array:
-        """The whole weights (numel,), from all servers; all of them call it at the end."""
+        """The whole weights (numel,), from all servers; all of them call it at the end.
+
+        Raises:
+            ServerLost: another server sent nothing within ``server_timeout``.
+        """
         whole = np.empty(self.plan.numel, self.shard.w.dtype)
         whole[self.plan.slices[self.rank]] = self.shard.w
         others = [rank for rank in range(self.plan.servers) if rank != self.rank]
         for rank in others:
             self.outbox.send(self.shard.w, rank, wire.EXCHANGE)
-        requests = [self.comm.Irecv(whole[self.plan.slices[rank]], source=rank, tag=wire.EXCHANGE)
-                    for rank in others]
+        requests = {rank: self.comm.Irecv(whole[self.plan.slices[rank]], source=rank,
+                                          tag=wire.EXCHANGE) for rank in others}
+        patience = Patience(self.settings.server_timeout)
         while requests:
-            requests = [request for request in requests if not request.Test()]
+            waiting = {rank: request for rank, request in requests.items() if not request.Test()}
+            if len(waiting) < len(requests):
+                patience.reset()
+            requests = waiting
+            if requests and patience.over:
+                raise ServerLost(f"no final weights from {ranks_text(requests)} within "
+                                 f"{patience.limit:g} s (server_timeout)")
             self.outbox.prune()
             self.look()
             time.sleep(2e-4)

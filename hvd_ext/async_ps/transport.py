@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,22 @@ class Outbox:
     def empty(self) -> bool:
         """Whether everything has been sent."""
         return not self._pending
+
+
+def receive_text(comm: MPI.Comm, size: int, rank: int, seconds: float) -> str:
+    """A text that a rank has announced; what is known of it when the rank does not send it in time."""
+    text = np.empty(size, dtype=np.uint8)
+    request = comm.Irecv(text, source=rank, tag=wire.TEXT)
+    deadline = time.monotonic() + seconds
+    while not request.Test():
+        if time.monotonic() > deadline:
+            _UNANSWERED.append((request, text))
+            return f"(rank {rank} announced a reason and did not send it)"
+        time.sleep(1e-3)
+    return text.tobytes().decode()
+
+
+_UNANSWERED: list[Any] = []  # receives that were given up; MPI may still write into their memory
 
 
 class HeaderBox:
@@ -129,6 +146,10 @@ class Inbox:
                     push.announced = True
                     ready.append(push)
         return ready
+
+    def announced(self, worker: int) -> bool:
+        """Whether the worker's oldest push is whole and not applied yet."""
+        return bool(self._pushes[worker]) and self._pushes[worker][0].announced
 
     def first(self, worker: int) -> Push:
         """A worker's oldest push."""

@@ -29,9 +29,9 @@ PUSH, PUSH_NOT_FINITE, ASK_SNAPSHOT, PING, FINISH, LEAVE = range(1, 7)
 # kinds, server to worker
 PULLED, LEFT_OUT, STOPPED, DONE, SNAPSHOT_READY = range(11, 16)
 # kinds, other server to primary server
-RECEIVED, SAVED, INTERRUPTED = range(21, 24)
+RECEIVED, SAVED, INTERRUPTED, FAILED, ALIVE = range(21, 26)
 # kinds, primary server to other servers
-COMMIT, DROP, FORGET, SEND_SNAPSHOT, SAVE, END, STOP = range(31, 38)
+COMMIT, DROP, FORGET, SEND_SNAPSHOT, SAVE, END, STOP, ASK_ALIVE = range(31, 39)
 
 
 def header(kind: int, **values: Any) -> Header:

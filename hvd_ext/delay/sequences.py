@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import os
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import IO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -213,7 +213,7 @@ class Recorded:
         self._check(steps)
         return self.senders[:steps] if len(self.senders) else np.zeros(steps, dtype=np.int64)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str] | IO[bytes]) -> None:
         """Writes the recording as an ``.npz`` file."""
         np.savez(path, delays=self.delays, senders=self.senders, batches=self.batches,
                  lr=self.lr, momentum=self.momentum)

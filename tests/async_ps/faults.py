@@ -125,6 +125,29 @@ def server_signalled(options, steps, rank, number):
     return train(options, steps, pause=0.002, hook=shoot)
 
 
+def disk_full(options, steps, rank):
+    """A server cannot write its second checkpoint."""
+    import errno
+
+    from mpi4py import MPI
+
+    from hvd_ext import checkpoints
+
+    write, calls = checkpoints.write, []
+
+    def fail(path, save):
+        calls.append(path)
+        if len(calls) > (2 if rank == 0 else 1):  # rank 0 writes the recording as well
+            def save(file):
+                file.write(b"half")
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write(path, save)
+
+    if MPI.COMM_WORLD.rank == rank:
+        checkpoints.write = fail
+    return train(options, steps, pause=0.002)
+
+
 def endless(options, flag):
     """Trains until it is interrupted; writes ``flag`` once it is under way."""
 

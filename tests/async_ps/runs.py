@@ -85,6 +85,22 @@ def train_some(options, steps, size, dtype):
     return train(options, steps, size=size, dtype=dtype)
 
 
+def refused(options, size):
+    """The error of this rank when it constructs the server; None on ranks that take no part."""
+    from mpi4py import MPI
+
+    from hvd_ext.async_ps.numpy import ParameterServer
+
+    part = MPI.COMM_WORLD.Split(MPI.COMM_WORLD.rank < size)
+    if MPI.COMM_WORLD.rank >= size:
+        return "holds the checkpoints of another run; resume from it, or write to an empty folder"
+    try:
+        ParameterServer(start(), progress=False, comm=part, **options)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
 def train_with_nan(options, steps):
     """Worker 0 sends a NaN and an infinity."""
 

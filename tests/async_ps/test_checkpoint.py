@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from hvd_ext.async_ps import Checkpoint, Report
-from hvd_ext.async_ps.checkpoint import place, save_shard, seal
+from hvd_ext.async_ps.checkpoint import save_shard, seal
 from hvd_ext.async_ps.config import ServerSettings
 from hvd_ext.async_ps.plan import Plan
 from hvd_ext.async_ps.sequencer import Sequencer
 from hvd_ext.async_ps.shard import Shard
+from hvd_ext.checkpoints import DamagedCheckpointError, place
 from hvd_ext.delay.async_rules import AsyncRule
 from tests.async_ps import runs
 
@@ -40,11 +41,12 @@ def trained(folder, updates=20, servers=2, **changes):
     return plan, told, books, shards
 
 
-def save(folder, plan, told, books, shards):
+def save(folder, plan, told, books, shards, run="this run"):
     there = place(folder, books.update)
-    for server, shard in enumerate(shards):
-        save_shard(there, server, plan.servers, shard.state_dict())
-    seal(there, plan, told, books.state_dict(), books.recording, dtype="float32", shapes=SHAPES)
+    marks = {server: save_shard(there, server, plan.servers, shard.state_dict())
+             for server, shard in enumerate(shards)}
+    seal(there, plan, told, books.state_dict(), books.recording, marks, run=run, dtype="float32",
+         shapes=SHAPES)
     return there
 
 
@@ -88,6 +90,43 @@ def test_without_a_manifest_the_one_before_counts(tmp_path):
     assert Checkpoint(tmp_path).update == 10
     with pytest.raises(FileNotFoundError, match="no valid checkpoint"):
         Checkpoint(place(tmp_path, 15))
+
+
+def test_only_valid_checkpoints_of_this_run_are_removed(tmp_path):
+    save(tmp_path, *trained(tmp_path, 2), run="another run")
+    save(tmp_path, *trained(tmp_path, 10, keep=1))
+    place(tmp_path, 15).mkdir()  # a crash left it: no manifest
+    save(tmp_path, *trained(tmp_path, 12, keep=1))
+    assert sorted(int(path.name[-12:]) for path in tmp_path.iterdir()) == [2, 12, 15]
+    assert Checkpoint(tmp_path).update == 12
+
+
+def test_the_checkpoint_just_sealed_is_never_removed(tmp_path):
+    save(tmp_path, *trained(tmp_path, 10, keep=1))
+    save(tmp_path, *trained(tmp_path, 5, keep=1))  # the run went on from an older one
+    assert place(tmp_path, 5).exists()
+
+
+@pytest.mark.parametrize("name", ["shard-1-of-2.npz", "recording.npz", "manifest.json"])
+@pytest.mark.parametrize("damage", ["cut", "alter", "remove"])
+def test_damaged_file_is_refused_by_its_name(tmp_path, name, damage):
+    path = save(tmp_path, *trained(tmp_path)) / name
+    data = bytearray(path.read_bytes())
+    if damage == "remove":
+        path.unlink()
+        error = FileNotFoundError if name == "manifest.json" else DamagedCheckpointError
+    else:
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data[:-7] if damage == "cut" else data)
+        error = DamagedCheckpointError
+
+    def read():
+        saved = Checkpoint(tmp_path)
+        saved.state()
+        saved.recording()
+
+    with pytest.raises(error, match=None if error is FileNotFoundError else name):
+        read()
 
 
 @pytest.mark.parametrize(
@@ -171,3 +210,18 @@ def test_report_survives_its_journey():
 def test_bad_settings_say_what_to_do(changes, message):
     with pytest.raises(ValueError, match=message):
         settings(**changes)
+
+
+@pytest.mark.ranks
+def test_used_folder_is_refused_unless_the_run_goes_on_from_it(pool, tmp_path):
+    options = {"lr": 0.02, "rule": "asgd", "checkpoint_dir": tmp_path, "checkpoint_every": 10, "keep": 9}
+    pool.run(runs.train_some, options, 30, 2, "float32")
+    names = sorted(path.name for path in tmp_path.iterdir())
+    said = pool.run(runs.refused, options, 2)
+    assert all("holds the checkpoints of another run" in text for text in said), said
+    older = {**options, "resume": place(tmp_path, 10)}
+    said = pool.run(runs.refused, older, 2)
+    assert all("resume from it, or write to an empty folder" in text for text in said), said
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    pool.run(runs.train_some, {**options, "resume": tmp_path}, 40, 2, "float32")
+    assert set(names) < {path.name for path in tmp_path.iterdir()}

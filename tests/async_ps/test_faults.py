@@ -125,6 +125,36 @@ def test_hung_server_is_an_error_on_the_workers(tmp_path):
             "ServerLost: a parameter server did not answer within 1.5 s; there is no checkpoint")
 
 
+@pytest.mark.parametrize("every", [None, 20], ids=["training", "while it should save"])
+def test_hung_second_server_is_named_and_no_worker_is_blamed(tmp_path, every):
+    options = {**OPTIONS, "servers": 2, "server_timeout": 3.0, "worker_timeout": 1.0,
+               "checkpoint_dir": tmp_path / "c", "checkpoint_every": every}
+    ended = run_program(tmp_path / "p", "server_signalled", 4, options, 10**6, 1,
+                        int(signal.SIGSTOP), until=[0, 2, 3])
+    for rank in (0, 2, 3):
+        assert ended.outcomes[rank].value.startswith("ServerLost"), ended.outcomes[rank]
+    assert "server rank 1 " in ended.outcomes[0].value
+    assert "server_timeout" in ended.outcomes[0].value
+    assert "left out" not in ended.output
+
+
+def test_hung_worker_is_left_out_of_two_servers(tmp_path):
+    options = {**OPTIONS, "servers": 2, "worker_timeout": 1.5, "server_timeout": 6.0}
+    ended = run_program(tmp_path / "p", "hung", 5, options, 40, until=[0, 1, 2, 3])
+    check_left_out(ended, 2, "silent for")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_full_disk_ends_everything_with_its_reason(tmp_path, rank):
+    options = {**OPTIONS, "servers": 2, "checkpoint_dir": tmp_path / "c", "checkpoint_every": 20}
+    ended = run_program(tmp_path / "p", "disk_full", 4, options, 10**6, rank)
+    for outcome in ended.outcomes.values():
+        assert outcome.state == "raised", outcome
+        assert "No space left on device" in outcome.value, outcome
+    assert check_checkpoint(tmp_path / "c").update == 20
+    assert not list((tmp_path / "c").rglob("*.part"))
+
+
 def check_checkpoint(folder):
     """It holds what the delays recorded in it lead to."""
     saved = Checkpoint(folder)

@@ -36,7 +36,7 @@ SUM := $(shell cat $(SOURCES) | cksum | tr ' ' '-')
 TOOLS := $(VENV)/.tools-$(SUM)
 READY := $(VENV)/.ready-$(subst $(space),-,$(FRAMEWORKS))-$(SUM)
 
-.PHONY: setup demo test test-quick lint bench doctor clean
+.PHONY: setup demo test test-quick test-soak lint bench doctor clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -50,6 +50,9 @@ test: $(READY)
 
 test-quick: $(READY)
 	$(PY) -m pytest -m "(not slow and not ranks) or smoke" $(PYTEST_ARGS)
+
+test-soak: $(READY)
+	$(PY) -m pytest -m soak $(PYTEST_ARGS)
 
 bench: $(READY)
 	$(PY) -m benchmarks

@@ -11,6 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any
 
+from hvd_ext.agreement import describe
+from hvd_ext.options import Plain
+
 SERVERS = ("rank0", "replicated", "sharded")
 SLOTS = ("op", "compression")
 
@@ -19,6 +22,22 @@ def public_name(settings: Any) -> str:
     """What a user wrote: ``DelayCompensated``, ``Compression.topk``."""
     kind: Any = settings if isinstance(settings, type) else type(settings)
     return f"Compression.{kind.label}" if kind.slot == "compression" else kind.__name__
+
+
+def describe_settings(settings: Any) -> list[str]:
+    """The settings of a way to reduce as lines of text, the same on ranks that were given the same."""
+    if isinstance(settings, Plain):
+        compressor = settings.compression
+        name = getattr(compressor, "__name__", type(compressor).__name__)
+        return [f"reduction: {public_op(settings.op)}", f"predivide={settings.predivide!r}",
+                f"compression: {name}"]
+    name = public_name(settings)
+    return [f"reduction: {name}", *(f"{name} {line}" for line in describe(settings))]
+
+
+def public_op(op: Any) -> str:
+    """One of Horovod's operations by the number that all ranks know it by."""
+    return f"Horovod's operation {op!r}" if isinstance(op, int) else str(op)
 
 
 def check_registration(settings: Any, table: Mapping[Any, Any], *, replace: bool = False) -> None:

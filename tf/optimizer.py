@@ -71,7 +71,7 @@ def KerasDistributedOptimizer(
 
     Args:
         optimizer: a ``keras.optimizers.Optimizer``, also a ``LossScaleOptimizer``.
-        name: prefix of the operations' names in Horovod's timeline; by default the optimizer's.
+        name: prefix of the operations' names in Horovod's timeline; by default the optimizer's class.
         op: ``Average``, ``Sum`` or ``DelayCompensated(...)``.
         compression: ``Compression.none``, ``Compression.fp16`` or ``Compression.topk(...)``.
         preconditioner: ``SENG(model, ...)``: what the reduced gradient is turned into.
@@ -120,10 +120,11 @@ def KerasDistributedOptimizer(
         check_extension(optimizer, f"server={server!r}")
     reducer = make_reducer(
         collectives, Options(
-            prefix=name or optimizer.name, passes=passes, groups=groups,
+            prefix=name or type(optimizer).__name__, passes=passes, groups=groups,
             average_passes=average_aggregated_gradients, sparse_as_dense=sparse_as_dense,
             half=compression is horovod.Compression.fp16),
         op=op, compression=compression, predivide=gradient_predivide_factor)
+    reducer.extensions = (f"preconditioner: {type(preconditioner).__name__}", f"server: {server!r}")
     if not isinstance(reducer, PlainReducer):
         check_extension(optimizer, type(reducer).__name__.removesuffix("Reducer"))
     if preconditioner is not None:

@@ -70,7 +70,7 @@ class _DistributedGradientTape(tf.GradientTape):
         if good is not None:  # as after a plain allreduce, what is not finite reaches every rank
             reduced = [None if gradient is None else tf.where(good, gradient, math.nan)
                        for gradient in reduced]
-        reduced = precondition(self._preconditioner, reduced, variables, reducer)
+        reduced = precondition(self._preconditioner, reduced, variables, reducer, good)
         result = list(flat)
         for index, gradient in zip(far, reduced, strict=True):
             result[index] = gradient

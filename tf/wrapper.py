@@ -53,6 +53,20 @@ class Step:
             self._apply(gradients, apply)
         self.wrapper.end_pass()
 
+    def _fill_missing(self, gradients: list[Any]) -> list[Any]:
+        """Zeros where a reducer needs them: Keras would leave such variables out."""
+        far = self._far()
+        filled = self.wrapper.reducer.fill_missing([gradients[index] for index in far],
+                                                   [self.variables[index] for index in far])
+        for index, gradient in zip(far, filled, strict=True):
+            gradients[index] = gradient
+        return gradients
+
+    def _far(self) -> list[int]:
+        """The variables whose gradients are reduced, by number."""
+        return [index for index, variable in enumerate(self.variables)
+                if id(as_tf(variable)) not in self.wrapper.local]
+
     def _overwrites(self, gradients: list[Any]) -> list[Any]:
         """Gradients that Keras writes into their variables as they are (float8 scales): the maximum."""
         collectives = self.wrapper.collectives
@@ -99,6 +113,7 @@ class Step:
 
     def _apply(self, gradients: Sequence[Any], apply: Callable[..., None]) -> None:
         """Into Keras, which comes back with the gradients to ``reduce`` and to ``update``."""
+        gradients = self._fill_missing(list(gradients))
         if not self.wrapper.standard:  # one that has its own way from ``apply`` to its update
             gradients = self.reduce(gradients)
         apply(gradients, self.variables)
@@ -112,12 +127,11 @@ class Step:
         wrapper, reducer = self.wrapper, self.wrapper.reducer
         self.reduced = True
         result = list(gradients)
-        far = [index for index, variable in enumerate(self.variables)
-               if id(as_tf(variable)) not in wrapper.local]
+        far = self._far()
         variables = [self.variables[index] for index in far]
         reduced, self.good = reducer([gradients[index] for index in far], variables,
                                      **reducer.inputs(self.optimizer))
-        reduced = precondition(wrapper.preconditioner, reduced, variables, reducer)
+        reduced = precondition(wrapper.preconditioner, reduced, variables, reducer, self.good)
         for index, gradient in zip(far, reduced, strict=True):
             result[index] = gradient
         if wrapper.scale_local and wrapper.local:

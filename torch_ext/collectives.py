@@ -6,16 +6,26 @@ so that names in Horovod's timeline, process sets and byte accounting are decide
 
 from __future__ import annotations
 
+import os
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import horovod.torch as horovod
 import torch
+from horovod.common.exceptions import HorovodInternalError
 from horovod.torch import mpi_ops
 
+from hvd_ext import meeting
+from hvd_ext.agreement import Fingerprint, disagreement
+from hvd_ext.roll_call import Listener
 from hvd_ext.traffic import Traffic, allreduce_bytes, by_kind
+from hvd_ext.watch import WATCH
+
+# Errors that all ranks raised together so far. Messages of such a step may never be answered, so that
+# later ones must not have their names.
+SHARED_ERRORS: list[str] = []
 
 
 @dataclass
@@ -27,10 +37,12 @@ class Handle:
     kind: str | Mapping[str, int]
     counted: bool = True
     dtype: torch.dtype | None = None
+    name: str = "a collective"
+    memory: Any = None
 
     def wait(self) -> torch.Tensor:
         """The result of the collective, a tensor on the device of its input."""
-        result = horovod.synchronize(self.ticket)
+        result = wait_for(self.ticket, self.name)
         tensor = result[0] if isinstance(result, tuple) else result
         if not self.counted:
             for kind, count in by_kind(self.kind, nbytes(tensor)).items():
@@ -39,7 +51,7 @@ class Handle:
 
     def wait_all(self) -> list[torch.Tensor]:
         """The results of a grouped collective, in the order of its inputs."""
-        result = horovod.synchronize(self.ticket)
+        result = wait_for(self.ticket, self.name)
         return list(result) if isinstance(result, tuple) else [result]
 
 
@@ -84,7 +96,7 @@ class Collectives:
         )
         moved = allreduce_bytes(nbytes(tensor), self.size)
         self.traffic.add(kind, sent=moved, received=moved)
-        return Handle(self, ticket, kind)
+        return Handle(self, ticket, kind, name=name, memory=tensor)
 
     def grouped_allreduce_async_(self, tensors: Sequence[torch.Tensor], name: str, *,
                                  op: Any = horovod.Average, kind: str = "gradients",
@@ -97,7 +109,7 @@ class Collectives:
         )
         moved = allreduce_bytes(sum(map(nbytes, tensors)), self.size)
         self.traffic.add(kind, sent=moved, received=moved)
-        return Handle(self, ticket, kind)
+        return Handle(self, ticket, kind, name=name, memory=tensors)
 
     def alltoall_async(self, tensor: torch.Tensor, splits: Sequence[int], name: str, *,
                        kind: str = "gradients", out: torch.Tensor | None = None) -> Handle:
@@ -106,14 +118,16 @@ class Collectives:
         ``out`` lends memory for the result, which is resized in place: fresh memory for every
         message costs more in page faults than the message itself on a CPU.
         """
+        memory = _memory(out, tensor)
         ticket = mpi_ops._alltoall_async(
-            _carrier(tensor), torch.tensor(splits, dtype=torch.int32), _memory(out, tensor),
+            _carrier(tensor), torch.tensor(splits, dtype=torch.int32), memory,
             torch.empty(0, dtype=torch.int32), name, self.process_set,
         )
         row = nbytes(tensor) // max(1, tensor.shape[0])
         own = splits[self.rank] * row
         self.traffic.add(kind, sent=nbytes(tensor) - own, received=-own)
-        return Handle(self, ticket, kind, counted=False, dtype=tensor.dtype)
+        return Handle(self, ticket, kind, counted=False, dtype=tensor.dtype, name=name,
+                      memory=(tensor, memory))
 
     def allgather_async(self, tensor: torch.Tensor, name: str, *,
                         kind: str | Mapping[str, int] = "gradients",
@@ -123,12 +137,12 @@ class Collectives:
         A message that holds several kinds says with ``kind`` how many bytes are of each. ``out``
         lends memory for the result, as in :meth:`alltoall_async`.
         """
-        ticket = mpi_ops._allgather_async(
-            _carrier(tensor), _memory(out, tensor), name, self.process_set
-        )
+        memory = _memory(out, tensor)
+        ticket = mpi_ops._allgather_async(_carrier(tensor), memory, name, self.process_set)
         for part, own in by_kind(kind, nbytes(tensor)).items():
             self.traffic.add(part, sent=(self.size - 1) * own, received=-own)
-        return Handle(self, ticket, kind, counted=False, dtype=tensor.dtype)
+        return Handle(self, ticket, kind, counted=False, dtype=tensor.dtype, name=name,
+                      memory=(tensor, memory))
 
     def broadcast_async_(self, tensor: torch.Tensor, root: int, name: str, *,
                          kind: str = "weights") -> Handle:
@@ -140,7 +154,37 @@ class Collectives:
             self.traffic.add(kind, sent=(self.size - 1) * nbytes(tensor))
         else:
             self.traffic.add(kind, received=nbytes(tensor))
-        return Handle(self, ticket, kind)
+        return Handle(self, ticket, kind, name=name, memory=tensor)
+
+    def meet(self, mine: Fingerprint) -> None:
+        """Compare what must be the same on all ranks, whatever else they were given.
+
+        Raises:
+            ValueError: on every rank, when they differ.
+        """
+        WATCH.start(horovod.rank(), horovod.shutdown)
+        total = torch.from_numpy(meeting.words(mine.number, asks=not self._know_each_other()))
+        self.allreduce_async_(total, meeting.NAME, op=horovod.Sum, kind="agreement").wait()
+        if not meeting.same(total.numpy()):
+            SHARED_ERRORS.append(disagreement(
+                "the ranks do not train the same parameters in the same way",
+                self.allgather_object(mine.lines, meeting.DIFFER),
+                "Build the same model and optimizer on every rank"))
+            raise ValueError(SHARED_ERRORS[-1])
+        if meeting.asked(total.numpy(), self.size):
+            self._introduce()
+
+    def _know_each_other(self) -> bool:
+        """Whether this rank can ask the others what they do; under elastic they come and go."""
+        if os.environ.get("HOROVOD_ELASTIC") == "1":
+            return True
+        return all(self.global_rank(rank) in WATCH.others for rank in range(self.size))
+
+    def _introduce(self) -> None:
+        if WATCH.listener is None:
+            WATCH.listener = Listener(local=horovod.local_size() == horovod.size())
+        mine = (horovod.rank(), WATCH.listener.address)
+        WATCH.others = {**WATCH.others, **dict(self.allgather_object(mine, "hvd_ext/addresses"))}
 
     def allgather_object(self, thing: Any, name: str) -> list[Any]:
         """Every rank's picklable ``thing``, by rank. For errors and checks, not for data."""
@@ -150,6 +194,43 @@ class Collectives:
         sizes = self.allgather_async(torch.tensor([mine.numel()]), f"{name}/sizes", kind="objects").wait()
         gathered = self.allgather_async(mine, name, kind="objects").wait()
         return [pickle.loads(part.numpy().tobytes()) for part in gathered.split(sizes.tolist())]
+
+
+def wait_for(ticket: Any, what: str) -> Any:
+    """Horovod's result of a collective, waited for as long as :mod:`hvd_ext.watch` allows.
+
+    Raises:
+        HorovodInternalError: the collective failed; when the wait was given up, with the reason.
+    """
+    WATCH.begin(what)
+    try:
+        return horovod.synchronize(ticket)
+    except HorovodInternalError as error:
+        if WATCH.verdict is None:
+            raise
+        raise HorovodInternalError(WATCH.verdict) from error
+    finally:
+        WATCH.end()
+
+
+# Collectives that were given up while under way: Horovod may still read and write their memory.
+_UNFINISHED: list[Any] = []
+
+
+def abandon(handles: Iterable[Handle]) -> None:
+    """Let go of collectives that nobody will wait for; their memory is kept until they are over."""
+    _UNFINISHED.extend(handles)
+    _UNFINISHED[:] = [handle for handle in _UNFINISHED if not _over(handle)]
+
+
+def _over(handle: Handle) -> bool:
+    try:
+        if not horovod.poll(handle.ticket):
+            return False
+        horovod.synchronize(handle.ticket)
+    except (HorovodInternalError, ValueError, RuntimeError):
+        pass
+    return True
 
 
 def _carrier(tensor: torch.Tensor) -> torch.Tensor:

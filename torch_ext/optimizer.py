@@ -41,9 +41,9 @@ def DistributedOptimizer(
 ) -> Any:
     """Wrap an optimizer so that gradients are reduced over the ranks before its update.
 
-    The positional arguments are Horovod's, with Horovod's meaning; without any extension the
-    result is Horovod's own optimizer. With one it is an instance of the wrapped optimizer's class
-    that shares its parameter groups and state.
+    The positional arguments are Horovod's, with Horovod's meaning. The result is an instance of the
+    wrapped optimizer's class that shares its parameter groups and state; with ``op=Adasum`` or LBFGS
+    and no extension it is Horovod's own.
 
     Args:
         optimizer: the optimizer to wrap.
@@ -65,7 +65,8 @@ def DistributedOptimizer(
     if hasattr(optimizer, "_hvd_ext") or "horovod" in type(optimizer).__module__:
         raise ValueError("the optimizer is a DistributedOptimizer already; wrap it once")
     method = composition.method_of(REDUCERS, op, compression)
-    if method is None and preconditioner is None and server is None:
+    alone = method is None and preconditioner is None and server is None
+    if alone and (op == horovod.Adasum or isinstance(optimizer, torch.optim.LBFGS)):
         return horovod.DistributedOptimizer(
             optimizer, named_parameters, compression, backward_passes_per_step, op,
             gradient_predivide_factor, num_groups, groups, sparse_as_dense, process_set,

@@ -15,8 +15,11 @@ from typing import Any
 
 import torch
 
+from hvd_ext.agreement import Fingerprint
 from hvd_ext.torch.collectives import Collectives
 from hvd_ext.torch.reducers.base import Entry, Reducer
+from hvd_ext.versions import HVD_EXT
+from hvd_ext.watch import WATCH
 
 STATE_KEY = "hvd_ext"
 
@@ -59,6 +62,7 @@ class Wrapper:
         self.preconditioner = preconditioner
         self.server = server
         self._names = _checked_names(optimizer.param_groups, named_parameters)
+        self._met: tuple[int, int] | None = None  # parameters and passes that the ranks agreed on
         self._good = True  # the step that synchronize() began may be taken
         self._passes: Counter[torch.Tensor] = Counter()
         self._hooks: dict[torch.Tensor, Any] = {}
@@ -92,6 +96,7 @@ class Wrapper:
         try:
             self._watch()
             self._meet_ranks()
+            self._meet()
             if self.preconditioner is not None:
                 self.preconditioner.before_reduce()
             self._good = self.reducer.finish()
@@ -102,7 +107,25 @@ class Wrapper:
             raise
         finally:
             self._passes.clear()
+        WATCH.step_over()
         self.collectives.traffic.step()
+
+    def _meet(self) -> None:
+        """Before the first exchange, and after every change: all ranks were given the same.
+
+        Raises:
+            ValueError: on every rank, when they were not.
+        """
+        if self.collectives.size == 1:
+            return
+        plan = (len(self.reducer.entries), self.reducer.passes)
+        if plan == self._met:
+            return
+        mine = self.reducer.fingerprint()
+        extensions = (f"preconditioner: {type(self.preconditioner).__name__}",
+                      f"server: {None if self.server is None else self.server.where!r}")
+        self.collectives.meet(Fingerprint((f"hvd_ext {HVD_EXT} for PyTorch", *extensions, *mine.lines)))
+        self._met = plan
 
     def update(self, inner_step: Callable[[], Any]) -> Any:
         """Second half of a step: the wrapped optimizer's update, on the ranks where it belongs.
@@ -142,9 +165,13 @@ class Wrapper:
 
     def _watch(self) -> None:
         """Hook parameters that require a gradient and are not hooked yet; plan their exchange."""
+        hooks = self._hooks
+        if not any(parameter.requires_grad and parameter not in hooks
+                   for group in self.optimizer.param_groups for parameter in group["params"]):
+            return
         fresh = [entry for entry in self._entries()
-                 if entry.parameter.requires_grad and entry.parameter not in self._hooks]
-        if not fresh or not self.collectives.included:
+                 if entry.parameter.requires_grad and entry.parameter not in hooks]
+        if not self.collectives.included:
             return
         for entry in fresh:
             self._hooks[entry.parameter] = (
@@ -179,6 +206,7 @@ class Wrapper:
         before, self._ranks = self._ranks, self.collectives.size
         if before == self._ranks:
             return
+        self._met = None
         if self.server is not None and self.server.where != "replicated":
             raise RuntimeError(
                 f"the number of ranks changed from {before} to {self._ranks}, and "

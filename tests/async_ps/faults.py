@@ -137,7 +137,7 @@ def disk_full(options, steps, rank):
 
     def fail(path, save):
         calls.append(path)
-        if len(calls) > (2 if rank == 0 else 1):  # rank 0 writes the recording as well
+        if len(calls) > (3 if rank == 0 else 1):  # rank 0 writes the recording and the manifest too
             def save(file):
                 file.write(b"half")
                 raise OSError(errno.ENOSPC, "No space left on device", str(path))

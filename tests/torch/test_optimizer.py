@@ -43,8 +43,9 @@ def test_every_public_name_of_horovod_is_here():
 
 def check_drop_in():
     parameters = make_parameters()
-    plain = hvd.DistributedOptimizer(torch.optim.Adam(parameters), named_parameters=named(parameters))
-    assert type(plain).synchronize is horovod.optimizer._DistributedOptimizer.synchronize
+    adasum = hvd.DistributedOptimizer(torch.optim.Adam(parameters), op=hvd.Adasum,
+                                      named_parameters=named(parameters))
+    assert type(adasum).__module__ == "horovod.torch.optimizer"
     extended = delayed(parameters, torch.optim.Adam(parameters, lr=0.1))
     assert isinstance(extended, torch.optim.Adam)
     assert type(extended).__name__ == "Adam"

@@ -13,10 +13,14 @@ from typing import Any
 
 import tensorflow as tf
 
+from hvd_ext.agreement import Fingerprint
+from hvd_ext.composition import describe_settings
 from hvd_ext.options import Options
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.traffic import Cell
-from hvd_ext.tensorflow.variables import name_of
+from hvd_ext.tensorflow.variables import as_tf, name_of
+from hvd_ext.tensorflow.waiting import Waiting
+from hvd_ext.versions import HVD_EXT
 
 Gradient = tf.Tensor | tf.IndexedSlices
 MakeVariable = Callable[..., tf.Variable]
@@ -31,6 +35,7 @@ class Reducer(abc.ABC):
         options: what every way to reduce is given.
     """
 
+    extensions: tuple[str, ...] = ()  # lines about what comes after the reduction, to be compared
     stamp: Any = None  # a variable (rank, ranks) beside state that belongs to one rank
 
     def __init__(self, collectives: Collectives, settings: Any, options: Options) -> None:
@@ -39,6 +44,9 @@ class Reducer(abc.ABC):
         self.options = options
         self.prefix = options.prefix
         self.variables: list[Any] = []
+        self._number: dict[int, int] = {}
+        self._checked: Any = None
+        self._waiting = Waiting(f"the exchange of gradients of {options.prefix}")
         self._functions: dict[tuple[str, ...], Any] = {}
         self._taken: Cell | None = None
 
@@ -50,6 +58,47 @@ class Reducer(abc.ABC):
         """
         del make_variable
         self.variables = list(variables)
+        self._number = {id(as_tf(variable)): index for index, variable in enumerate(variables)}
+
+    def label(self, variable: Any) -> str:
+        """The variable's part of its collective's name.
+
+        It is a number where it can be: Keras counts names per process, and one more layer on one rank
+        would shift them.
+        """
+        number = self._number.get(id(as_tf(variable)))
+        name = name_of(variable)
+        return name if number is None else f"{number}.{name.rpartition('/')[2]}"
+
+    def fill_missing(self, gradients: Sequence[Gradient | None], variables: Sequence[Any]
+                     ) -> list[Gradient | None]:
+        """The gradients, with zeros for missing ones where a reducer must have all of them."""
+        del variables
+        return list(gradients)
+
+    def fingerprint(self) -> Fingerprint:
+        """What must be the same on every rank."""
+        return Fingerprint((
+            *describe_settings(self.settings), f"half precision: {self.options.half}",
+            f"{self.options.passes} backward passes per step",
+            *(f"{number}. {list(one.shape)} {as_tf(one).dtype.name}"
+              for number, one in enumerate(self.variables))))
+
+    def met(self) -> tf.Tensor:
+        """0-D True; before the first exchange all ranks see here that they were given the same.
+
+        Where they were not, running it is an error on every rank.
+        """
+        if self._checked is None:
+            with tf.init_scope():
+                self._checked = tf.Variable(False, trainable=False)
+
+        def meet() -> tf.Tensor:
+            lines = (f"hvd_ext {HVD_EXT} for TensorFlow", *self.extensions, *self.fingerprint().lines)
+            with tf.control_dependencies([self.collectives.meet(Fingerprint(lines))]):
+                return tf.identity(self._checked.assign(True))
+
+        return tf.cond(self._checked, lambda: tf.constant(True), meet)
 
     def parts_shape(self) -> tuple[int, ...]:
         """Leading shape of the gradients taken: (micro-batches,) or ()."""
@@ -97,8 +146,10 @@ class Reducer(abc.ABC):
 
     def _counted(self, gradients: list[Gradient], variables: Sequence[Any],
                  inputs: dict[str, tf.Tensor]) -> tuple[list[Gradient], Any]:
+        self._waiting.begin(gradients)
         with self.collectives.traffic.section():
             reduced, good = self.reduce(gradients, variables, **inputs)
+        self._waiting.end(reduced)
         if good is not None:
             if self._taken is None:
                 self._taken = Cell(1)
@@ -144,11 +195,29 @@ def report(reducer: Reducer, preconditioner: Any = None) -> dict[str, Any]:
 
 
 def precondition(preconditioner: Any, gradients: list[Any], variables: Sequence[Any],
-                 reducer: Reducer) -> list[Any]:
-    """Reduced gradients turned into directions; as they are without a preconditioner."""
+                 reducer: Reducer, good: Any = None) -> list[Any]:
+    """Reduced gradients turned into directions; as they are without a preconditioner.
+
+    Where ``good``, a 0-D bool, says that the step is skipped, the preconditioner does not go on.
+    """
     if preconditioner is None:
         return gradients
-    collectives = reducer.collectives
-    with collectives.traffic.section():
-        return list(preconditioner.precondition(gradients, variables,
-                                                collectives.counted_as("curvature")))
+    collectives = reducer.collectives.counted_as("curvature")
+
+    def run() -> list[Any]:
+        with collectives.traffic.section():
+            return list(preconditioner.precondition(gradients, variables, collectives))
+
+    if good is None:
+        return run()
+    present = [index for index, gradient in enumerate(gradients) if gradient is not None]
+
+    def directions() -> list[Any]:
+        found = run()
+        return [tf.convert_to_tensor(found[index]) for index in present]
+
+    result = list(gradients)
+    given = [tf.convert_to_tensor(gradients[index]) for index in present]
+    for index, direction in zip(present, tf.cond(good, directions, lambda: given), strict=True):
+        result[index] = direction
+    return result

@@ -13,7 +13,7 @@ from typing import Any
 import tensorflow as tf
 
 from hvd_ext import composition
-from hvd_ext.agreement import Fingerprint, describe
+from hvd_ext.agreement import Fingerprint
 from hvd_ext.buckets import (
     DEFAULT_BUCKET_BYTES,
     Bucket,
@@ -49,8 +49,6 @@ class BucketReducer(Reducer):
         self.specs: list[TensorSpec] = []
         self.buckets: list[Bucket] = []
         self.steps: Any = None
-        self._checked: Any = None
-        self._number: dict[int, int] = {}
 
     # What a subclass says
 
@@ -81,7 +79,6 @@ class BucketReducer(Reducer):
 
     def build(self, variables: Sequence[Any], make_variable: MakeVariable) -> None:
         super().build(variables, make_variable)
-        self._number = {id(as_tf(variable)): index for index, variable in enumerate(variables)}
         self.specs = [TensorSpec(name_of(one), tuple(as_tf(one).shape), as_tf(one).dtype.size,
                                  self.kind(one)) for one in variables]
         groups = split_groups(self.options.groups, variables, key=lambda one: id(as_tf(one)))
@@ -89,8 +86,26 @@ class BucketReducer(Reducer):
         self.steps = make_variable((), tf.int64, "steps", False)
         self.stamp = make_variable((2,), tf.int64, "rank_and_ranks", True)
         self.stamp.assign([self.collectives.rank, self.collectives.size])
-        self._checked = tf.Variable(False, trainable=False)
         self.make_state(make_variable)
+
+    def fill_missing(self, gradients: Sequence[Gradient | None], variables: Sequence[Any]
+                     ) -> list[Gradient | None]:
+        """Zeros for missing gradients: other ranks may have one, or a residual is to be sent.
+
+        Raises:
+            ValueError: these are not the variables that the exchange was planned for.
+        """
+        if self.variables and {id(as_tf(one)) for one in variables} != set(self._number):
+            raise ValueError(
+                f"{composition.public_name(self.settings)} was given gradients of {len(variables)} "
+                f"variables and was built for {len(self.variables)}; give it the same ones at every step")
+        return [tf.zeros((*self.parts_shape(), *variable.shape), as_tf(variable).dtype)
+                if gradient is None else gradient
+                for gradient, variable in zip(gradients, variables, strict=True)]
+
+    def __call__(self, gradients: Sequence[Gradient | None], variables: Sequence[Any],
+                 **inputs: Any) -> tuple[list[Gradient | None], Any]:
+        return super().__call__(self.fill_missing(gradients, variables), variables, **inputs)
 
     def reset_per_rank_state(self) -> None:
         for variable in self.per_rank_state():
@@ -109,8 +124,7 @@ class BucketReducer(Reducer):
         flats = {(bucket.index, part): flat for bucket in self.buckets
                  for part, flat in enumerate(self._fill(bucket, given))}
         if self.collectives.size > 1:
-            gate = tf.cond(self._checked, lambda: tf.constant(True), self._check_plan)
-            with tf.control_dependencies([gate]):
+            with tf.control_dependencies([self.met()]):
                 flats = {key: tf.identity(flat) for key, flat in flats.items()}
         started = {(index, part): self.start(self.buckets[index], part, flat)
                    for (index, part), flat in flats.items()}
@@ -156,23 +170,10 @@ class BucketReducer(Reducer):
 
     def fingerprint(self) -> Fingerprint:
         """What must be the same on every rank."""
-        name = composition.public_name(self.settings)
         return Fingerprint((
-            *(f"{name} {line}" for line in describe(self.settings)),
+            *composition.describe_settings(self.settings),
             f"half precision: {self.options.half}", f"{self.parts} parts per step",
             *(f"{number}. {list(spec.shape)} {spec.kind}" for number, spec in enumerate(self.specs))))
-
-    def _check_plan(self) -> tf.Tensor:
-        """On the first step, before anything else is sent: all ranks plan the same exchange."""
-        mine = self.fingerprint().number
-        numbers = self.collectives.allgather(tf.constant([mine], tf.int64), f"{self.prefix}/plan",
-                                             kind="agreement", rows=self.collectives.size)
-        same = tf.reduce_all(tf.equal(numbers, mine))
-        check = tf.debugging.Assert(same, [
-            "the ranks do not train the same variables in the same way: give every rank the same "
-            "model, optimizer and settings; fingerprints by rank:", numbers])
-        with tf.control_dependencies([check] if check is not None else []):
-            return tf.identity(self._checked.assign(True))
 
     def agree(self, values: Sequence[Any]) -> tf.Tensor:
         """Exchange a few numbers per rank; (M, len(values)) float64.
@@ -187,7 +188,7 @@ class BucketReducer(Reducer):
                         *[tf.cast(value, tf.float64) for value in values]])
         rows = row[None]
         if ranks > 1:
-            rows = self.collectives.allgather(rows, f"{self.prefix}/agree", kind="agreement",
+            rows = self.collectives.allgather(rows, f"{self.settings.label}/agree", kind="agreement",
                                               rows=ranks)
         fine = tf.logical_and(tf.reduce_all(rows[:, 0] == 1.0),
                               tf.reduce_all(rows[:, 1] == rows[0, 1]))

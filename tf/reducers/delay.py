@@ -95,7 +95,12 @@ class DelayReducer(BucketReducer):
         squares = [tf.add_n([started[bucket.index, part].square for bucket in self.buckets])
                    for part in range(parts)]
         lr_square = tf.cast(lr, tf.float64) ** 2
-        squares = tf.reshape(self.agree([square * lr_square for square in squares]), [-1])
+        rows = self.agree([lr, *(square * lr_square for square in squares)])
+        check = tf.debugging.Assert(tf.reduce_all(rows[:, 0] == rows[0, 0]), [
+            "the ranks' learning rates differ at this step, which DelayCompensated needs to be the same: "
+            "give every rank the same schedule and state; by rank:", rows[:, 0]])
+        with tf.control_dependencies([check] if check is not None else []):
+            squares = tf.reshape(rows[:, 1:], [-1])
         good = tf.reduce_all(tf.math.is_finite(squares))
         order = tf.range(self.collectives.size * parts)
         if self.settings.order == "norm":

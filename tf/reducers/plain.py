@@ -11,7 +11,7 @@ import tensorflow as tf
 from hvd_ext.buckets import split_groups
 from hvd_ext.options import Plain
 from hvd_ext.tensorflow.reducers.base import Gradient, Reducer
-from hvd_ext.tensorflow.variables import as_tf, name_of
+from hvd_ext.tensorflow.variables import as_tf
 
 
 class PlainReducer(Reducer):
@@ -27,13 +27,16 @@ class PlainReducer(Reducer):
             lambda: self._communicate(gradients, variables), lambda: list(gradients))), None
 
     def _communicate(self, gradients: list[Gradient], variables: Sequence[Any]) -> list[Gradient]:
+        if self.variables and not self.collectives.elastic:
+            with tf.control_dependencies([self.met()]):
+                gradients = [_same(gradient) for gradient in gradients]
         options = {"op": self.settings.op, "compression": self.settings.compression,
                    **self.settings.scale}
         reduced: list[Gradient] = list(gradients)
         for number, group in enumerate(self._groups(gradients, variables)):
             if len(group) == 1:
                 index = group[0]
-                name = f"{self.prefix}/{name_of(variables[index])}"
+                name = f"{self.prefix}/{self.label(variables[index])}"
                 gradient = gradients[index]
                 if isinstance(gradient, tf.IndexedSlices):
                     reduced[index] = self._gather(gradient, name)
@@ -61,3 +64,9 @@ class PlainReducer(Reducer):
         groups = [[dense[number] for number in group] for group in groups]
         grouped = {index for group in groups for index in group}
         return groups + [[index] for index in range(len(gradients)) if index not in grouped]
+
+
+def _same(gradient: Gradient) -> Gradient:
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(tf.identity(gradient.values), gradient.indices, gradient.dense_shape)
+    return tf.identity(gradient)

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from hvd_ext.agreement import Fingerprint
+from hvd_ext.composition import describe_settings
 from hvd_ext.options import Options
 from hvd_ext.torch.collectives import Collectives
 
@@ -79,6 +81,13 @@ class Reducer(abc.ABC):
 
     def reset_per_rank_state(self) -> None:  # noqa: B027
         """Start what this rank keeps between steps anew."""
+
+    def fingerprint(self) -> Fingerprint:
+        """What must be the same on every rank."""
+        lines = [f"{entry.name}{list(entry.parameter.shape)} {entry.parameter.dtype}"
+                 for entry in self.entries]
+        return Fingerprint((*describe_settings(self.settings), f"half precision: {self.options.half}",
+                            f"{self.passes} backward passes per step", *lines))
 
     def report(self) -> dict[str, Any]:
         """Figures of the last step, for people and programs to read."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from hvd_ext import composition
-from hvd_ext.agreement import Fingerprint, describe, disagreement
+from hvd_ext.agreement import Fingerprint, disagreement
 from hvd_ext.buckets import (
     DEFAULT_BUCKET_BYTES,
     Bucket,
@@ -28,12 +28,9 @@ from hvd_ext.buckets import (
 )
 from hvd_ext.header import pack_row, unpack_rows
 from hvd_ext.options import Options
-from hvd_ext.torch.collectives import Collectives
+from hvd_ext.torch.collectives import SHARED_ERRORS, Collectives, Handle, abandon
 from hvd_ext.torch.reducers.base import Entry, Reducer
 
-# Errors that all ranks raised together so far. Messages of such a step may never be answered, so that
-# later ones must not have their names.
-_ERRORS: list[str] = []
 _HOLDERS: weakref.WeakValueDictionary[str, BucketReducer] = weakref.WeakValueDictionary()
 
 Started = Mapping[tuple[int, int], Any]
@@ -158,7 +155,7 @@ class BucketReducer(Reducer):
         Two models of the same shapes may both have gradients on their way; ranks run them in the same
         order and so choose the same names.
         """
-        base = self.options.prefix + (f".after{len(_ERRORS)}" if _ERRORS else "")
+        base = self.options.prefix + (f".after{len(SHARED_ERRORS)}" if SHARED_ERRORS else "")
         for name in itertools.chain([base], (f"{base}.{k}" for k in itertools.count(1))):
             holder = _HOLDERS.get(name)
             if holder is None or holder is self or not holder._started:
@@ -214,6 +211,7 @@ class BucketReducer(Reducer):
         else:
             for entry in self.entries:  # so that a GradScaler sees it and backs off
                 entry.parameter.grad = torch.full_like(entry.parameter, math.nan)
+        self._started.clear()  # all of it has been waited for
         self.forget()
         return good
 
@@ -233,8 +231,7 @@ class BucketReducer(Reducer):
         """What must be the same on every rank."""
         key = (len(self.specs), self.passes)
         if self._fingerprint is None or self._fingerprint[0] != key:
-            name = composition.public_name(self.settings)
-            lines = [f"{name} {line}" for line in describe(self.settings)]
+            lines = [*composition.describe_settings(self.settings)]
             lines += [f"half precision: {self.options.half}",
                       f"{self.passes} backward passes per step", *map(str, self.specs)]
             self._fingerprint = key, Fingerprint(tuple(lines))
@@ -263,12 +260,23 @@ class BucketReducer(Reducer):
 
     def disagree(self, message: str) -> ValueError:
         """The error for what ``agree`` has shown; every rank must raise it."""
-        _ERRORS.append(message)
+        SHARED_ERRORS.append(message)
         return ValueError(message)
 
     def forget(self) -> None:
         self._filled.clear()
+        if self._started:  # what is under way may still write into its memory: it is not used again
+            abandon(self.under_way(self._started))
+            self._buffers = {}
         self._started.clear()
+
+    def under_way(self, started: Started) -> list[Handle]:
+        """The collectives in what ``start`` returned."""
+        found = []
+        for one in started.values():
+            found += [part for part in (one if isinstance(one, tuple) else (one,))
+                      if isinstance(part, Handle)]
+        return found
 
     def bytes_held(self) -> int:
         """Bytes of flat buffers and of state between steps."""

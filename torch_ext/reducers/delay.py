@@ -130,8 +130,15 @@ class DelayReducer(BucketReducer):
             squares[part] += lrs[index] ** 2 * norm
         if self.parts > 1:
             squares = [s if part in self._present else ABSENT for part, s in enumerate(squares)]
-        return [VirtualWorker(rank, part, square) for rank, row in enumerate(self.agree(squares))
-                for part, square in enumerate(row) if square != ABSENT]
+        rates = [lrs[index] for index in sorted(lrs)]
+        rows = self.agree([*rates, *squares])
+        if any(row[:len(rates)] != rows[0][:len(rates)] for row in rows):
+            by_rank = [tuple(dict.fromkeys(row[:len(rates)])) for row in rows]
+            raise self.disagree(
+                "the ranks' learning rates differ at this step, which DelayCompensated needs to be the "
+                f"same: {by_rank} by rank. Give every rank the same schedule, and load the same checkpoint")
+        return [VirtualWorker(rank, part, square) for rank, row in enumerate(rows)
+                for part, square in enumerate(row[len(rates):]) if square != ABSENT]
 
     def _reduce_slice(self, bucket: Bucket, started: Started, order: list[VirtualWorker],
                       good: bool) -> Handle | torch.Tensor:
@@ -202,6 +209,8 @@ class DelayReducer(BucketReducer):
             self._ranks = self.collectives.size
 
     def forget(self) -> None:
+        if self._started:
+            self._receive = {}
         super().forget()
         self._present.clear()
         self._spare.clear()

@@ -1,4 +1,4 @@
-"""Horovod's own reduction, for steps that extend only what comes after it."""
+"""Horovod's own reduction."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 
 from hvd_ext.buckets import split_groups
 from hvd_ext.options import Options, Plain
-from hvd_ext.torch.collectives import Collectives
+from hvd_ext.torch.collectives import Collectives, Handle, abandon
 from hvd_ext.torch.reducers.base import Entry, Reducer
+from hvd_ext.watch import WATCH
 
 
 class PlainReducer(Reducer):
@@ -19,6 +20,7 @@ class PlainReducer(Reducer):
 
     def __init__(self, collectives: Collectives, settings: Plain, options: Options) -> None:
         super().__init__(collectives, settings, options)
+        self._scale = settings.scale
         self._group: dict[Entry, list[Entry]] = {}
         self._ready: set[Entry] = set()
         self._started: list[tuple[list[Entry], Any, list[Any]]] = []
@@ -45,6 +47,11 @@ class PlainReducer(Reducer):
                                                     op=self.settings.op,
                                                     process_set=self.collectives.process_set)
             self._started.append(([entry], handle, []))
+        elif entry not in self._group and not parameter.grad.is_sparse:
+            sent, context = self.settings.compression.compress(parameter.grad)
+            handle = self.collectives.allreduce_async_(sent, entry.name, op=self.settings.op,
+                                                       **self._scale)
+            self._started.append(([entry], handle, [context]))
         elif all(member in self._ready for member in group):
             self._start([one for one in group if self.options.sparse_as_dense
                          or not one.parameter.grad.is_sparse])
@@ -59,7 +66,7 @@ class PlainReducer(Reducer):
         for numbers in together.values():
             handle = self.collectives.grouped_allreduce_async_(
                 [sent[number] for number in numbers], group[numbers[0]].name,
-                op=self.settings.op, **self.settings.scale)
+                op=self.settings.op, **self._scale)
             self._started.append(([group[number] for number in numbers], handle,
                                   [contexts[number] for number in numbers]))
 
@@ -67,11 +74,16 @@ class PlainReducer(Reducer):
         for entry in self.entries:
             if entry not in self._ready:
                 self._take(entry)
-        started = self._started
+        started, self._started = self._started, []
         self.forget()
         for group, handle, contexts in started:
             if not contexts:
-                gradient, reduced = group[0].parameter.grad, handle()
+                gradient = group[0].parameter.grad
+                WATCH.begin(group[0].name)
+                try:
+                    reduced = handle()
+                finally:
+                    WATCH.end()
                 reduced = reduced if reduced.is_sparse else reduced.to_sparse()
                 gradient.zero_().add_(reduced)
                 continue
@@ -79,10 +91,11 @@ class PlainReducer(Reducer):
                 dense = self.settings.compression.decompress(reduced, context)
                 if entry.parameter.grad.is_sparse:
                     entry.parameter.grad.zero_().add_(dense.to_sparse())
-                else:
+                elif dense is not entry.parameter.grad:
                     entry.parameter.grad.set_(dense)
         return True
 
     def forget(self) -> None:
+        abandon(handle for _, handle, _ in self._started if isinstance(handle, Handle))
         self._started = []
         self._ready = set()

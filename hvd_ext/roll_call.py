@@ -1,0 +1,137 @@
+"""Ranks that ask each other what they do, beside the collectives that may be stuck.
+
+Each rank listens on a port of its own, on the loopback address where all ranks are on one host, and
+answers only who sends the token that the ranks exchanged. Nobody else can learn or change anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+LOCAL = "127.0.0.1"
+TOKEN = 32  # characters
+SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a rank says of itself.
+
+    Attributes:
+        host, pid: where it runs.
+        waiting: what it waits for, and for how many seconds; None when it is at work.
+        at: where its main thread is.
+        moves: how often its main thread was found elsewhere than before.
+    """
+
+    host: str
+    pid: int
+    waiting: tuple[str, float] | None
+    at: str
+    moves: int
+
+    def __str__(self) -> str:
+        where = f"(pid {self.pid} on {self.host}, at {self.at})"
+        if self.waiting is None:
+            return f"is not waiting for an exchange {where}"
+        what, seconds = self.waiting
+        return f"has waited {seconds:.0f} s for {what} {where}"
+
+
+class Listener:
+    """This rank's end: a thread that answers.
+
+    Args:
+        local: all ranks are on this host.
+    """
+
+    def __init__(self, *, local: bool) -> None:
+        self._token = secrets.token_hex(TOKEN // 2)
+        self._socket = socket.create_server((LOCAL if local else "", 0), backlog=64)
+        host = LOCAL if local else socket.gethostname()
+        self.address = [host, self._socket.getsockname()[1], self._token]
+        self._waiting: tuple[str, float] | None = None
+        self._place: object = None
+        self._moves = 0
+        threading.Thread(target=self._serve, name="hvd_ext roll call", daemon=True).start()
+
+    def sample(self, waiting: tuple[str, float] | None) -> None:
+        """Note what this rank waits for, and whether its main thread has moved."""
+        self._waiting = waiting
+        place = _place()
+        self._moves += place != self._place
+        self._place = place
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                return
+            with connection:
+                try:
+                    connection.settimeout(SECONDS / 2)  # a stranger who stays silent holds nobody up
+                    said = connection.recv(TOKEN, socket.MSG_WAITALL)
+                    if secrets.compare_digest(said, self._token.encode()):
+                        connection.sendall(json.dumps(self._answer()).encode())
+                except OSError:
+                    pass
+
+    def _answer(self) -> dict[str, Any]:
+        return {"host": socket.gethostname(), "pid": os.getpid(), "waiting": self._waiting,
+                "at": _where(), "moves": self._moves}
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._socket.close()
+
+
+def ask(address: Any) -> Answer | None:
+    """What the rank at ``address`` says of itself; None when it does not answer."""
+    host, port, token = address
+    try:
+        with socket.create_connection((host, port), timeout=SECONDS) as connection:
+            connection.sendall(token.encode())
+            said = b""
+            while part := connection.recv(4096):
+                said += part
+        found = json.loads(said)
+        waiting = found["waiting"]
+        return Answer(found["host"], found["pid"], None if waiting is None else tuple(waiting),
+                      found["at"], found["moves"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _main_frame() -> FrameType | None:
+    main = threading.main_thread().ident
+    return None if main is None else sys._current_frames().get(main)
+
+
+def _place() -> object:
+    """Where the main thread is: the code and the instruction of each of its frames."""
+    frame, found = _main_frame(), []
+    while frame is not None:
+        found.append((id(frame.f_code), frame.f_lasti))
+        frame = frame.f_back
+    return tuple(found)
+
+
+def _where() -> str:
+    """The innermost line of the main thread that is not a library's, or else its innermost one."""
+    frame = first = _main_frame()
+    while frame is not None and ("site-packages" in frame.f_code.co_filename
+                                 or "hvd_ext" in str(frame.f_globals.get("__name__"))):
+        frame = frame.f_back
+    frame = frame or first
+    if frame is None:
+        return "its end"
+    return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"

@@ -1,0 +1,191 @@
+"""Ends a wait that nobody will answer: who waits for what, since when, and what the other ranks do.
+
+A thread of each process looks at what the process waits for. After ``HVD_EXT_TIMEOUT`` seconds without
+progress (60; before the first step is over five times as long, or what follows a comma, as in "60,300")
+it asks the other ranks what they do, says so on stderr with this process's Python stacks, and has
+Horovod shut down, so that the wait ends in an error. A rank that is at work on something else (an
+evaluation, a checkpoint) counts as progress: it is waited for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from hvd_ext.roll_call import Answer, Listener, ask
+
+VARIABLE = "HVD_EXT_TIMEOUT"
+DEFAULT = "60"
+FIRST = 5.0  # times the limit, before the first step is over
+GRACE = 10.0  # seconds from the verdict until the process is ended
+EXIT_STATUS = 70
+
+
+def limits(text: str | None = None) -> tuple[float, float]:
+    """Seconds without progress on the first step and on later ones.
+
+    Args:
+        text: "later" or "later,first" in seconds; by default the environment's, or 60.
+
+    Raises:
+        ValueError: it is neither, or a limit is not above 0.
+    """
+    text = os.environ.get(VARIABLE) or DEFAULT if text is None else text
+    try:
+        later, *rest = [float(part) for part in text.split(",")]
+        first = rest[0] if rest else FIRST * later
+        fine = len(rest) <= 1 and later > 0 and first > 0
+    except ValueError:
+        fine = False
+    if not fine:
+        raise ValueError(f'{VARIABLE} must be seconds above 0, such as "60", or for later steps and the '
+                         f'first, such as "60,300"; got {text!r}')
+    return first, later
+
+
+@dataclass(frozen=True)
+class Wait:
+    """What a process waits for, and since when (``time.monotonic()``)."""
+
+    what: str
+    since: float
+
+
+class Watch:
+    """The waits of this process. ``begin`` and ``end`` cost an assignment each.
+
+    Attributes:
+        verdict: why a wait was given up; None while none was.
+    """
+
+    def __init__(self) -> None:
+        self.verdict: str | None = None
+        self.rank = 0
+        self.listener: Listener | None = None
+        self.others: Mapping[int, Any] = {}
+        self._sources: list[Callable[[], Wait | None]] = [lambda: self._now]
+        self._now: Wait | None = None
+        self._steps = 0
+        self._abort: Callable[[], None] = lambda: None
+        self._thread: threading.Thread | None = None
+
+    def begin(self, what: str) -> None:
+        """This process waits for ``what`` from now on."""
+        self._now = Wait(what, time.monotonic())
+
+    def end(self) -> None:
+        """What it waited for has come."""
+        self._now = None
+
+    def step_over(self) -> None:
+        """A whole step is over: from now on the limit of later steps counts."""
+        self._steps += 1
+
+    def add_source(self, source: Callable[[], Wait | None]) -> None:
+        """Look at this too: what is waited for where ``begin`` cannot be called."""
+        self._sources.append(source)
+
+    def start(self, rank: int, abort: Callable[[], None]) -> None:
+        """Start to look; once per process.
+
+        Args:
+            rank: this process's.
+            abort: ends all pending collectives with an error.
+
+        Raises:
+            ValueError: ``HVD_EXT_TIMEOUT`` is not as it should be.
+        """
+        limits()
+        self.rank, self._abort = rank, abort
+        if self._thread is None:
+            _bound_the_end_after_errors()
+        if self._thread is None or not self._thread.is_alive():
+            self.verdict = None
+            self._thread = threading.Thread(target=self._run, name="hvd_ext watch", daemon=True)
+            self._thread.start()
+
+    def waiting(self) -> Wait | None:
+        """The longest of this process's waits, if any."""
+        found = [wait for source in list(self._sources) if (wait := source()) is not None]
+        return min(found, key=lambda wait: wait.since, default=None)
+
+    def limit(self) -> float:
+        """Seconds without progress that are allowed now."""
+        first, later = limits()
+        return later if self._steps else first
+
+    def _run(self) -> None:
+        forgiven: Wait | None = None  # a wait that another rank's work excuses
+        until = 0.0
+        moves: dict[int, int] = {}
+        while True:
+            time.sleep(min(1.0, self.limit() / 8))
+            wait, now = self.waiting(), time.monotonic()
+            if self.listener is not None:
+                self.listener.sample(None if wait is None else (wait.what, now - wait.since))
+            if wait is None:
+                continue
+            if wait != forgiven:
+                until = wait.since + self.limit()
+            if now < until:
+                if not moves:
+                    moves = {rank: one.moves for rank, one in self._ask().items() if one is not None}
+                continue
+            answers = self._ask()
+            if any(one is not None and one.waiting is None and one.moves > moves.get(rank, 0)
+                   for rank, one in answers.items()):
+                forgiven, until = wait, now + self.limit()
+                moves = {rank: one.moves for rank, one in answers.items() if one is not None}
+                continue
+            self._give_up(wait, now, answers)
+            return
+
+    def _ask(self) -> dict[int, Answer | None]:
+        return {rank: ask(address) for rank, address in self.others.items() if rank != self.rank}
+
+    def _give_up(self, wait: Wait, now: float, answers: Mapping[int, Answer | None]) -> None:
+        told = [f"rank {self.rank} has waited {now - wait.since:.0f} s for {wait.what}"]
+        told += [f"rank {rank} " + ("does not answer: its process or its host is stopped, dead or cut off"
+                                    if one is None else str(one)) for rank, one in sorted(answers.items())]
+        if not answers:
+            told.append("the ranks had not met yet: see that every rank makes the same optimizer with the "
+                        "same extensions and starts to train")
+        self.verdict = (f"{'; '.join(told)}. Mend what keeps the others, or raise {VARIABLE} "
+                        f"(seconds without progress, now {self.limit():g})")
+        print(f"hvd_ext: {self.verdict}", file=sys.stderr, flush=True)
+        with contextlib.suppress(AttributeError, ValueError, OSError):  # stderr may be no file here
+            faulthandler.dump_traceback(file=sys.stderr.fileno(), all_threads=True)
+        threading.Thread(target=self._abort, daemon=True).start()
+        time.sleep(GRACE)
+        still = self.waiting()
+        if still is not None and still.since == wait.since:
+            print(f"hvd_ext: rank {self.rank} ends: its collective cannot be taken back",
+                  file=sys.stderr, flush=True)
+            os._exit(EXIT_STATUS)
+
+
+def _bound_the_end_after_errors() -> None:
+    """A process that ends with an error must end: its last collectives may never be answered."""
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        before(kind, error, trace)
+        if not hasattr(sys, "ps1"):
+            sys.stderr.flush()
+            timer = threading.Timer(GRACE, os._exit, [EXIT_STATUS])
+            timer.daemon = True
+            timer.start()
+
+    sys.excepthook = hook
+
+
+WATCH = Watch()
+"""The watch of this process."""

@@ -60,7 +60,7 @@ def exchange_times(turns: int) -> dict[str, Any]:
             hvd.barrier()
             begin = time.perf_counter()
             for entry in reversed(entries[name]):
-                reducer.gradient_ready(entry, 1)
+                reducer.gradient_ready(entry, 1, 1)
             reducer.finish()
             if turn >= 2:  # the first two are for memory and Horovod's response cache
                 seconds[name].append(time.perf_counter() - begin)

@@ -69,7 +69,7 @@ class Ours:
 
     def __call__(self) -> None:
         for entry in reversed(self.reducer.entries):
-            self.reducer.gradient_ready(entry, 1)
+            self.reducer.gradient_ready(entry, 1, 1)
         self.reducer.finish()
 
 

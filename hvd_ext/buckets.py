@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 DEFAULT_BUCKET_BYTES = 25 * 2**20
+MOST_BYTES = 2**31 - 1  # of one message
 DENSE = "dense"  # the route of tensors that a compression sends whole
 
 
@@ -113,6 +114,21 @@ def plan_buckets(tensors: Sequence[TensorSpec], *, bucket_bytes: int = DEFAULT_B
         for kind, slots in filling.items():
             plan.append(Bucket(len(plan), tuple(slots), kind))
     return plan
+
+
+def check_message(bucket: Bucket, tensors: Sequence[TensorSpec], what: str) -> None:
+    """Refuse a bucket that MPI cannot count: its lengths are 32-bit numbers.
+
+    Raises:
+        ValueError: it holds more than 2 GiB; names its largest tensor.
+    """
+    largest = max((tensors[slot.index] for slot in bucket.slots), key=lambda spec: spec.numel)
+    size = bucket.numel * largest.itemsize
+    if size > MOST_BYTES:
+        raise ValueError(
+            f"{what} would send {size} bytes in one message, of which {largest.name} is "
+            f"{largest.numel * largest.itemsize}; MPI takes at most {MOST_BYTES}. Make smaller groups, "
+            "split the parameter, or train it with plain reduction")
 
 
 def slice_sizes(count: int, parts: int) -> list[int]:

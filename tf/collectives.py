@@ -19,7 +19,7 @@ from horovod.tensorflow.mpi_ops import process_set_included_op
 from hvd_ext import meeting
 from hvd_ext.agreement import Fingerprint, disagreement
 from hvd_ext.roll_call import Listener
-from hvd_ext.tensorflow.traffic import StepTraffic, nbytes
+from hvd_ext.tensorflow.traffic import StepTraffic, nbytes, outermost_graph
 from hvd_ext.traffic import allreduce_bytes, by_kind
 from hvd_ext.watch import WATCH
 
@@ -236,9 +236,7 @@ def unique(name: str) -> str:
     name = "".join(letter if letter.isalnum() or letter in "_-" else "." for letter in name)
     if tf.executing_eagerly():
         return name
-    graph = tf.compat.v1.get_default_graph()
-    while getattr(graph, "outer_graph", None) is not None and graph.outer_graph.building_function:
-        graph = graph.outer_graph
+    graph = outermost_graph()
     names = getattr(graph, "_hvd_ext_names", None)
     if names is None:
         names = graph._hvd_ext_names = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,6 +40,11 @@ class Cell:
         """The numbers in it."""
         return tf.raw_ops.ReadVariableOp(resource=self._handle, dtype=self.dtype)
 
+    def destroy(self) -> None:
+        """Give the memory back; the object is of no use afterwards."""
+        with tf.init_scope():
+            tf.raw_ops.DestroyResourceOp(resource=self._handle, ignore_lookup_error=True)
+
     def numbers(self) -> list[Any]:
         """The numbers in it, outside of any function."""
         return list(self.read().numpy().tolist())
@@ -59,6 +65,16 @@ class _Note:
     ran_at: Cell
     sizes: Cell | None
     counts: Counts  # a number -1 - i stands for sizes[i]
+    graph: Any  # a weak reference to the function's graph
+
+    def gone(self) -> bool:
+        """Whether the function is; what was kept for it is given back then."""
+        if self.graph() is not None:
+            return False
+        for cell in (self.ran_at, self.sizes):
+            if cell is not None:
+                cell.destroy()
+        return True
 
     def read(self) -> Counts:
         """The counts of the run, as numbers."""
@@ -126,7 +142,8 @@ class StepTraffic:
         ran_at.assign(self._step.read())
         if sizes is not None:
             sizes.assign(tf.stack(found))
-        self._notes.append(_Note(ran_at, sizes, known))
+        self._notes = [note for note in self._notes if not note.gone()]  # of functions that are gone
+        self._notes.append(_Note(ran_at, sizes, known, weakref.ref(outermost_graph())))
 
     def last(self) -> tuple[dict[str, int], dict[str, int]]:
         """Bytes sent and received by kind in the step that began last."""
@@ -158,3 +175,11 @@ def nbytes(tensor: tf.Tensor, itemsize: int | None = None) -> Count:
     if tf.executing_eagerly():
         return int(tf.size(tensor)) * itemsize
     return tf.size(tensor, out_type=tf.int64) * itemsize
+
+
+def outermost_graph() -> Any:
+    """The graph of the function that is being traced, also from inside of a branch of it."""
+    graph = tf.compat.v1.get_default_graph()
+    while getattr(graph, "outer_graph", None) is not None and graph.outer_graph.building_function:
+        graph = graph.outer_graph
+    return graph

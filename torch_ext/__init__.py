@@ -4,6 +4,8 @@ Everything public in ``horovod.torch`` is here under its own name; what this pac
 extends comes after it.
 """
 
+import importlib
+
 from horovod.torch import *  # noqa: F403
 
 from hvd_ext import openmpi
@@ -20,6 +22,9 @@ from hvd_ext.torch.seng import SENG
 from hvd_ext.torch.seng.rules import register_seng_rule
 
 openmpi.set_opal_prefix()
+
+# Horovod's module of this name is here already; an import from this package would find it.
+elastic = importlib.import_module("hvd_ext.torch.elastic")
 
 __all__ = [
     *(name for name in dir() if not name.startswith("_")),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from hvd_ext.agreement import Fingerprint
-from hvd_ext.torch.collectives import Collectives
+from hvd_ext.torch.collectives import SHARED_ERRORS, Collectives
 from hvd_ext.torch.reducers.base import Entry, Reducer
 from hvd_ext.versions import HVD_EXT
 from hvd_ext.watch import WATCH
@@ -65,6 +65,8 @@ class Wrapper:
         self._met: tuple[int, int] | None = None  # parameters and passes that the ranks agreed on
         self._good = True  # the step that synchronize() began may be taken
         self._passes: Counter[torch.Tensor] = Counter()
+        self._pass = 0  # backward passes begun, where each is exchanged by itself
+        self._in_pass = False
         self._hooks: dict[torch.Tensor, Any] = {}
         self._ranks = self.collectives.size if self.collectives.included else 0
         self._watch()
@@ -106,7 +108,7 @@ class Wrapper:
             self.reducer.forget()
             raise
         finally:
-            self._passes.clear()
+            self._forget_passes()
         WATCH.step_over()
         self.collectives.traffic.step()
 
@@ -150,9 +152,13 @@ class Wrapper:
         self.reducer.passes = passes
 
     def forget(self) -> None:
-        """Drop what was begun for this step."""
+        """Drop what was begun for this step, on all ranks alike."""
+        self._forget_passes()
+        self.reducer.drain()
+
+    def _forget_passes(self) -> None:
         self._passes.clear()
-        self.reducer.forget()
+        self._pass = 0
 
     # Hooks
 
@@ -185,16 +191,32 @@ class Wrapper:
             self = ours()
             if self is None:
                 return
+            self._begin_pass()
             done = self._passes[parameter] + 1
-            if done > self.reducer.passes:
+            if max(done, self._pass) > self.reducer.passes:
                 raise AssertionError(
                     "Gradients were computed more than backward_passes_per_step times before call "
                     "to step(). Increase backward_passes_per_step to accumulate gradients locally."
                 )
             self._passes[parameter] = done
-            self.reducer.gradient_ready(entry, done)
+            self.reducer.gradient_ready(entry, done, self._pass)
 
         return hook
+
+    def _begin_pass(self) -> None:
+        """Count the backward pass that a gradient is of; autograd says when it is over."""
+        if self.reducer.parts == 1 or self._in_pass:
+            return
+        ours = weakref.ref(self)
+
+        def over() -> None:
+            self = ours()
+            if self is not None:
+                self._in_pass = False
+
+        torch.autograd.Variable._execution_engine.queue_callback(over)  # type: ignore[attr-defined]
+        self._in_pass = True
+        self._pass += 1
 
     def unhook(self) -> None:
         """Remove the hooks from the parameters; the optimizer is of no use afterwards."""
@@ -207,6 +229,7 @@ class Wrapper:
         if before == self._ranks:
             return
         self._met = None
+        self.reducer.ranks_changed(before, self._ranks)
         if self.server is not None and self.server.where != "replicated":
             raise RuntimeError(
                 f"the number of ranks changed from {before} to {self._ranks}, and "
@@ -228,6 +251,20 @@ class Wrapper:
             serve = self.server.gather if gather else self.server.state_dict
             state, own["server"] = serve(state)
         return {**state, STATE_KEY: own}
+
+    def shared_state(self) -> dict[str, Any]:
+        """What is the same on every rank: a rank that joins takes it over."""
+        return {"errors": len(SHARED_ERRORS), "reducer": self.reducer.shared_state(),
+                "step": None if self.preconditioner is None else self.preconditioner.shared_state()}
+
+    def load_shared_state(self, state: dict[str, Any]) -> None:
+        """Take over what another rank's ``shared_state()`` gave, and meet the ranks anew."""
+        self.forget()
+        SHARED_ERRORS[:] = ["before this rank joined"] * state["errors"]
+        self.reducer.load_shared_state(state["reducer"])
+        if self.preconditioner is not None:
+            self.preconditioner.load_shared_state(state["step"])
+        self._met = None
 
     def load_state_dict(self, state_dict: dict[str, Any], load: Callable[[dict[str, Any]], None], *,
                         reset_per_rank_state: bool) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from hvd_ext.buckets import Bucket, slice_sizes
+from hvd_ext.buckets import Bucket, check_message, slice_sizes
 from hvd_ext.delay import DelayCompensated
 from hvd_ext.options import Options
 from hvd_ext.tensorflow.collectives import NARROW, Collectives
@@ -58,6 +58,8 @@ class DelayReducer(BucketReducer):
 
     def make_state(self, make_variable: MakeVariable) -> None:
         self.unusable_steps = make_variable((), tf.int64, "unusable_steps", False)
+        for bucket in self.buckets:
+            check_message(bucket, self.specs, "DelayCompensated")
         if not self.settings.keeps_mean_square:
             return
         for bucket in self.buckets:

@@ -72,7 +72,7 @@ class SENG(tf.Module):
                           "weights get g/(1 + damping). Name them in exclude= to agree",
                           stacklevel=2)
         layers = inventory.layers
-        if not layers:
+        if not layers and not inventory.without_rule:
             raise ValueError(
                 f"{model.name!r} has no trainable layer that SENG has a rule for (dense, "
                 "convolution, batch, layer or group norm); precondition another model, unfreeze "

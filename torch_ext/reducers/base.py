@@ -16,7 +16,7 @@ import torch
 from hvd_ext.agreement import Fingerprint
 from hvd_ext.composition import describe_settings
 from hvd_ext.options import Options
-from hvd_ext.torch.collectives import Collectives
+from hvd_ext.torch.collectives import Collectives, Handle
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,9 +57,18 @@ class Reducer(abc.ABC):
         """Take the parameters whose gradients are to be reduced; called again when there are more."""
         self.entries = list(entries)
 
+    @property
+    def parts(self) -> int:
+        """How many exchanges of its own a step has: one, unless every backward pass is."""
+        return 1
+
     @abc.abstractmethod
-    def gradient_ready(self, entry: Entry, passes_done: int) -> None:
-        """A backward pass has finished ``entry.parameter.grad``; the ``passes_done``-th this step."""
+    def gradient_ready(self, entry: Entry, passes_done: int, pass_number: int) -> None:
+        """A backward pass has finished ``entry.parameter.grad``; the ``passes_done``-th this step.
+
+        ``pass_number`` counts the step's backward passes from 1, also those that the parameter took no
+        part in; it is kept only where ``parts`` is above 1.
+        """
 
     @abc.abstractmethod
     def finish(self) -> bool:
@@ -70,7 +79,17 @@ class Reducer(abc.ABC):
 
     @abc.abstractmethod
     def forget(self) -> None:
-        """Drop what was begun for this step (after an error, or when a state is loaded)."""
+        """Drop what was begun for this step, after an error: nobody may answer it."""
+
+    @abc.abstractmethod
+    def under_way(self) -> list[Handle]:
+        """The collectives that were started for this step and not waited for."""
+
+    def drain(self) -> None:
+        """Drop what was begun for this step on all ranks alike: wait for it, and make no use of it."""
+        for handle in self.under_way():
+            handle.wait_all()
+        self.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """What this rank keeps between steps. Empty when it keeps nothing."""
@@ -88,6 +107,16 @@ class Reducer(abc.ABC):
                  for entry in self.entries]
         return Fingerprint((*describe_settings(self.settings), f"half precision: {self.options.half}",
                             f"{self.passes} backward passes per step", *lines))
+
+    def shared_state(self) -> dict[str, Any]:
+        """What is the same on every rank, such as counters: a rank that joins takes it over."""
+        return {}
+
+    def load_shared_state(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Take over what another rank's ``shared_state()`` gave."""
+
+    def ranks_changed(self, before: int, now: int) -> None:  # noqa: B027
+        """The number of ranks has changed, under Horovod elastic."""
 
     def report(self) -> dict[str, Any]:
         """Figures of the last step, for people and programs to read."""

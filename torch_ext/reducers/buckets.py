@@ -63,11 +63,6 @@ class BucketReducer(Reducer):
 
     # What a subclass says
 
-    @property
-    def parts(self) -> int:
-        """How many parts a step has."""
-        return 1
-
     def kind(self, entry: Entry) -> Kind:
         """What the parameter shares with all others of its bucket."""
         return Kind(str(entry.parameter.dtype), self._device_name(entry.parameter.device))
@@ -133,9 +128,9 @@ class BucketReducer(Reducer):
 
     # During the backward pass
 
-    def gradient_ready(self, entry: Entry, passes_done: int) -> None:
+    def gradient_ready(self, entry: Entry, passes_done: int, pass_number: int) -> None:
         if self.parts > 1:
-            part = passes_done - 1
+            part = pass_number - 1
         elif passes_done == self.passes:
             part = 0
         else:
@@ -266,14 +261,13 @@ class BucketReducer(Reducer):
     def forget(self) -> None:
         self._filled.clear()
         if self._started:  # what is under way may still write into its memory: it is not used again
-            abandon(self.under_way(self._started))
+            abandon(self.under_way())
             self._buffers = {}
         self._started.clear()
 
-    def under_way(self, started: Started) -> list[Handle]:
-        """The collectives in what ``start`` returned."""
+    def under_way(self) -> list[Handle]:
         found = []
-        for one in started.values():
+        for one in self._started.values():
             found += [part for part in (one if isinstance(one, tuple) else (one,))
                       if isinstance(part, Handle)]
         return found

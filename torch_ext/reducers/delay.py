@@ -9,12 +9,13 @@ runs the recursion on its slice, and the reduced slices are gathered. Out and ba
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
-from hvd_ext.buckets import Bucket, Kind, Slot, slice_sizes
+from hvd_ext.buckets import Bucket, Kind, Slot, check_message, slice_sizes
 from hvd_ext.delay.config import DelayCompensated
 from hvd_ext.delay.slices import VirtualWorker, application_order, usable
 from hvd_ext.options import Options
@@ -60,6 +61,11 @@ class DelayReducer(BucketReducer):
 
     # Planning and filling
 
+    def build(self, entries: Sequence[Entry]) -> None:
+        super().build(entries)
+        for bucket in self.buckets:
+            check_message(bucket, self.specs, "DelayCompensated")
+
     @property
     def parts(self) -> int:
         return self.passes if self.settings.virtual_workers == "microbatch" else 1
@@ -75,10 +81,10 @@ class DelayReducer(BucketReducer):
     def buffer_dtype(self, bucket: Bucket) -> torch.dtype:
         return torch.float16 if self.options.half else super().buffer_dtype(bucket)
 
-    def gradient_ready(self, entry: Entry, passes_done: int) -> None:
-        self._present.add(passes_done - 1 if self.parts > 1 else 0)
+    def gradient_ready(self, entry: Entry, passes_done: int, pass_number: int) -> None:
+        self._present.add(pass_number - 1 if self.parts > 1 else 0)
         if not self._alone:
-            super().gradient_ready(entry, passes_done)
+            super().gradient_ready(entry, passes_done, pass_number)
 
     def fill(self, entry: Entry, bucket: Bucket, slot: Slot, part: int) -> None:
         super().fill(entry, bucket, slot, part)
@@ -221,6 +227,12 @@ class DelayReducer(BucketReducer):
             "unusable_steps": self.unusable_steps,
             "mean_square": {index: ms.clone() for index, ms in self.mean_square.items()},
         }
+
+    def shared_state(self) -> dict[str, Any]:
+        return {"steps": self.steps, "unusable_steps": self.unusable_steps}
+
+    def load_shared_state(self, state: dict[str, Any]) -> None:
+        self.steps, self.unusable_steps = state["steps"], state["unusable_steps"]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         ranks = max(1, self.collectives.size)

@@ -36,6 +36,7 @@ class FeedbackReducer(BucketReducer):
     def __init__(self, collectives: Collectives, settings: Any, options: Options) -> None:
         super().__init__(collectives, settings, options)
         self.skipped_steps = 0
+        self.lost_residuals = 0  # of ranks that have left
         self.residual: dict[int, torch.Tensor] = {}
         self._kept_scale = 1.0  # the loss scale that the residual carries
         self._scale_now: float | None = None
@@ -194,6 +195,15 @@ class FeedbackReducer(BucketReducer):
             "residual": {entry.name: piece.clone() for entry, piece in self._pieces(self.residual)},
         }
 
+    def shared_state(self) -> dict[str, Any]:
+        return {"steps": self.steps, "skipped_steps": self.skipped_steps}
+
+    def load_shared_state(self, state: dict[str, Any]) -> None:
+        self.steps, self.skipped_steps = state["steps"], state["skipped_steps"]
+
+    def ranks_changed(self, before: int, now: int) -> None:
+        self.lost_residuals += max(0, before - now)
+
     def _pieces(self, flats: dict[int, torch.Tensor]) -> list[tuple[Entry, torch.Tensor]]:
         return [(self.entries[slot.index], slot.of(flats[bucket.index])) for bucket in self.buckets
                 if bucket.index in flats for slot in bucket.slots]
@@ -261,5 +271,6 @@ class FeedbackReducer(BucketReducer):
                  for r in self.residual.values()]
         return {**super().report(), **self._last, "skipped_steps": self.skipped_steps,
                 "residual_norm": math.hypot(*norms) / self._kept_scale,
+                "lost_residuals": self.lost_residuals,
                 "compressed_elements": self.elements(compressed=True),
                 "dense_elements": self.elements(compressed=False)}

@@ -10,7 +10,7 @@ import torch
 
 from hvd_ext.buckets import split_groups
 from hvd_ext.options import Options, Plain
-from hvd_ext.torch.collectives import Collectives, Handle, abandon
+from hvd_ext.torch.collectives import SHARED_ERRORS, Collectives, Handle, abandon
 from hvd_ext.torch.reducers.base import Entry, Reducer
 from hvd_ext.watch import WATCH
 
@@ -31,7 +31,7 @@ class PlainReducer(Reducer):
         self._group = {entries[number]: [entries[member] for member in group]
                        for group in groups for number in group}
 
-    def gradient_ready(self, entry: Entry, passes_done: int) -> None:
+    def gradient_ready(self, entry: Entry, passes_done: int, pass_number: int) -> None:
         if passes_done == self.passes:
             self._take(entry)
 
@@ -43,13 +43,13 @@ class PlainReducer(Reducer):
         self._ready.add(entry)
         group = self._group.get(entry, [entry])
         if parameter.grad.is_sparse and not self.options.sparse_as_dense:
-            handle = horovod.sparse_allreduce_async(parameter.grad, name=entry.name,
+            handle = horovod.sparse_allreduce_async(parameter.grad, name=_name(entry),
                                                     op=self.settings.op,
                                                     process_set=self.collectives.process_set)
             self._started.append(([entry], handle, []))
         elif entry not in self._group and not parameter.grad.is_sparse:
             sent, context = self.settings.compression.compress(parameter.grad)
-            handle = self.collectives.allreduce_async_(sent, entry.name, op=self.settings.op,
+            handle = self.collectives.allreduce_async_(sent, _name(entry), op=self.settings.op,
                                                        **self._scale)
             self._started.append(([entry], handle, [context]))
         elif all(member in self._ready for member in group):
@@ -65,7 +65,7 @@ class PlainReducer(Reducer):
             together.setdefault((tensor.dtype, tensor.device), []).append(number)
         for numbers in together.values():
             handle = self.collectives.grouped_allreduce_async_(
-                [sent[number] for number in numbers], group[numbers[0]].name,
+                [sent[number] for number in numbers], _name(group[numbers[0]]),
                 op=self.settings.op, **self._scale)
             self._started.append(([group[number] for number in numbers], handle,
                                   [contexts[number] for number in numbers]))
@@ -95,7 +95,15 @@ class PlainReducer(Reducer):
                     entry.parameter.grad.set_(dense)
         return True
 
+    def under_way(self) -> list[Handle]:
+        return [handle for _, handle, _ in self._started if isinstance(handle, Handle)]
+
     def forget(self) -> None:
-        abandon(handle for _, handle, _ in self._started if isinstance(handle, Handle))
+        abandon(self.under_way())
         self._started = []
         self._ready = set()
+
+
+def _name(entry: Entry) -> str:
+    """The name of the entry's collective: another one after an error, whose messages may lie about."""
+    return f"{entry.name}.after{len(SHARED_ERRORS)}" if SHARED_ERRORS else entry.name

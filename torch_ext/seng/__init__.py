@@ -94,7 +94,7 @@ class SENG:
             return
         before = {tuple(map(id, layer.parameters)): layer for layer in self.layers}
         inventory = take_inventory(self.model, self.settings)
-        if not inventory.layers:
+        if not inventory.layers and not inventory.without_rule:
             raise ValueError(
                 f"{type(self.model).__name__} has no trainable layer that SENG has a rule for "
                 "(linear, convolution, batch, layer or group norm); precondition another model, "
@@ -114,6 +114,15 @@ class SENG:
             self._drop_lagged()
         self.layers, self._trainable, self.state.systems = inventory.layers, trainable, kept
         self.capture = Capture(self.layers, self.settings, lambda: loss_scale(self._scaler))
+
+    def shared_state(self) -> dict[str, int]:
+        """The counters, which are the same on every rank."""
+        return {"step": self.state.step, "skipped": self.state.skipped}
+
+    def load_shared_state(self, state: dict[str, int]) -> None:
+        """Take over another rank's counters; the curvature is taken anew at the next step."""
+        self.state.step, self.state.skipped, self.state.due = state["step"], state["skipped"], True
+        self._arm()
 
     def attach(self, collectives: Collectives | None, optimizer: Any = None) -> None:
         """Use these collectives from now on. Called again when the number of ranks has changed:

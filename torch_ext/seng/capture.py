@@ -112,6 +112,8 @@ class Capture:
                  kwargs: dict[str, Any], output: Any) -> None:
         x = args[0] if args else next(iter(kwargs.values()), None)
         usable = isinstance(output, torch.Tensor) and isinstance(x, torch.Tensor)
+        if usable and not (x.numel() and output.numel()):  # type: ignore[union-attr]
+            return  # an expert that was given no token: not used in this pass
         if not (usable and torch.is_grad_enabled() and output.requires_grad):
             return
         if _in_backward() and (layer in self._open or layer in self._done):

@@ -155,7 +155,7 @@ class Watch:
         told = [f"rank {self.rank} has waited {now - wait.since:.0f} s for {wait.what}"]
         told += [f"rank {rank} " + ("does not answer: its process or its host is stopped, dead or cut off"
                                     if one is None else str(one)) for rank, one in sorted(answers.items())]
-        if not answers:
+        if not answers and not self._steps:
             told.append("the ranks had not met yet: see that every rank makes the same optimizer with the "
                         "same extensions and starts to train")
         self.verdict = (f"{'; '.join(told)}. Mend what keeps the others, or raise {VARIABLE} "
@@ -163,7 +163,8 @@ class Watch:
         print(f"hvd_ext: {self.verdict}", file=sys.stderr, flush=True)
         with contextlib.suppress(AttributeError, ValueError, OSError):  # stderr may be no file here
             faulthandler.dump_traceback(file=sys.stderr.fileno(), all_threads=True)
-        threading.Thread(target=self._abort, daemon=True).start()
+        if os.environ.get("HOROVOD_ELASTIC") != "1":  # there the launcher goes on without this process
+            threading.Thread(target=self._abort, daemon=True).start()
         time.sleep(GRACE)
         still = self.waiting()
         if still is not None and still.since == wait.since:

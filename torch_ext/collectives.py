@@ -205,7 +205,7 @@ def wait_for(ticket: Any, what: str) -> Any:
     WATCH.begin(what)
     try:
         return horovod.synchronize(ticket)
-    except HorovodInternalError as error:
+    except (HorovodInternalError, ValueError) as error:  # the latter: the shutdown cleared the handle
         if WATCH.verdict is None:
             raise
         raise HorovodInternalError(WATCH.verdict) from error

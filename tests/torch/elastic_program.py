@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -46,13 +47,12 @@ def main(method, folder):
     def train(state):
         while state.step < STEPS:
             joined = os.environ["HOROVOD_HOSTNAME"] == "127.0.0.1"
-            if state.step == JOIN and hvd.rank() == 0:
+            if state.step == JOIN and hvd.rank() == 0 and not (folder / "calm").exists():
                 (folder / "hosts").write_text(THREE)
             if state.step >= KILL and joined:
                 (folder / "hosts").write_text(TWO)
                 os.kill(os.getpid(), signal.SIGKILL)
-            if state.step == JOIN + 1 and hvd.size() == 2 and not (folder / "killed").exists():
-                import time
+            if state.step == JOIN + 1 and hvd.size() == 2 and not (folder / "calm").exists():
                 time.sleep(2.0)  # the driver looks once a second
             optimizer.zero_grad()
             loss = loss_at(state.step, hvd.rank())
@@ -61,9 +61,7 @@ def main(method, folder):
             state.step += 1
             hvd.assert_replicas_equal(model)
             with (folder / f"seen.{os.environ['HOROVOD_HOSTNAME']}.{hvd.rank()}").open("a") as file:
-                file.write(f"{state.step} {hvd.size()} {float(loss)!r}\n")
-            if joined and state.step == KILL:
-                (folder / "killed").touch()
+                file.write(f"{state.step} {hvd.size()} {loss.item()!r}\n")
             state.commit()
 
     train(hvd.elastic.TorchState(model=model, optimizer=optimizer, step=0))

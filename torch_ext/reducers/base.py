@@ -7,11 +7,13 @@ it; the reducer starts its collectives then, and hands back reduced gradients wh
 from __future__ import annotations
 
 import abc
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from horovod.common.exceptions import HorovodInternalError
 
 from hvd_ext.agreement import Fingerprint
 from hvd_ext.composition import describe_settings
@@ -88,7 +90,9 @@ class Reducer(abc.ABC):
     def drain(self) -> None:
         """Drop what was begun for this step on all ranks alike: wait for it, and make no use of it."""
         for handle in self.under_way():
-            handle.wait_all()
+            # Horovod may have ended meanwhile (elastic), and its handles with it.
+            with contextlib.suppress(HorovodInternalError, ValueError):
+                handle.wait_all()
         self.forget()
 
     def state_dict(self) -> dict[str, Any]:

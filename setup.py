@@ -42,7 +42,7 @@ setup(
         # For hvd_ext.async_ps. MPI itself is the system's, or comes with `hvd-ext install-horovod`.
         "mpi": [f"mpi4py=={VERSIONS['MPI4PY']}"],
         "examples": ["scikit-learn", "matplotlib"],
-        "dev": [f"mpi4py=={VERSIONS['MPI4PY']}", "pytest", "pytest-timeout", "ruff", "mypy",
+        "dev": [f"mpi4py=={VERSIONS['MPI4PY']}", "hypothesis", "pytest", "pytest-timeout", "ruff", "mypy",
                 "scikit-learn", "matplotlib"],
     },
     entry_points={"console_scripts": ["hvd-ext = hvd_ext.cli.main:main"]},

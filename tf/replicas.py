@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import horovod.tensorflow as horovod
@@ -51,5 +52,11 @@ def _weights(model: Any, statistics: bool) -> list[Any]:
 
 def _summaries(variables: Any) -> list[Summary]:
     """Numbered, because two layers of one name have weights of one path."""
-    return [summarize(f"{number}.{name_of(variable)}", np.asarray(as_tf(variable)))
+    return [summarize(f"{number}.{_without_counters(name_of(variable))}",
+                      np.asarray(as_tf(variable)))
             for number, variable in enumerate(variables) if not is_per_rank(variable)]
+
+
+def _without_counters(name: str) -> str:
+    """A path without the numbers that Keras counts per process, such as that of "dense_1"."""
+    return re.sub(r"_\d+(?=/|$)", "", name)

@@ -53,3 +53,10 @@ def broadcast_variables(variables: Iterable[Any], root_rank: int,
     if not shared:
         return None
     return horovod.broadcast_variables(shared, root_rank, process_set=process_set, inplace=inplace)
+
+
+class CallableList(list):
+    """A list that can be called, as Keras 2's ``variables`` were."""
+
+    def __call__(self) -> CallableList:
+        return self

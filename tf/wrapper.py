@@ -23,7 +23,7 @@ import tensorflow as tf
 from hvd_ext.tensorflow import checkpoint, keras_hooks
 from hvd_ext.tensorflow.reducers.base import Reducer, divide_by_ranks, precondition, report
 from hvd_ext.tensorflow.server import UpdateServer, state_bytes
-from hvd_ext.tensorflow.variables import as_tf, make_state, mark_per_rank, name_of
+from hvd_ext.tensorflow.variables import CallableList, as_tf, make_state, mark_per_rank, name_of
 
 # AutoGraph has nothing to translate here, and would take seconds to find out.
 as_it_is = tf.autograph.experimental.do_not_convert
@@ -277,9 +277,9 @@ class Distributed:
     _hvd_ext: Wrapper
 
     @property
-    def variables(self) -> _CallableList:
+    def variables(self) -> CallableList:
         """All variables; also ``optimizer.variables()``, as Horovod's elastic states call it."""
-        return _CallableList(super().variables)
+        return CallableList(super().variables)
 
     # The step, in the order in which Keras calls
 
@@ -386,11 +386,6 @@ class Distributed:
             raise ValueError(f"register_local_var({name_of(variable)}) after the optimizer was "
                              "built; call it before the first step")
         self._hvd_ext.local.add(id(as_tf(variable)))
-
-
-class _CallableList(list):
-    def __call__(self) -> _CallableList:
-        return self
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from hvd_ext.agreement import Fingerprint
+from hvd_ext.names import checked_names
 from hvd_ext.torch.collectives import SHARED_ERRORS, Collectives
 from hvd_ext.torch.reducers.base import Entry, Reducer
 from hvd_ext.versions import HVD_EXT
@@ -61,7 +62,7 @@ class Wrapper:
         self.reducer = reducer
         self.preconditioner = preconditioner
         self.server = server
-        self._names = _checked_names(optimizer.param_groups, named_parameters)
+        self._names = checked_names(optimizer.param_groups, named_parameters)
         self._met: tuple[int, int] | None = None  # parameters and passes that the ranks agreed on
         self._good = True  # the step that synchronize() began may be taken
         self._passes: Counter[torch.Tensor] = Counter()
@@ -416,26 +417,3 @@ class ExtendedOptimizer(torch.optim.Optimizer):
 def _remove(hooks: dict[torch.Tensor, Any]) -> None:
     for handle in hooks.values():
         handle.remove()
-
-
-def _checked_names(param_groups: list[dict[str, Any]], named_parameters: Any) -> dict[Any, str]:
-    """Names by parameter, checked as Horovod checks them."""
-    if named_parameters is None:
-        return {}
-    named = list(named_parameters)
-    if any(not isinstance(pair, tuple) for pair in named):
-        raise ValueError("named_parameters should be a sequence of tuples (name, parameter), "
-                         "usually produced by model.named_parameters().")
-    repeated = sorted(name for name, count in Counter(n for n, _ in named).items() if count > 1)
-    if repeated:
-        raise ValueError("Parameter names in named_parameters must be unique. Found duplicates: "
-                         + ", ".join(repeated))
-    names = {parameter: name for name, parameter in named}
-    unnamed = [p for group in param_groups for p in group["params"] if p not in names]
-    if unnamed:
-        shapes = ", ".join(str(tuple(p.shape)) for p in unnamed[:4])
-        raise ValueError(
-            "named_parameters was specified, but one or more model parameters were not named "
-            f"(shapes {shapes}); pass the named_parameters() of the whole model"
-        )
-    return names

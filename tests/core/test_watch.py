@@ -1,0 +1,126 @@
+"""Waits that are given up, the roll call behind them, and the sum in which ranks compare."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hvd_ext import meeting
+from hvd_ext.agreement import digest
+from hvd_ext.roll_call import LOCAL, Listener, ask
+from hvd_ext.watch import limits
+
+
+@pytest.mark.parametrize(("text", "wanted"), [
+    ("60", (300.0, 60.0)), ("4,9", (9.0, 4.0)), ("0.5", (2.5, 0.5)),
+])
+def test_limits(text, wanted):
+    assert limits(text) == wanted
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-1", "1,0", "1,2,3", "nan,"])
+def test_bad_limits_say_what_is_wanted(text):
+    with pytest.raises(ValueError, match="HVD_EXT_TIMEOUT must be seconds above 0"):
+        limits(text)
+
+
+@given(st.lists(st.integers(0, 2**62 - 1), min_size=1, max_size=40), st.integers(0, 5))
+def test_ranks_meet_only_where_all_numbers_are_equal(numbers, left):
+    total = sum(meeting.words(number) for number in numbers) + np.zeros(meeting.WORDS, np.int64) * left
+    seen = {number % 2 ** (meeting.LIMBS * meeting.LIMB_BITS) for number in numbers}
+    assert meeting.same(total) == (len(seen) == 1)
+
+
+@pytest.mark.parametrize("ranks", [2, 1024, 100_000])
+def test_the_sum_of_many_ranks_does_not_overflow(ranks):
+    worst = 2**62 - 1
+    assert meeting.same(meeting.words(worst) * ranks)
+    assert not meeting.same(meeting.words(worst) * (ranks - 1) + meeting.words(worst - 1))
+    assert meeting.same(meeting.words(digest("a")) * ranks)
+
+
+def test_all_ranks_must_be_there_for_what_one_asks():
+    asks, asks_not = meeting.words(5, asks=True), meeting.words(5)
+    assert meeting.asked(asks + asks_not, 2)
+    assert not meeting.asked(asks, 2)
+    assert not meeting.asked(asks_not + asks_not, 2)
+
+
+def test_a_rank_says_what_it_does():
+    listener = Listener(local=True)
+    listener.sample(None)
+    answer = ask(listener.address)
+    assert answer.waiting is None
+    assert "test_watch.py" in str(answer)
+    listener.sample(("topk/bucket0", 12.3))
+    assert "has waited 12 s for topk/bucket0" in str(ask(listener.address))
+    moved = ask(listener.address).moves
+    listener.sample(None)
+    assert ask(listener.address).moves > moved
+    listener.close()
+
+
+def test_strangers_learn_and_change_nothing():
+    listener = Listener(local=True)
+    port = listener.address[1]
+    assert listener._socket.getsockname()[0] == LOCAL
+    silent = socket.create_connection((LOCAL, port))
+    for said in (b"x" * 32, b"\x00\xff" * 500, b""):
+        with socket.create_connection((LOCAL, port), timeout=10) as stranger:
+            stranger.sendall(said)
+            stranger.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(ConnectionResetError):
+                assert stranger.recv(100) == b""
+    assert ask([LOCAL, port, "f" * 32]) is None
+    assert ask(listener.address) is not None
+    silent.close()
+    listener.close()
+
+
+def test_a_rank_that_is_gone_does_not_answer():
+    listener = Listener(local=True)
+    address = listener.address
+    listener.close()
+    assert ask(address) is None or ask(address) is None  # the thread may still take one connection
+
+
+WAITS = """
+import time
+from hvd_ext.watch import WATCH
+aborted = []
+WATCH.start(0, lambda: aborted.append(1))
+WATCH.step_over()
+WATCH.begin("bucket 7")
+end = time.time() + 20
+while not aborted and time.time() < end:
+    time.sleep(0.05)
+WATCH.end()
+print("aborted", bool(aborted), WATCH.verdict, flush=True)
+"""
+
+
+def test_a_wait_is_given_up_and_says_for_what():
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(WAITS)], capture_output=True, text=True,
+                          timeout=60, env={"HVD_EXT_TIMEOUT": "1", "PATH": ""}, check=True)
+    assert "aborted True rank 0 has waited" in done.stdout
+    assert "for bucket 7" in done.stdout
+    assert "most recent call first" in done.stderr
+    assert time.monotonic() - began < 60
+
+
+def test_a_wait_that_cannot_be_taken_back_ends_the_process():
+    program = "import hvd_ext.watch as w; w.GRACE = 0.5" + WAITS.replace("while not aborted and", "while")
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True,
+                          timeout=60, env={"HVD_EXT_TIMEOUT": "1", "PATH": ""}, check=False)
+    assert done.returncode == 70
+    assert "its collective cannot be taken back" in done.stderr

@@ -15,11 +15,9 @@ from typing import Any
 
 import torch
 
-from hvd_ext.agreement import Fingerprint
 from hvd_ext.names import checked_names
 from hvd_ext.torch.collectives import SHARED_ERRORS, Collectives
 from hvd_ext.torch.reducers.base import Entry, Reducer
-from hvd_ext.versions import HVD_EXT
 from hvd_ext.watch import WATCH
 
 STATE_KEY = "hvd_ext"
@@ -63,7 +61,6 @@ class Wrapper:
         self.preconditioner = preconditioner
         self.server = server
         self._names = checked_names(optimizer.param_groups, named_parameters)
-        self._met: tuple[int, int] | None = None  # parameters and passes that the ranks agreed on
         self._good = True  # the step that synchronize() began may be taken
         self._passes: Counter[torch.Tensor] = Counter()
         self._pass = 0  # backward passes begun, where each is exchanged by itself
@@ -99,7 +96,8 @@ class Wrapper:
         try:
             self._watch()
             self._meet_ranks()
-            self._meet()
+            self.reducer.meet(f"preconditioner: {type(self.preconditioner).__name__}",
+                              f"server: {None if self.server is None else self.server.where!r}")
             if self.preconditioner is not None:
                 self.preconditioner.before_reduce()
             self._good = self.reducer.finish()
@@ -112,23 +110,6 @@ class Wrapper:
             self._forget_passes()
         WATCH.step_over()
         self.collectives.traffic.step()
-
-    def _meet(self) -> None:
-        """Before the first exchange, and after every change: all ranks were given the same.
-
-        Raises:
-            ValueError: on every rank, when they were not.
-        """
-        if self.collectives.size == 1:
-            return
-        plan = (len(self.reducer.entries), self.reducer.passes)
-        if plan == self._met:
-            return
-        mine = self.reducer.fingerprint()
-        extensions = (f"preconditioner: {type(self.preconditioner).__name__}",
-                      f"server: {None if self.server is None else self.server.where!r}")
-        self.collectives.meet(Fingerprint((f"hvd_ext {HVD_EXT} for PyTorch", *extensions, *mine.lines)))
-        self._met = plan
 
     def update(self, inner_step: Callable[[], Any]) -> Any:
         """Second half of a step: the wrapped optimizer's update, on the ranks where it belongs.
@@ -229,7 +210,7 @@ class Wrapper:
         before, self._ranks = self._ranks, self.collectives.size
         if before == self._ranks:
             return
-        self._met = None
+        self.reducer.met = None
         self.reducer.ranks_changed(before, self._ranks)
         if self.server is not None and self.server.where != "replicated":
             raise RuntimeError(
@@ -265,7 +246,7 @@ class Wrapper:
         self.reducer.load_shared_state(state["reducer"])
         if self.preconditioner is not None:
             self.preconditioner.load_shared_state(state["step"])
-        self._met = None
+        self.reducer.met = None
 
     def load_state_dict(self, state_dict: dict[str, Any], load: Callable[[dict[str, Any]], None], *,
                         reset_per_rank_state: bool) -> None:

@@ -77,9 +77,11 @@ def test_strangers_learn_and_change_nothing():
     for said in (b"x" * 32, b"\x00\xff" * 500, b""):
         with socket.create_connection((LOCAL, port), timeout=10) as stranger:
             stranger.sendall(said)
-            stranger.shutdown(socket.SHUT_WR)
-            with contextlib.suppress(ConnectionResetError):
-                assert stranger.recv(100) == b""
+            heard = b""
+            with contextlib.suppress(OSError):  # it may have hung up already
+                stranger.shutdown(socket.SHUT_WR)
+                heard = stranger.recv(100)
+            assert heard == b""
     assert ask([LOCAL, port, "f" * 32]) is None
     assert ask(listener.address) is not None
     silent.close()

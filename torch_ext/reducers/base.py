@@ -19,6 +19,7 @@ from hvd_ext.agreement import Fingerprint
 from hvd_ext.composition import describe_settings
 from hvd_ext.options import Options
 from hvd_ext.torch.collectives import Collectives, Handle
+from hvd_ext.versions import HVD_EXT
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +55,7 @@ class Reducer(abc.ABC):
         self.options = options
         self.passes = options.passes
         self.entries: list[Entry] = []
+        self.met: tuple[int, int] | None = None  # parameters and passes that the ranks agreed on
 
     def build(self, entries: Sequence[Entry]) -> None:
         """Take the parameters whose gradients are to be reduced; called again when there are more."""
@@ -111,6 +113,21 @@ class Reducer(abc.ABC):
                  for entry in self.entries]
         return Fingerprint((*describe_settings(self.settings), f"half precision: {self.options.half}",
                             f"{self.passes} backward passes per step", *lines))
+
+    def meet(self, *extensions: str) -> None:
+        """Before the first exchange, and after every change: all ranks were given the same.
+
+        Args:
+            extensions: lines about what comes after the reduction.
+
+        Raises:
+            ValueError: on every rank, when they were not.
+        """
+        plan = (len(self.entries), self.passes)
+        if self.collectives.size > 1 and plan != self.met:
+            self.collectives.meet(Fingerprint((f"hvd_ext {HVD_EXT} for PyTorch", *extensions,
+                                               *self.fingerprint().lines)))
+            self.met = plan
 
     def shared_state(self) -> dict[str, Any]:
         """What is the same on every rank, such as counters: a rank that joins takes it over."""

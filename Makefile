@@ -65,7 +65,7 @@ lint: $(TOOLS)
 	$(BIN)/mypy
 
 clean:
-	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist out .hypothesis .pytest_cache .mypy_cache .ruff_cache
 	find . -path '*/.venv*' -prune -o \( -name __pycache__ -o -name '*.egg-info' \) -prune -print | xargs rm -rf
 	@echo "Kept: $(VENV) and the Horovod wheels in the user's cache."
 

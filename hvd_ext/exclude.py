@@ -19,6 +19,8 @@ def checked_exclude(exclude: Exclude | None) -> Exclude | None:
     if isinstance(exclude, str):
         raise TypeError(f"exclude must be a list of names or a function, got the string "
                         f"{exclude!r}; pass exclude=[{exclude!r}]")
+    if not isinstance(exclude, Iterable):
+        raise TypeError(f"exclude must be a list of names or a function, got {exclude!r}")
     patterns = tuple(exclude)
     for pattern in patterns:
         if not isinstance(pattern, str):

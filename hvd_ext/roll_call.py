@@ -12,6 +12,7 @@ import secrets
 import socket
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -29,7 +30,7 @@ class Answer:
         host, pid: where it runs.
         waiting: what it waits for, and for how many seconds; None when it is at work.
         at: where its main thread is.
-        moves: how often its main thread was found elsewhere than before.
+        moves: how often its main thread was found elsewhere than before, or had computed meanwhile.
     """
 
     host: str
@@ -61,14 +62,16 @@ class Listener:
         self._waiting: tuple[str, float] | None = None
         self._place: object = None
         self._moves = 0
+        self._busy, self._sampled = _cpu_seconds(), time.monotonic()
         threading.Thread(target=self._serve, name="hvd_ext roll call", daemon=True).start()
 
     def sample(self, waiting: tuple[str, float] | None) -> None:
         """Note what this rank waits for, and whether its main thread has moved."""
         self._waiting = waiting
-        place = _place()
-        self._moves += place != self._place
-        self._place = place
+        place, busy, now = _place(), _cpu_seconds(), time.monotonic()
+        computed = busy - self._busy > 0.05 * (now - self._sampled) and not _in_horovod()
+        self._moves += computed or place != self._place
+        self._place, self._busy, self._sampled = place, busy, now
 
     def _serve(self) -> None:
         while True:
@@ -114,6 +117,23 @@ def ask(address: Any) -> Answer | None:
 def _main_frame() -> FrameType | None:
     main = threading.main_thread().ident
     return None if main is None else sys._current_frames().get(main)
+
+
+def _cpu_seconds() -> float:
+    """What the main thread has computed so far, in seconds; 0 where the system does not say."""
+    main = threading.main_thread().ident
+    if main is None or not hasattr(time, "pthread_getcpuclockid"):
+        return 0.0
+    try:
+        return time.clock_gettime(time.pthread_getcpuclockid(main))
+    except OSError:
+        return 0.0
+
+
+def _in_horovod() -> bool:
+    """Whether the main thread waits in a collective of the user's, which takes CPU time too."""
+    frame = _main_frame()
+    return frame is not None and str(frame.f_globals.get("__name__")).startswith("horovod.")
 
 
 def _place() -> object:

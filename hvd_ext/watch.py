@@ -123,9 +123,9 @@ class Watch:
         return later if self._steps else first
 
     def _run(self) -> None:
-        forgiven: Wait | None = None  # a wait that another rank's work excuses
+        known: Wait | None = None
         until = 0.0
-        moves: dict[int, int] = {}
+        moves: dict[int, int] | None = None  # the others', at half of the time that is left
         while True:
             time.sleep(min(1.0, self.limit() / 8))
             wait, now = self.waiting(), time.monotonic()
@@ -133,20 +133,18 @@ class Watch:
                 self.listener.sample(None if wait is None else (wait.what, now - wait.since))
             if wait is None:
                 continue
-            if wait != forgiven:
-                until = wait.since + self.limit()
+            if wait != known:
+                known, until, moves = wait, wait.since + self.limit(), None
             if now < until:
-                if not moves:
-                    moves = {rank: one.moves for rank, one in self._ask().items() if one is not None}
+                if moves is None and now > until - self.limit() / 2:
+                    moves = _moves(self._ask())
                 continue
             answers = self._ask()
-            if any(one is not None and one.waiting is None and one.moves > moves.get(rank, 0)
-                   for rank, one in answers.items()):
-                forgiven, until = wait, now + self.limit()
-                moves = {rank: one.moves for rank, one in answers.items() if one is not None}
-                continue
-            self._give_up(wait, now, answers)
-            return
+            patience = patience_with(answers, moves or {}, self.limit())
+            if patience == 0.0:
+                self._give_up(wait, now, answers)
+                return
+            until, moves = now + patience, None
 
     def _ask(self) -> dict[int, Answer | None]:
         return {rank: ask(address) for rank, address in self.others.items() if rank != self.rank}
@@ -171,6 +169,30 @@ class Watch:
             print(f"hvd_ext: rank {self.rank} ends: its collective cannot be taken back",
                   file=sys.stderr, flush=True)
             os._exit(EXIT_STATUS)
+
+
+def patience_with(answers: Mapping[int, Answer | None], moves: Mapping[int, int],
+                  limit: float) -> float:
+    """How many seconds more to wait for the others; 0 when none of them makes progress.
+
+    Args:
+        answers: what they say now.
+        moves: their moves some time ago; without those that did not answer then.
+        limit: seconds without progress that are allowed.
+    """
+    if any(one is None and rank not in moves for rank, one in answers.items()):
+        return 0.0  # somebody has not answered twice
+    found = 0.0
+    for rank, one in answers.items():
+        if one is not None and one.waiting is not None:
+            found = max(found, limit - one.waiting[1])  # it came to a collective not long ago
+        elif one is None or one.moves > moves.get(rank, 0):
+            found = limit  # at work
+    return found
+
+
+def _moves(answers: Mapping[int, Answer | None]) -> dict[int, int]:
+    return {rank: one.moves for rank, one in answers.items() if one is not None}
 
 
 def _bound_the_end_after_errors() -> None:

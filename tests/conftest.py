@@ -8,9 +8,13 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.ranks import Ranks
+
+hypothesis.settings.register_profile("any machine", deadline=None)  # slow is not wrong
+hypothesis.settings.load_profile("any machine")
 
 # Files that import a framework, of which none can be collected without it; ranks' own imports come on top.
 NEEDS = {

@@ -101,6 +101,8 @@ class Settings:
         if isinstance(self.exclude, str):
             raise TypeError(f"exclude must be a list of names, got {self.exclude!r}; pass "
                             f"[{self.exclude!r}]")
+        if self.exclude is not None and not isinstance(self.exclude, Iterable):
+            raise TypeError(f"exclude must be a list of names, got {self.exclude!r}")
         object.__setattr__(self, "exclude", tuple(self.exclude or ()))
         for name in self.excluded:
             if not isinstance(name, str):

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from hvd_ext import meeting
 from hvd_ext.agreement import digest
-from hvd_ext.roll_call import LOCAL, Listener, ask
-from hvd_ext.watch import limits
+from hvd_ext.roll_call import LOCAL, Answer, Listener, ask
+from hvd_ext.watch import limits, patience_with
 
 
 @pytest.mark.parametrize(("text", "wanted"), [
@@ -86,6 +86,24 @@ def test_strangers_learn_and_change_nothing():
     assert ask(listener.address) is not None
     silent.close()
     listener.close()
+
+
+def answer(waiting=None, moves=0):
+    return Answer("host", 1, waiting, "a.py:1 in f", moves)
+
+
+@pytest.mark.parametrize(("answers", "moves", "wanted"), [
+    ({}, {}, 0.0),
+    ({1: None}, {}, 0.0),  # stopped
+    ({1: None}, {1: 4}, 10.0),  # it answered not long ago
+    ({1: None, 2: answer(moves=5)}, {2: 1}, 0.0),
+    ({1: answer(moves=5)}, {1: 4}, 10.0),  # at work
+    ({1: answer(moves=5)}, {1: 5}, 0.0),  # it stands still
+    ({1: answer(("b", 3.0))}, {1: 5}, 7.0),  # it has just come to another collective
+    ({1: answer(("b", 30.0)), 2: answer(("c", 12.0))}, {1: 5, 2: 5}, 0.0),
+])
+def test_patience(answers, moves, wanted):
+    assert patience_with(answers, moves, 10.0) == wanted
 
 
 def test_a_rank_that_is_gone_does_not_answer():

@@ -226,8 +226,9 @@ class Primary(Server):
         self._look_at_processes()
         self._look_at_servers(now)
         limit = self.settings.worker_timeout
+        a_server_is_silent = any(now - self._answered[rank] > self._notice / 2 for rank in self.others)
         for m, record in enumerate(self.books.workers):
-            if self._awaits_a_server(m):
+            if a_server_is_silent:  # a worker may be waiting for it: for its part of a push or of weights
                 self._seen[m] = now
             silent = now - self._seen[m]
             if limit is not None and silent > limit and m not in self.gone and not record.finished:
@@ -260,16 +261,6 @@ class Primary(Server):
         """Seconds a server may say nothing: fewer than workers wait, so that they are told who it is."""
         limit = self.settings.server_timeout
         return None if limit is None else 0.75 * limit
-
-    def _awaits_a_server(self, m: int) -> bool:
-        """Whether the worker's push is whole here, and another server has not said that it is there.
-
-        A server that says nothing is not the worker's fault. Where all servers answer, the worker has
-        not sent all of its push.
-        """
-        if m in self.gone or not self.inbox.announced(m):
-            return False
-        return any(time.monotonic() - self._answered[rank] > self._notice / 2 for rank in self.others)
 
     @property
     def _notice(self) -> float:

@@ -147,10 +147,6 @@ class Inbox:
                     ready.append(push)
         return ready
 
-    def announced(self, worker: int) -> bool:
-        """Whether the worker's oldest push is whole and not applied yet."""
-        return bool(self._pushes[worker]) and self._pushes[worker][0].announced
-
     def first(self, worker: int) -> Push:
         """A worker's oldest push."""
         return self._pushes[worker][0]

@@ -59,4 +59,4 @@ def _summaries(variables: Any) -> list[Summary]:
 
 def _without_counters(name: str) -> str:
     """A path without the numbers that Keras counts per process, such as that of "dense_1"."""
-    return re.sub(r"_\d+(?=/|$)", "", name)
+    return re.sub(r"_\d+(?=[/_]|$)", "", name)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 
 from hvd_ext.names import checked_names
 from hvd_ext.torch.collectives import SHARED_ERRORS, Collectives
+from hvd_ext.torch.passes import Passes
 from hvd_ext.torch.reducers.base import Entry, Reducer
 from hvd_ext.watch import WATCH
 
@@ -62,9 +62,7 @@ class Wrapper:
         self.server = server
         self._names = checked_names(optimizer.param_groups, named_parameters)
         self._good = True  # the step that synchronize() began may be taken
-        self._passes: Counter[torch.Tensor] = Counter()
-        self._pass = 0  # backward passes begun, where each is exchanged by itself
-        self._in_pass = False
+        self._passes = Passes(reducer)
         self._hooks: dict[torch.Tensor, Any] = {}
         self._ranks = self.collectives.size if self.collectives.included else 0
         self._watch()
@@ -107,7 +105,7 @@ class Wrapper:
             self.reducer.forget()
             raise
         finally:
-            self._forget_passes()
+            self._passes.forget()
         WATCH.step_over()
         self.collectives.traffic.step()
 
@@ -126,7 +124,7 @@ class Wrapper:
 
     def begun(self) -> bool:
         """Whether gradients of this step are on their way."""
-        return bool(self._passes)
+        return bool(self._passes.done)
 
     def set_passes(self, passes: int) -> None:
         """Change the number of backward passes per step; between steps only."""
@@ -135,12 +133,8 @@ class Wrapper:
 
     def forget(self) -> None:
         """Drop what was begun for this step, on all ranks alike."""
-        self._forget_passes()
+        self._passes.forget()
         self.reducer.drain()
-
-    def _forget_passes(self) -> None:
-        self._passes.clear()
-        self._pass = 0
 
     # Hooks
 
@@ -173,32 +167,9 @@ class Wrapper:
             self = ours()
             if self is None:
                 return
-            self._begin_pass()
-            done = self._passes[parameter] + 1
-            if max(done, self._pass) > self.reducer.passes:
-                raise AssertionError(
-                    "Gradients were computed more than backward_passes_per_step times before call "
-                    "to step(). Increase backward_passes_per_step to accumulate gradients locally."
-                )
-            self._passes[parameter] = done
-            self.reducer.gradient_ready(entry, done, self._pass)
+            self._passes.gradient_ready(entry)
 
         return hook
-
-    def _begin_pass(self) -> None:
-        """Count the backward pass that a gradient is of; autograd says when it is over."""
-        if self.reducer.parts == 1 or self._in_pass:
-            return
-        ours = weakref.ref(self)
-
-        def over() -> None:
-            self = ours()
-            if self is not None:
-                self._in_pass = False
-
-        torch.autograd.Variable._execution_engine.queue_callback(over)  # type: ignore[attr-defined]
-        self._in_pass = True
-        self._pass += 1
 
     def unhook(self) -> None:
         """Remove the hooks from the parameters; the optimizer is of no use afterwards."""

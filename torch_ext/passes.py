@@ -1,0 +1,99 @@
+"""Which backward pass of a step a gradient is of."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+
+import torch
+
+from hvd_ext.torch.reducers.base import Entry, Reducer
+
+
+class Passes:
+    """Counts the backward passes of a step and hands each gradient to the reducer with its pass.
+
+    Where every pass is exchanged by itself (``reducer.parts`` above 1), gradients belong together by
+    the call of ``backward()`` that made them, also where a parameter has none in some pass. A call
+    that reaches only parameters without a gradient in the current pass, such as the second of two
+    losses with parameters of their own, belongs to that pass still. While that is not known, its
+    gradients are held back.
+    """
+
+    def __init__(self, reducer: Reducer) -> None:
+        self.reducer = reducer
+        self.done: Counter[torch.Tensor] = Counter()
+        self._number = 0  # the current pass; 0 before the first
+        self._reached: set[torch.Tensor] = set()  # by the current pass
+        self._inside = False  # a call of backward() that autograd has not reported over
+        self._held: list[Entry] | None = None  # of a call whose pass is not known yet
+
+    def forget(self) -> None:
+        """Begin a step; what was counted and held back of the last one is dropped."""
+        self.done.clear()
+        self._number = 0
+        self._reached.clear()
+        self._inside, self._held = False, None
+
+    def gradient_ready(self, entry: Entry) -> None:
+        """Take note of a gradient that a backward pass has just completed.
+
+        Raises:
+            AssertionError: it is one more than ``backward_passes_per_step``.
+        """
+        self.done[entry.parameter] += 1
+        if self.done[entry.parameter] > self.reducer.passes:
+            _raise_too_many()
+        if self.reducer.parts == 1:
+            self.reducer.gradient_ready(entry, self.done[entry.parameter], 1)
+            return
+        self._enter()
+        if self._held is None:
+            self._give(entry)
+        elif entry.parameter in self._reached:
+            held, self._held = self._held, None
+            self._next()
+            for one in [*held, entry]:
+                self._give(one)
+        elif self._number == self.reducer.passes:  # no other pass can follow
+            self._give(entry)
+        else:
+            self._held.append(entry)
+
+    def _enter(self) -> None:
+        if self._inside:
+            return
+        ours = weakref.ref(self)
+
+        def over() -> None:
+            self = ours()
+            if self is not None:
+                self._leave()
+
+        torch.autograd.Variable._execution_engine.queue_callback(over)  # type: ignore[attr-defined]
+        self._inside = True
+        if self._number:
+            self._held = []
+        else:
+            self._next()
+
+    def _leave(self) -> None:
+        held, self._held, self._inside = self._held or (), None, False
+        for entry in held:
+            self._give(entry)
+
+    def _next(self) -> None:
+        if self._number == self.reducer.passes:
+            _raise_too_many()
+        self._number += 1
+        self._reached.clear()
+
+    def _give(self, entry: Entry) -> None:
+        self._reached.add(entry.parameter)
+        self.reducer.gradient_ready(entry, self.done[entry.parameter], self._number)
+
+
+def _raise_too_many() -> None:
+    raise AssertionError(
+        "Gradients were computed more than backward_passes_per_step times before call to step(). "
+        "Increase backward_passes_per_step to accumulate gradients locally.")

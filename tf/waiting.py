@@ -25,17 +25,21 @@ class Waiting:
         self._ended: tf.Variable | None = None
         self._offset = time.monotonic() - time.time()  # graphs only know the time of day
 
+    def build(self) -> None:
+        """Make the two variables, before a graph is traced if that can be."""
+        if self._begun is not None or not tf.compat.v1.executing_eagerly_outside_functions():
+            return  # TensorFlow 1, whose variables somebody would have to initialise
+        with tf.init_scope(), tf.device("cpu"):
+            self._begun, self._ended = (
+                tf.Variable(0.0, dtype=tf.float64, trainable=False) for _ in range(2))
+        ours = weakref.ref(self)
+        WATCH.add_source(lambda: None if ours() is None else ours().look())
+
     def begin(self, ready: Sequence[Any]) -> None:
         """In a graph being traced: from when ``ready`` is there, this rank waits."""
-        if not tf.compat.v1.executing_eagerly_outside_functions():
-            return  # TensorFlow 1, whose variables somebody would have to initialise
-        if self._begun is None:
-            with tf.init_scope(), tf.device("cpu"):
-                self._begun, self._ended = (
-                    tf.Variable(0.0, dtype=tf.float64, trainable=False) for _ in range(2))
-            ours = weakref.ref(self)
-            WATCH.add_source(lambda: None if ours() is None else ours().look())
-        self._mark(self._begun, ready)
+        self.build()
+        if self._begun is not None:
+            self._mark(self._begun, ready)
 
     def end(self, results: Sequence[Any]) -> None:
         """In a graph being traced: once ``results`` are there it does not."""

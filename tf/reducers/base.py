@@ -59,6 +59,15 @@ class Reducer(abc.ABC):
         del make_variable
         self.variables = list(variables)
         self._number = {id(as_tf(variable)): index for index, variable in enumerate(variables)}
+        self._make_own()
+
+    def _make_own(self) -> None:
+        """Make the variables that are not saved, as early as can be: TensorFlow does not trace a
+        function again whose first trace made variables and then failed."""
+        if self._checked is None:
+            with tf.init_scope():
+                self._checked = tf.Variable(False, trainable=False)
+            self._waiting.build()
 
     def label(self, variable: Any) -> str:
         """The variable's part of its collective's name.
@@ -89,9 +98,7 @@ class Reducer(abc.ABC):
 
         Where they were not, running it is an error on every rank.
         """
-        if self._checked is None:
-            with tf.init_scope():
-                self._checked = tf.Variable(False, trainable=False)
+        self._make_own()
 
         def meet() -> tf.Tensor:
             lines = (f"hvd_ext {HVD_EXT} for TensorFlow", *self.extensions, *self.fingerprint().lines)

@@ -5,11 +5,13 @@ from collections.abc import Mapping
 
 
 def by_kind(kind: str | Mapping[str, int], count: int) -> dict[str, int]:
-    """``count`` bytes by kind, where ``kind`` says what one message consists of."""
+    """``count`` bytes by kind, where ``kind`` says what one message consists of; they add up to ``count``."""
     if isinstance(kind, str):
         return {kind: count}
     whole = sum(kind.values())
-    return {part: count * share // whole for part, share in kind.items()}
+    parts = {part: count * share // whole for part, share in kind.items()}
+    last = next(reversed(parts))
+    return {**parts, last: parts[last] + count - sum(parts.values())}
 
 
 def allreduce_bytes(count: int, ranks: int) -> int:

@@ -112,7 +112,8 @@ class Collectives:
         return Handle(self, ticket, kind, name=name, memory=tensors)
 
     def alltoall_async(self, tensor: torch.Tensor, splits: Sequence[int], name: str, *,
-                       kind: str = "gradients", out: torch.Tensor | None = None) -> Handle:
+                       kind: str | Mapping[str, int] = "gradients",
+                       out: torch.Tensor | None = None) -> Handle:
         """Send ``splits[s]`` rows of ``tensor`` to rank s; the result is what all sent here, by rank.
 
         ``out`` lends memory for the result, which is resized in place: fresh memory for every
@@ -125,7 +126,9 @@ class Collectives:
         )
         row = nbytes(tensor) // max(1, tensor.shape[0])
         own = splits[self.rank] * row
-        self.traffic.add(kind, sent=nbytes(tensor) - own, received=-own)
+        kept = by_kind(kind, own)
+        for part, all_of_it in by_kind(kind, nbytes(tensor)).items():
+            self.traffic.add(part, sent=all_of_it - kept[part], received=-kept[part])
         return Handle(self, ticket, kind, counted=False, dtype=tensor.dtype, name=name,
                       memory=(tensor, memory))
 

@@ -11,9 +11,11 @@ import math
 from dataclasses import dataclass
 
 from hvd_ext import checks
+from hvd_ext.topk import sparse
 from hvd_ext.topk.config import TopK, checked_ratio, keep_count
 from hvd_ext.topk.wire import VALUE_BYTES, Layout
 
+SPARSE = "topk sparse_allreduce"
 DENSE_BYTES = 4
 HALF_BYTES = 2
 
@@ -73,9 +75,33 @@ def topk_bytes(numel: int, ranks: int, ratio: float, values: str = "float32") ->
     return (ranks - 1) * 4 * Layout(keep_count(numel, ratio), values).words
 
 
+def sparse_bytes(numel: int, ranks: int, ratio: float, values: str = "float32") -> int:
+    """In and out of each rank in a sparse allreduce: k entries to their owners, about k back."""
+    entries = 4 * Layout(keep_count(numel, ratio), values).words
+    told = (ranks - 1) * 8 * sparse.WORDS
+    return 2 * (ranks - 1) * entries // ranks + told
+
+
+def chosen_exchange(exchange: str, ranks: int, k: int, values: str, link: Link | None = None) -> str:
+    """The exchange that ``exchange=`` of TopK means for a bucket: "allgather" or "sparse_allreduce".
+
+    "auto" compares bytes and hops over ``link`` (10 Gbit/s); the answer is the same on every rank.
+    """
+    if ranks == 1 or exchange == "allgather":
+        return "allgather"
+    if exchange == "sparse_allreduce":
+        return exchange
+    link = Link(10.0) if link is None else link
+    entries = 4 * Layout(k, values).words
+    gather = link.seconds((ranks - 1) * entries, ranks - 1)
+    reduce = link.seconds(2 * (ranks - 1) * entries / ranks + (ranks - 1) * 8 * sparse.WORDS,
+                          3 * (ranks - 1))
+    return "sparse_allreduce" if reduce < gather else "allgather"
+
+
 def costs(numel: int, ranks: int, ratio: float, link: Link, *,
           values: str = "float32") -> dict[str, Cost]:
-    """A step's exchange "dense" (float32), "fp16", and "topk".
+    """A step's exchange "dense" (float32), "fp16", "topk" (by allgather) and "topk sparse_allreduce".
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or outside its limits.
@@ -91,6 +117,9 @@ def costs(numel: int, ranks: int, ratio: float, link: Link, *,
     moved = topk_bytes(numel, ranks, ratio, values)
     result["topk"] = Cost("topk", moved,
                           link.seconds(moved, ranks - 1) + numel * link.select_ns * 1e-9)
+    moved = sparse_bytes(numel, ranks, ratio, values)
+    result[SPARSE] = Cost(SPARSE, moved,
+                          link.seconds(moved, 3 * (ranks - 1)) + numel * link.select_ns * 1e-9)
     return result
 
 

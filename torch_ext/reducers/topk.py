@@ -1,10 +1,13 @@
 """TopK with error feedback: what each rank sends of its gradient, and the mean of what all sent.
 
 compensate (g + e) -> select -> keep the rest -> pack -> allgather -> add up -> mean
+
+or, with ``exchange="sparse_allreduce"``, what ``topk_sparse.py`` does with what was selected.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -14,12 +17,14 @@ import torch
 from hvd_ext.buckets import Bucket
 from hvd_ext.options import Options
 from hvd_ext.topk import Layout, TopK
+from hvd_ext.topk.payoff import chosen_exchange
 from hvd_ext.topk.plan import Segment, check_bucket, segments
 from hvd_ext.topk.wire import check_messages
 from hvd_ext.torch.collectives import Collectives, Handle
 from hvd_ext.torch.reducers import topk_kernels as kernels
 from hvd_ext.torch.reducers.base import Entry
 from hvd_ext.torch.reducers.feedback import FeedbackReducer
+from hvd_ext.torch.reducers.topk_sparse import SparseAllreduce
 
 
 class TopKReducer(FeedbackReducer):
@@ -29,6 +34,7 @@ class TopKReducer(FeedbackReducer):
 
     def __init__(self, collectives: Collectives, settings: TopK, options: Options) -> None:
         super().__init__(collectives, settings, options)
+        self.sparse = SparseAllreduce(collectives, settings)
         self._received: dict[int, torch.Tensor] = {}
         self._sent = 0
         self._seconds = 0.0
@@ -48,11 +54,19 @@ class TopKReducer(FeedbackReducer):
     def _layout(self, bucket: Bucket) -> Layout:
         return Layout(sum(segment.k for segment in self._segments(bucket)), self.settings.values)
 
+    def _is_sparse(self, bucket: Bucket) -> bool:
+        """Whether the bucket travels by sparse allreduce; the same on every rank, and at every step."""
+        k = sum(one.k for one in segments(bucket, self.settings.ratio_at(0),
+                                          per_tensor=self.settings.per_tensor))
+        return chosen_exchange(self.settings.exchange, self.collectives.size, k,
+                               self.settings.values) != "allgather"
+
     def send(self, bucket: Bucket, total: torch.Tensor, finite: bool) -> Handle | torch.Tensor:
         """Choose from g + e and leave the new e in its place (lines 7 and 8); send what was chosen."""
         began = time.perf_counter()
         layout, dtype = self._layout(bucket), kernels.wire_dtype(self.settings)
         if finite:
+            self._take_back(bucket, total)
             seed = (self.settings.seed, self.attempts, bucket.index)
             positions = kernels.select(total, self._segments(bucket), self.settings, seed)
             # g + e may overflow where neither does; the largest would be among the chosen.
@@ -63,8 +77,11 @@ class TopKReducer(FeedbackReducer):
         else:
             positions = torch.empty(0, dtype=torch.int64, device=total.device)
             values = torch.empty(0, dtype=dtype, device=total.device)
-        message = kernels.pack(positions, values, layout)
         self._sent += positions.numel()
+        if self._is_sparse(bucket):
+            self._seconds += time.perf_counter() - began
+            return self.sparse.send(bucket, positions, values, self.prefix)
+        message = kernels.pack(positions, values, layout)
         self._seconds += time.perf_counter() - began
         if self.collectives.size == 1:
             return message
@@ -72,29 +89,79 @@ class TopKReducer(FeedbackReducer):
         return self.collectives.allgather_async(
             message, f"{self.prefix}/bucket{bucket.index}", kind=layout.parts(), out=memory)
 
+    def _take_back(self, bucket: Bucket, total: torch.Tensor) -> None:
+        """What this rank kept as the owner of a range, when it is no longer that, goes back into e."""
+        if self._is_sparse(bucket) and not self.sparse.stale(bucket):
+            return
+        if self.sparse.holds(bucket):
+            residual = self.residual.setdefault(bucket.index, torch.zeros_like(total))
+            self.sparse.fold(bucket.index, total, self._rescale(), keep=True)
+            self.sparse.fold(bucket.index, residual)
+
     def means(self, received: Sequence[tuple[Bucket, torch.Tensor]]) -> list[torch.Tensor]:
         """The sum of what all ranks sent (line 12), divided by their number."""
-        ranks, found = self.collectives.size, []
+        found = {}
+        sparse = [(bucket, messages, self._layout(bucket).k) for bucket, messages in received
+                  if self._is_sparse(bucket)]
+        for (bucket, _, _), mean in zip(
+                sparse, self.sparse.means(sparse, self.prefix, self.swap, self._rescale()), strict=True):
+            found[bucket.index] = mean
+        ranks = self.collectives.size
         for bucket, messages in received:
+            if bucket.index in found:
+                continue
             layout = self._layout(bucket)
             counts = check_messages(messages.numel(), kernels.headers(messages, ranks), layout,
                                     f"{self.prefix}/bucket{bucket.index}")
             _, mean = self.swap(bucket)
             kernels.add_up(messages, counts, layout, kernels.wire_dtype(self.settings), mean.zero_())
-            found.append(mean.div_(ranks) if ranks > 1 else mean)
-        return found
+            found[bucket.index] = mean.div_(ranks) if ranks > 1 else mean
+        return [found[bucket.index] for bucket, _ in received]
 
     def forget(self) -> None:
+        if self._started:  # what is under way may still write into it
+            self._received = {}
         super().forget()
         self._sent = 0
         self._seconds = 0.0
+
+    # State and figures
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "owned": self.sparse.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        owned = state.get("owned", {})
+        for number, one in owned.items():
+            bucket = self.buckets[number] if number < len(self.buckets) else None
+            if bucket is None or one["bounds"][-1] != bucket.numel:
+                raise ValueError(
+                    f"the checkpoint's residual of bucket {number} does not fit this model; use the "
+                    "model, bucket_bytes= and groups= that it was saved with, or pass "
+                    "reset_per_rank_state=True to start without residuals")
+        super().load_state_dict(state)
+        self.sparse.load_state_dict(owned, {number: self.buffer(self.buckets[number]).device
+                                            for number in owned})
+
+    def reset_per_rank_state(self) -> None:
+        super().reset_per_rank_state()
+        self.sparse.owned = {}
 
     def figures(self) -> dict[str, Any]:
         compressed = self.elements(compressed=True)
         return {"ratio": self.settings.ratio_at(self.attempts),
                 "kept_fraction": self._sent / compressed if compressed else 1.0,
-                "selection_seconds": self._seconds}
+                "selection_seconds": self._seconds, **self._sparse_figures()}
+
+    def _sparse_figures(self) -> dict[str, Any]:
+        """Of buckets that travel by sparse allreduce, when there are any."""
+        if not self.sparse.owned:
+            return {}
+        norms = [float(torch.linalg.vector_norm(one, dtype=torch.float64))
+                 for one in self.sparse.residuals()]
+        return {"owner_residual_norm": math.hypot(*norms) / self._scale(),
+                "owner_imbalance": self.sparse.imbalance, "applied_entries": self.sparse.applied}
 
     def bytes_held(self) -> int:
-        return super().bytes_held() + sum(t.numel() * t.element_size()
-                                          for t in self._received.values())
+        received = sum(t.numel() * t.element_size() for t in self._received.values())
+        return super().bytes_held() + received + self.sparse.bytes_held()

@@ -137,6 +137,12 @@ def add_up(messages: torch.Tensor, counts: Sequence[int], layout: Layout, dtype:
     the order of its parts: all ranks, on CPU or GPU, get the same bits.
     """
     for count, words in zip(counts, messages.view(len(counts), -1), strict=True):
-        positions = words[HEADER_WORDS : HEADER_WORDS + count]
-        values = words[layout.data].view(dtype)[:count]
+        positions, values = unpack(words, layout, dtype, count)
         out.index_add_(0, positions, values.to(out.dtype))
+
+
+def unpack(words: torch.Tensor, layout: Layout, dtype: torch.dtype,
+           count: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions, int32, and values of ``dtype`` of one message; the first ``count`` of its k entries."""
+    count = layout.k if count is None else count
+    return words[HEADER_WORDS : HEADER_WORDS + count], words[layout.data].view(dtype)[:count]

@@ -1,0 +1,234 @@
+"""Sparse allreduce of chosen entries: what a rank sends is O(k), however many ranks there are.
+
+entries to the owners of their places (alltoall) -> their mean + what the owner kept -> a threshold for
+about k entries in all (allgather of a few numbers) -> the entries above it to all ranks (allgather); the
+owner keeps the rest
+
+The class of exchanges of Ok-Topk (Li and Hoefler, PPoPP 2022), with a residual at the owner, so that
+nothing is lost: the sum over ranks of e, M times all owners' residuals and M times all that was applied
+add up to all gradients so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from hvd_ext.buckets import Bucket
+from hvd_ext.topk import Layout, TopK, sparse
+from hvd_ext.topk.plan import Segment
+from hvd_ext.torch.collectives import Collectives, Handle
+from hvd_ext.torch.reducers import topk_kernels as kernels
+
+Swap = Callable[[Bucket], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass
+class Owned:
+    """What this rank keeps of a bucket: who owns what, and the residual (length of its range,).
+
+    ``rank`` is the number under which it owns its range. ``residual`` is None before the first step,
+    and without error feedback.
+    """
+
+    ranges: sparse.Ranges
+    rank: int
+    residual: torch.Tensor | None = None
+
+
+@dataclass
+class Summed:
+    """A bucket in the middle of its exchange.
+
+    Attributes:
+        k_out: entries that all owners together are to send back.
+        low: the first place of this rank's range.
+        mean: what this rank owns of the mean over the ranks, with its residual (length of the range,).
+        places: the candidates in it.
+        left: the bucket's new residual e (numel,).
+        out: memory for the reduced gradient (numel,).
+    """
+
+    bucket: Bucket
+    k_out: int
+    low: int
+    mean: torch.Tensor
+    places: torch.Tensor
+    left: torch.Tensor
+    out: torch.Tensor
+
+
+class SparseAllreduce:
+    """The exchange of ``Compression.topk(exchange="sparse_allreduce")``, for one reducer.
+
+    Attributes:
+        owned: what this rank keeps, by number of the bucket.
+        imbalance: entries that the fullest owner of any bucket received at the last step, relative to
+            the mean of all owners.
+        applied: entries that all ranks applied at the last step.
+    """
+
+    def __init__(self, collectives: Collectives, settings: TopK) -> None:
+        self.collectives = collectives
+        self.settings = settings
+        self.owned: dict[int, Owned] = {}
+        self.imbalance = 1.0
+        self.applied = 0
+
+    def stale(self, bucket: Bucket) -> bool:
+        """Whether what this rank keeps belongs to another number of ranks."""
+        owned = self.owned.get(bucket.index)
+        return owned is not None and owned.ranges.ranks != self.collectives.size
+
+    def send(self, bucket: Bucket, positions: torch.Tensor, values: torch.Tensor, prefix: str) -> Handle:
+        """Send each entry to the owner of its place.
+
+        Args:
+            positions: (k,) int64, rising.
+            values: (k,) of the wire's dtype.
+        """
+        owned = self.owned.get(bucket.index)
+        if owned is None or self.stale(bucket):
+            owned = Owned(sparse.Ranges(sparse.even_bounds(bucket.numel, self.collectives.size)),
+                          self.collectives.rank)
+            self.owned[bucket.index] = owned
+        inner = torch.from_numpy(owned.ranges.bounds[1:-1]).to(positions.device)
+        cuts = [0, *torch.searchsorted(positions, inner).tolist(), positions.numel()]
+        layouts = [Layout(stop - start, self.settings.values)
+                   for start, stop in zip(cuts, cuts[1:], strict=False)]
+        message = torch.cat([
+            kernels.pack(positions[start : start + layout.k], values[start : start + layout.k], layout)
+            for start, layout in zip(cuts, layouts, strict=False)])
+        parts = [layout.parts() for layout in layouts]
+        return self.collectives.alltoall_async(
+            message, [layout.words for layout in layouts], f"{prefix}/bucket{bucket.index}",
+            kind={kind: sum(part[kind] for part in parts) for kind in parts[0]})
+
+    def means(self, received: Sequence[tuple[Bucket, torch.Tensor, int]], prefix: str, swap: Swap,
+              rescale: float) -> list[torch.Tensor]:
+        """What becomes of all buckets' messages: the reduced gradients, (numel,) each.
+
+        Args:
+            received: bucket, the messages that came for this rank, and the entries to be sent back by
+                all owners together.
+            swap: gives the residual e of a bucket, and memory for the mean.
+            rescale: what brings this rank's residuals to this step's loss scale.
+        """
+        if not received:
+            return []
+        summed, rows = [], []
+        for bucket, messages, k_out in received:
+            one, row = self._sum(bucket, messages, k_out, rescale, prefix, *swap(bucket))
+            summed.append(one)
+            rows.append(row)
+        told = self.collectives.allgather_async(
+            torch.from_numpy(np.stack(rows)), f"{prefix}/told", kind="thresholds")
+        by_bucket = told.wait().numpy().reshape(self.collectives.size, len(rows), -1).swapaxes(0, 1)
+        handles = [self._answer(one, table, prefix)
+                   for one, table in zip(summed, by_bucket, strict=True)]
+        self.imbalance = max(sparse.imbalance(table) for table in by_bucket)
+        self.applied = 0
+        for one, table, handle in zip(summed, by_bucket, handles, strict=True):
+            entries = handle.wait()
+            one.out.zero_()
+            for places, values in self._split(entries, f"{prefix}/bucket{one.bucket.index}/means"):
+                one.out.index_add_(0, places, values.to(one.out.dtype))
+                self.applied += places.numel()
+            self._move_on(one, table)
+        return [one.out for one in summed]
+
+    def _sum(self, bucket: Bucket, messages: torch.Tensor, k_out: int, rescale: float, prefix: str,
+             left: torch.Tensor, out: torch.Tensor) -> tuple[Summed, sparse.Numbers]:
+        """The means in this rank's range, in the order of the ranks, and what it tells of them."""
+        owned, ranks = self.owned[bucket.index], self.collectives.size
+        low, high = owned.ranges.of(owned.rank)
+        mean = left.new_zeros(high - low)
+        edges = sparse.cells(owned.ranges.bounds)[owned.rank]
+        counts = np.zeros(sparse.CELLS, np.int64)
+        for places, values in self._split(messages, f"{prefix}/bucket{bucket.index}"):
+            mean.index_add_(0, places - low, values.to(mean.dtype))
+            counts += np.diff(np.searchsorted(places.cpu().numpy(), edges))
+        mean.div_(ranks)
+        if owned.residual is not None:
+            mean.add_(owned.residual, alpha=rescale)
+        most = sparse.share(k_out, ranks, high - low)
+        places = kernels.select(mean, [Segment(0, high - low, most)], self.settings,
+                                (self.settings.seed, bucket.index))
+        falling = mean[places].abs().sort(descending=True).values.cpu().numpy()
+        told = falling[sparse.told_ranks(len(falling)) - 1] if len(falling) else falling
+        return (Summed(bucket, k_out, low, mean, places, left, out),
+                sparse.row_of(len(falling), told, counts.tolist()))
+
+    def _answer(self, one: Summed, table: sparse.Numbers, prefix: str) -> Handle:
+        """Send the entries above the threshold to all ranks; what is left in ``one.mean`` is kept."""
+        least = sparse.threshold(table, one.k_out)
+        places = one.places if least == 0 else one.places[one.mean[one.places].abs() >= least]
+        values = kernels.split(one.mean, places, kernels.wire_dtype(self.settings))
+        layout = Layout(places.numel(), self.settings.values)
+        message = kernels.pack(places + one.low, values, layout)
+        return self.collectives.allgather_async(
+            message, f"{prefix}/bucket{one.bucket.index}/means", kind=layout.parts())
+
+    def _move_on(self, one: Summed, table: sparse.Numbers) -> None:
+        """Keep the rest; where ranges change it becomes part of this rank's e, times M."""
+        owned = self.owned[one.bucket.index]
+        if self.settings.error_feedback:
+            owned.residual = one.mean
+        following = owned.ranges.after(table)
+        if following.age == 0:
+            self.fold(one.bucket.index, one.left)
+        owned.ranges = following
+
+    def holds(self, bucket: Bucket) -> bool:
+        """Whether this rank keeps anything of the bucket as an owner."""
+        owned = self.owned.get(bucket.index)
+        return owned is not None and owned.residual is not None
+
+    def fold(self, number: int, residual: torch.Tensor, scale: float = 1.0, *, keep: bool = False) -> None:
+        """Add what this rank keeps as the owner of a range to its e, (numel,), and keep no more of it.
+
+        e counts 1/M in the mean, an owner's residual whole.
+        """
+        owned = self.owned.get(number)
+        if owned is None or owned.residual is None:
+            return
+        low, high = owned.ranges.of(owned.rank)
+        residual[low:high].add_(owned.residual, alpha=owned.ranges.ranks * scale)
+        owned.residual = owned.residual if keep else None
+
+    def _split(self, words: torch.Tensor, what: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Places and values of each rank's message, in the order of the ranks."""
+        readable = words.numpy() if words.device.type == "cpu" else words
+        dtype = kernels.wire_dtype(self.settings)
+        for at, layout in sparse.layouts(readable, self.settings.values, self.collectives.size, what):
+            message = words[at : at + layout.words]
+            yield kernels.unpack(message, layout, dtype)
+
+    # State and figures
+
+    def state_dict(self) -> dict[int, dict[str, Any]]:
+        """By bucket: bounds, age and wait of its ranges, and this rank's residual as their owner."""
+        return {number: {"bounds": owned.ranges.bounds.tolist(), "age": owned.ranges.age,
+                         "wait": owned.ranges.wait,
+                         "residual": None if owned.residual is None else owned.residual.clone()}
+                for number, owned in self.owned.items()}
+
+    def load_state_dict(self, state: dict[int, dict[str, Any]], devices: dict[int, torch.device]) -> None:
+        """Take back what :meth:`state_dict` gave, on the buckets' devices."""
+        self.owned = {}
+        for number, one in state.items():
+            kept = one["residual"]
+            ranges = sparse.Ranges(np.array(one["bounds"], np.int64), one["age"], one["wait"])
+            self.owned[number] = Owned(ranges, self.collectives.rank, None if kept is None else kept.to(devices[number], copy=True))
+
+    def residuals(self) -> list[torch.Tensor]:
+        """This rank's, as an owner."""
+        return [owned.residual for owned in self.owned.values() if owned.residual is not None]
+
+    def bytes_held(self) -> int:
+        """Bytes of residuals."""
+        return sum(t.numel() * t.element_size() for t in self.residuals())

@@ -151,18 +151,20 @@ class Collectives:
         self._count(kind, (self.size - 1) * own, nbytes(gathered) - own)
         return gathered
 
-    def alltoall(self, tensor: tf.Tensor, splits: Any, name: str, *, kind: str | None = None,
-                 rows: int | None = None) -> tf.Tensor:
+    def alltoall(self, tensor: tf.Tensor, splits: Any, name: str, *,
+                 kind: str | Mapping[str, int] | None = None, rows: int | None = None) -> tf.Tensor:
         """Send ``splits[s]`` rows to rank s; the result is what all sent here, by rank.
 
         ``rows`` is the length of the result where the caller knows it.
         """
-        received, _ = horovod.alltoall(tensor, splits=tf.constant(splits, tf.int32),
+        row = tensor.shape[1:].num_elements() * tensor.dtype.size
+        own = row * (tf.cast(splits[self.rank], tf.int64) if tf.is_tensor(splits)
+                     else int(splits[self.rank]))
+        received, _ = horovod.alltoall(tensor, splits=tf.convert_to_tensor(splits, tf.int32),
                                        name=unique(name), process_set=self.process_set,
                                        ignore_name_scope=True)
         if rows is not None:
             received = tf.ensure_shape(received, (rows, *tensor.shape[1:]))
-        own = int(splits[self.rank]) * nbytes(tensor[:1])
         self._count(kind, nbytes(tensor) - own, nbytes(received) - own)
         return received
 

@@ -1,10 +1,13 @@
 """TopK with error feedback: what each rank sends of its gradient, and the mean of what all sent.
 
 compensate (g + e) -> select -> keep the rest -> pack -> allgather -> add up -> mean
+
+or, with ``exchange="sparse_allreduce"``, what ``topk_sparse.py`` does with what was selected.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,13 +15,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from hvd_ext.buckets import Bucket
+from hvd_ext.buckets import DENSE, Bucket
 from hvd_ext.options import Options
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.reducers import topk_kernels as kernels
 from hvd_ext.tensorflow.reducers.base import MakeVariable
 from hvd_ext.tensorflow.reducers.feedback import FeedbackReducer
+from hvd_ext.tensorflow.reducers.topk_sparse import Answered, SparseAllreduce
 from hvd_ext.topk import Layout, TopK
+from hvd_ext.topk.payoff import chosen_exchange
 from hvd_ext.topk.plan import Segment, check_bucket, segments
 
 
@@ -37,7 +42,10 @@ class Chosen(NamedTuple):
 
 
 class Sent(NamedTuple):
-    """A bucket on its way: its gradient, what was chosen, and (M, words) all ranks' messages."""
+    """A bucket on its way: its gradient, what was chosen, and all ranks' messages.
+
+    ``messages`` is (M, words), or by sparse allreduce (words,): those to this rank as an owner.
+    """
 
     gradient: tf.Tensor
     chosen: Chosen
@@ -61,12 +69,27 @@ class TopKReducer(FeedbackReducer):
     def __init__(self, collectives: Collectives, settings: TopK, options: Options) -> None:
         super().__init__(collectives, settings, options)
         self.kept: Any = None  # entries that this rank sent at the last step
+        self.sparse = SparseAllreduce(collectives, settings)
+        self._answered: dict[int, Answered] = {}  # of the step that is being traced
 
     def make_state(self, make_variable: MakeVariable) -> None:
         super().make_state(make_variable)
         self.kept = tf.Variable(0, dtype=tf.int64, trainable=False)
         for bucket in self.buckets:
             check_bucket(bucket, self.specs[bucket.slots[0].index].name)
+            if self._is_sparse(bucket):
+                self.sparse.build(bucket, self.dtype(bucket), make_variable)
+
+    def _is_sparse(self, bucket: Bucket) -> bool:
+        """Whether the bucket travels by sparse allreduce; the same on every rank, and at every step."""
+        if bucket.kind.route == DENSE:
+            return False
+        k = sum(one.k for one in self._segments(bucket, self.settings.ratio_at(0)))
+        return chosen_exchange(self.settings.exchange, self.collectives.size, k,
+                               self.settings.values) != "allgather"
+
+    def per_rank_state(self) -> list[tf.Variable]:
+        return [*super().per_rank_state(), *self.sparse.per_rank_state()]
 
     @property
     def _by_step(self) -> bool:
@@ -92,6 +115,8 @@ class TopKReducer(FeedbackReducer):
         """Choose from g + e and send what was chosen (lines 7 and 8)."""
         cast = gradient if residual is not None else tf.cast(gradient, self.dtype(bucket))
         chosen = self._choose(bucket, kernels.Total(cast, residual))
+        if self._is_sparse(bucket):
+            return Sent(gradient, chosen, self.sparse.send(bucket, chosen.message, self.name(bucket)))
         return Sent(gradient, chosen, self._gather(bucket, chosen.message))
 
     def _choose(self, bucket: Bucket, total: kernels.Total) -> Chosen:
@@ -150,7 +175,15 @@ class TopKReducer(FeedbackReducer):
         """The mean of what all ranks sent (line 12)."""
         counts = [tf.cast(one.chosen.count, tf.int64) for _, one in sent]
         self.kept.assign(tf.add_n(counts) if counts else tf.constant(0, tf.int64))
-        return [self._mean(bucket, one) for bucket, one in sent]
+        sparse = [(bucket, one.messages, self.dtype(bucket), one.chosen.message[1], self.name(bucket))
+                  for bucket, one in sent if self._is_sparse(bucket)]
+        self._answered = {bucket.index: answered for (bucket, *_), answered
+                          in zip(sparse, self.sparse.means(sparse), strict=True)}
+        for bucket, *_ in sparse:
+            tf.cond(good, functools.partial(self.sparse.keep, bucket, self._answered[bucket.index]),
+                    lambda: tf.constant(False))
+        return [self._answered[bucket.index].mean if bucket.index in self._answered
+                else self._mean(bucket, one) for bucket, one in sent]
 
     def _mean(self, bucket: Bucket, sent: Sent) -> tf.Tensor:
         messages = sent.messages
@@ -165,9 +198,19 @@ class TopKReducer(FeedbackReducer):
         return kernels.mean_of(positions, values, bucket.numel, self.dtype(bucket))
 
     def left(self, bucket: Bucket, sent: Sent, residual: tf.Tensor, mean: tf.Tensor) -> tf.Tensor:
-        return kernels.new_residual(sent.gradient, residual, sent.chosen.places, sent.chosen.left)
+        rest = kernels.new_residual(sent.gradient, residual, sent.chosen.places, sent.chosen.left)
+        if bucket.index not in self._answered:
+            return rest
+        answered = self._answered[bucket.index]
+
+        def folded() -> tf.Tensor:  # what this rank kept as an owner is part of its e from now on
+            places = answered.low + tf.range(tf.size(answered.fold, tf.int64), dtype=tf.int64)
+            return tf.tensor_scatter_nd_add(rest, places[:, None], answered.fold)
+
+        return tf.cond(tf.size(answered.fold) > 0, folded, lambda: rest)
 
     def figures(self) -> dict[str, Any]:
         compressed = self.elements(compressed=True)
         return {"ratio": self.settings.ratio_at(int(self.steps) + int(self.skipped_steps) - 1),
-                "kept_fraction": int(self.kept) / compressed if compressed else 1.0}
+                "kept_fraction": int(self.kept) / compressed if compressed else 1.0,
+                **self.sparse.figures()}

@@ -4,7 +4,8 @@
 
 Handwritten digits, a perceptron with one hidden layer, 20 workers with a shard of the data each,
 one process. Every worker's gradient goes through the kernels that ranks use (select, split, pack,
-add_up), the sum into ``AMSGrad``. Three methods at the same learning rate and number of steps.
+add_up), the sum into ``AMSGrad``; by sparse allreduce the workers are threads that run what ranks
+run. Four methods at the same learning rate and number of steps.
 With ``--split random`` (the default) all shards are random; with ``--split sorted`` they are cut from
 the digits sorted by class, so that each worker knows one or two classes.
 A run's accuracy is the mean of its last five evaluations.
@@ -25,12 +26,16 @@ from rich.progress import track
 from rich.table import Table
 from sklearn.datasets import load_digits
 
+from benchmarks.local_ranks import LocalRanks
+from hvd_ext.buckets import Bucket, Kind, Slot
 from hvd_ext.topk import Layout, TopK, keep_count
 from hvd_ext.topk.plan import Segment
 from hvd_ext.torch.amsgrad import AMSGrad
 from hvd_ext.torch.reducers import topk_kernels as kernels
+from hvd_ext.torch.reducers.topk_sparse import SparseAllreduce
 
-METHODS = ("dense", "topk", "topk without feedback")
+SPARSE = "topk by sparse allreduce"
+METHODS = ("dense", "topk", SPARSE, "topk without feedback")
 WORKERS = 20
 TEST = 597
 LAST = 5
@@ -78,12 +83,43 @@ def train(method: str, seed: int, args: argparse.Namespace) -> list[float]:
     weights = torch.nn.Parameter(model.start(seed))
     optimizer = AMSGrad([weights], args.lr)
     gradients = torch.func.vmap(torch.func.grad(model.loss), in_dims=(None, 0, 0))
-    config = TopK(args.ratio, error_feedback=method == "topk")
+    config = TopK(args.ratio, error_feedback=method != "topk without feedback")
+    ranks = LocalRanks(WORKERS)
+    exchanges = [SparseAllreduce(one, config) for one in ranks.collectives]  # type: ignore[arg-type]
+    bucket = Bucket(0, (Slot(0, 0, weights.numel()),), Kind("torch.float32"))
     count = keep_count(weights.numel(), args.ratio)
     layout, pieces = Layout(count, config.values), [Segment(0, weights.numel(), count)]
     residual = torch.zeros(WORKERS, weights.numel())
 
-    curve = []
+    curve: list[float] = []
+
+    def evaluate(step: int) -> None:
+        if (step + 1) % args.every == 0:
+            with torch.no_grad():
+                guess = model.logits(weights, torch.from_numpy(images[test])).argmax(1).numpy()
+            curve.append(float((guess == labels[test]).mean() * 100))
+
+    def choose(total: torch.Tensor, step: int, worker: int) -> tuple[torch.Tensor, torch.Tensor]:
+        positions = kernels.select(total[worker], pieces, config, (seed, step, worker))
+        return positions, kernels.split(total[worker], positions, torch.float32)
+
+    def reduce_gathered(total: torch.Tensor, step: int) -> torch.Tensor:
+        together = torch.cat([kernels.pack(*choose(total, step, worker), layout)
+                              for worker in range(WORKERS)])
+        counts = [header[0] for header in kernels.headers(together, WORKERS)]
+        reduced = torch.zeros_like(weights)
+        kernels.add_up(together, counts, layout, torch.float32, reduced)
+        return reduced / WORKERS
+
+    def reduce_sparse(total: torch.Tensor, step: int) -> torch.Tensor:
+        def on_worker(worker: int) -> torch.Tensor:
+            handle = exchanges[worker].send(bucket, *choose(total, step, worker), "topk")
+            memory = total[worker], torch.empty_like(total[worker])
+            return exchanges[worker].means([(bucket, handle.wait(), count)], "topk",
+                                           lambda _: memory, 1.0)[0]
+
+        return ranks.run(on_worker)[0]
+
     for step in range(args.steps):
         batch = np.stack([shard[rng.integers(0, len(shard), args.batch)] for shard in shards])
         local = gradients(weights.detach(), torch.from_numpy(images[batch]),
@@ -92,22 +128,12 @@ def train(method: str, seed: int, args: argparse.Namespace) -> list[float]:
             weights.grad = local.mean(0)
         else:
             total = local + residual if config.error_feedback else local
-            messages = []
-            for worker in range(WORKERS):
-                positions = kernels.select(total[worker], pieces, config, (seed, step, worker))
-                values = kernels.split(total[worker], positions, torch.float32)
-                messages.append(kernels.pack(positions, values, layout))
+            exchange = reduce_sparse if method == SPARSE else reduce_gathered
+            weights.grad = exchange(total, step)
             residual = total
-            together = torch.cat(messages)
-            counts = [header[0] for header in kernels.headers(together, WORKERS)]
-            weights.grad = torch.zeros_like(weights)
-            kernels.add_up(together, counts, layout, torch.float32, weights.grad)
-            weights.grad /= WORKERS
         optimizer.step()
-        if (step + 1) % args.every == 0:
-            with torch.no_grad():
-                guess = model.logits(weights, torch.from_numpy(images[test])).argmax(1).numpy()
-            curve.append(float((guess == labels[test]).mean() * 100))
+        evaluate(step)
+    ranks.close()
     return curve
 
 

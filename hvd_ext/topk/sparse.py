@@ -94,7 +94,8 @@ def cells(bounds: Bounds) -> Bounds:
 
 def received(rows: Numbers) -> Numbers:
     """How many entries each owner received: (M,)."""
-    return rows[:, 1 + POINTS :].sum(axis=1)
+    counts: Numbers = rows[:, 1 + POINTS :].sum(axis=1)
+    return counts
 
 
 def imbalance(rows: Numbers) -> float:

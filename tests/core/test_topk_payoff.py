@@ -28,6 +28,26 @@ def test_two_ranks_move_two_percent_of_dense():
     assert found["topk"].moved / found["dense"].moved == pytest.approx(0.02, rel=1e-3)
 
 
+def test_a_sparse_allreduce_does_not_grow_with_the_ranks():
+    few, many = (payoff.costs(25_000_000, ranks, 0.001, FREE)[payoff.SPARSE].moved for ranks in (16, 64))
+    entries = 4 * 2 * 25_000
+    assert few == pytest.approx(2 * 15 / 16 * entries, rel=0.07)
+    assert many == pytest.approx(2 * 63 / 64 * entries, rel=0.14)  # what owners tell grows with the ranks
+    gather = payoff.costs(25_000_000, 64, 0.001, FREE)["topk"].moved
+    assert many < gather / 20
+
+
+def test_auto_takes_the_quicker_exchange():
+    def chosen(ranks, k, exchange="auto"):
+        return payoff.chosen_exchange(exchange, ranks, k, "float32")
+
+    assert chosen(1, 10**6, "sparse_allreduce") == "allgather"
+    assert chosen(2, 10**6) == "allgather"  # as many bytes, more hops
+    assert chosen(16, 10**6) == "sparse_allreduce"
+    assert chosen(16, 100) == "allgather"  # hops count
+    assert chosen(16, 100, "sparse_allreduce") == "sparse_allreduce"
+
+
 @pytest.mark.parametrize(("ratio", "values"), [(0.01, "float32"), (0.02, "float16"), (0.001, "float64")])
 @pytest.mark.parametrize(("name", "itemsize"), [("dense", 4), ("fp16", 2)])
 def test_break_even_is_where_the_bytes_cross(ratio, values, name, itemsize):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -46,7 +47,7 @@ class SparseAllreduce:
 
     def fold(self, bounds: Sequence[int]) -> None:
         """Ranges change: what owner s kept of ``bounds[s]`` to ``bounds[s + 1]`` joins its e."""
-        for worker, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for worker, (low, high) in enumerate(itertools.pairwise(bounds)):
             self.e[worker, low:high] += len(self.e) * self.o[low:high]
         self.o[:] = 0.0
 

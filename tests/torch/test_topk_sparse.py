@@ -49,7 +49,7 @@ def in_bucket_order(arrays):
 
 
 def against_the_oracle(steps):
-    """Largest errors of the reduced gradients, of e and of mass; counts of entries; how often ranges moved."""
+    """Largest errors of the reduced gradients and of e, order, entries, moves of ranges, mass, bits."""
     parameters, optimizer = build()
     reducer = optimizer._hvd_ext.reducer
     oracle = SparseAllreduce(hvd.size(), NUMEL)

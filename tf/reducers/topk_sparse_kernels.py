@@ -5,6 +5,7 @@ Values travel as their bits, so that float16 and bfloat16 need no arithmetic of 
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import ml_dtypes
@@ -44,7 +45,7 @@ def for_owners(bounds: sparse.Bounds, message: Array, values: str) -> tuple[Arra
     places = message[HEADER_WORDS : HEADER_WORDS + count]
     bits = message[layout.data].view(BITS[VALUE_BYTES[values]])[:count]
     cuts = [0, *np.searchsorted(places, bounds[1:-1]).tolist(), len(places)]
-    messages = [pack(places[a:b], bits[a:b], values) for a, b in zip(cuts, cuts[1:], strict=False)]
+    messages = [pack(places[a:b], bits[a:b], values) for a, b in itertools.pairwise(cuts)]
     return np.concatenate(messages), np.array([len(one) for one in messages], np.int32)
 
 

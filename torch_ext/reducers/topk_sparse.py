@@ -11,7 +11,7 @@ add up to all gradients so far.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,9 @@ import numpy as np
 import torch
 
 from hvd_ext.buckets import Bucket
-from hvd_ext.topk import Layout, TopK, sparse
-from hvd_ext.topk.plan import Segment
+from hvd_ext.topk import TopK, sparse
 from hvd_ext.torch.collectives import Collectives, Handle
-from hvd_ext.torch.reducers import topk_kernels as kernels
+from hvd_ext.torch.reducers import topk_sparse_kernels as kernels
 
 Swap = Callable[[Bucket], tuple[torch.Tensor, torch.Tensor]]
 
@@ -96,13 +95,7 @@ class SparseAllreduce:
             owned = Owned(sparse.Ranges(sparse.even_bounds(bucket.numel, self.collectives.size)),
                           self.collectives.rank)
             self.owned[bucket.index] = owned
-        inner = torch.from_numpy(owned.ranges.bounds[1:-1]).to(positions.device)
-        cuts = [0, *torch.searchsorted(positions, inner).tolist(), positions.numel()]
-        layouts = [Layout(stop - start, self.settings.values)
-                   for start, stop in zip(cuts, cuts[1:], strict=False)]
-        message = torch.cat([
-            kernels.pack(positions[start : start + layout.k], values[start : start + layout.k], layout)
-            for start, layout in zip(cuts, layouts, strict=False)])
+        message, layouts = kernels.for_owners(owned.ranges.bounds, positions, values, self.settings.values)
         parts = [layout.parts() for layout in layouts]
         return self.collectives.alltoall_async(
             message, [layout.words for layout in layouts], f"{prefix}/bucket{bucket.index}",
@@ -133,11 +126,8 @@ class SparseAllreduce:
         self.imbalance = max(sparse.imbalance(table) for table in by_bucket)
         self.applied = 0
         for one, table, handle in zip(summed, by_bucket, handles, strict=True):
-            entries = handle.wait()
-            one.out.zero_()
-            for places, values in self._split(entries, f"{prefix}/bucket{one.bucket.index}/means"):
-                one.out.index_add_(0, places, values.to(one.out.dtype))
-                self.applied += places.numel()
+            self.applied += kernels.scatter(handle.wait(), self.settings, self.collectives.size, one.out,
+                                            f"{prefix}/bucket{one.bucket.index}/means")
             self._move_on(one, table)
         return [one.out for one in summed]
 
@@ -147,29 +137,14 @@ class SparseAllreduce:
         owned, ranks = self.owned[bucket.index], self.collectives.size
         low, high = owned.ranges.of(owned.rank)
         mean = left.new_zeros(high - low)
-        edges = sparse.cells(owned.ranges.bounds)[owned.rank]
-        counts = np.zeros(sparse.CELLS, np.int64)
-        for places, values in self._split(messages, f"{prefix}/bucket{bucket.index}"):
-            mean.index_add_(0, places - low, values.to(mean.dtype))
-            counts += np.diff(np.searchsorted(places.cpu().numpy(), edges))
-        mean.div_(ranks)
-        if owned.residual is not None:
-            mean.add_(owned.residual, alpha=rescale)
-        most = sparse.share(k_out, ranks, high - low)
-        places = kernels.select(mean, [Segment(0, high - low, most)], self.settings,
-                                (self.settings.seed, bucket.index))
-        falling = mean[places].abs().sort(descending=True).values.cpu().numpy()
-        told = falling[sparse.told_ranks(len(falling)) - 1] if len(falling) else falling
-        return (Summed(bucket, k_out, low, mean, places, left, out),
-                sparse.row_of(len(falling), told, counts.tolist()))
+        places, row = kernels.sum_up(
+            messages, owned.residual, rescale, low, mean, sparse.cells(owned.ranges.bounds)[owned.rank],
+            ranks, k_out, self.settings, f"{prefix}/bucket{bucket.index}")
+        return Summed(bucket, k_out, low, mean, places, left, out), row
 
     def _answer(self, one: Summed, table: sparse.Numbers, prefix: str) -> Handle:
         """Send the entries above the threshold to all ranks; what is left in ``one.mean`` is kept."""
-        least = sparse.threshold(table, one.k_out)
-        places = one.places if least == 0 else one.places[one.mean[one.places].abs() >= least]
-        values = kernels.split(one.mean, places, kernels.wire_dtype(self.settings))
-        layout = Layout(places.numel(), self.settings.values)
-        message = kernels.pack(places + one.low, values, layout)
+        message, layout = kernels.answer(one.mean, one.places, one.low, table, one.k_out, self.settings)
         return self.collectives.allgather_async(
             message, f"{prefix}/bucket{one.bucket.index}/means", kind=layout.parts())
 
@@ -200,14 +175,6 @@ class SparseAllreduce:
         residual[low:high].add_(owned.residual, alpha=owned.ranges.ranks * scale)
         owned.residual = owned.residual if keep else None
 
-    def _split(self, words: torch.Tensor, what: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Places and values of each rank's message, in the order of the ranks."""
-        readable = words.numpy() if words.device.type == "cpu" else words
-        dtype = kernels.wire_dtype(self.settings)
-        for at, layout in sparse.layouts(readable, self.settings.values, self.collectives.size, what):
-            message = words[at : at + layout.words]
-            yield kernels.unpack(message, layout, dtype)
-
     # State and figures
 
     def state_dict(self) -> dict[int, dict[str, Any]]:
@@ -223,7 +190,8 @@ class SparseAllreduce:
         for number, one in state.items():
             kept = one["residual"]
             ranges = sparse.Ranges(np.array(one["bounds"], np.int64), one["age"], one["wait"])
-            self.owned[number] = Owned(ranges, self.collectives.rank, None if kept is None else kept.to(devices[number], copy=True))
+            self.owned[number] = Owned(ranges, self.collectives.rank,
+                                       None if kept is None else kept.to(devices[number], copy=True))
 
     def residuals(self) -> list[torch.Tensor]:
         """This rank's, as an owner."""

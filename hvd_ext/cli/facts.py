@@ -15,14 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hvd_ext.cli import toolchain
+from hvd_ext.cli import cuda, toolchain
 
 # Run in processes of their own: a library built for another framework may crash on import.
 _FRAMEWORK_PROBES = {
     "torch": (
-        "import json, torch\n"
+        "import json, torch, torch.distributed\n"
+        "nccl = torch.version.cuda and torch.distributed.is_nccl_available() and torch.cuda.nccl.version()\n"
         "print(json.dumps({'version': torch.__version__, 'cuda': torch.version.cuda,"
-        " 'gpus': torch.cuda.device_count()}), flush=True)\n"
+        " 'gpus': torch.cuda.device_count(),"
+        " 'nccl': '.'.join(map(str, nccl)) if nccl else ''}), flush=True)\n"
     ),
     "tensorflow": (
         "import json, tensorflow as tf\n"
@@ -34,7 +36,7 @@ _FRAMEWORK_PROBES = {
 }
 _HOROVOD_PROBE = (
     "import json, horovod.{name} as hvd\n"
-    "print(json.dumps({{what: bool(getattr(hvd, what + '_built')())"
+    "print(json.dumps({{what: int(getattr(hvd, what + '_built')())"
     " for what in ('mpi', 'gloo', 'nccl', 'cuda', 'rocm', 'ccl')}}), flush=True)\n"
 )
 
@@ -48,9 +50,10 @@ class Framework:
         version: None where it is not installed.
         cuda: the CUDA release it was built with, if any.
         gpus: how many GPUs it sees.
+        nccl: the NCCL that it loads, such as "2.29.7"; empty where it has none or does not say.
         error: why it does not import; empty where it does.
-        horovod: what Horovod's library for it was built with, such as {"mpi": True, "nccl": False};
-            None where that library does not import.
+        horovod: what Horovod's library for it was built with, such as {"mpi": 1, "nccl": 22907}, where
+            NCCL's number is its version; None where that library does not import.
         horovod_error: why not.
     """
 
@@ -58,8 +61,9 @@ class Framework:
     version: str | None = None
     cuda: str | None = None
     gpus: int = 0
+    nccl: str = ""
     error: str = ""
-    horovod: dict[str, bool] | None = None
+    horovod: dict[str, int] | None = None
     horovod_error: str = ""
 
 
@@ -81,6 +85,9 @@ class Facts:
         distutils: whether it can be imported, which horovodrun does; Python 3.12 has none of its own.
         mpi4py: version, or None.
         gpu: whether the machine has an NVIDIA GPU, whatever the frameworks see.
+        driver: the NVIDIA driver, or None.
+        toolkit: the machine's CUDA toolkit, or None.
+        horovod_cuda: the release of the toolkit that Horovod was compiled with; empty without GPU operations.
     """
 
     python: str
@@ -96,6 +103,9 @@ class Facts:
     distutils: bool = True
     mpi4py: str | None = None
     gpu: bool = False
+    driver: cuda.Driver | None = None
+    toolkit: cuda.Toolkit | None = None
+    horovod_cuda: str = ""
 
 
 def collect(limit: float = 180.0) -> Facts:
@@ -123,8 +133,10 @@ def collect(limit: float = 180.0) -> Facts:
         horovodrun=find_program("horovodrun"),
         distutils=importlib.util.find_spec("distutils") is not None,
         mpi4py=toolchain.distribution_version("mpi4py"),
-        gpu=shutil.which("nvidia-smi") is not None
-        and "GPU" in toolchain.printed(["nvidia-smi", "-L"]),
+        gpu=cuda.gpu_visible(),
+        driver=cuda.driver(),
+        toolkit=cuda.machine_toolkit(),
+        horovod_cuda=written_metadata(folder).get("hvd_ext_cuda", ""),
     )
 
 
@@ -149,11 +161,17 @@ def read_metadata(folder: Path | None) -> dict[str, str]:
     Empty where there is no Horovod or no readable ``metadata.json`` in it.
     """
     labels = {label.lower(): name for name, label in toolchain.HOROVOD_NAMES.items()}
+    written = written_metadata(folder)
+    return {labels[label]: version for label, version in written.items() if label in labels}
+
+
+def written_metadata(folder: Path | None) -> dict[str, str]:
+    """What Horovod's build wrote down; empty where it cannot be read."""
     try:
         written = json.loads((folder / "metadata.json").read_text()) if folder else {}
     except (OSError, ValueError):
         return {}
-    return {labels[label]: str(version) for label, version in written.items() if label in labels}
+    return {label: str(value) for label, value in written.items()}
 
 
 def loaded_libmpi(folder: Path | None) -> str:
@@ -183,6 +201,7 @@ def _framework(name: str, horovod: str | None, limit: float) -> Framework:
         version=results[0]["version"],
         cuda=results[0]["cuda"],
         gpus=results[0]["gpus"],
+        nccl=results[0].get("nccl", ""),
         horovod=results[1] if len(results) > 1 else None,
         horovod_error=error,
     )

@@ -36,7 +36,7 @@ SUM := $(shell cat $(SOURCES) | cksum | tr ' ' '-')
 TOOLS := $(VENV)/.tools-$(SUM)
 READY := $(VENV)/.ready-$(subst $(space),-,$(FRAMEWORKS))-$(SUM)
 
-.PHONY: setup demo test test-quick test-soak lint bench doctor clean
+.PHONY: setup demo test test-quick test-soak test-gpu-build lint bench doctor clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -53,6 +53,10 @@ test-quick: $(READY)
 
 test-soak: $(READY)
 	$(PY) -m pytest -m soak $(PYTEST_ARGS)
+
+# Horovod with NCCL operations, built from wheels in an environment of its own: 10 GB, 20 minutes.
+test-gpu-build: $(TOOLS)
+	$(PY) -m pytest -m gpu_build tests/cli -s $(PYTEST_ARGS)
 
 bench: $(READY)
 	$(PY) -m benchmarks
@@ -76,7 +80,7 @@ $(PY):
 	  { rm -rf $(VENV); echo "no venv module: install python3-venv, or pass another PYTHON="; exit 1; }
 
 $(TOOLS): $(SOURCES) | $(PY)
-	$(PY) -m pip install --quiet 'setuptools>=64,<81' wheel
+	$(PY) -m pip install --quiet 'setuptools>=77,<81' wheel
 	$(PY) -m pip install --quiet --no-build-isolation --editable '.[dev]'
 	@rm -f $(VENV)/.tools-*
 	@touch $@

@@ -127,17 +127,18 @@ def complaint(toolkit: Toolkit, wanted: str, compiler: str = "c++") -> str:
 
 
 def choose_toolkit(wanted: str, cache: Path, environ: Mapping[str, str] = os.environ,
-                   compiler: str = "c++") -> tuple[Toolkit, str]:
+                   compiler: str = "c++", origin: str = "auto") -> tuple[Toolkit, str]:
     """The toolkit for a framework built with CUDA ``wanted``, and in words why this one.
 
     Args:
+        origin: "machine", "wheels", or "auto" for the machine's where it serves.
         cache: the folder in which toolkits made of wheels are kept.
 
     Raises:
-        Failure: ``HOROVOD_CUDA_HOME`` names one that does not serve, or there are no wheels.
+        Failure: the one that is asked for does not serve, or there are no wheels.
     """
-    machine = machine_toolkit(environ)
-    reason = "the machine has none"
+    machine = None if origin == "wheels" else machine_toolkit(environ)
+    reason = "they are asked for" if origin == "wheels" else "the machine has none"
     if machine is not None:
         reason = complaint(machine, wanted, compiler)
         if not reason:
@@ -148,6 +149,10 @@ def choose_toolkit(wanted: str, cache: Path, environ: Mapping[str, str] = os.env
                 f"set it to a toolkit of CUDA {wanted}, or unset it to have one from wheels",
             )
         reason = f"the machine's at {machine.home} does not serve: {reason}"
+    if origin == "machine":
+        raise Failure(f"--toolkit machine, but {reason}",
+                      f"load a CUDA {wanted} toolkit (nvcc on the PATH, or HOROVOD_CUDA_HOME), or leave "
+                      "--toolkit out")
     wheels(wanted)
     home = cache / wanted
     present = home if (home / "bin" / "nvcc").exists() else None

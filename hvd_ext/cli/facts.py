@@ -82,7 +82,8 @@ class Facts:
         mpirun_version: first line that it prints as its version.
         libmpi: the MPI library that Horovod's library loads; empty where unknown or none.
         horovodrun: path, or None.
-        distutils: whether it can be imported, which horovodrun does; Python 3.12 has none of its own.
+        distutils: whether horovodrun finds it where it wants it, as Horovod's release does and an edited one
+            does not; Python 3.12 has none of its own.
         mpi4py: version, or None.
         gpu: whether the machine has an NVIDIA GPU, whatever the frameworks see.
         driver: the NVIDIA driver, or None.
@@ -131,7 +132,7 @@ def collect(limit: float = 180.0) -> Facts:
         mpirun_version=toolchain.first_line([mpirun, "--version"]) if mpirun else "",
         libmpi=loaded_libmpi(folder),
         horovodrun=find_program("horovodrun"),
-        distutils=importlib.util.find_spec("distutils") is not None,
+        distutils=importlib.util.find_spec("distutils") is not None or not _wants_distutils(folder),
         mpi4py=toolchain.distribution_version("mpi4py"),
         gpu=cuda.gpu_visible(),
         driver=cuda.driver(),
@@ -172,6 +173,13 @@ def written_metadata(folder: Path | None) -> dict[str, str]:
     except (OSError, ValueError):
         return {}
     return {label: str(value) for label, value in written.items()}
+
+
+def _wants_distutils(folder: Path | None) -> bool:
+    try:
+        return folder is not None and "distutils" in (folder / "runner" / "js_run.py").read_text()
+    except OSError:
+        return False
 
 
 def loaded_libmpi(folder: Path | None) -> str:

@@ -72,13 +72,14 @@ def asked(environ: Mapping[str, str]) -> bool:
 
 
 def decide(flag: bool | None, frameworks: Mapping[str, str], cache: Path,
-           environ: Mapping[str, str] = os.environ) -> tuple[GpuPlan | None, str]:
+           environ: Mapping[str, str] = os.environ, origin: str = "auto") -> tuple[GpuPlan | None, str]:
     """The GPU operations to build, None for CPU operations; and in words why.
 
     Args:
         flag: True for ``--gpu``, False for ``--no-gpu``, None to go by what is there.
         frameworks: those that Horovod is built for.
         cache: where toolkits made of wheels are kept.
+        origin: which toolkit, "auto", "machine" or "wheels".
 
     Raises:
         Failure: GPU operations are asked for and a framework cannot have them.
@@ -102,7 +103,7 @@ def decide(flag: bool | None, frameworks: Mapping[str, str], cache: Path,
         return None, f"CPU operations: {trouble}. {trouble.remedy}"
     release = next(value for value in releases.values() if value)
     compiler = shlex.split(environ.get("CXX", ""))[-1:] or ["c++"]
-    toolkit, reason = cuda.choose_toolkit(release, cache, environ, compiler[0])
+    toolkit, reason = cuda.choose_toolkit(release, cache, environ, compiler[0], origin)
     own = any(environ.get(name) for name in ("HOROVOD_NCCL_HOME", "HOROVOD_NCCL_LIB", "HOROVOD_NCCL_INCLUDE"))
     plan = GpuPlan(release, toolkit, None if own else nccl_wheel(), reason)
     if plan.nccl is None and not own and toolkit.origin == "wheels" and _uses_nccl(environ):

@@ -1,7 +1,9 @@
 """``hvd-ext install-horovod``: build Horovod for this environment, or take it from the cache."""
 
 import argparse
+import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import subprocess
@@ -87,6 +89,13 @@ def register(subcommands: Any) -> None:
         "NVIDIA GPU is visible and the frameworks are CUDA builds)",
     )
     parser.add_argument(
+        "--toolkit",
+        choices=("auto", "machine", "wheels"),
+        default="auto",
+        help="CUDA toolkit for --gpu (default: the machine's where it fits the framework's CUDA, else "
+        "wheels, kept beside the cache)",
+    )
+    parser.add_argument(
         "--cache-dir", type=Path, metavar="DIR", help=f"cache folder (default: {default_root()})"
     )
     parser.add_argument(
@@ -104,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
             f"--source {args.source} is no file", f"pass a local horovod-{HOROVOD}.tar.gz"
         )
     started = time.monotonic()
-    plan = decide(args.mpi, args.cache_dir or default_root(), flag=args.gpu)
+    plan = decide(args.mpi, args.cache_dir or default_root(), flag=args.gpu, toolkit=args.toolkit)
     if args.dry_run:
         _describe(plan, force=args.force)
         return 0
@@ -125,17 +134,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def decide(mpi: str, cache: Path, environ: Mapping[str, str] = os.environ, *,
-           flag: bool | None = None) -> BuildPlan:
+           flag: bool | None = None, toolkit: str = "auto") -> BuildPlan:
     """Look at this machine and the user's variables, and decide what to build.
 
     Args:
         flag: True for GPU operations, False for CPU operations, None to go by what is there.
+        toolkit: whose CUDA toolkit, "auto", "machine" or "wheels".
 
     Raises:
         Failure: something that no pip package brings is missing.
     """
     frameworks = toolchain.frameworks(environ)
-    planned, why = gpu.decide(flag, frameworks, toolkits(cache), environ)
+    planned, why = gpu.decide(flag, frameworks, toolkits(cache), environ, toolkit)
     chosen = toolchain.choose_mpi(mpi, environ)
     compiler = toolchain.compiler(environ)
     parts = ingredients(
@@ -164,6 +174,7 @@ def obtain(plan: BuildPlan, *, source: Path | None, jobs: int, force: bool) -> P
     Raises:
         Failure: the source is not recognised, or the build fails.
     """
+    _have_pip()
     missing = plan.missing
     if missing:
         _pip_install(missing)
@@ -226,6 +237,21 @@ def _has(need: str) -> bool:
     """Whether some version of a requirement such as ``"cffi>=1"`` is installed."""
     name = need.split(">")[0].split("<")[0].split("=")[0]
     return toolchain.distribution_version(name) is not None
+
+
+def _have_pip() -> None:
+    """Add pip where an environment was made without it, as uv and Poetry do.
+
+    Raises:
+        Failure: Python's own ensurepip cannot.
+    """
+    if importlib.util.find_spec("pip") is not None:
+        return
+    done = subprocess.run([sys.executable, "-m", "ensurepip"], capture_output=True, text=True)
+    importlib.invalidate_caches()
+    if done.returncode:
+        raise Failure(f"this environment has no pip: {(done.stderr or done.stdout).strip()[-300:]}",
+                      "add it with the tool that made the environment (uv pip install pip) and repeat")
 
 
 def _pip_install(arguments: list[str], remedy: str = "") -> None:

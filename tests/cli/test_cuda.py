@@ -66,6 +66,14 @@ def test_the_machines_toolkit_is_taken_where_it_serves(tmp_path: Path) -> None:
     assert str(home) in reason
 
 
+def test_a_toolkit_by_its_origin(tmp_path: Path) -> None:
+    good = {"CUDA_HOME": str(toolkit(tmp_path / "good", "13.1"))}
+    assert choose_toolkit("13.0", tmp_path, good, origin="wheels")[0] == Toolkit("13.0", "wheels", None)
+    other = {"CUDA_HOME": str(toolkit(tmp_path / "other", "12.4"))}
+    with pytest.raises(Failure, match=r"--toolkit machine, but .*12\.4 is another major"):
+        choose_toolkit("13.0", tmp_path, other, origin="machine")
+
+
 def test_else_wheels_pinned_to_the_frameworks_release(tmp_path: Path) -> None:
     home = toolkit(tmp_path / "home", "12.4")
     chosen, reason = choose_toolkit("13.0", tmp_path / "cache", {"CUDA_HOME": str(home)})

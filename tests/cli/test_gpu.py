@@ -23,7 +23,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str | 
     frameworks: dict[str, str | None] = {"torch": "13.0"}
     monkeypatch.setattr(cuda, "gpu_visible", lambda: True)
     monkeypatch.setattr(cuda, "built_with", lambda name: frameworks[name])
-    monkeypatch.setattr(cuda, "choose_toolkit", lambda release, cache, environ, compiler: (
+    monkeypatch.setattr(cuda, "choose_toolkit", lambda release, cache, environ, compiler, origin: (
         Toolkit(release, "wheels", cache / release), "wheels"))
     monkeypatch.setattr(gpu, "nccl_wheel", lambda: Nccl("2.29.7", tmp_path / "nccl"))
     return frameworks

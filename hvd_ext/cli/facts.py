@@ -147,6 +147,13 @@ def find_program(name: str) -> str | None:
     return shutil.which(name, path=own) or shutil.which(name)
 
 
+def open_mpi_major(version: str) -> int:
+    """4 from "mpirun (Open MPI) 4.1.8"; 0 for another MPI."""
+    words = version.replace(")", " ").split()
+    major = words[-1].split(".")[0] if "Open" in version and words else ""
+    return int(major) if major.isdigit() else 0
+
+
 def horovod_folder() -> Path | None:
     """The installed Horovod package, without importing it."""
     try:

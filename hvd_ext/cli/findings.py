@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hvd_ext.cli.facts import Facts, Framework
+from hvd_ext.cli.facts import Facts, Framework, open_mpi_major
 from hvd_ext.cli.finding import REBUILD, Finding, Level
 from hvd_ext.cli.gpu_findings import gpu_findings
 from hvd_ext.versions import HOROVOD, TENSORFLOW, TORCH
@@ -128,16 +128,10 @@ def _launcher(facts: Facts) -> Finding:
     if not facts.distutils:
         value = "horovodrun needs distutils, which this Python and setuptools lack"
         return Finding("Launcher", value, "problem", "pip install 'setuptools<81'")
-    if _open_mpi_major(facts) >= 5:
+    if open_mpi_major(facts.mpirun_version) >= 5:
         value = "horovodrun --gloo, mpirun (horovodrun --mpi does not know Open MPI 5)"
         return Finding("Launcher", value, "note")
     return Finding("Launcher", facts.horovodrun)
-
-
-def _open_mpi_major(facts: Facts) -> int:
-    words = facts.mpirun_version.replace(")", " ").split()
-    version = words[-1].split(".")[0] if "Open" in facts.mpirun_version and words else ""
-    return int(version) if version.isdigit() else 0
 
 
 def _mpi4py(facts: Facts) -> Finding:

@@ -2,8 +2,12 @@
 # VENV=.venv (where everything is installed), PYTHON=python3 (3.10 or newer).
 VENV ?= .venv
 PYTHON ?= python3
-FRAMEWORKS ?= torch tensorflow
 FRAMEWORK ?= torch
+ifeq ($(MAKECMDGOALS),demo)
+# The demo sets up its own framework, unless both are there already.
+FRAMEWORKS ?= $(if $(wildcard $(VENV)/.ready-tensorflow-torch-*),torch tensorflow,$(FRAMEWORK))
+endif
+FRAMEWORKS ?= torch tensorflow
 PYTEST_ARGS ?=
 
 comma := ,

@@ -95,38 +95,53 @@ def decide(flag: bool | None, frameworks: Mapping[str, str], cache: Path,
         return None, f"GPU operations as the variables say: HOROVOD_GPU={environ['HOROVOD_GPU']}"
     if not wanted and not cuda.gpu_visible():
         return None, "CPU operations: no NVIDIA GPU is visible (--gpu builds for one all the same)"
-    releases = {name: cuda.built_with(name) for name in frameworks}
-    trouble = _trouble(releases)
-    if trouble is not None:
+    try:
+        plan = _plan(frameworks, cache, environ, origin)
+    except Failure as failure:
         if wanted:
-            raise trouble
-        return None, f"CPU operations: {trouble}. {trouble.remedy}"
+            raise
+        return None, f"CPU operations: {failure}. {failure.remedy}"
+    return plan, f"GPU operations for CUDA {plan.release}; toolkit {plan.toolkit.release}: {plan.reason}"
+
+
+def _plan(frameworks: Mapping[str, str], cache: Path, environ: Mapping[str, str], origin: str) -> GpuPlan:
+    """GPU operations for these frameworks.
+
+    Raises:
+        Failure: they cannot have them, or there is no toolkit or no NCCL.
+    """
+    releases = {name: cuda.built_with(name) for name in frameworks}
+    _same_release(releases)
     release = next(value for value in releases.values() if value)
     compiler = shlex.split(environ.get("CXX", ""))[-1:] or ["c++"]
     toolkit, reason = cuda.choose_toolkit(release, cache, environ, compiler[0], origin)
-    own = any(environ.get(name) for name in ("HOROVOD_NCCL_HOME", "HOROVOD_NCCL_LIB", "HOROVOD_NCCL_INCLUDE"))
-    plan = GpuPlan(release, toolkit, None if own else nccl_wheel(), reason)
-    if plan.nccl is None and not own and toolkit.origin == "wheels" and _uses_nccl(environ):
-        raise Failure("no NCCL: none came with the frameworks", "set HOROVOD_NCCL_HOME to one")
-    return plan, f"GPU operations for CUDA {release}; toolkit {toolkit.release}: {reason}"
+    if any(environ.get(name) for name in ("HOROVOD_NCCL_HOME", "HOROVOD_NCCL_LIB", "HOROVOD_NCCL_INCLUDE")):
+        return GpuPlan(release, toolkit, None, reason)
+    nccl = nccl_wheel()
+    if nccl is None and toolkit.origin == "wheels" and _uses_nccl(environ):
+        raise Failure("no NCCL came with the frameworks", "set HOROVOD_NCCL_HOME to one")
+    return GpuPlan(release, toolkit, nccl, reason)
 
 
-def _trouble(releases: Mapping[str, str | None]) -> Failure | None:
-    """Why one Horovod with GPU operations cannot serve these frameworks."""
+def _same_release(releases: Mapping[str, str | None]) -> None:
+    """Check that one Horovod with GPU operations can serve these frameworks.
+
+    Raises:
+        Failure: it cannot.
+    """
     without = [name for name, release in releases.items() if release is None]
     if len(without) == len(releases):
-        return Failure(f"no GPU operations: {' and '.join(without)} is built for the CPU",
-                       "install a CUDA build of the framework (pip's own torch is one)")
+        raise Failure(f"no GPU operations: {' and '.join(without)} is built for the CPU",
+                      "install a CUDA build of the framework (pip's own torch is one)")
     if without:
         other = "TENSORFLOW" if without == ["tensorflow"] else "PYTORCH"
-        return Failure(f"{without[0]} is built for the CPU, and one Horovod with GPU operations serves "
-                       "frameworks with CUDA only",
-                       f"HOROVOD_WITHOUT_{other}=1 hvd-ext install-horovod --gpu, or install its CUDA build")
+        raise Failure(f"{without[0]} is built for the CPU, and one Horovod with GPU operations serves "
+                      "frameworks with CUDA only",
+                      f"HOROVOD_WITHOUT_{other}=1 hvd-ext install-horovod --gpu, or install its CUDA build")
     if len({cuda.numbers(release)[0] for release in releases.values() if release}) > 1:
         told = " and ".join(f"{name} with CUDA {release}" for name, release in releases.items())
-        return Failure(f"{told}: one Horovod cannot serve two major releases",
-                       "use one environment for each, or HOROVOD_WITHOUT_TENSORFLOW=1")
-    return None
+        raise Failure(f"{told}: one Horovod cannot serve two major releases",
+                      "use one environment for each, or HOROVOD_WITHOUT_TENSORFLOW=1")
 
 
 def nccl_wheel() -> Nccl | None:

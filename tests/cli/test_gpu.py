@@ -84,6 +84,18 @@ def test_frameworks_that_cannot_have_it(
     assert problem in reason
 
 
+def test_a_toolkit_that_cannot_be_had_stops_only_who_asked(
+    machine: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> None:
+        raise Failure("no toolkit", "load one")
+
+    monkeypatch.setattr(cuda, "choose_toolkit", none)
+    with pytest.raises(Failure, match="no toolkit"):
+        chosen(machine, True)
+    assert chosen(machine) == (None, "CPU operations: no toolkit. load one")
+
+
 def test_another_gpu_is_left_to_the_variables(machine: dict[str, str | None]) -> None:
     plan, reason = chosen(machine, None, {"HOROVOD_GPU": "ROCM", "HOROVOD_GPU_OPERATIONS": "NCCL"})
     assert plan is None

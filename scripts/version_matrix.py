@@ -112,7 +112,7 @@ def attempt(combination: Combination, folder: Path, *, keep: bool = False) -> Re
     home = folder / "-".join((combination.python, combination.torch, combination.tensorflow))
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir(parents=True)
-    log = home.with_suffix(".log")
+    log = folder / f"{home.name}.log"
     log.unlink(missing_ok=True)
     try:
         return _attempt(combination, edits, python, home, log)

@@ -59,11 +59,11 @@ def build_environ(
         environ["HOROVOD_WITHOUT_MPI"] = "1"
     else:
         environ["HOROVOD_WITH_MPI"] = "1"  # else a broken MPI is left out without a word
-    if mpi.folder is not None:
-        environ["PATH"] = f"{mpi.folder}{os.pathsep}{environ.get('PATH', '')}"
     if gpu is not None:
         assert shop is not None
         environ.update(variables(gpu, shop, environ))
+    if mpi.folder is not None:
+        environ["PATH"] = f"{mpi.folder}{os.pathsep}{environ.get('PATH', '')}"
     rpath = [mpi.rpath] if mpi.rpath else []
     rpath += gpu.rpath if gpu is not None else []
     if rpath:

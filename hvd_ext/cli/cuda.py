@@ -88,11 +88,17 @@ def machine_toolkit(environ: Mapping[str, str] = os.environ) -> Toolkit | None:
     found = [Path(environ[name]) for name in ("HOROVOD_CUDA_HOME", "CUDA_HOME") if environ.get(name)]
     found += [Path(nvcc).resolve().parent.parent] if nvcc else []
     for home in (*found, Path("/usr/local/cuda")):
-        if (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime.h").exists():
+        if (home / "bin" / "nvcc").exists() and _has_headers(home):
             release = release_of(home)
             if release:
                 return Toolkit(release, "machine", home)
     return None
+
+
+def _has_headers(home: Path) -> bool:
+    """Whether the headers are there, in NVIDIA's place or in conda's."""
+    return any((folder / "cuda_runtime.h").exists()
+               for folder in (home / "include", *home.glob("targets/*/include")))
 
 
 def release_of(home: Path) -> str:

@@ -43,6 +43,14 @@ def test_order_of_the_machines_toolkits(tmp_path: Path) -> None:
     assert machine_toolkit(environ) == Toolkit("13.0", "machine", on_path)
 
 
+def test_a_toolkit_as_conda_lays_it_out(tmp_path: Path) -> None:
+    home = toolkit(tmp_path / "conda", "13.0")
+    (home / "include").rename(tmp_path / "conda" / "elsewhere")
+    (home / "targets" / "x86_64-linux").mkdir(parents=True)
+    (home / "elsewhere").rename(home / "targets" / "x86_64-linux" / "include")
+    assert machine_toolkit({"PATH": str(home / "bin")}) == Toolkit("13.0", "machine", home)
+
+
 @pytest.mark.parametrize(
     ("release", "rest", "reason"),
     [

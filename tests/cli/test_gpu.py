@@ -115,7 +115,8 @@ def test_variables_of_the_build(tmp_path: Path) -> None:
     environ = build_environ({"PATH": "/usr/bin"}, frameworks={"torch": "1"}, mpi=WHEEL, cmake="/x/cmake",
                             jobs=2, gpu=plan_with(Path("/tk"), nccl), shop=shop)
     assert environ["HOROVOD_GPU_OPERATIONS"] == "NCCL"
-    assert environ["PATH"].startswith("/tk/bin:")  # Horovod's build asks the PATH for nvcc
+    # Horovod's build asks the PATH for nvcc; a toolkit in /usr must not bring another MPI with it.
+    assert environ["PATH"].split(":") == ["/env/bin", "/tk/bin", "/usr/bin"]
     for name in ("HOROVOD_CUDA_HOME", "CUDA_HOME", "CUDAToolkit_ROOT"):
         assert environ[name] == "/tk"
     assert environ["CUDACXX"] == "/tk/bin/nvcc"

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from hvd_ext.cli import cuda, toolchain
+from hvd_ext.cli.horovod_edits import EDITS
+from hvd_ext.cli.horovod_source import digest
 
 # Run in processes of their own: a library built for another framework may crash on import.
 _FRAMEWORK_PROBES = {
@@ -77,6 +79,7 @@ class Facts:
         frameworks: torch and TensorFlow, installed or not.
         keras: version, or None.
         horovod: version of the installed Horovod, or None.
+        unedited: Python files of the installed Horovod that this version of hvd-ext would edit otherwise.
         built_for: framework versions that Horovod was compiled for, from its ``metadata.json``.
         mpirun: path of the launcher that a shell would find, or None.
         mpirun_version: first line that it prints as its version.
@@ -96,6 +99,7 @@ class Facts:
     frameworks: tuple[Framework, ...]
     keras: str | None = None
     horovod: str | None = None
+    unedited: tuple[str, ...] = ()
     built_for: Mapping[str, str] = field(default_factory=dict)
     mpirun: str | None = None
     mpirun_version: str = ""
@@ -127,6 +131,7 @@ def collect(limit: float = 180.0) -> Facts:
         frameworks=frameworks,
         keras=toolchain.distribution_version("keras"),
         horovod=horovod,
+        unedited=tuple(unedited(folder)),
         built_for=read_metadata(folder),
         mpirun=mpirun,
         mpirun_version=toolchain.first_line([mpirun, "--version"]) if mpirun else "",
@@ -161,6 +166,15 @@ def horovod_folder() -> Path | None:
     except importlib.metadata.PackageNotFoundError:
         return None
     return Path(str(distribution.locate_file("horovod")))
+
+
+def unedited(folder: Path | None) -> list[str]:
+    """The files of an installed Horovod that are not as this version of hvd-ext leaves them."""
+    if folder is None:
+        return []
+    files = {edit.path: edit.after for edit in EDITS if edit.path.endswith(".py")}
+    return [path for path, after in files.items()
+            if not (folder.parent / path).exists() or digest((folder.parent / path).read_bytes()) != after]
 
 
 def read_metadata(folder: Path | None) -> dict[str, str]:

@@ -66,6 +66,9 @@ def _horovod(facts: Facts) -> list[Finding]:
     if facts.horovod != HOROVOD:
         value = f"{facts.horovod}; tested with {HOROVOD}"
         rows = [Finding("Horovod", value, "note", REBUILD)]
+    elif facts.unedited:
+        value = f"{facts.horovod}, without the fixes of this hvd-ext (in {facts.unedited[0]}, for one)"
+        rows = [Finding("Horovod", value, "note", REBUILD)]
     rows += [_binding(framework, facts) for framework in present]
     if not usable(facts) and all(row.level != "problem" for row in rows):
         rows.append(Finding("Horovod", "no installed framework can use it", "problem", REBUILD))

@@ -103,6 +103,7 @@ def test_problem_names_the_mending_command(
         (replace(GOOD, mpirun_version="mpirun (Open MPI) 5.0.11"), "Launcher", "Open MPI 5"),
         (replace(GOOD, mpirun="/usr/bin/mpirun"), "MPI", "but Horovod loads /env/lib"),
         (replace(GOOD, horovod="0.29.0"), "Horovod", "tested with"),
+        (replace(GOOD, unedited=("horovod/torch/mpi_ops.py",)), "Horovod", "without the fixes"),
         (replace(GOOD, frameworks=(replace(TORCH_OK, version="2.12.0"), TENSORFLOW_OK),
                  built_for={"torch": "2.12.0", "tensorflow": TENSORFLOW}),
          "PyTorch", "tested with"),

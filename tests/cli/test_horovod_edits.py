@@ -12,8 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hvd_ext.cli.horovod_edits import EDITS
-from hvd_ext.cli.horovod_source import digest
+from hvd_ext.cli.facts import unedited
 from hvd_ext.cli.launch import look_around
 from tests.conftest import LEFT_OUT
 
@@ -21,15 +20,9 @@ SPEC = importlib.util.find_spec("horovod")
 HOME = Path(SPEC.origin).parent if SPEC and SPEC.origin else Path("/nowhere")
 
 
-def other_edits() -> list[str]:
-    """The edited Python files whose installed text is another one."""
-    files = {edit.path: edit.after for edit in EDITS if edit.path.endswith(".py")}
-    return [path for path, after in files.items()
-            if not (HOME.parent / path).exists() or digest((HOME.parent / path).read_bytes()) != after]
-
-
+OTHERWISE = unedited(HOME)
 pytestmark = pytest.mark.skipif(
-    bool(other_edits()), reason=f"Horovod was built with other edits ({', '.join(other_edits()[:1])}): "
+    bool(OTHERWISE), reason=f"Horovod was built with other edits ({', '.join(OTHERWISE[:1])}): "
     "hvd-ext install-horovod")
 # Gradients that are not reduced, scaled by the number of ranks: Horovod elastic asks for it in each step.
 TAPE = """

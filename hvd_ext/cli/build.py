@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from hvd_ext.cli.console import Failure, err
+from hvd_ext.cli.gpu import GpuPlan, asked, variables
 from hvd_ext.cli.toolchain import HOROVOD_NAMES, Mpi
 
 # What Horovod's setup needs here: the build is not isolated from the installed frameworks.
@@ -34,9 +35,20 @@ TAIL_LINES = 40
 
 
 def build_environ(
-    base: Mapping[str, str], *, frameworks: Mapping[str, str], mpi: Mpi, cmake: str, jobs: int
+    base: Mapping[str, str],
+    *,
+    frameworks: Mapping[str, str],
+    mpi: Mpi,
+    cmake: str,
+    jobs: int,
+    gpu: GpuPlan | None = None,
+    shop: Path | None = None,
 ) -> dict[str, str]:
-    """The environment of the build: the user's, completed where the user left something open."""
+    """The environment of the build: the user's, completed where the user left something open.
+
+    Args:
+        shop: the folder that is built in; needed with ``gpu``.
+    """
     environ = dict(base)
     for name, label in HOROVOD_NAMES.items():
         wanted = "WITH" if name in frameworks else "WITHOUT"
@@ -47,13 +59,18 @@ def build_environ(
         environ["HOROVOD_WITHOUT_MPI"] = "1"
     else:
         environ["HOROVOD_WITH_MPI"] = "1"  # else a broken MPI is left out without a word
+    if gpu is not None:
+        assert shop is not None
+        environ.update(variables(gpu, shop, environ))
     if mpi.folder is not None:
         environ["PATH"] = f"{mpi.folder}{os.pathsep}{environ.get('PATH', '')}"
-    if mpi.rpath:
-        environ["HVD_EXT_RPATH"] = mpi.rpath
-        # GPU libraries may lie anywhere: keep their folders in the run path.
-        gpu = any(name.startswith("HOROVOD_GPU") and environ[name] for name in environ)
-        environ["HVD_EXT_RPATH_USE_LINK_PATH"] = "ON" if gpu else "OFF"
+    rpath = [mpi.rpath] if mpi.rpath else []
+    rpath += gpu.rpath if gpu is not None else []
+    if rpath:
+        environ["HVD_EXT_RPATH"] = ";".join(rpath)
+        # Libraries of the machine may lie anywhere: their folders are kept as they are.
+        movable = mpi.flavour != "system" and (gpu.movable if gpu else not asked(environ))
+        environ["HVD_EXT_RPATH_USE_LINK_PATH"] = "OFF" if movable else "ON"
     environ["HOROVOD_CMAKE"] = cmake
     environ.setdefault("CMAKE_POLICY_VERSION_MINIMUM", "3.5")
     if environ.pop("MAKELEVEL", None) is not None:

@@ -10,7 +10,8 @@ from rich.table import Table
 
 from hvd_ext.cli.console import Failure, err, out
 from hvd_ext.cli.facts import collect
-from hvd_ext.cli.findings import Finding, Level, judge, usable
+from hvd_ext.cli.finding import Finding, Level
+from hvd_ext.cli.findings import judge, usable
 from hvd_ext.cli.selftest import allreduce
 from hvd_ext.versions import HVD_EXT
 

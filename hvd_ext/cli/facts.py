@@ -15,14 +15,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hvd_ext.cli import toolchain
+from hvd_ext.cli import cuda, toolchain
+from hvd_ext.cli.horovod_edits import EDITS
+from hvd_ext.cli.horovod_source import digest
 
 # Run in processes of their own: a library built for another framework may crash on import.
 _FRAMEWORK_PROBES = {
     "torch": (
-        "import json, torch\n"
+        "import json, torch, torch.distributed\n"
+        "nccl = torch.version.cuda and torch.distributed.is_nccl_available() and torch.cuda.nccl.version()\n"
         "print(json.dumps({'version': torch.__version__, 'cuda': torch.version.cuda,"
-        " 'gpus': torch.cuda.device_count()}), flush=True)\n"
+        " 'gpus': torch.cuda.device_count(),"
+        " 'nccl': '.'.join(map(str, nccl)) if nccl else ''}), flush=True)\n"
     ),
     "tensorflow": (
         "import json, tensorflow as tf\n"
@@ -34,7 +38,7 @@ _FRAMEWORK_PROBES = {
 }
 _HOROVOD_PROBE = (
     "import json, horovod.{name} as hvd\n"
-    "print(json.dumps({{what: bool(getattr(hvd, what + '_built')())"
+    "print(json.dumps({{what: int(getattr(hvd, what + '_built')())"
     " for what in ('mpi', 'gloo', 'nccl', 'cuda', 'rocm', 'ccl')}}), flush=True)\n"
 )
 
@@ -48,9 +52,10 @@ class Framework:
         version: None where it is not installed.
         cuda: the CUDA release it was built with, if any.
         gpus: how many GPUs it sees.
+        nccl: the NCCL that it loads, such as "2.29.7"; empty where it has none or does not say.
         error: why it does not import; empty where it does.
-        horovod: what Horovod's library for it was built with, such as {"mpi": True, "nccl": False};
-            None where that library does not import.
+        horovod: what Horovod's library for it was built with, such as {"mpi": 1, "nccl": 22907}, where
+            NCCL's number is its version; None where that library does not import.
         horovod_error: why not.
     """
 
@@ -58,8 +63,9 @@ class Framework:
     version: str | None = None
     cuda: str | None = None
     gpus: int = 0
+    nccl: str = ""
     error: str = ""
-    horovod: dict[str, bool] | None = None
+    horovod: dict[str, int] | None = None
     horovod_error: str = ""
 
 
@@ -73,14 +79,19 @@ class Facts:
         frameworks: torch and TensorFlow, installed or not.
         keras: version, or None.
         horovod: version of the installed Horovod, or None.
+        unedited: Python files of the installed Horovod that this version of hvd-ext would edit otherwise.
         built_for: framework versions that Horovod was compiled for, from its ``metadata.json``.
         mpirun: path of the launcher that a shell would find, or None.
         mpirun_version: first line that it prints as its version.
         libmpi: the MPI library that Horovod's library loads; empty where unknown or none.
         horovodrun: path, or None.
-        distutils: whether it can be imported, which horovodrun does; Python 3.12 has none of its own.
+        distutils: whether horovodrun finds it where it wants it, as Horovod's release does and an edited one
+            does not; Python 3.12 has none of its own.
         mpi4py: version, or None.
         gpu: whether the machine has an NVIDIA GPU, whatever the frameworks see.
+        driver: the NVIDIA driver, or None.
+        toolkit: the machine's CUDA toolkit, or None.
+        horovod_cuda: the release of the toolkit that Horovod was compiled with; empty without GPU operations.
     """
 
     python: str
@@ -88,6 +99,7 @@ class Facts:
     frameworks: tuple[Framework, ...]
     keras: str | None = None
     horovod: str | None = None
+    unedited: tuple[str, ...] = ()
     built_for: Mapping[str, str] = field(default_factory=dict)
     mpirun: str | None = None
     mpirun_version: str = ""
@@ -96,6 +108,9 @@ class Facts:
     distutils: bool = True
     mpi4py: str | None = None
     gpu: bool = False
+    driver: cuda.Driver | None = None
+    toolkit: cuda.Toolkit | None = None
+    horovod_cuda: str = ""
 
 
 def collect(limit: float = 180.0) -> Facts:
@@ -116,15 +131,18 @@ def collect(limit: float = 180.0) -> Facts:
         frameworks=frameworks,
         keras=toolchain.distribution_version("keras"),
         horovod=horovod,
+        unedited=tuple(unedited(folder)),
         built_for=read_metadata(folder),
         mpirun=mpirun,
         mpirun_version=toolchain.first_line([mpirun, "--version"]) if mpirun else "",
         libmpi=loaded_libmpi(folder),
         horovodrun=find_program("horovodrun"),
-        distutils=importlib.util.find_spec("distutils") is not None,
+        distutils=importlib.util.find_spec("distutils") is not None or not _wants_distutils(folder),
         mpi4py=toolchain.distribution_version("mpi4py"),
-        gpu=shutil.which("nvidia-smi") is not None
-        and "GPU" in toolchain.printed(["nvidia-smi", "-L"]),
+        gpu=cuda.gpu_visible(),
+        driver=cuda.driver(),
+        toolkit=cuda.machine_toolkit(),
+        horovod_cuda=written_metadata(folder).get("hvd_ext_cuda", ""),
     )
 
 
@@ -132,6 +150,13 @@ def find_program(name: str) -> str | None:
     """A launcher: this environment's own first, as in an activated environment, then the PATH's."""
     own = os.pathsep.join(str(folder) for folder in sorted(toolchain.own_folders()))
     return shutil.which(name, path=own) or shutil.which(name)
+
+
+def open_mpi_major(version: str) -> int:
+    """4 from "mpirun (Open MPI) 4.1.8"; 0 for another MPI."""
+    words = version.replace(")", " ").split()
+    major = words[-1].split(".")[0] if "Open" in version and words else ""
+    return int(major) if major.isdigit() else 0
 
 
 def horovod_folder() -> Path | None:
@@ -143,17 +168,39 @@ def horovod_folder() -> Path | None:
     return Path(str(distribution.locate_file("horovod")))
 
 
+def unedited(folder: Path | None) -> list[str]:
+    """The files of an installed Horovod that are not as this version of hvd-ext leaves them."""
+    if folder is None:
+        return []
+    files = {edit.path: edit.after for edit in EDITS if edit.path.endswith(".py")}
+    return [path for path, after in files.items()
+            if not (folder.parent / path).exists() or digest((folder.parent / path).read_bytes()) != after]
+
+
 def read_metadata(folder: Path | None) -> dict[str, str]:
     """The frameworks and versions that an installed Horovod was compiled for.
 
     Empty where there is no Horovod or no readable ``metadata.json`` in it.
     """
     labels = {label.lower(): name for name, label in toolchain.HOROVOD_NAMES.items()}
+    written = written_metadata(folder)
+    return {labels[label]: version for label, version in written.items() if label in labels}
+
+
+def written_metadata(folder: Path | None) -> dict[str, str]:
+    """What Horovod's build wrote down; empty where it cannot be read."""
     try:
         written = json.loads((folder / "metadata.json").read_text()) if folder else {}
     except (OSError, ValueError):
         return {}
-    return {labels[label]: str(version) for label, version in written.items() if label in labels}
+    return {label: str(value) for label, value in written.items()}
+
+
+def _wants_distutils(folder: Path | None) -> bool:
+    try:
+        return folder is not None and "distutils" in (folder / "runner" / "js_run.py").read_text()
+    except OSError:
+        return False
 
 
 def loaded_libmpi(folder: Path | None) -> str:
@@ -183,6 +230,7 @@ def _framework(name: str, horovod: str | None, limit: float) -> Framework:
         version=results[0]["version"],
         cuda=results[0]["cuda"],
         gpus=results[0]["gpus"],
+        nccl=results[0].get("nccl", ""),
         horovod=results[1] if len(results) > 1 else None,
         horovod_error=error,
     )

@@ -1,37 +1,14 @@
 """What the facts about a machine mean: one line per subject, and for each problem what fixes it."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from hvd_ext.cli.facts import Facts, Framework
+from hvd_ext.cli.facts import Facts, Framework, open_mpi_major
+from hvd_ext.cli.finding import REBUILD, Finding, Level
+from hvd_ext.cli.gpu_findings import gpu_findings
 from hvd_ext.versions import HOROVOD, TENSORFLOW, TORCH
 
-Level = Literal["ok", "note", "problem"]
-REBUILD = "hvd-ext install-horovod"
 TESTED = {"torch": TORCH, "tensorflow": TENSORFLOW}
 TITLES = {"torch": "PyTorch", "tensorflow": "TensorFlow"}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One row of the doctor's table.
-
-    Args:
-        subject: what it is about.
-        value: what was found.
-        level: "ok"; "note", worth knowing and stops nothing; "problem", must be fixed.
-        remedy: the command (or the step) that fixes it; never empty for a problem.
-    """
-
-    subject: str
-    value: str
-    level: Level = "ok"
-    remedy: str = ""
-
-    def __post_init__(self) -> None:
-        if self.level == "problem" and not self.remedy:
-            raise ValueError(f"the problem with {self.subject} needs a remedy")
 
 
 def judge(facts: Facts) -> list[Finding]:
@@ -39,7 +16,7 @@ def judge(facts: Facts) -> list[Finding]:
     rows = [_python(facts)]
     rows += [_framework(framework) for framework in facts.frameworks]
     rows += [_keras(facts), *_horovod(facts), _mpi(facts), _launcher(facts), _mpi4py(facts)]
-    rows += [_nccl(facts), _cores(facts)]
+    rows += [*gpu_findings(facts), _cores(facts)]
     return rows
 
 
@@ -88,6 +65,9 @@ def _horovod(facts: Facts) -> list[Finding]:
     rows = [Finding("Horovod", facts.horovod)]
     if facts.horovod != HOROVOD:
         value = f"{facts.horovod}; tested with {HOROVOD}"
+        rows = [Finding("Horovod", value, "note", REBUILD)]
+    elif facts.unedited:
+        value = f"{facts.horovod}, without the fixes of this hvd-ext (in {facts.unedited[0]}, for one)"
         rows = [Finding("Horovod", value, "note", REBUILD)]
     rows += [_binding(framework, facts) for framework in present]
     if not usable(facts) and all(row.level != "problem" for row in rows):
@@ -151,16 +131,10 @@ def _launcher(facts: Facts) -> Finding:
     if not facts.distutils:
         value = "horovodrun needs distutils, which this Python and setuptools lack"
         return Finding("Launcher", value, "problem", "pip install 'setuptools<81'")
-    if _open_mpi_major(facts) >= 5:
+    if open_mpi_major(facts.mpirun_version) >= 5:
         value = "horovodrun --gloo, mpirun (horovodrun --mpi does not know Open MPI 5)"
         return Finding("Launcher", value, "note")
     return Finding("Launcher", facts.horovodrun)
-
-
-def _open_mpi_major(facts: Facts) -> int:
-    words = facts.mpirun_version.replace(")", " ").split()
-    version = words[-1].split(".")[0] if "Open" in facts.mpirun_version and words else ""
-    return int(version) if version.isdigit() else 0
 
 
 def _mpi4py(facts: Facts) -> Finding:
@@ -168,15 +142,6 @@ def _mpi4py(facts: Facts) -> Finding:
         value = "not installed; hvd_ext.async_ps needs it"
         return Finding("mpi4py", value, "note", "pip install 'hvd-ext[mpi]'")
     return Finding("mpi4py", facts.mpi4py)
-
-
-def _nccl(facts: Facts) -> Finding:
-    if _built_with(facts, "nccl"):
-        return Finding("NCCL", "built in")
-    if not facts.gpu and not any(framework.gpus for framework in facts.frameworks):
-        return Finding("NCCL", "not built in; no GPU here to need it")
-    value = "not built in: gradients of a GPU travel through the CPU"
-    return Finding("NCCL", value, "note", f"HOROVOD_GPU_OPERATIONS=NCCL {REBUILD}")
 
 
 def _cores(facts: Facts) -> Finding:

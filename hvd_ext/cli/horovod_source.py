@@ -8,82 +8,11 @@ import hashlib
 import subprocess
 import sys
 import tarfile
-from dataclasses import dataclass
 from pathlib import Path
 
 from hvd_ext.cli.console import Failure
+from hvd_ext.cli.horovod_edits import EDITS, Edit
 from hvd_ext.versions import HOROVOD
-
-
-@dataclass(frozen=True)
-class Edit:
-    """Replacements in one file.
-
-    Args:
-        path: the file, relative to the source folder.
-        before: SHA-256 of the file as released.
-        after: SHA-256 of the file as edited.
-        replacements: pairs (old, new); each ``old`` occurs exactly once.
-        why: the reason, for the log.
-    """
-
-    path: str
-    before: str
-    after: str
-    replacements: tuple[tuple[str, str], ...]
-    why: str
-
-
-_RPATH = """project(horovod CXX)
-
-if(DEFINED ENV{HVD_EXT_RPATH})
-    # MPI lies in the Python environment: look for it relative to this library, so that the
-    # wheel works in any environment.
-    set(CMAKE_BUILD_WITH_INSTALL_RPATH ON)
-    set(CMAKE_INSTALL_RPATH "$ENV{HVD_EXT_RPATH}")
-    set(CMAKE_INSTALL_RPATH_USE_LINK_PATH "$ENV{HVD_EXT_RPATH_USE_LINK_PATH}")
-endif()
-"""
-
-EDITS = (
-    Edit(
-        path="CMakeLists.txt",
-        before="bd359fa17a149c61030e3b64cedd6c7237ddccd1b4f20acc900adda013e60a9a",
-        after="e2ea9637461616bb5ce8f62d4fb5f10814382eb3ee00012f1ac5aa809f6a13bf",
-        replacements=(
-            ("set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD 20)"),
-            ("project(horovod CXX)\n", _RPATH),
-        ),
-        why="C++20 headers of the frameworks; relative run path to a wheel's MPI",
-    ),
-    Edit(
-        path="horovod/torch/CMakeLists.txt",
-        before="5e5ba9ee3e32ef26b58f0e2af1236098c674b39a8d5825b32942a3173dead6fc",
-        after="264f583db21cf6bfa23b366ff4b0c3a295f75d06fe48eb1dd7706c57ea819be5",
-        replacements=(
-            ("set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD 20)"),
-            (
-                "from distutils.sysconfig import get_python_inc; print(get_python_inc())",
-                "import sysconfig; print(sysconfig.get_path('include'))",
-            ),
-        ),
-        why="torch's headers are C++20; Python 3.12 has no distutils",
-    ),
-    Edit(
-        path="horovod/tensorflow/CMakeLists.txt",
-        before="fb7c462dec28a4555584275e7471d62d57ed7867db9423c9b7279836cf6d5c25",
-        after="465c2ba08bc3a3f5f7953af3bc967d29e6be7a3c30b774496b4442862f204e57",
-        replacements=(
-            ("set(CMAKE_CXX_STANDARD 17)", "set(CMAKE_CXX_STANDARD 20)"),
-            (
-                'list(APPEND TF_SOURCES "${PROJECT_SOURCE_DIR}/horovod/tensorflow/'
-                'xla_mpi_ops.cc")\n',
-                "",
-            ),
-        ),
-        why="TensorFlow's headers are C++20; its wheel lacks the XLA headers of the opt-in XLA ops",
-    ),
-)
 
 
 def patch_id() -> str:
@@ -147,8 +76,8 @@ def apply(source: Path, edits: tuple[Edit, ...] = EDITS) -> None:
     texts = [_recognised(source, edit) for edit in edits]
     for edit, text in zip(edits, texts, strict=True):
         for old, new in edit.replacements:
-            if text.count(old) != 1:
-                raise AssertionError(f"{edit.path}: {old!r} occurs {text.count(old)} times")
+            if text.count(old) != edit.times:
+                raise AssertionError(f"{edit.path}: {old!r} occurs {text.count(old)} times, not {edit.times}")
             text = text.replace(old, new)
         data = text.encode()
         if digest(data) != edit.after:

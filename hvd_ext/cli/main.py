@@ -15,6 +15,8 @@ COMMANDS = (
     "install_horovod",
     "doctor",
     "plan",
+    "timeline",
+    "launch",
 )
 
 

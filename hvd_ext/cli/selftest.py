@@ -8,7 +8,8 @@ import tempfile
 from typing import IO
 
 from hvd_ext.cli.facts import Facts
-from hvd_ext.cli.findings import REBUILD, TITLES, Finding
+from hvd_ext.cli.finding import REBUILD, Finding
+from hvd_ext.cli.findings import TITLES
 
 RANKS = 2
 DONE = "hvd-ext-selftest"

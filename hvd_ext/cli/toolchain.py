@@ -226,17 +226,5 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def cuda_toolkit(environ: Mapping[str, str] = os.environ) -> str:
-    """The CUDA toolkit's release, which Horovod compiles with where it finds one; empty without."""
-    for name in ("HOROVOD_CUDA_HOME", "CUDA_HOME"):
-        nvcc = Path(environ.get(name) or os.devnull) / "bin" / "nvcc"
-        if nvcc.exists():
-            break
-    else:
-        nvcc = Path(shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc")
-    match = re.search(r"release ([\d.]+)", printed([str(nvcc), "--version"]))
-    return match[1] if match else ""
-
-
 def _first_program(*names: str) -> list[str]:
     return next(([name] for name in names if shutil.which(name)), [])

@@ -68,7 +68,7 @@ def ingredients(
     mpi: Mpi,
     compiler: str,
     cpu_flags: list[str],
-    cuda: str,
+    gpu: Mapping[str, str] | None,
     environ: Mapping[str, str],
 ) -> dict[str, object]:
     """Everything that two builds must share to be the same wheel, readable as JSON."""
@@ -81,7 +81,7 @@ def ingredients(
         "libc": "-".join(platform.libc_ver()),
         "compiler": compiler,
         "cpu_flags": cpu_flags,
-        "cuda": cuda,
+        "gpu": dict(gpu) if gpu else None,
         "mpi": {"flavour": mpi.flavour, "version": mpi.version},
         "variables": {name: environ[name] for name in BUILD_VARIABLES if environ.get(name)},
     }

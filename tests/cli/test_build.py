@@ -13,7 +13,8 @@ from rich.console import Console
 from hvd_ext.cli import horovod_source, toolchain
 from hvd_ext.cli.build import Meter, build_environ, compile_wheel, telling_lines
 from hvd_ext.cli.console import Failure
-from hvd_ext.cli.horovod_source import Edit, digest
+from hvd_ext.cli.horovod_edits import Edit
+from hvd_ext.cli.horovod_source import digest
 from hvd_ext.cli.install_horovod import BuildPlan, obtain
 from hvd_ext.cli.toolchain import Mpi
 from hvd_ext.cli.wheel_cache import Slot, ingredients

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from hvd_ext.cli import doctor, facts, selftest
+from hvd_ext.cli.cuda import Driver, Toolkit
 from hvd_ext.cli.facts import Facts, Framework, read_metadata
-from hvd_ext.cli.findings import Finding, judge, usable
+from hvd_ext.cli.finding import Finding
+from hvd_ext.cli.findings import judge, usable
 from hvd_ext.cli.main import main
 from hvd_ext.cli.selftest import launch_command, run_limited
 from hvd_ext.versions import HOROVOD, TENSORFLOW, TORCH
@@ -33,6 +35,10 @@ GOOD = Facts(
     horovodrun="/env/bin/horovodrun",
     mpi4py="4.1.2",
 )
+WITH_CUDA = replace(TORCH_OK, cuda="13.0", nccl="2.29.7")
+GPU_MACHINE = replace(GOOD, gpu=True, frameworks=(replace(WITH_CUDA, gpus=1, horovod={
+    **BUILT, "nccl": 22907, "cuda": 1}), TENSORFLOW_OK), horovod_cuda="13.0.88",
+    driver=Driver("580.95.05", "13.0"), toolkit=Toolkit("13.2", "machine", Path("/usr/local/cuda")))
 CRASHED = Framework("torch", TORCH, horovod_error="undefined symbol: _ZN3c10")
 ABSENT = (Framework("torch"), Framework("tensorflow"))
 
@@ -93,10 +99,11 @@ def test_problem_names_the_mending_command(
         (replace(GOOD, built_for={"torch": TORCH}), "Horovod for TensorFlow", "not built"),
         (replace(GOOD, mpi4py=None), "mpi4py", "not installed"),
         (replace(GOOD, mpirun=None), "MPI", "no mpirun"),  # Gloo is there
-        (replace(GOOD, gpu=True), "NCCL", "not built in"),
+        (replace(GOOD, gpu=True), "GPU operations", "not built in"),
         (replace(GOOD, mpirun_version="mpirun (Open MPI) 5.0.11"), "Launcher", "Open MPI 5"),
         (replace(GOOD, mpirun="/usr/bin/mpirun"), "MPI", "but Horovod loads /env/lib"),
         (replace(GOOD, horovod="0.29.0"), "Horovod", "tested with"),
+        (replace(GOOD, unedited=("horovod/torch/mpi_ops.py",)), "Horovod", "without the fixes"),
         (replace(GOOD, frameworks=(replace(TORCH_OK, version="2.12.0"), TENSORFLOW_OK),
                  built_for={"torch": "2.12.0", "tensorflow": TENSORFLOW}),
          "PyTorch", "tested with"),
@@ -106,6 +113,44 @@ def test_problem_names_the_mending_command(
 def test_note_is_no_problem(found: Facts, subject: str, value: str) -> None:
     assert of_level(found, "problem") == {}
     assert value in of_level(found, "note")[subject].value
+
+
+def test_a_good_gpu_machine_and_its_releases() -> None:
+    assert of_level(GPU_MACHINE, "problem") == of_level(GPU_MACHINE, "note") == {}
+    told = of_level(GPU_MACHINE, "ok")
+    assert told["GPU"].value == "driver 580.95.05, for CUDA up to 13.0"
+    assert told["CUDA"].value == "PyTorch 13.0, Horovod 13.0.88, toolkit of this machine 13.2"
+    assert told["GPU operations"].value == "NCCL, compiled for 2.29.7"
+
+
+def test_cuda_torch_without_gpu_operations() -> None:
+    no_gpu = replace(GOOD, frameworks=(WITH_CUDA, ABSENT[1]), built_for={"torch": TORCH})
+    found = of_level(no_gpu, "ok")["GPU operations"]
+    assert "Horovod refuses PyTorch's tensors on a GPU" in found.value
+    assert found.remedy == "hvd-ext install-horovod --gpu"
+    with_gpu = replace(no_gpu, gpu=True, driver=Driver("580.95.05", "13.0"))
+    assert of_level(with_gpu, "note")["GPU operations"].remedy == "hvd-ext install-horovod --gpu"
+
+
+@pytest.mark.parametrize(
+    ("found", "level", "subject", "value"),
+    [
+        (replace(GPU_MACHINE, driver=Driver("550.1", "12.4")), "problem", "GPU", "PyTorch needs CUDA 13.0"),
+        (replace(GPU_MACHINE, driver=Driver("550.1", "12.9")), "problem", "GPU", "PyTorch needs CUDA 13.0"),
+        (replace(GPU_MACHINE, horovod_cuda="12.8.9"), "problem", "CUDA", "Horovod 12.8.9"),
+        (replace(GPU_MACHINE, frameworks=(replace(GPU_MACHINE.frameworks[0], nccl="2.27.3"), TENSORFLOW_OK)),
+         "problem", "GPU operations", "two NCCLs: PyTorch loads 2.27.3"),
+        (replace(GPU_MACHINE, frameworks=(replace(GPU_MACHINE.frameworks[0], nccl="2.30.1"), TENSORFLOW_OK)),
+         "note", "GPU operations", "two NCCLs: PyTorch loads 2.30.1"),
+        (replace(GPU_MACHINE, frameworks=(replace(GPU_MACHINE.frameworks[0], cuda="13.2"), TENSORFLOW_OK)),
+         "note", "GPU", "of which the driver runs what is compiled already"),
+        (replace(GPU_MACHINE, frameworks=(replace(GPU_MACHINE.frameworks[0], horovod={**BUILT, "cuda": 1}),
+                                          TENSORFLOW_OK)),
+         "note", "GPU operations", "through the CPU"),
+    ],
+)
+def test_what_is_wrong_with_a_gpu_machine(found: Facts, level: str, subject: str, value: str) -> None:
+    assert value in of_level(found, level)[subject].value
 
 
 def test_a_problem_without_a_way_out_cannot_be_made() -> None:

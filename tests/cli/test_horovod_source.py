@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from hvd_ext.cli import horovod_source
 from hvd_ext.cli.console import Failure
-from hvd_ext.cli.horovod_source import EDITS, Edit, apply, digest, patch_id, unpack
+from hvd_ext.cli.horovod_edits import EDITS, Edit
+from hvd_ext.cli.horovod_source import apply, digest, patch_id, unpack
 
 BEFORE = {"a.txt": "one\ntwo\n", "deep/b.txt": "three\n"}
 AFTER = {"a.txt": "one\n2\n", "deep/b.txt": "3\n"}
@@ -75,16 +77,22 @@ def test_result_other_than_recorded_is_an_error(source: Path) -> None:
         apply(source, (wrong,))
 
 
-def test_patch_names_three_files_and_real_checksums() -> None:
-    assert [edit.path for edit in EDITS] == [
-        "CMakeLists.txt",
-        "horovod/torch/CMakeLists.txt",
-        "horovod/tensorflow/CMakeLists.txt",
-    ]
+def test_every_edit_names_another_file_with_real_checksums_and_a_reason() -> None:
+    assert len({edit.path for edit in EDITS}) == len(EDITS)
     sums = [value for edit in EDITS for value in (edit.before, edit.after)]
     assert all(len(bytes.fromhex(value)) == 32 for value in sums)
     assert len(set(sums)) == len(sums)
     assert all(old != new for edit in EDITS for old, new in edit.replacements)
+    assert all(edit.why for edit in EDITS)
+
+
+def test_another_number_of_occurrences_is_an_error(source: Path) -> None:
+    (source / "a.txt").write_text("two two\n")
+    once = Edit("a.txt", digest(b"two two\n"), digest(b"2 2\n"), (("two", "2"),), "test")
+    with pytest.raises(AssertionError, match="occurs 2 times, not 1"):
+        apply(source, (once,))
+    apply(source, (replace(once, times=2),))
+    assert (source / "a.txt").read_text() == "2 2\n"
 
 
 def test_patch_id_follows_the_edits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from hvd_ext.cli import install_horovod, toolchain
+from hvd_ext.cli import cuda, gpu, install_horovod, toolchain
 from hvd_ext.cli.console import Failure
+from hvd_ext.cli.gpu import Nccl
 from hvd_ext.cli.horovod_source import digest
 from hvd_ext.cli.install_horovod import decide
 from hvd_ext.cli.main import main
@@ -113,3 +114,38 @@ def test_copy_of_the_wheel(
 def test_pip_that_fails_is_quoted() -> None:
     with pytest.raises(Failure, match="no-such-option"):
         install_horovod._pip_install(["--no-such-option"])
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_an_environment_without_pip_gets_it_from_python(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+    ran: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> SimpleNamespace:
+        ran.append(command[1:])
+        return SimpleNamespace(returncode=status, stdout="", stderr="No module named ensurepip")
+
+    monkeypatch.setattr(install_horovod.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(install_horovod.subprocess, "run", run)
+    if status == 0:
+        install_horovod._have_pip()
+    else:
+        with pytest.raises(Failure, match="no pip: No module named ensurepip") as failure:
+            install_horovod._have_pip()
+        assert "uv pip install pip" in failure.value.remedy
+    assert ran == [["-m", "ensurepip"]]
+
+
+def test_dry_run_says_which_operations_and_why(
+    cached: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert install(cached, "--dry-run", "--no-gpu") == 0
+    assert "CPU operations: --no-gpu" in capsys.readouterr().out
+    monkeypatch.setattr(cuda, "built_with", lambda name: "13.0")
+    monkeypatch.setattr(cuda, "machine_toolkit", lambda environ: None)
+    monkeypatch.setattr(gpu, "nccl_wheel", lambda: Nccl("2.29.7", Path("/site/nvidia/nccl")))
+    assert install(cached, "--dry-run", "--gpu") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "GPU operations for CUDA 13.0; toolkit 13.0: wheels pinned to 13.0.*" in told
+    assert "nvidia-cuda-nvcc==13.0.*" in told
+    assert "would build into" in told  # another wheel than that of CPU operations
+    assert not (cached.parents[2] / "cuda").exists()

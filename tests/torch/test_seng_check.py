@@ -48,6 +48,18 @@ def test_a_weight_used_past_its_forward_falls_back_with_one_warning():
     assert "57.1 % its samples' gradients do not add up to its gradient (mixed, Linear)" in str(report)
 
 
+def test_a_weight_that_is_used_without_its_module_says_so():
+    class Beside(models.Past):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(torch.tanh(F.linear(x, self.mixed.weight)))
+
+    model, x = Beside().double(), torch.randn(B, 4).double()
+    seng = hvd.SENG(model, damping=LAM)
+    mean_loss(model(x), torch.zeros(B, 3).double()).backward()
+    with pytest.warns(UserWarning, match="mixed: it has a gradient but no call"):
+        seng.step()
+
+
 def test_without_the_check_it_does_not_fall_back():
     model, x = models.Past().double(), torch.randn(B, 4).double()
     seng = hvd.SENG(model, damping=LAM, check_gradients=False)

@@ -23,6 +23,7 @@ from hvd_ext.torch.seng.system import NOT_FINITE, LayerSystem, take
 NO_PROOF = "it had no gradient that a rule could be tried on"
 WRONG_SUM = "its samples' gradients do not add up to its gradient"
 NO_RULE_HOLDS = "no rule reproduces its gradient"
+PAST_FORWARD = "it has a gradient but no call on a tensor was seen"
 NOT_BY_SAMPLE = "its input is the same for all samples, which share its output"
 
 
@@ -143,6 +144,9 @@ class Capture:
                 self._judge(layer, found, caught)
             else:
                 caught.found[layer] = next(iter(found.values()))
+        for layer in self._check.came_alone():
+            if layer not in self._done:
+                caught.trust.refused[layer] = PAST_FORWARD
         self._forget()
         return caught
 

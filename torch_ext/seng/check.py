@@ -95,6 +95,11 @@ class GradientCheck:
         early = self._early.setdefault(layer, {})
         early[place] = early[place] + gradient if place in early else gradient.clone()
 
+    def came_alone(self) -> list[Layer]:
+        """Layers that got a gradient without having been caught."""
+        return [layer for layer, early in self._early.items()
+                if layer not in self._expected and any(bool(g.any()) for g in early.values())]
+
     def verdicts(self, layer: Layer) -> list[Verdict]:
         """Of each candidate that was expected."""
         one = self._expected.pop(layer, None)

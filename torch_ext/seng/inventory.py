@@ -127,7 +127,9 @@ def take_inventory(model: nn.Module, settings: Settings) -> Inventory:
         if _within(name, settings.excluded):
             leave_out(name, kind, EXCLUDED, trainable.values())
         elif trainable and not rules:
-            leave_out(name, kind, NO_RULE, trainable.values())
+            # Of a module with others inside it only what it holds itself is meant.
+            own = "" if not list(module.children()) else f"{' and '.join(trainable)} of "
+            leave_out(name, f"{own}{kind}", NO_RULE, trainable.values())
         elif trainable:
             known = rules[0].names or tuple((key, key) for key in trainable)
             mine = {ours: trainable[theirs] for ours, theirs in known if theirs in trainable}

@@ -7,6 +7,7 @@ pulls the sample's ``gz`` back to the parameters.
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -133,7 +134,8 @@ def vjp_rule(module: nn.Module, call: Any, gz: torch.Tensor, pick: Pick) -> PerS
         out, pull = vjp(run, parameters)
         return pull(g.unsqueeze(axis).to(out.dtype))[0]  # type: ignore[no-any-return]
 
-    with _given_statistics(module, call.x), torch.enable_grad():
+    with _given_statistics(module, call.x), torch.enable_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")  # an operator that vmap loops over
         try:
             found = vmap(share, chunk_size=CHUNK)(gz, *inputs)
         except Exception as error:

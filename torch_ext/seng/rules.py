@@ -240,6 +240,10 @@ def _rms_norm(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick) 
 
 def _embedding(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick) -> Lookup:
     assert isinstance(module, nn.Embedding)
+    if x.is_floating_point() or x.dtype == torch.bool or gz.shape != (*x.shape, module.embedding_dim):
+        raise ValueError("its input is not the numbers of its rows")
+    if type(module).forward is not nn.Embedding.forward and int(x.max()) >= module.num_embeddings:
+        raise ValueError("its input is not the numbers of its rows")
     index, g = pick(x), pick(gz)
     index = index.reshape(index.shape[0], -1)
     return Lookup(index, _unpadded(module, index, g.reshape(*index.shape, gz.shape[-1])))

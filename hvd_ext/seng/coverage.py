@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 
 def cause_of(reason: str) -> str:
-    """A reason without what differs from case to case: numbers, and whatever is in brackets."""
-    return re.sub(r"\s*[\[(].*|[,:]? *\d.*", "", reason).strip()
+    """A reason without what differs from case to case: numbers, and all from a bracket on."""
+    return re.sub(r"\d+", "N", re.sub(r"\s*[\[(].*", "", reason)).strip()
 
 
 @dataclass(frozen=True)

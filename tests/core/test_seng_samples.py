@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from hvd_ext.seng import Settings
+from hvd_ext.seng.coverage import Gap, by_cause, coverage_line, some
 from hvd_ext.seng.samples import (
     CONSTANT,
     CONTIGUOUS,
@@ -120,3 +121,15 @@ def test_bad_settings_say_value_limit_and_way_out(bad, said):
 def test_parameters_without_curvature():
     for other, divisor in (("identity", 1.5), ("matched", 0.5), ("none", 1.0)):
         assert Settings(damping=0.5, other=other).other_divisor(0.5) == divisor
+
+
+def test_coverage_leads_with_what_has_most_parameters():
+    gaps = [Gap("a", "no rule", 10), Gap("b", "it is off (relative error 3e-2)", 20),
+            Gap("c", "it is off (relative error 4e-2)", 30), Gap("d", "rank 3 refused it", 1)]
+    assert list(by_cause(gaps)) == ["it is off", "no rule", "rank N refused it"]
+    assert coverage_line(100, gaps, "g") == (
+        "SENG has a rule for 39.0 % of 100 parameters; the rest gets g: 50.0 % it is off (b, c), "
+        "10.0 % no rule (a), 1.0 % rank N refused it (d).")
+    assert coverage_line(100, [], "g") == "SENG has a rule for 100 % of 100 parameters."
+    assert coverage_line(10**6, gaps[:1], "g").startswith("SENG has a rule for 99.9 %")
+    assert some(list("abcdef")) == "a, b, c, d and 2 more"

@@ -40,7 +40,7 @@ def test_a_weight_used_past_its_forward_falls_back_with_one_warning():
         assert len(said) == (step == 0)
         if said:
             assert ("they get g/(1 + damping). mixed: its samples' gradients do not add up to its "
-                    "gradient. Name them") in str(said[0].message)
+                    "gradient (relative error 5.5e-01). Name them") in str(said[0].message)
     report = seng.report()
     assert "relative error" in report["layers"][0]["refused"]
     assert report["layers"][1]["refused"] is None

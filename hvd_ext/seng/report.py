@@ -46,8 +46,9 @@ def layer_row(shape: LayerShape, plan: LayerPlan, held: Held | None, *,
     }
     if held is None:
         return {**row, "held": "identity"}
-    if shape.lookup:
-        return {**row, "held": "rows used", "rho": held.rho, "rank": held.r, "bytes": held.nbytes,
+    if shape.lookup and (plan.implicit or not shape.product):
+        kind = "implicit and rows used" if shape.product else "rows used"
+        return {**row, "held": kind, "rho": held.rho, "rank": held.r, "bytes": held.nbytes,
                 "formula_bytes": held.nbytes, "jitter": held.jitter, "age": held.age,
                 "coefficient_norm": held.coefficient_norm}
     formula = held.itemsize * elements_held(shape, plan, rho=held.rho, r=held.r)

@@ -29,11 +29,11 @@ def loss_of(model: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
     return model(rows).square().sum() / len(rows)
 
 
-def tables(coupling: str, settings: dict[str, Any]) -> tuple[dict[str, np.ndarray], bytes]:
+def tables(coupling: str, tied: bool, settings: dict[str, Any]) -> tuple[dict[str, np.ndarray], bytes]:
     """Directions of a language model, rows that differ from rank to rank; sequences of other lengths too."""
-    model = language(settings.pop("tied", False))
+    model = language(tied)
     seng = hvd.SENG(model, damping=LAM, sketch=None, coupling=coupling, update_freq=2, exclude=["places"],
-                    name=f"tables{coupling}{sorted(settings.items())}", **settings)
+                    name=f"tables{coupling}{tied}{len(settings)}", **settings)
     optimizer = hvd.DistributedOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.1), named_parameters=model.named_parameters(),
         preconditioner=seng)

@@ -145,15 +145,63 @@ def test_conv1d_is_held_by_factors_too():
     assert (held["inner"], held["norm"], held["tokens"]) == ("implicit", "explicit", "rows used")
 
 
-def test_a_tied_table_falls_back():
+class HeadFirst(models.Language):
+    """The output layer is met before the table; it has a bias, and the table is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        first = nn.Linear(4, 11)
+        self.tokens.weight = first.weight
+        self._modules = {"head": first, **{name: m for name, m in self._modules.items() if name != "head"}}
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids) + self.head(torch.tanh(self.tokens(ids.flip(1)))).mean(1)
+
+
+@pytest.mark.parametrize("make", [lambda: models.Language(tied=True), HeadFirst], ids=["plain", "head first"])
+@pytest.mark.parametrize("threshold", [10**9, 0])
+@pytest.mark.parametrize("coupling", ["block", "full"])
+def test_a_table_tied_to_the_output_has_both_parts(make, threshold, coupling, monkeypatch):
+    from hvd_ext.torch.seng import tied
+
+    torch.manual_seed(0)
+    model, ids = make().double(), torch.randint(0, 11, (B, 6))
+    monkeypatch.setattr(tied, "CHUNK", 2 * B * B * 6)  # two columns at a time
+    seng = hvd.SENG(model, damping=LAM, sketch="uniform", row_sketch=3, explicit_threshold=threshold,
+                    rank=10**6, uc="exact", coupling=coupling, exclude=["places", "norm", "inner", "outer"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compare(model, (ids,), lambda i: (ids[i:i + 1],), seng)
+    (row,) = seng.report()["layers"]
+    assert row["held"] == ("explicit" if threshold else "implicit and rows used")
+    again = hvd.SENG(model, damping=LAM, sketch="uniform", row_sketch=3, explicit_threshold=threshold,
+                     rank=10**6, uc="exact", coupling=coupling, exclude=["places", "norm", "inner", "outer"])
+    again.load_state_dict(seng.state_dict())
+    found = []
+    for one in (seng, again):
+        model.zero_grad()
+        mean_loss(model(ids), torch.ones(B, 11).double()).backward()
+        one.step()
+        found.append(flat_gradient(one.layers[0]))
+    assert torch.equal(*found)
+
+
+def test_a_scaled_table_that_is_tied_falls_back():
+    class Scaled(nn.Embedding):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return 2.0 * super().forward(ids)
+
     torch.manual_seed(0)
     model, ids = models.Language(tied=True), torch.randint(0, 11, (B, 6))
-    with pytest.warns(UserWarning, match=r"tokens \(Embedding, shares a parameter\)"):
-        seng = hvd.SENG(model, damping=LAM, exclude=["places"])
-    F.cross_entropy(model(ids), ids[:, 0]).backward()
-    before = model.tokens.weight.grad.clone()
-    seng.step()
-    torch.testing.assert_close(model.tokens.weight.grad, before / (1 + LAM))
+    weight = model.tokens.weight
+    model.tokens = Scaled(11, 4)
+    model.tokens.weight = weight
+    seng = hvd.SENG(model, damping=LAM, exclude=["places"])
+    mean_loss(model(ids), torch.ones(B, 11)).backward()
+    before = weight.grad.clone()
+    with pytest.warns(UserWarning, match="tokens: its samples' gradients do not add up"):
+        seng.step()
+    torch.testing.assert_close(weight.grad, before / (1 + LAM))
 
 
 class Attention(nn.Module):

@@ -34,14 +34,15 @@ def dense(tied: bool) -> dict[str, tuple[list[np.ndarray], np.ndarray]]:
 
 
 @pytest.mark.parametrize("coupling", ["block", "full"])
+@pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
 @pytest.mark.parametrize("settings", [{}, {"explicit_threshold": 20, "rank": 100, "uc": "exact"}],
                          ids=["explicit", "implicit"])
-def test_tables_on_ranks_are_the_equations(ranks, coupling, settings):
-    everyone = ranks(2).run(on_ranks.tables, coupling, settings)
+def test_tables_on_ranks_are_the_equations(ranks, coupling, settings, tied):
+    everyone = ranks(2).run(on_ranks.tables, coupling, tied, settings)
     directions, weights = everyone[0]
     assert everyone[1][1] == weights
     solve = reference.block_direction if coupling == "block" else reference.joint_direction
-    for name, (us, g) in dense(tied=False).items():
+    for name, (us, g) in dense(tied).items():
         np.testing.assert_allclose(directions[name], solve(us, g, LAM), rtol=1e-7, atol=1e-10, err_msg=name)
 
 

@@ -210,7 +210,8 @@ class Capture:
         called = any(one.called for one in layer.rules)
         z = output[0] if called and isinstance(output, tuple) and output else output
         if isinstance(x, torch.Tensor) and isinstance(z, torch.Tensor):
-            self._use(layer, _Use(module, x, None, call=Call(args, kwargs) if called else None), z)
+            self._use(layer, _Use(module, x, None, rule=layer.lookups.get(module),
+                                  call=Call(args, kwargs) if called else None), z)
 
     def _use(self, layer: Layer, use: _Use, z: torch.Tensor) -> None:
         if not (use.x.numel() and z.numel()):

@@ -11,7 +11,7 @@ from torch import nn
 from hvd_ext.seng import LayerPlan, LayerShape, Settings, plan_layer
 from hvd_ext.torch.seng.attention import attention_rule
 from hvd_ext.torch.seng.per_sample import candidates, parameters_of
-from hvd_ext.torch.seng.rules import Registered, rule_for
+from hvd_ext.torch.seng.rules import Registered, Rule, rule_for
 
 NO_RULE = "no rule"
 SHARES = "shares a parameter"
@@ -26,7 +26,8 @@ class Layer:
     gradient check takes the first that does. ``parameters`` are the trainable ones; with a trainable
     weight of a rule that returns factors (``product``) the weight is the first and biases follow.
     ``slots[module]`` maps the rule's names of the module's parameters to places in it. ``groups`` is
-    (groups, n_G, n_A) of the weight.
+    (groups, n_G, n_A) of the weight. ``lookups`` are embeddings whose table is a linear layer's weight too,
+    with their own rule.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Layer:
     plan: LayerPlan = field(default_factory=lambda: LayerPlan(implicit=False))
     others: tuple[Registered, ...] = ()
     tried: bool = False
+    lookups: dict[nn.Module, Rule] = field(default_factory=dict)
 
     @property
     def rules(self) -> tuple[Registered, ...]:
@@ -68,7 +70,8 @@ class Layer:
                               lookup=self.registered.lookup)
         groups, n_g, n_a = self.groups
         ones = len(self.parameters) - 1 if self.registered.ones else 0
-        return LayerShape(self.name, self.registered.kind, n, n_g, n_a + ones, groups)
+        return LayerShape(self.name, self.registered.kind, n, n_g, n_a + ones, groups,
+                          lookup=bool(self.lookups))
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,15 @@ def _layer_of(name: str, module: nn.Module, rules: tuple[Registered, ...], tried
     if not found:
         return Layer(name or "model", registered, product, groups, others=rules[1:], tried=tried)
     layer = next(iter(found.values()))
+    if len(found) == 1 and layer.parameters[0] is trainable.get("weight"):
+        if registered.lookup and layer.product and _one_matrix(layer):
+            layer.lookups[module] = registered.rule
+            return layer
+        if layer.registered.lookup and product and registered.ones:
+            layer.lookups = dict.fromkeys(layer.slots, layer.registered.rule)
+            layer.registered, layer.others, layer.tried = registered, (), False
+            layer.product, layer.groups = True, groups
+            return layer
     same = (len(found) == 1 and layer.rules == rules and layer.product == product
             and layer.groups == groups)
     if same and product:
@@ -190,6 +202,11 @@ def _layer_of(name: str, module: nn.Module, rules: tuple[Registered, ...], tried
         return layer if trainable["weight"] is layer.parameters[0] else None
     return layer if same and {id(p) for p in trainable.values()} == {
         id(p) for p in layer.parameters} else None
+
+
+def _one_matrix(layer: Layer) -> bool:
+    """Whether the weight is one matrix applied as W x."""
+    return layer.groups[0] == 1 and layer.registered.ones and not layer.tried
 
 
 def _plain(module: nn.Module, registered: Registered) -> bool:

@@ -95,12 +95,20 @@ class Table(Block):
 
     def message(self, b: torch.Tensor, own: torch.Tensor, ranks: int, uc: str,
                 out: torch.Tensor) -> None:
-        self._add(out.zero_().view(self.height, -1), own * ranks ** 0.5 if ranks > 1 else own)
+        self.add(out.zero_().view(self.height, -1), own * ranks ** 0.5 if ranks > 1 else own)
 
-    def _add(self, table: torch.Tensor, c: torch.Tensor) -> None:
+    def add(self, table: torch.Tensor, c: torch.Tensor) -> None:
         """``table += U c`` (SENG eq. 25)."""
         weighed = (self.g[0].to(c.dtype) * c).permute(1, 2, 0).reshape(-1, table.shape[1])
         table.index_add_(0, self.rows.reshape(-1), weighed)
+
+    def dense(self) -> torch.Tensor:
+        """U as (rho, height E), for a layer that holds one as large in any case."""
+        height, width, rho = self.height, self.g.shape[1], self.samples
+        u = self.g.new_zeros((rho * height, width))
+        at = self.rows.mT + height * torch.arange(rho, device=u.device).unsqueeze(1)
+        u.index_add_(0, at.reshape(-1), self.g[0].permute(2, 1, 0).reshape(-1, width))
+        return u.view(rho, -1)
 
     def subtract(self, mean: torch.Tensor, gradients: Sequence[torch.Tensor], lam: float,
                  uc: str) -> None:
@@ -109,7 +117,7 @@ class Table(Block):
     def subtract_alone(self, b: torch.Tensor, gradients: Sequence[torch.Tensor], lam: float,
                        uc: str) -> None:
         gradient = gradients[self.index]
-        self._add(gradient.view(self.height, -1), -b)
+        self.add(gradient.view(self.height, -1), -b)
         gradient.mul_(1.0 / lam)
 
 

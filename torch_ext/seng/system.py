@@ -14,6 +14,7 @@ from hvd_ext.torch.seng.blocks import Block, Chooser, Explicit, Product, block_f
 from hvd_ext.torch.seng.inventory import Layer
 from hvd_ext.torch.seng.lookup import Table
 from hvd_ext.torch.seng.rules import Factors, Lookup, PerSample
+from hvd_ext.torch.seng.tied import Tied
 
 NOT_FINITE = "what was captured is not finite"
 SAVED = ("rho", "kappa", "r", "step", "gram", "offset", "total", "ranks", "jitter", "coefficients")
@@ -207,13 +208,16 @@ def take(layer: Layer, captured: Sequence[tuple[dict[str, int], Factors | Lookup
                                     *(g for _, g in tables))):
         return NOT_FINITE
     blocks: list[Block] = []
+    table = _table(layer, tables, dtype) if tables else None
     if factors:
         product = _product(layer, factors, dtype)
         if isinstance(product, str):
             return product
-        blocks.append(product)
-    if tables:
-        blocks.append(_table(layer, tables, dtype))
+        blocks.append(product if table is None else Tied(product, table))
+    elif table is not None and u:
+        _add(u, 0, table.dense())
+    elif table is not None:
+        blocks.append(table)
     start = 0
     for place, part in sorted(u.items()):
         stored = part.to(dtype)

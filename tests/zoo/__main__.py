@@ -1,4 +1,7 @@
-"""The table of docs/seng.md: ``python -m tests.zoo [NAME ...]``; also written to ``out/seng_zoo.md``."""
+"""The table of docs/seng.md: ``python -m tests.zoo [--docs] [NAME ...]``.
+
+It is printed, written to ``out/seng_zoo.md`` and, with ``--docs``, put into the page.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from tests.zoo.measure import Measured, measure
 from tests.zoo.timm_models import TIMM
 from tests.zoo.transformers_models import TRANSFORMERS
 
+BEGIN, END = "<!-- out/seng_zoo.md -->", "<!-- end -->"
 HEAD = ("| model | parameters | with a rule | samples on | error | why the rest has none |",
         "|---|--:|--:|---|--:|---|")
 
@@ -24,9 +28,18 @@ def row(name: str, found: Measured) -> str:
             f"| {causes} |")
 
 
+def put_into_docs(lines: list[str]) -> None:
+    """Replace what is between the page's two comments."""
+    page = Path("docs/seng.md")
+    head, rest = page.read_text().split(BEGIN)
+    page.write_text("\n".join([f"{head}{BEGIN}", *lines, END]) + rest.split(END)[1])
+
+
 def main(names: list[str]) -> int:
     """Print the table; 1 when an error exceeds its limit."""
     torch.set_num_threads(1)
+    docs = "--docs" in names
+    names = [name for name in names if name != "--docs"]
     lines, beyond = list(HEAD), []
     print("\n".join(HEAD))
     for package, models in (("timm", TIMM), ("transformers", TRANSFORMERS)):
@@ -45,6 +58,8 @@ def main(names: list[str]) -> int:
     out = Path("out")
     out.mkdir(exist_ok=True)
     (out / "seng_zoo.md").write_text("\n".join(lines) + "\n")
+    if docs:
+        put_into_docs(lines)
     if beyond:
         print(f"MISSED: the error exceeds its limit for {', '.join(beyond)}")
     return int(bool(beyond))

@@ -74,6 +74,22 @@ class TimeMajor(nn.Module):
         return self.head(self.rnn(x.transpose(0, 1))[0]).mean(0)
 
 
+class LastState(nn.Module):
+    """A classifier on a recurrent network's last states, and on its output if ``both``."""
+
+    def __init__(self, kind: type[nn.RNNBase], both: bool = False, **options) -> None:
+        super().__init__()
+        self.rnn = kind(4, 5, batch_first=True, **options)
+        self.head = nn.Linear(5, 3)
+        self.both = both
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, T, E)
+        out, state = self.rnn(x)
+        states = state if isinstance(state, tuple) else (state,)
+        last = sum(s[-1] for s in states)
+        return self.head(last + out.mean(1) if self.both else last)
+
+
 class Experts(nn.Module):
     """Tokens go to one of several experts; one may get none."""
 

@@ -12,7 +12,7 @@ from torch import nn
 import hvd_ext.torch as hvd
 from tests.reference import seng as reference
 from tests.torch import seng_models as models
-from tests.torch.per_sample import by_single_samples, flat_gradient
+from tests.torch.per_sample import by_single_samples, flat_gradient, held_u
 from tests.torch.test_seng_rules import LAM, mean_loss
 
 B = 5
@@ -57,13 +57,16 @@ CASES = {
                                            {"encoder.layers.0.linear1": 1, "head": 0}),
     "recurrent, time first": (models.TimeMajor, (B, 3, 4), {"rnn": 1, "head": 1}),
     "gated recurrent": (lambda: models.TimeMajor(kind=nn.GRU), (B, 3, 4), {"rnn": 1}),
+    "last state of an LSTM": (lambda: models.LastState(nn.LSTM), (B, 3, 4), {"rnn": 0}),
+    "last state and output of a GRU of two layers": (
+        lambda: models.LastState(nn.GRU, both=True, num_layers=2), (B, 3, 4), {"rnn": 0}),
     "images": (lambda: models.Images().eval(), (B, 2, 6, 6), {"same": 0}),
     "a batch of one": (models.Windows, (1, 6, 4), {}),
 }
 
 
 # explicit_threshold=0 leaves modules without a rule by factors without one.
-IMPLICIT = [case for case in CASES if case not in ("images", "recurrent, time first", "gated recurrent")]
+IMPLICIT = [case for case in CASES if not any(word in case for word in ("images", "recurrent", "state"))]
 
 
 @pytest.mark.parametrize(("case", "threshold"), [*((case, 10**9) for case in CASES),
@@ -97,6 +100,23 @@ def test_later_batches_of_other_sizes():
     for b, t in ((5, 3), (2, 4), (1, 3), (4, 4)):
         x = torch.randn(b, t, 4).double()
         compare(model, (x,), lambda i, x=x: (x[i:i + 1],), seng, samples=b)
+
+
+def test_a_recurrent_layer_counts_the_last_micro_batch():
+    torch.manual_seed(0)
+    model, x = models.LastState(nn.LSTM).double(), torch.randn(B, 3, 4).double()
+    found = []
+    for before in (True, False):
+        model.zero_grad()
+        seng = hvd.SENG(model, damping=LAM, sketch=None)
+        if before:
+            mean_loss(model(torch.randn(B, 3, 4).double()), torch.ones(B, 3).double()).backward()
+        mean_loss(model(x), torch.zeros(B, 3).double()).backward()
+        seng.step()
+        assert seng.report()["coverage"] == 1.0
+        found.append(held_u(seng, seng.layers[0]))
+        seng.close()
+    torch.testing.assert_close(*found)
 
 
 def test_subsample_keeps_samples_not_rows():

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from hvd_ext.seng import Settings, generator, sample_batch
 from hvd_ext.seng.samples import CONSTANT
@@ -44,6 +45,15 @@ class _Use:
     rule: Rule | None = None
     arrange: Arrange | None = None
     call: Call | None = None
+
+    @property
+    def reached(self) -> bool:
+        """Whether the backward pass has come here."""
+        return self.gz is not None or (self.call is not None and bool(self.call.states))
+
+
+def _keep(states: dict[int, torch.Tensor], place: int, gradient: torch.Tensor) -> None:
+    states[place] = gradient.detach()
 
 
 @dataclass
@@ -211,9 +221,10 @@ class Capture:
         z = output[0] if called and isinstance(output, tuple) and output else output
         if isinstance(x, torch.Tensor) and isinstance(z, torch.Tensor):
             self._use(layer, _Use(module, x, None, rule=layer.lookups.get(module),
-                                  call=Call(args, kwargs) if called else None), z)
+                                  call=Call(args, kwargs) if called else None), z,
+                      states=pytree.tree_leaves(output[1:]) if isinstance(module, nn.RNNBase) else ())
 
-    def _use(self, layer: Layer, use: _Use, z: torch.Tensor) -> None:
+    def _use(self, layer: Layer, use: _Use, z: torch.Tensor, states: Sequence[torch.Tensor] = ()) -> None:
         if not (use.x.numel() and z.numel()):
             return  # an expert that was given no token: not used in this pass
         use.x = use.x.detach()
@@ -225,6 +236,8 @@ class Capture:
             # Activation checkpointing runs a forward pass again that was caught before.
             return
         use.batch = self.samples.batch
+        if any(one.reached for one in self._open.get(layer, ())):
+            del self._open[layer], self._waiting[layer]  # a pass whose end could not be told
         if layer not in self._open:
             self._done.pop(layer, None)
             self._check.forget(layer)
@@ -240,12 +253,17 @@ class Capture:
                 self._finish(layer)
 
         z.register_hook(caught)
+        if states and use.call is not None:
+            # Which of its outputs are used shows at the end of the pass only.
+            self._waiting[layer] += 1
+            for place, state in enumerate(states, 1):
+                state.register_hook(partial(_keep, use.call.states, place))
 
     # In the backward pass
 
     @torch.no_grad()
     def _finish(self, layer: Layer) -> None:
-        uses = [use for use in self._open.pop(layer) if use.gz is not None]
+        uses = [use for use in self._open.pop(layer) if use.reached]
         self._waiting.pop(layer, None)
         if not uses:
             return
@@ -290,9 +308,8 @@ class Capture:
 
     def _result(self, use: _Use, registered: Registered, dtype: torch.dtype, *, few: bool
                 ) -> tuple[Pick, Result]:
-        assert use.gz is not None
         x, gz = use.x, use.gz
-        if use.arrange is not None:
+        if use.arrange is not None and gz is not None:
             x, gz = use.arrange(x), use.arrange(gz)
         placement = self.samples.placement(use.module, use.batch)
         if placement == CONSTANT:
@@ -301,7 +318,8 @@ class Capture:
         pick = Pick(placement, use.batch, self._choose if few else None, dtype, x.shape[axis])
         given = use.call if registered.called else pick.front(x)
         rule = registered.rule if use.rule is None else use.rule
-        return pick, rule(use.module, given, pick.front(gz), pick)  # type: ignore[arg-type]
+        gz = None if gz is None else pick.front(gz)
+        return pick, rule(use.module, given, gz, pick)  # type: ignore[arg-type]
 
     def _choose(self, rho: int, device: torch.device) -> torch.Tensor | None:
         key = (rho, device)

@@ -11,7 +11,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,10 +28,15 @@ CHUNK = 32        # rows that are run at once
 
 @dataclass
 class Call:
-    """How a module was called; ``x`` is the tensor that shows the samples."""
+    """How a module was called; ``x`` is the tensor that shows the samples.
+
+    ``states`` are the gradients by what a recurrent module returns beside its output, by place, samples
+    on axis 1.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    states: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def x(self) -> torch.Tensor:
@@ -99,8 +104,10 @@ def _product(rows: torch.Tensor, columns: torch.Tensor, pick: Pick, module: nn.M
     return Factors(g, a, (a if flipped else g).sum((1, 2)))
 
 
-def vjp_rule(module: nn.Module, call: Any, gz: torch.Tensor, pick: Pick) -> PerSample:
+def vjp_rule(module: nn.Module, call: Any, gz: torch.Tensor | None, pick: Pick) -> PerSample:
     """``u_i``, the gradient of ``sum(gz_i * module(x_i))``, for any module that treats samples apart.
+
+    ``gz`` is None where a recurrent module's states alone were used.
 
     Batch norms get the statistics of the whole batch as given, as SENG's rule for them does.
 
@@ -111,39 +118,45 @@ def vjp_rule(module: nn.Module, call: Any, gz: torch.Tensor, pick: Pick) -> PerS
     axis = int(getattr(pick, "axis", 0))
     parameters = {name: p.detach() for name, p in parameters_of(module).items() if p.requires_grad}
     leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
-    rows = gz.shape[0]
+    rows = call.x.shape[axis] if gz is None else gz.shape[0]
     split = [k for k, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)
              and leaf.dim() > axis and leaf.shape[axis] == rows]
     if not split:
         raise ValueError("its output has other rows than its input")
-    held = {k: pick(leaves[k].movedim(axis, 0)) for k in split}
+    held = [pick(leaves[k].movedim(axis, 0)) for k in split]
     dtype = next(iter(parameters.values())).dtype
-    inputs = [held[k].to(dtype) if held[k].is_floating_point() else held[k] for k in split]
-    gz = pick(gz)
+    held = [t.to(dtype) if t.is_floating_point() else t for t in held]
+    # Which output, the axis of its samples, and the gradient by it.
+    known = [] if gz is None else [(0, axis, pick(gz))]
+    known += [(k, 1, pick(g.movedim(1, 0))) for k, g in call.states.items()]
 
-    def share(g: torch.Tensor, *these: torch.Tensor) -> dict[str, torch.Tensor]:
+    def share(*these: torch.Tensor) -> dict[str, torch.Tensor]:
         row = list(leaves)
-        for k, one in zip(split, these, strict=True):
+        for k, one in zip(split, these[:len(split)], strict=True):
             row[k] = one.unsqueeze(axis)
         args, kwargs = pytree.tree_unflatten(row, spec)
 
-        def run(values: dict[str, torch.Tensor]) -> torch.Tensor:
-            out = functional_call(module, values, args, kwargs)
-            return out if isinstance(out, torch.Tensor) else out[0]
+        def run(values: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+            out = pytree.tree_leaves(functional_call(module, values, args, kwargs))
+            return [out[k] for k, _, _ in known]
 
         out, pull = vjp(run, parameters)
-        return pull(g.unsqueeze(axis).to(out.dtype))[0]  # type: ignore[no-any-return]
+        pulled = [g.unsqueeze(at).to(z.dtype) for z, g, (_, at, _) in
+                  zip(out, these[len(split):], known, strict=True)]
+        return pull(pulled)[0]  # type: ignore[no-any-return]
 
+    given = [*held, *(g for _, _, g in known)]
     with _given_statistics(module, call.x), torch.enable_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop")  # an operator that vmap loops over
         try:
-            found = vmap(share, chunk_size=CHUNK)(gz, *inputs)
+            found = vmap(share, chunk_size=CHUNK)(*given)
         except Exception as error:
-            if len(gz) > MOST_CALLS:
+            count = len(given[0])
+            if count > MOST_CALLS:
                 raise ValueError(f"its per-sample gradients cannot be vectorised ({error})") from None
-            parts = [share(gz[i], *(t[i] for t in inputs)) for i in range(len(gz))]
+            parts = [share(*(t[i] for t in given)) for i in range(count)]
             found = {name: torch.stack([part[name] for part in parts]) for name in parameters}
-    return {name: one.detach().to(gz.dtype) for name, one in found.items()}
+    return {name: one.detach().to(known[0][2].dtype) for name, one in found.items()}
 
 
 @contextmanager

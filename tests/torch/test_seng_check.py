@@ -40,7 +40,7 @@ def test_a_weight_used_past_its_forward_falls_back_with_one_warning():
         assert len(said) == (step == 0)
         if said:
             assert ("they get g/(1 + damping). mixed: its samples' gradients do not add up to its "
-                    "gradient (relative error 5.5e-01). Name them") in str(said[0].message)
+                    "gradient (relative error 5.6e-01). Name them") in str(said[0].message)
     report = seng.report()
     assert "relative error" in report["layers"][0]["refused"]
     assert report["layers"][1]["refused"] is None
@@ -135,6 +135,35 @@ def test_samples_that_cancel_do_not_trip_it():
     sign = torch.cat([torch.ones(B), -torch.ones(B)])[:, None]
     quiet_step(model, hvd.SENG(model, damping=LAM),
                lambda: (1e3 * sign * model(x) + 1e-6 * model(x)).sum().backward())
+
+
+def test_a_wrong_bias_is_found_beside_a_large_weight():
+    class BiasTwice(models.Past):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(torch.tanh(self.mixed(1e4 * x)) + 1e-3 * self.mixed.bias)
+
+    torch.manual_seed(0)
+    model, x = BiasTwice().double(), 1e-4 * torch.randn(B, 4).double()
+    seng = hvd.SENG(model, damping=LAM)
+    mean_loss(model(x), torch.zeros(B, 3).double()).backward()
+    with pytest.warns(UserWarning, match="mixed: its samples' gradients do not add up"):
+        seng.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_without_a_gradient_does_not_trip_it(dtype):
+    """Before batch norm, and in the keys of attention, all that is left of it is rounding.
+
+    Few rows: layer norm's own gradient in bfloat16 is off by a third for 1,600 of them on a CPU.
+    """
+    torch.manual_seed(0)
+    norm = nn.Sequential(nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(2592, 3))
+    x = torch.randn(32, 2, 20, 20)
+    keys = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    for model, given in ((norm, x), (keys, torch.randn(32, 4, 8))):
+        model.to(dtype)
+        quiet_step(model, hvd.SENG(model, damping=LAM), lambda model=model, given=given: model(
+            given.to(dtype)).square().mean().backward())
 
 
 def test_subsample_is_checked_against_all_samples():

@@ -60,6 +60,18 @@ def test_a_weight_that_is_used_without_its_module_says_so():
         seng.step()
 
 
+def test_a_refresh_that_is_asked_for_within_a_pass_refuses_nothing():
+    model = network()
+    loss = loss_of(model, batch(0))
+    seng = hvd.SENG(model, damping=LAM)
+    loss.backward()
+    with pytest.warns(UserWarning, match="it was not used in the forward and backward pass"):
+        seng.step()
+    assert not seng._trust.refused
+    model.zero_grad()
+    quiet_step(model, seng, lambda: loss_of(model, batch(1)).backward())
+
+
 def test_without_the_check_it_does_not_fall_back():
     model, x = models.Past().double(), torch.randn(B, 4).double()
     seng = hvd.SENG(model, damping=LAM, check_gradients=False)

@@ -155,7 +155,8 @@ class Capture:
             else:
                 caught.found[layer] = next(iter(found.values()))
         for layer in self._check.came_alone():
-            if layer not in self._done:
+            # Only a forward pass that began with the hooks in place shows that a call is missing.
+            if layer not in self._done and self.samples.called:
                 caught.trust.refused[layer] = PAST_FORWARD
         self._forget()
         return caught
@@ -245,7 +246,7 @@ class Capture:
         self._waiting[layer] = self._waiting.get(layer, 0) + 1
 
         def caught(gz: torch.Tensor) -> None:
-            if self._open.get(layer) is None or use.gz is not None or not self._handles:
+            if use not in self._open.get(layer, ()) or use.gz is not None or not self._handles:
                 return
             use.gz = gz.detach()
             self._waiting[layer] -= 1

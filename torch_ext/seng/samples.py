@@ -52,6 +52,7 @@ class Samples:
             module: placement for module, placement in said.items() if placement is not None}
         self._given = set(self.placements)
         self.batch: int | None = None
+        self.called = False  # since the start
         self.trouble = ""  # why the probe did not work, if so
         self._probing: dict[nn.Module, list[Signature]] | None = None
         self._seen: dict[nn.Module, list[tuple[int, ...]]] = {}
@@ -61,7 +62,7 @@ class Samples:
 
     def start(self) -> None:
         """Watch the model's own input."""
-        self.batch = None
+        self.batch, self.called = None, False
         if not self._handles:
             self._handles = [
                 self._model.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -96,7 +97,7 @@ class Samples:
     def _before(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         backward = torch._C._current_graph_task_id() != -1
         if self._probing is None and torch.is_grad_enabled() and not backward:
-            self.batch = batch_of(args, kwargs, self._axis)
+            self.batch, self.called = batch_of(args, kwargs, self._axis), True
             self._input, self._seen = (args, kwargs), {}
 
     def _after(self, _model: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:

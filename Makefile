@@ -40,7 +40,7 @@ SUM := $(shell cat $(SOURCES) | cksum | tr ' ' '-')
 TOOLS := $(VENV)/.tools-$(SUM)
 READY := $(VENV)/.ready-$(subst $(space),-,$(FRAMEWORKS))-$(SUM)
 
-.PHONY: setup demo test test-quick test-soak test-gpu-build lint bench doctor clean
+.PHONY: setup demo test test-quick test-soak test-zoo test-gpu-build lint bench doctor clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -61,6 +61,11 @@ test-soak: $(READY)
 # Horovod with NCCL operations, built from wheels in an environment of its own: 10 GB, 20 minutes.
 test-gpu-build: $(TOOLS)
 	$(PY) -m pytest -m gpu_build tests/cli -s $(PYTEST_ARGS)
+
+test-zoo: $(READY)
+	$(PY) -m pip install --quiet --no-build-isolation --editable '.[zoo]'
+	$(PY) -m pytest tests/zoo -m "zoo or not zoo" $(PYTEST_ARGS)
+	$(PY) -m tests.zoo
 
 bench: $(READY)
 	$(PY) -m benchmarks

@@ -4,6 +4,7 @@ from hvd_ext.seng.agreement import (
     check_same_layers,
     fingerprint,
     states_differ,
+    strict_refusal,
 )
 from hvd_ext.seng.plan import LayerPlan, LayerShape, elements_held, plan_layer
 from hvd_ext.seng.report import CurvatureReport, Held, layer_row, make_report
@@ -24,6 +25,6 @@ __all__ = [
     "DEFAULT_SKETCH_SIZE", "IMAGENET_RECIPES", "JITTERS", "Cosine", "CurvatureReport", "DampingDecay",
     "ExpDecay", "Held", "LayerPlan", "LayerShape", "Recipe", "Settings", "WarmUp", "check_same_layers",
     "elements_held", "fingerprint", "generator", "imagenet_recipe", "jitters", "layer_row",
-    "make_report", "plan_layer", "sample_batch", "sample_rows", "states_differ", "takes_settings",
-    "usable_scores",
+    "make_report", "plan_layer", "sample_batch", "sample_rows", "states_differ", "strict_refusal",
+    "takes_settings", "usable_scores",
 ]

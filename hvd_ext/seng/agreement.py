@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from hvd_ext.agreement import Fingerprint, describe, disagreement, odd_ranks
 from hvd_ext.seng.plan import LayerPlan, LayerShape
+from hvd_ext.seng.samples import described
 from hvd_ext.seng.settings import Settings
 
 
@@ -16,7 +17,8 @@ def fingerprint(settings: Settings, layers: Sequence[tuple[str, LayerShape, Laye
     Args:
         layers: of each layer a name that is the same on every rank, its shape and its plan.
     """
-    lines = describe(settings, leave_out=("damping",))
+    lines = describe(settings, leave_out=("damping", "samples"))
+    lines.append(f"samples={described(settings.samples)!r}")
     lines.append(f"damping={settings.damping_at(0)!r} at step 0")
     lines += [f"{name}: {shape.kind}, {shape.groups} groups of {shape.n_g} x {shape.n_a}, "
               f"{shape.n} parameters, {plan}" for name, shape, plan in layers]
@@ -40,3 +42,10 @@ def states_differ(steps: Sequence[int]) -> RuntimeError:
     return RuntimeError(
         f"SENG's state differs between ranks: they are at steps {list(steps)} (by rank); load "
         "every rank's own state, or call reset_state() on all of them")
+
+
+def strict_refusal(layers: Sequence[str]) -> str:
+    """The error of ``strict=True`` for layers whose samples cannot be told apart."""
+    return (f"SENG cannot tell which rows of {', '.join(layers)} belong to which sample, so that each row "
+            "would count as a sample of its own, which is another curvature; say where the samples are with "
+            "samples={name: ...}, name the layers in exclude=, or pass strict=False")

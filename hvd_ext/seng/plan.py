@@ -14,7 +14,8 @@ class LayerShape:
     ``n`` counts its trainable parameters, ``product`` says whether the gradient of a sample is a
     product ``G_i A_i^T`` (linear layers and convolutions) of ``groups`` blocks ``n_g × n_a``;
     ``n_a`` counts the rows of ones that stand for biases. Other layers have ``n_g = n`` and
-    ``n_a = 1``.
+    ``n_a = 1``. ``lookup``: a table of which a sample uses some rows, and only those are held; with
+    ``product`` it is a linear layer's weight as well.
     """
 
     name: str
@@ -24,6 +25,7 @@ class LayerShape:
     n_a: int
     groups: int = 1
     product: bool = True
+    lookup: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,11 @@ def plan_layer(shape: LayerShape, settings: Settings) -> LayerPlan:
         return LayerPlan(
             implicit=True,
             rank=settings.rank,
-            rows_g=_kept(shape.n_g, settings.row_sketch, settings),
-            rows_a=_kept(shape.n_a, settings.row_sketch, settings),
+            rows_g=None if shape.lookup else _kept(shape.n_g, settings.row_sketch, settings),
+            rows_a=None if shape.lookup else _kept(shape.n_a, settings.row_sketch, settings),
         )
+    if shape.lookup and not shape.product:
+        return LayerPlan(implicit=False)
     return LayerPlan(implicit=False, sketch=_kept(shape.n, settings.sketch_size, settings))
 
 

@@ -9,11 +9,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from hvd_ext.seng.coverage import Gap, by_cause, coverage_line
 from hvd_ext.seng.plan import LayerPlan, LayerShape, elements_held
 from hvd_ext.seng.settings import Settings
 
 COLUMNS = ("layer", "kind", "held", "n", "n_G", "n_A", "groups", "rho", "kappa", "rank", "sketch",
-           "bytes", "formula_bytes", "coefficient_norm", "jitter", "age", "failures")
+           "bytes", "formula_bytes", "coefficient_norm", "jitter", "age", "failures", "samples")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ def layer_row(shape: LayerShape, plan: LayerPlan, held: Held | None, *,
     }
     if held is None:
         return {**row, "held": "identity"}
+    if shape.lookup and (plan.implicit or not shape.product):
+        kind = "implicit and rows used" if shape.product else "rows used"
+        return {**row, "held": kind, "rho": held.rho, "rank": held.r, "bytes": held.nbytes,
+                "formula_bytes": held.nbytes, "jitter": held.jitter, "age": held.age,
+                "coefficient_norm": held.coefficient_norm}
     formula = held.itemsize * elements_held(shape, plan, rho=held.rho, r=held.r)
     return {**row, "rho": held.rho, "kappa": held.kappa, "rank": held.r or None,
             "bytes": held.nbytes, "formula_bytes": formula, "jitter": held.jitter,
@@ -52,14 +58,29 @@ def layer_row(shape: LayerShape, plan: LayerPlan, held: Held | None, *,
 
 
 def make_report(rows: Sequence[dict[str, Any]], settings: Settings, *, step: int, ranks: int,
-                skipped: int, identity_parameters: int, **more: Any) -> CurvatureReport:
-    """The rows of all layers and their totals."""
+                skipped: int, identity_parameters: int, parameters: int | None = None,
+                gaps: Sequence[Gap] = (), **more: Any) -> CurvatureReport:
+    """The rows of all layers and their totals.
+
+    Args:
+        identity_parameters: those that have no curvature now.
+        parameters: all trainable ones, where that is known.
+        gaps: those that never get a curvature, and why.
+    """
+    lam = settings.damping_at(step)
+    if parameters is not None:
+        missing = sum(gap.count for gap in gaps)
+        more = {"coverage": (parameters - missing) / max(parameters, 1),
+                "coverage_line": coverage_line(parameters, gaps, settings.other_text),
+                "without_rule": {cause: {"parameters": sum(gap.count for gap in group),
+                                         "modules": [gap.what for gap in group]}
+                                 for cause, group in by_cause(gaps).items()}, **more}
     return CurvatureReport(
-        layers=list(rows), step=step, damping=settings.damping_at(step), coupling=settings.coupling,
+        layers=list(rows), step=step, damping=lam, coupling=settings.coupling,
         ranks=ranks, bytes=sum(row["bytes"] for row in rows),
         formula_bytes=sum(row["formula_bytes"] for row in rows),
         identity_parameters=identity_parameters, failures=sum(row["failures"] for row in rows),
-        skipped=skipped, **more)
+        skipped=skipped, rate_ratio=settings.other_divisor(lam) / lam, other=settings.other, **more)
 
 
 class CurvatureReport(dict[str, Any]):
@@ -78,14 +99,16 @@ class CurvatureReport(dict[str, Any]):
     def _title(self) -> str:
         return (f"SENG at step {self['step']}: damping {self['damping']:g}, coupling "
                 f"{self['coupling']}, {self['bytes']:,} bytes of curvature, "
-                f"{self['identity_parameters']} parameters on the identity rule, "
+                f"{self['identity_parameters']:,} parameters without curvature (their step is "
+                f"{1 / self['rate_ratio']:.2g} of that of directions outside of U), "
                 f"{self['failures']} failures, {self['skipped']} gradients not finite")
 
     def __str__(self) -> str:
         console = Console(width=200)
         with console.capture() as capture:
             console.print(self.table())
-        return capture.get()
+        lead = f"{self['coverage_line']}\n" if "coverage_line" in self else ""
+        return lead + capture.get()
 
 
 def _cell(value: Any) -> str:

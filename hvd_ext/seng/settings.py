@@ -9,6 +9,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from hvd_ext import checks
+from hvd_ext.seng.samples import check_samples
 
 Damping = float | Callable[[int], float]
 
@@ -39,7 +40,19 @@ class Settings:
             micro-batches. Mixed precision's scale is not part of it: the gradient scaler knows it.
         curvature_dtype: ``"float32"``, ``"bfloat16"``, ``"float64"`` or the framework's dtype of that
             name; None for the working precision (the parameters', float32 for half-precision ones).
-        exclude: names of modules (with all inside them) left on the identity rule ``g/(1+lam)``.
+        exclude: names of modules (with all inside them) that get no curvature.
+        other: what a parameter without curvature gets: ``"identity"`` g/(1+lam), ``"matched"`` g/lam, as
+            directions outside of U do in layers with curvature, ``"none"`` g as it is.
+        samples: where the samples are. None: the first axis of the model's input, and what its layers
+            make of it is found out. An axis of the model's input; or a dict from the name of a module
+            (it stands for all inside it too) to the axis in the inputs of its layers, to ``"contiguous"``
+            or ``"strided"`` (axis 0 holds several rows of each sample, those of one sample side by side
+            or a batch apart), to ``"rows"`` (each row counts as a sample) or to a function from the number
+            of rows to an array of each row's sample.
+        strict: refuse a layer whose rows cannot be told apart by sample, in place of counting each row as
+            a sample.
+        check_gradients: compare what a layer captures with its own gradient, at the first refresh and
+            whenever the layers change; those that differ get no curvature.
         seed: of all row and sample choices; the same on every rank.
 
     Raises:
@@ -62,6 +75,10 @@ class Settings:
     loss_scale: float = 1.0
     curvature_dtype: Any = None
     exclude: Iterable[str] | None = None
+    other: str = "identity"
+    samples: Any = None
+    strict: bool = False
+    check_gradients: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -97,6 +114,11 @@ class Settings:
             object.__setattr__(self, "curvature_dtype", str(named).removeprefix("torch."))
         checks.choice("curvature_dtype", self.curvature_dtype,
                       ("float32", "bfloat16", "float64", None))
+        checks.choice("other", self.other, ("identity", "matched", "none"),
+                      hint="what parameters without curvature get: g/(1+lam), g/lam or g")
+        check_samples(self.samples)
+        checks.flag("strict", self.strict)
+        checks.flag("check_gradients", self.check_gradients)
         checks.whole("seed", self.seed, low=0)
         if isinstance(self.exclude, str):
             raise TypeError(f"exclude must be a list of names, got {self.exclude!r}; pass "
@@ -112,6 +134,15 @@ class Settings:
     def excluded(self) -> tuple[str, ...]:
         """The names in ``exclude``."""
         return tuple(self.exclude or ())
+
+    def other_divisor(self, lam: float) -> float:
+        """What the gradient of a parameter without curvature is divided by."""
+        return {"identity": 1.0 + lam, "matched": lam, "none": 1.0}[self.other]
+
+    @property
+    def other_text(self) -> str:
+        """What such a parameter gets, in words."""
+        return {"identity": "g/(1 + damping)", "matched": "g/damping", "none": "g as it is"}[self.other]
 
     def damping_at(self, step: int) -> float:
         """lam at this step.

@@ -365,3 +365,53 @@ def test_another_number_of_ranks_drops_what_depends_on_it():
     assert hooks(model)
     train(model, seng, optimizer, [2])
     assert seng.report()["layers"][0]["age"] == 1
+
+
+def test_a_diverging_run_says_so_once_and_names_damping():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 2))
+    seng = hvd.SENG(model, damping=1e-3, update_freq=50)
+    optimizer = torch.optim.SGD(model.parameters(), lr=10.0)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(60):
+            optimizer.zero_grad()
+            model(torch.randn(6, 3)).square().mean().backward()
+            seng.step()
+            optimizer.step()
+    assert not all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    (about,) = (str(one.message) for one in said if "not finite any more" in str(one.message))
+    assert "damping=0.001" in about
+
+
+def test_dropped_layers_are_one_warning_each_way():
+    """Stochastic depth: other layers are without a pass at each refresh."""
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(6))
+            self.step = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for k, block in enumerate(self.blocks):
+                if (k + self.step) % 3:
+                    x = x + torch.tanh(block(x))
+            return x
+
+    torch.manual_seed(0)
+    model = Dropping()
+    seng = hvd.SENG(model, damping=LAM, update_freq=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for model.step in range(5):
+            optimizer.zero_grad()
+            model(torch.randn(5, 4)).square().mean().backward()
+            seng.step()
+            optimizer.step()
+    about = sorted(str(one.message) for one in said)
+    assert len(about) == 2
+    assert "could not refresh blocks.0, blocks.3: it was not used" in about[0]
+    assert "gets g/(1 + damping) until then" in about[0]
+    assert "keeps its previous curvature" in about[1]
+    assert seng.report()["failures"] == 10

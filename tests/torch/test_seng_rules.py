@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import hvd_ext.torch as hvd
+from hvd_ext.torch.seng import rules
 from tests.reference import seng as reference
 from tests.torch.per_sample import by_masking, by_single_samples, flat_gradient, held_u
 
@@ -228,43 +229,22 @@ def own_rule(module, x, gz, pick):
     return {"weight": pick(x) * pick(gz)}
 
 
-def test_layers_without_a_rule_fall_back_with_one_warning_and_a_rule_can_be_registered():
-    class Mixed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
-            self.rnn = nn.LSTM(4, 4, batch_first=True)
-            self.own = Own()
-            self.head = nn.Linear(4, 2)
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.rnn = nn.LSTM(4, 4, batch_first=True)
+        self.own = Own()
+        self.head = nn.Linear(4, 2)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x, _ = self.attention(x, x, x)
-            x, _ = self.rnn(x)
-            return self.head(self.own(x[:, -1]))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, _ = self.attention(x, x, x)
+        x, _ = self.rnn(x)
+        return self.head(self.own(x[:, -1]))
 
-    torch.manual_seed(0)
-    model = Mixed().double()
-    with pytest.warns(UserWarning, match="no rule") as said:
-        seng = hvd.SENG(model, damping=LAM, sketch=None)
-    assert len(said) == 1
-    for name in ("attention (MultiheadAttention)", "attention.out_proj", "rnn (LSTM)", "own (Own)"):
-        assert name in str(said[0].message)
-    x, target = torch.randn(5, 3, 4).double(), torch.randn(5, 2).double()
-    mean_loss(model(x), target).backward()
-    before = {name: p.grad.clone() for name, p in model.named_parameters()}
-    seng.step()
-    for name, p in model.named_parameters():
-        if not name.startswith("head"):
-            torch.testing.assert_close(p.grad, before[name] / (1 + LAM))
-    seng.close()
 
-    hvd.register_seng_rule(Own, own_rule, replace=True)
-    with pytest.raises(ValueError, match="replace=True"):
-        hvd.register_seng_rule(Own, own_rule)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        seng = hvd.SENG(model, damping=LAM, sketch=None, exclude=["attention", "rnn"])
-    assert [row["layer"] for row in seng.report()["layers"]] == ["own", "head"]
+def against_single_samples(model: nn.Module, seng, x: torch.Tensor, target: torch.Tensor) -> None:
+    """One step: each layer's direction is the dense one from one sample's pass after the other."""
     model.zero_grad()
     mean_loss(model(x), target).backward()
     g = {layer: flat_gradient(layer).numpy() for layer in seng.layers}
@@ -274,26 +254,80 @@ def test_layers_without_a_rule_fall_back_with_one_warning_and_a_rule_can_be_regi
                                    layer.parameters)
         u = reference.dense_u(torch.cat([s.flatten(1) for s in shares], 1).numpy())
         np.testing.assert_allclose(flat_gradient(layer).numpy(),
-                                   reference.direction(u, g[layer], LAM), rtol=1e-7)
+                                   reference.direction(u, g[layer], LAM), rtol=1e-7, atol=1e-12)
 
 
-def test_weight_shared_with_a_layer_without_a_rule_falls_back():
-    class Language(nn.Module):
+def test_modules_that_treat_samples_apart_need_no_rule_of_their_own():
+    torch.manual_seed(0)
+    model = Mixed().double()
+    x, target = torch.randn(5, 3, 4).double(), torch.randn(5, 2).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        seng = hvd.SENG(model, damping=LAM, sketch=None)
+        against_single_samples(model, seng, x, target)
+    report = seng.report()
+    assert [row["layer"] for row in report["layers"]] == [
+        "attention", "attention.out_proj", "rnn", "own", "head"]
+    assert report["coverage"] == 1.0
+    assert str(report).startswith("SENG has a rule for 100 % of 254 parameters.\n")
+
+
+@pytest.mark.parametrize("other", ["identity", "matched", "none"])
+def test_layers_without_a_rule_fall_back_with_one_warning_and_a_rule_can_be_registered(other):
+    torch.manual_seed(0)
+    model = Mixed().double()
+    with pytest.warns(UserWarning, match="no rule") as said:
+        seng = hvd.SENG(model, damping=LAM, sketch=None, check_gradients=False, other=other)
+    assert len(said) == 1
+    for name in ("rnn (LSTM)", "own (Own)", seng.settings.other_text):
+        assert name in str(said[0].message)
+    x, target = torch.randn(5, 3, 4).double(), torch.randn(5, 2).double()
+    mean_loss(model(x), target).backward()
+    before = {name: p.grad.clone() for name, p in model.named_parameters()}
+    seng.step()
+    divisor = {"identity": 1 + LAM, "matched": LAM, "none": 1.0}[other]
+    for name, p in model.named_parameters():
+        if not name.startswith(("head", "attention")):
+            torch.testing.assert_close(p.grad, before[name] / divisor)
+    report = seng.report()
+    assert report["rate_ratio"] == pytest.approx(divisor / LAM)
+    assert report["without_rule"]["no rule"] == {
+        "parameters": 164, "modules": ["rnn, LSTM", "own, Own"]}
+    assert "no rule (rnn, LSTM, own, Own)" in str(report).splitlines()[0]
+    seng.close()
+
+    hvd.register_seng_rule(Own, own_rule, replace=True)
+    try:
+        with pytest.raises(ValueError, match="replace=True"):
+            hvd.register_seng_rule(Own, own_rule)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            seng = hvd.SENG(model, damping=LAM, sketch=None, exclude=["attention", "rnn"],
+                            check_gradients=False)
+        assert [row["layer"] for row in seng.report()["layers"]] == ["own", "head"]
+        against_single_samples(model, seng, x, target)
+    finally:
+        del rules._RULES[Own]
+
+
+def test_weight_shared_with_a_module_without_a_rule_falls_back():
+    class Shared(nn.Module):
+        """It holds a parameter beside other modules, so no rule is tried on it."""
+
         def __init__(self) -> None:
             super().__init__()
-            self.table = nn.Embedding(7, 4)
-            self.middle = nn.Linear(4, 4)
-            self.head = nn.Linear(4, 7, bias=False)
-            self.head.weight = self.table.weight
+            self.middle, self.head = nn.Linear(4, 4), nn.Linear(4, 7, bias=False)
+            self.table = self.head.weight
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(self.middle(self.table(x)))
+            return self.head(self.middle(x)) + x @ self.table.T
 
-    model = Language()
+    model = Shared()
     with pytest.warns(UserWarning, match=r"head \(Linear, shares a parameter\)"):
         seng = hvd.SENG(model, damping=LAM)
     assert [row["layer"] for row in seng.report()["layers"]] == ["middle"]
-    F.cross_entropy(model(torch.tensor([1, 2, 3])), torch.tensor([2, 3, 4])).backward()
-    before = model.table.weight.grad.clone()
+    F.cross_entropy(model(torch.randn(3, 4)), torch.tensor([2, 3, 4])).backward()
+    before = model.table.grad.clone()
     seng.step()
-    torch.testing.assert_close(model.table.weight.grad, before / (1 + LAM))
+    torch.testing.assert_close(model.table.grad, before / (1 + LAM))
+    assert "no rule" in seng.report()["without_rule"]

@@ -62,6 +62,7 @@ class SENG(tf.Module):
             raise TypeError(f"model must be a keras.Model, got {model!r}")
         super().__init__(name=name)
         self.settings = Settings(**settings)
+        _refuse_missing(self.settings)
         if not model.built:
             raise ValueError(f"the model {model.name!r} has no weights yet; call it on a batch, or "
                              "model.build(input_shape), before hvd.SENG")
@@ -233,3 +234,11 @@ class SENG(tf.Module):
         """Per layer: kind, sizes, bytes, coefficient norm, jitter, age; prints as a table."""
         return report(self.states, self.settings, self._parameters, step=int(self.step),
                       skipped=int(self.skipped), ranks=max(1, self._ranks))
+
+
+def _refuse_missing(settings: Settings) -> None:
+    """Settings that only the PyTorch front end has."""
+    defaults = Settings(damping=settings.damping)
+    for name in ("other", "samples", "strict"):
+        if getattr(settings, name) != getattr(defaults, name):
+            raise NotImplementedError(f"SENG's {name}= is in hvd_ext.torch only; leave it out in TensorFlow")

@@ -7,7 +7,6 @@ in ``step.py``, the refresh of the curvature in ``refresh.py``.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +16,11 @@ from torch import nn
 from hvd_ext.seng import CurvatureReport, Settings, takes_settings
 from hvd_ext.torch.collectives import Collectives
 from hvd_ext.torch.loss_scale import loss_scale
-from hvd_ext.torch.seng.capture import Capture
-from hvd_ext.torch.seng.inventory import Layer, take_inventory
+from hvd_ext.torch.seng.capture import Capture, Trust
+from hvd_ext.torch.seng.eager import EagerPasses
+from hvd_ext.torch.seng.inventory import Layer, Missing, take_inventory
 from hvd_ext.torch.seng.kernels import all_finite
+from hvd_ext.torch.seng.notices import Notices
 from hvd_ext.torch.seng.refresh import Refresh, Refreshed
 from hvd_ext.torch.seng.state import State
 from hvd_ext.torch.seng.step import Gradients, Lagged, Step
@@ -43,10 +44,11 @@ class SENG:
         seng.step()                  # .grad, averaged over ranks already, becomes p
         optimizer.step()
 
-    Linear, convolution (1-3 dimensions, transposed in 2), batch, layer and group norm layers get
-    their empirical Fisher matrix, any other parameter ``g/(1 + lam)``. The curvature is taken
-    from the forward and backward pass of every ``update_freq``-th step; hooks exist only then.
-    The loss must be the mean or sum over the rank's batch, the first axis of every layer's input.
+    Linear, convolution (1-3 dimensions, transposed in 2), norm, embedding and attention layers, and
+    small modules whose ``forward`` treats samples apart, get their empirical Fisher matrix; any other
+    parameter what ``other`` says. The curvature is taken from the forward and backward pass of every
+    ``update_freq``-th step; hooks exist only then, and a compiled model runs uncompiled. The loss must
+    be the mean or sum over the rank's batch; where its layers have the batch is found out (``samples``).
 
     Args:
         model: any module; its parameters are not changed, only their ``.grad``.
@@ -77,7 +79,9 @@ class SENG:
         self._attached = False
         self._ranks = 0
         self._step = Step(None, name, self.settings.uc)
-        self._warned: set[tuple[str, str]] = set()
+        self._notices = Notices(self.settings)
+        self._eager = EagerPasses()
+        self._missing: list[Missing] = []
         self._trainable: list[bool] = []
         self._forget_step()
         self._scan()
@@ -100,10 +104,7 @@ class SENG:
                 "(linear, convolution, batch, layer or group norm); precondition another model, "
                 "unfreeze layers, shorten exclude=, or register a rule with "
                 "hvd.register_seng_rule")
-        if inventory.without_rule:
-            self._warn_once("rule", ", ".join(inventory.without_rule),
-                            "SENG has no rule for {}; their parameters get g/(1 + damping). Teach it "
-                            "one with hvd.register_seng_rule, or name them in exclude= to agree")
+        self._notices.without_rule(inventory.without_rule)
         kept = {}
         for layer in inventory.layers:
             old = before.get(tuple(map(id, layer.parameters)))
@@ -113,7 +114,8 @@ class SENG:
             self.capture.stop()
             self._drop_lagged()
         self.layers, self._trainable, self.state.systems = inventory.layers, trainable, kept
-        self.capture = Capture(self.layers, self.settings, lambda: loss_scale(self._scaler))
+        self._missing, self._trust = inventory.missing, Trust()
+        self.capture = Capture(self.model, self.layers, self.settings, lambda: loss_scale(self._scaler))
 
     def shared_state(self) -> dict[str, int]:
         """The counters, which are the same on every rank."""
@@ -156,6 +158,7 @@ class SENG:
     def close(self) -> None:
         """Remove all hooks and wait for what is under way. The object is of no use afterwards."""
         self.capture.stop()
+        self._eager.release()
         self._drop_lagged()
 
     # The step
@@ -175,7 +178,8 @@ class SENG:
         if not state.due:
             return
         lam = self.settings.damping_at(state.step)
-        refreshed = refresh.run(self.capture.collect(), state.step, lam)
+        refreshed = refresh.run(self.capture.collect(), self._trust.refused, self.capture.by_rows(),
+                                state.step, lam)
         lagged = None
         if state.lagged.previous and refreshed.step == state.step:
             # SENG eq. 27 with this step's U and the last gradient, beside the gradients.
@@ -220,7 +224,7 @@ class SENG:
         self._arm()
 
     def _direct(self) -> None:
-        """Gradients into directions: by the layers' curvature, by ``g/(1 + lam)`` without one."""
+        """Gradients into directions: by the layers' curvature, by ``other`` without one."""
         state, settings = self.state, self.settings
         lam = settings.damping_at(state.step)
         # p is linear in g: only what is kept from step to step must have the same scale at each.
@@ -235,9 +239,10 @@ class SENG:
         else:
             self._step.directions(state.systems, gradients, lam)
         done = {id(p) for layer in gradients for p in layer.parameters}
+        divisor = settings.other_divisor(lam)
         for parameter in self.model.parameters():
-            if parameter.grad is not None and id(parameter) not in done:
-                parameter.grad.div_(1.0 + lam)
+            if divisor != 1.0 and parameter.grad is not None and id(parameter) not in done:
+                parameter.grad.div_(divisor)
         for one in gradients.values():
             one.write_back(scale)
 
@@ -266,25 +271,31 @@ class SENG:
         if candidate is None:
             return
         state, new = self.state, candidate.refreshed
+        fresh = {layer: reason for layer, reason in new.trust.refused.items()
+                 if layer not in self._trust.refused}
+        self._trust.accepted.update(new.trust.accepted)
+        self._trust.refused.update(fresh)
         both = {**state.systems, **new.systems}
-        state.systems = {layer: both[layer] for layer in self.layers if layer in both}
+        state.systems = {layer: both[layer] for layer in self.layers
+                         if layer in both and layer not in self._trust.refused}
         state.lagged = candidate.lagged or Lagged(state.lagged.pending)
         state.step = new.step
         # With nothing captured anywhere the next step tries again.
         state.due = not new.systems
-        for layer, reason in new.failures.items():
+        for layer in new.failures:
             state.failures[layer.name] = state.failures.get(layer.name, 0) + 1
-            left = ("keeps its previous curvature" if layer in state.systems
-                    else "gets g/(1 + damping) until then")
-            self._warn_once(layer.name, layer.name, f"SENG could not refresh {{}}: {reason}. It "
-                            f"{left}; further failures are counted in report()")
+        self._notices.refused(fresh)
+        self._notices.by_rows(new.by_rows, self.capture.samples.trouble)
+        self._notices.failed(new.failures, state.systems)
 
     def _skip(self) -> None:
         """Leave a gradient that is not finite alone, and all that would have followed from it."""
         self.state.skipped += 1
         self._discard()
+        if not all_finite(self.model.parameters()):
+            self._notices.diverged(self.state.step, self.settings.damping_at(self.state.step))
         if self.state.due:
-            self.capture.start(self.state.step)
+            self.capture.start(self.state.step, self._trust)
 
     def _discard(self) -> None:
         if self._candidate is not None and self._candidate.lagged is not None:
@@ -305,14 +316,11 @@ class SENG:
         """Install the hooks when the coming step refreshes the curvature, remove them otherwise."""
         if self.state.due:
             self._scan()
-            self.capture.start(self.state.step)
+            self.capture.start(self.state.step, self._trust)
+            self._eager.hold()
         elif self.capture.active:
             self.capture.stop()
-
-    def _warn_once(self, key: str, names: str, message: str) -> None:
-        if (key, message) not in self._warned:
-            self._warned.add((key, message))
-            warnings.warn(message.format(names), stacklevel=3)
+            self._eager.release()
 
     # State and figures
 
@@ -337,7 +345,7 @@ class SENG:
         """Start anew: no curvature, step 0, a refresh at the next step."""
         self._drop_lagged()
         self._forget_step()
-        self.state = State()
+        self.state, self._trust = State(), Trust()
         self._arm()
 
     def ranks(self) -> int:
@@ -352,6 +360,8 @@ class SENG:
         return self._step.waited
 
     def report(self) -> CurvatureReport:
-        """Per layer: kind, sizes, bytes, coefficient norm, jitter, age; prints as a table."""
+        """Coverage in one line; per layer kind, sizes, bytes, coefficient norm, jitter, age; prints as a
+        table."""
         return self.state.report(self.layers, self.settings, list(self.model.parameters()),
-                                 ranks=self.ranks(), waited=self.waited)
+                                 ranks=self.ranks(), waited=self.waited, trust=self._trust,
+                                 missing=self._missing, samples=self.capture.samples.placements)

@@ -319,8 +319,12 @@ BLOCKS: dict[str, type[Block]] = {"Explicit": Explicit, "Product": Product}
 
 def block_from(state: dict[str, Any], device: torch.device) -> Block:
     """The block that ``state()`` was called on, on a device."""
-    values = {key: value.to(device) if isinstance(value, torch.Tensor) else value
-              for key, value in state.items() if key != "type"}
+    values: dict[str, Any] = {}
+    for key, value in state.items():
+        if isinstance(value, dict):
+            values[key] = block_from(value, device)
+        elif key != "type":
+            values[key] = value.to(device) if isinstance(value, torch.Tensor) else value
     return BLOCKS[state["type"]](**values)
 
 

@@ -3,46 +3,73 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from hvd_ext.seng import Settings, generator, sample_batch
+from hvd_ext.seng.samples import CONSTANT
+from hvd_ext.torch.seng.attention import Arrange, listen
+from hvd_ext.torch.seng.check import GradientCheck, add_up
 from hvd_ext.torch.seng.inventory import Layer
-from hvd_ext.torch.seng.system import LayerSystem, take
+from hvd_ext.torch.seng.per_sample import Call
+from hvd_ext.torch.seng.rules import Registered, Rule
+from hvd_ext.torch.seng.samples import Pick, Result, Samples
+from hvd_ext.torch.seng.system import NOT_FINITE, LayerSystem, take
+
+NO_PROOF = "it had no gradient that a rule could be tried on"
+WRONG_SUM = "its samples' gradients do not add up to its gradient"
+NO_RULE_HOLDS = "no rule reproduces its gradient"
+PAST_FORWARD = "it has a gradient but no call on a tensor was seen"
+NOT_BY_SAMPLE = "its input is the same for all samples, which share its output"
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
+    """Whether a backward pass is under way in this thread."""
     return bool(torch._C._current_graph_task_id() != -1)
 
 
 @dataclass(eq=False)
 class _Use:
-    """One call of a module in a forward pass."""
+    """One call of a module in a forward pass. ``rule`` and ``arrange`` are those of a projection in
+    attention; ``call`` has the whole call where a rule wants it."""
 
     module: nn.Module
     x: torch.Tensor
+    batch: int | None
     gz: torch.Tensor | None = None
+    rule: Rule | None = None
+    arrange: Arrange | None = None
+    call: Call | None = None
+
+    @property
+    def reached(self) -> bool:
+        """Whether the backward pass has come here."""
+        return self.gz is not None or (self.call is not None and bool(self.call.states))
 
 
-class _Pick:
-    """Keeps the chosen samples, casts, and remembers how many samples there were."""
+def _keep(states: dict[int, torch.Tensor], place: int, gradient: torch.Tensor) -> None:
+    states[place] = gradient.detach()
 
-    def __init__(self, choose: Callable[[int, torch.device], torch.Tensor | None],
-                 dtype: torch.dtype) -> None:
-        self._choose = choose
-        self._dtype = dtype
-        self.samples = 1
-        self.kept = 1
 
-    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
-        chosen = self._choose(tensor.shape[0], tensor.device)
-        self.samples = tensor.shape[0]
-        tensor = tensor if chosen is None else tensor.index_select(0, chosen)
-        self.kept = tensor.shape[0]
-        return tensor.to(self._dtype)
+@dataclass
+class Trust:
+    """What the gradient check has said: which rule a layer has, and which layers have none that holds."""
+
+    accepted: dict[Layer, int] = field(default_factory=dict)
+    refused: dict[Layer, str] = field(default_factory=dict)
+
+
+@dataclass
+class Caught:
+    """Each caught layer's curvature, or what is wrong with it, and what the gradient check says now."""
+
+    found: dict[Layer, LayerSystem | str] = field(default_factory=dict)
+    trust: Trust = field(default_factory=Trust)
 
 
 class Capture:
@@ -57,17 +84,25 @@ class Capture:
         amp_scale: gives the factor of mixed precision in the loss of the pass under way.
     """
 
-    def __init__(self, layers: Sequence[Layer], settings: Settings,
+    def __init__(self, model: nn.Module, layers: Sequence[Layer], settings: Settings,
                  amp_scale: Callable[[], float]) -> None:
         self.layers = list(layers)
         self._settings = settings
         self._amp_scale = amp_scale
+        self._layer_of = {module: layer for layer in self.layers for module in layer.slots}
+        self._attentions = [module for module in model.modules()
+                            if isinstance(module, nn.MultiheadAttention)
+                            and (module in self._layer_of or module.out_proj in self._layer_of)]
+        names = {module: name for name, module in model.named_modules() if module in self._layer_of}
+        self.samples = Samples(model, settings, names)
+        self._check = GradientCheck()
+        self._trust = Trust()
         self._handles: list[Any] = []
         self._step = 0
         self._scale: float | None = None
         self._open: dict[Layer, list[_Use]] = {}
         self._waiting: dict[Layer, int] = {}
-        self._done: dict[Layer, LayerSystem | str] = {}
+        self._done: dict[Layer, dict[int, LayerSystem | str]] = {}
         self._chosen: dict[tuple[int, torch.device], torch.Tensor | None] = {}
 
     @property
@@ -75,86 +110,217 @@ class Capture:
         """Whether hooks are installed."""
         return bool(self._handles)
 
-    def start(self, step: int) -> None:
-        """Install the hooks for the refresh of this step; forget what was caught before."""
-        self._step = step
+    def start(self, step: int, trust: Trust) -> None:
+        """Install the hooks for the refresh of this step; forget what was caught before.
+
+        Args:
+            trust: layers that are in it are not checked again, refused ones not caught.
+        """
+        self._step, self._trust = step, trust
         self._forget()
+        if self._settings.check_gradients:
+            self._check.start([layer for layer in self.layers if self._unsure(layer)])
         if self._handles:
             return
-        for layer in self.layers:
-            for module in layer.slots:
-                def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
-                         output: Any, layer: Layer = layer) -> None:
-                    self._forward(layer, module, args, kwargs, output)
-
-                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        self.samples.start()
+        for module, layer in self._layer_of.items():
+            if not isinstance(module, nn.MultiheadAttention):
+                self._handles.append(module.register_forward_hook(
+                    partial(self._forward, layer), with_kwargs=True))
+                self.samples.hooks.add(self._handles[-1].id)
+        for module in self._attentions:
+            self._listen_to(module)
 
     def stop(self) -> None:
         """Remove the hooks and everything caught."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self.samples.stop()
+        self.samples.hooks.clear()
+        self._check.stop()
         self._forget()
 
-    def collect(self) -> dict[Layer, LayerSystem | str]:
-        """Each caught layer's curvature, or what is wrong with it; layers not used are left out."""
+    def _unsure(self, layer: Layer) -> bool:
+        return layer not in self._trust.accepted and layer not in self._trust.refused
+
+    def collect(self) -> Caught:
+        """What was caught since the start; layers not used are left out."""
         for layer in list(self._open):
             self._finish(layer)
-        done, self._done = self._done, {}
+        caught = Caught()
+        for layer, found in self._done.items():
+            if self._settings.check_gradients and self._unsure(layer):
+                self._judge(layer, found, caught)
+            else:
+                caught.found[layer] = next(iter(found.values()))
+        for layer in self._check.came_alone():
+            # Only a forward pass that began with the hooks in place shows that a call is missing.
+            if layer not in self._done and self.samples.called:
+                caught.trust.refused[layer] = PAST_FORWARD
         self._forget()
-        return done
+        return caught
+
+    def by_rows(self) -> list[Layer]:
+        """Layers of which no one knows which rows belong to a sample."""
+        return [layer for layer in self.layers if layer not in self._trust.refused
+                and any(self.samples.found_rows(module) for module in layer.slots)]
+
+    def _judge(self, layer: Layer, found: dict[int, LayerSystem | str], caught: Caught) -> None:
+        """Compare each rule's sum over samples with the gradient; the first that holds is the layer's."""
+        if found[0] == NOT_BY_SAMPLE:
+            caught.trust.refused[layer] = NOT_BY_SAMPLE
+            return
+        usable = [k for k, one in found.items() if isinstance(one, LayerSystem)]
+        verdicts = dict(zip(usable, self._check.verdicts(layer), strict=False))
+        for k, verdict in verdicts.items():
+            if verdict.passed and (verdict.proved or not layer.tried):
+                caught.found[layer], caught.trust.accepted[layer] = found[k], k
+                return
+        if not layer.tried:
+            verdict = verdicts.get(0)
+            if verdict is not None and verdict.passed is False:
+                caught.trust.refused[layer] = f"{WRONG_SUM} (relative error {verdict.error:.1e})"
+            else:
+                caught.found[layer] = found[0]
+        elif NOT_FINITE in found.values():
+            caught.found[layer] = NOT_FINITE
+        elif any(verdict.passed is None or verdict.passed for verdict in verdicts.values()):
+            caught.found[layer] = NO_PROOF
+        else:
+            reasons = [one for one in found.values() if isinstance(one, str)]
+            caught.trust.refused[layer] = reasons[-1] if len(reasons) == len(found) else NO_RULE_HOLDS
 
     def _forget(self) -> None:
         self._scale = None
         self._open, self._waiting, self._done, self._chosen = {}, {}, {}, {}
 
-    def _forward(self, layer: Layer, module: nn.Module, args: tuple[Any, ...],
-                 kwargs: dict[str, Any], output: Any) -> None:
+    # In the forward pass
+
+    def _listen_to(self, module: nn.MultiheadAttention) -> None:
+        stops: list[Callable[[], None]] = []
+
+        def tell(part: nn.Module, x: torch.Tensor, z: torch.Tensor, rule: Rule, arrange: Arrange) -> None:
+            if part in self._layer_of:
+                self._use(self._layer_of[part], _Use(part, x, None, None, rule, arrange), z)
+
+        def before(_module: nn.Module, _args: tuple[Any, ...]) -> None:
+            stops.append(listen(module, tell))
+
+        def after(_module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+            if stops:
+                stops.pop()()
+
+        self._handles.append(module.register_forward_pre_hook(before))
+        self._handles.append(module.register_forward_hook(after, always_call=True))
+        self.samples.hooks.add(self._handles[-1].id)
+
+    def _forward(self, layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
+                 output: Any) -> None:
         x = args[0] if args else next(iter(kwargs.values()), None)
-        usable = isinstance(output, torch.Tensor) and isinstance(x, torch.Tensor)
-        if usable and not (x.numel() and output.numel()):  # type: ignore[union-attr]
+        called = any(one.called for one in layer.rules)
+        z = output[0] if called and isinstance(output, tuple) and output else output
+        if isinstance(x, torch.Tensor) and isinstance(z, torch.Tensor):
+            self._use(layer, _Use(module, x, None, rule=layer.lookups.get(module),
+                                  call=Call(args, kwargs) if called else None), z,
+                      states=pytree.tree_leaves(output[1:]) if isinstance(module, nn.RNNBase) else ())
+
+    def _use(self, layer: Layer, use: _Use, z: torch.Tensor, states: Sequence[torch.Tensor] = ()) -> None:
+        if not (use.x.numel() and z.numel()):
             return  # an expert that was given no token: not used in this pass
-        if not (usable and torch.is_grad_enabled() and output.requires_grad):
+        use.x = use.x.detach()
+        if self.samples.saw(use.module, use.x if use.arrange is None else use.arrange(use.x)):
             return
-        if _in_backward() and (layer in self._open or layer in self._done):
+        if not (torch.is_grad_enabled() and z.requires_grad) or layer in self._trust.refused:
+            return
+        if in_backward() and (layer in self._open or layer in self._done):
             # Activation checkpointing runs a forward pass again that was caught before.
             return
-        self._done.pop(layer, None)
-        use = _Use(module, x.detach())
+        use.batch = self.samples.batch
+        if any(one.reached for one in self._open.get(layer, ())):
+            del self._open[layer], self._waiting[layer]  # a pass whose end could not be told
+        if layer not in self._open:
+            self._done.pop(layer, None)
+            self._check.forget(layer)
         self._open.setdefault(layer, []).append(use)
         self._waiting[layer] = self._waiting.get(layer, 0) + 1
 
         def caught(gz: torch.Tensor) -> None:
-            if self._open.get(layer) is None or use.gz is not None or not self._handles:
+            if use not in self._open.get(layer, ()) or use.gz is not None or not self._handles:
                 return
             use.gz = gz.detach()
             self._waiting[layer] -= 1
             if self._waiting[layer] == 0:
                 self._finish(layer)
 
-        output.register_hook(caught)
+        z.register_hook(caught)
+        if states and use.call is not None:
+            # Which of its outputs are used shows at the end of the pass only.
+            self._waiting[layer] += 1
+            for place, state in enumerate(states, 1):
+                state.register_hook(partial(_keep, use.call.states, place))
+
+    # In the backward pass
 
     @torch.no_grad()
     def _finish(self, layer: Layer) -> None:
-        uses = [use for use in self._open.pop(layer) if use.gz is not None]
+        uses = [use for use in self._open.pop(layer) if use.reached]
         self._waiting.pop(layer, None)
         if not uses:
             return
         if self._scale is None:
             self._scale = self._amp_scale() * self._settings.loss_scale
-        dtype = layer.dtype
-        name = self._settings.curvature_dtype
+        checked = self._settings.check_gradients and self._unsure(layer)
+        rules = layer.rules if checked else (layer.rules[self._trust.accepted.get(layer, 0)],)
+        done: dict[int, LayerSystem | str] = {}
+        sums = []
+        for k, registered in enumerate(rules):
+            try:
+                done[k], everything = self._apply(layer, registered, uses, whole=checked)
+            except Exception as error:  # a rule that is only tried may fail anyhow
+                if not layer.tried and not isinstance(error, ValueError):
+                    raise
+                done[k] = str(error)
+                continue
+            if checked and isinstance(done[k], LayerSystem):
+                sums.append(add_up(layer, everything))
+        self._done[layer] = done
+        if sums:
+            self._check.expect(layer, sums, {t.dtype for use in uses for t in (use.x, use.gz)
+                                             if t is not None and t.is_floating_point()})
+
+    def _apply(self, layer: Layer, registered: Registered, uses: Sequence[_Use], *, whole: bool
+               ) -> tuple[LayerSystem | str, list[tuple[dict[str, int], Result]]]:
+        """A layer's curvature by one rule, and with ``whole`` what the rule gives for all samples."""
+        dtype, name = layer.dtype, self._settings.curvature_dtype
         stored = dtype if name is None else getattr(torch, name)
-        picks = [_Pick(self._choose, dtype) for _ in uses]
-        captured = []
-        for use, pick in zip(uses, picks, strict=True):
-            assert use.gz is not None
-            result = layer.registered.rule(use.module, use.x, use.gz, pick)
-            captured.append((layer.slots[use.module], result))
-        pick = picks[0]
-        whole = pick.samples if self._settings.loss_reduction == "mean" else 1
-        scale = whole / (self._scale * pick.kept ** 0.5)
-        self._done[layer] = take(layer, captured, scale=scale, dtype=stored, step=self._step)
+        few = self._settings.subsample is not None
+        captured, everything = [], []
+        for use in uses:
+            pick, result = self._result(use, registered, dtype, few=few)
+            captured.append((layer.slots[use.module], pick.regroup(result)))
+            if whole:
+                full = self._result(use, registered, dtype, few=False)[1] if few else result
+                everything.append((layer.slots[use.module], full))
+        count = pick.samples if self._settings.loss_reduction == "mean" else 1
+        assert self._scale is not None
+        scale = count / (self._scale * pick.kept ** 0.5)
+        return take(layer, captured, scale=scale, dtype=stored, step=self._step), everything
+
+    def _result(self, use: _Use, registered: Registered, dtype: torch.dtype, *, few: bool
+                ) -> tuple[Pick, Result]:
+        x, gz = use.x, use.gz
+        if use.arrange is not None and gz is not None:
+            x, gz = use.arrange(x), use.arrange(gz)
+        placement = self.samples.placement(use.module, use.batch)
+        if placement == CONSTANT:
+            raise ValueError(NOT_BY_SAMPLE)
+        axis = placement if isinstance(placement, int) else 0
+        pick = Pick(placement, use.batch, self._choose if few else None, dtype, x.shape[axis])
+        given = use.call if registered.called else pick.front(x)
+        rule = registered.rule if use.rule is None else use.rule
+        gz = None if gz is None else pick.front(gz)
+        return pick, rule(use.module, given, gz, pick)  # type: ignore[arg-type]
 
     def _choose(self, rho: int, device: torch.device) -> torch.Tensor | None:
         key = (rho, device)

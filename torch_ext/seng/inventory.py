@@ -9,16 +9,25 @@ import torch
 from torch import nn
 
 from hvd_ext.seng import LayerPlan, LayerShape, Settings, plan_layer
-from hvd_ext.torch.seng.rules import Registered, rule_for
+from hvd_ext.torch.seng.attention import attention_rule
+from hvd_ext.torch.seng.per_sample import candidates, parameters_of
+from hvd_ext.torch.seng.rules import Registered, Rule, rule_for
+
+NO_RULE = "no rule"
+SHARES = "shares a parameter"
+EXCLUDED = "in exclude="
 
 
 @dataclass(eq=False)
 class Layer:
     """Parameters that share one curvature matrix, and the modules that use them.
 
-    ``parameters`` are the trainable ones; with a trainable weight of a rule that returns factors
-    (``product``) the weight is the first and biases follow. ``slots[module]`` maps the module's
-    parameter names to places in it. ``groups`` is (groups, n_G, n_A) of the weight.
+    ``registered`` is its rule; with ``tried``, it and ``others`` are rules that may hold, of which the
+    gradient check takes the first that does. ``parameters`` are the trainable ones; with a trainable
+    weight of a rule that returns factors (``product``) the weight is the first and biases follow.
+    ``slots[module]`` maps the rule's names of the module's parameters to places in it. ``groups`` is
+    (groups, n_G, n_A) of the weight. ``lookups`` are embeddings whose table is a linear layer's weight too,
+    with their own rule.
     """
 
     name: str
@@ -28,6 +37,14 @@ class Layer:
     parameters: list[nn.Parameter] = field(default_factory=list)
     slots: dict[nn.Module, dict[str, int]] = field(default_factory=dict)
     plan: LayerPlan = field(default_factory=lambda: LayerPlan(implicit=False))
+    others: tuple[Registered, ...] = ()
+    tried: bool = False
+    lookups: dict[nn.Module, Rule] = field(default_factory=dict)
+
+    @property
+    def rules(self) -> tuple[Registered, ...]:
+        """The rules that may be its own."""
+        return self.registered, *self.others
 
     @property
     def dtype(self) -> torch.dtype:
@@ -49,77 +66,137 @@ class Layer:
         """What the plan needs to know."""
         n = sum(parameter.numel() for parameter in self.parameters)
         if not self.product:
-            return LayerShape(self.name, self.registered.kind, n, n, 1, product=False)
+            return LayerShape(self.name, self.registered.kind, n, n, 1, product=False,
+                              lookup=self.registered.lookup)
         groups, n_g, n_a = self.groups
         ones = len(self.parameters) - 1 if self.registered.ones else 0
-        return LayerShape(self.name, self.registered.kind, n, n_g, n_a + ones, groups)
+        return LayerShape(self.name, self.registered.kind, n, n_g, n_a + ones, groups,
+                          lookup=bool(self.lookups))
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A module whose parameters have no curvature, ``count`` of them, and why."""
+
+    name: str
+    kind: str
+    cause: str
+    count: int
+
+    def __str__(self) -> str:
+        more = "" if self.cause == NO_RULE else f", {self.cause}"
+        return f"{self.name or 'model'} ({self.kind}{more})"
 
 
 @dataclass
 class Inventory:
-    """A model's layers, and the names of modules that have parameters but no rule."""
+    """A model's layers, and the modules that have parameters and get no curvature."""
 
     layers: list[Layer]
-    without_rule: list[str]
+    missing: list[Missing]
+
+    @property
+    def without_rule(self) -> list[str]:
+        """Those that the user did not exclude, for a message."""
+        return [str(one) for one in self.missing if one.cause != EXCLUDED]
 
 
 def take_inventory(model: nn.Module, settings: Settings) -> Inventory:
     """Find the layers of ``model`` and plan each.
 
     A weight used by several modules of one kind is one layer. A parameter shared with a module
-    that has no rule, or between layers of different kinds, leaves all of its layers on the
-    identity rule. Modules inside ``nn.MultiheadAttention`` are called by no forward pass of their
-    own and have no rule.
+    that has no rule, or between layers of different kinds, leaves all of its layers without curvature.
     """
     layer_of: dict[int, Layer] = {}
     layers: list[Layer] = []
     orphans: set[int] = set()
-    nameless: list[str] = []
+    missing: list[Missing] = []
     sealed: list[str] = []
+
+    def leave_out(name: str, kind: str, cause: str, parameters: Iterable[nn.Parameter]) -> None:
+        fresh = [p for p in parameters if id(p) not in orphans]
+        orphans.update(id(p) for p in fresh)
+        if fresh:
+            missing.append(Missing(name, kind, cause, sum(p.numel() for p in fresh)))
+
     for name, module in model.named_modules():
-        trainable = {key: p for key, p in module._parameters.items()
-                     if p is not None and p.requires_grad}
-        if isinstance(module, nn.MultiheadAttention):
+        if "parametrizations" in name.split("."):
+            continue  # the module whose parameter is computed there has them
+        trainable = {key: p for key, p in parameters_of(module).items() if p.requires_grad}
+        kind = type(module).__name__
+        rules, tried = _rules_for(module, settings, sealed=name.startswith(tuple(sealed)))
+        if isinstance(module, nn.MultiheadAttention) and not rules:
             sealed.append(f"{name}.")
-        if not trainable or _within(name, settings.excluded):
-            orphans.update(id(p) for p in trainable.values())
-            continue
-        registered = None if name.startswith(tuple(sealed)) else rule_for(module)
-        if registered is None or not _plain(module, registered):
-            orphans.update(id(p) for p in trainable.values())
-            nameless.append(f"{name or 'model'} ({type(module).__name__})")
-            continue
-        layer = _layer_of(name, module, registered, trainable, layer_of)
-        if layer is None:
-            orphans.update(id(p) for p in trainable.values())
-            nameless.append(f"{name} ({type(module).__name__}, shares a parameter)")
-            continue
-        if module not in layer.slots:
-            layer.add(module, trainable)
-        if layer not in layers:
-            layers.append(layer)
-        layer_of.update((id(p), layer) for p in trainable.values())
+        if _within(name, settings.excluded):
+            leave_out(name, kind, EXCLUDED, trainable.values())
+        elif trainable and not rules:
+            # Of a module with others inside it only what it holds itself is meant.
+            own = "" if not list(module.children()) else f"{' and '.join(trainable)} of "
+            leave_out(name, f"{own}{kind}", NO_RULE, trainable.values())
+        elif trainable:
+            known = rules[0].names or tuple((key, key) for key in trainable)
+            mine = {ours: trainable[theirs] for ours, theirs in known if theirs in trainable}
+            rest = {key: p for key, p in trainable.items() if not any(p is one for one in mine.values())}
+            if rest:
+                leave_out(name, f"{' and '.join(rest)} of {kind}", NO_RULE, rest.values())
+            layer = _layer_of(name, module, rules, tried, mine, layer_of) if mine else None
+            if layer is None:
+                leave_out(name, kind, SHARES, mine.values())
+                continue
+            if module not in layer.slots:
+                layer.add(module, mine)
+            if layer not in layers:
+                layers.append(layer)
+            layer_of.update((id(p), layer) for p in mine.values())
     kept = []
     for layer in layers:
         if any(id(p) in orphans for p in layer.parameters):
-            nameless.append(f"{layer.name} ({layer.registered.kind}, shares a parameter)")
+            fresh = sum(p.numel() for p in layer.parameters if id(p) not in orphans)
+            orphans.update(id(p) for p in layer.parameters)
+            missing.append(Missing(layer.name, layer.registered.kind, SHARES, fresh))
             continue
         layer.plan = plan_layer(layer.shape, settings)
         kept.append(layer)
-    return Inventory(kept, nameless)
+    return Inventory(kept, missing)
 
 
-def _layer_of(name: str, module: nn.Module, registered: Registered,
+def _rules_for(module: nn.Module, settings: Settings, *, sealed: bool
+               ) -> tuple[tuple[Registered, ...], bool]:
+    """The rules that may hold for a module, and whether it must be seen first that one does."""
+    if sealed:
+        return (), False
+    if isinstance(module, nn.MultiheadAttention):
+        same = type(module).forward is nn.MultiheadAttention.forward
+        return ((attention_rule(module),) if same else ()), False
+    registered, same = rule_for(module)
+    if registered is not None and same and _plain(module, registered):
+        return (registered,), False
+    if not settings.check_gradients or getattr(module, "sparse", False):
+        return (), False
+    return candidates(module, settings.explicit_threshold), True
+
+
+def _layer_of(name: str, module: nn.Module, rules: tuple[Registered, ...], tried: bool,
               trainable: dict[str, nn.Parameter], layer_of: dict[int, Layer]) -> Layer | None:
     """The layer the module belongs to, a new one, or None when its parameters belong to several."""
+    registered = rules[0]
     product = registered.groups is not None and "weight" in trainable
     groups = registered.groups(module) if product and registered.groups else (1, 0, 0)
     found = {id(layer_of[id(p)]): layer_of[id(p)] for p in trainable.values() if id(p) in layer_of}
     if not found:
-        return Layer(name or "model", registered, product, groups)
+        return Layer(name or "model", registered, product, groups, others=rules[1:], tried=tried)
     layer = next(iter(found.values()))
-    same = (len(found) == 1 and layer.registered is registered and layer.product == product
-             and layer.groups == groups)
+    if len(found) == 1 and layer.parameters[0] is trainable.get("weight"):
+        if registered.lookup and layer.product and _one_matrix(layer):
+            layer.lookups[module] = registered.rule
+            return layer
+        if layer.registered.lookup and product and registered.ones:
+            layer.lookups = dict.fromkeys(layer.slots, layer.registered.rule)
+            layer.registered, layer.others, layer.tried = registered, (), False
+            layer.product, layer.groups = True, groups
+            return layer
+    same = (len(found) == 1 and layer.rules == rules and layer.product == product
+            and layer.groups == groups)
     if same and product:
         # Only a shared weight joins modules: a bias alone does not.
         return layer if trainable["weight"] is layer.parameters[0] else None
@@ -127,9 +204,17 @@ def _layer_of(name: str, module: nn.Module, registered: Registered,
         id(p) for p in layer.parameters} else None
 
 
+def _one_matrix(layer: Layer) -> bool:
+    """Whether the weight is one matrix applied as W x."""
+    return layer.groups[0] == 1 and layer.registered.ones and not layer.tried
+
+
 def _plain(module: nn.Module, registered: Registered) -> bool:
     """Whether a weight that the rule needs is a parameter itself, not computed from others."""
-    return registered.groups is None or isinstance(module._parameters.get("weight"), nn.Parameter)
+    if registered.lookup and getattr(module, "sparse", False):
+        return False
+    return (registered.groups is None and not registered.lookup) or isinstance(
+        module._parameters.get("weight"), nn.Parameter)
 
 
 def _within(name: str, excluded: Iterable[str]) -> bool:

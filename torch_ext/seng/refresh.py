@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,10 +16,12 @@ from hvd_ext.seng import (
     generator,
     sample_rows,
     states_differ,
+    strict_refusal,
     usable_scores,
 )
 from hvd_ext.torch.collectives import Collectives, Handle
 from hvd_ext.torch.seng.blocks import Block, Chooser
+from hvd_ext.torch.seng.capture import Caught, Trust
 from hvd_ext.torch.seng.inventory import Layer
 from hvd_ext.torch.seng.system import LayerSystem
 
@@ -28,11 +30,17 @@ HEADER = 3  # fingerprint, step, damping
 
 @dataclass
 class Refreshed:
-    """New curvature of the layers that have one on every rank, and why others have none."""
+    """New curvature of the layers that have one on every rank, and why others have none.
+
+    ``trust`` is what the gradient check of any rank says from here on; ``by_rows`` are the layers of
+    which a rank could not tell the samples apart.
+    """
 
     step: int
     systems: dict[Layer, LayerSystem] = field(default_factory=dict)
     failures: dict[Layer, str] = field(default_factory=dict)
+    trust: Trust = field(default_factory=Trust)
+    by_rows: list[Layer] = field(default_factory=list)
 
 
 class Refresh:
@@ -72,15 +80,24 @@ class Refresh:
             raise states_differ(everyone[:, 0].tolist())
         return False
 
-    def run(self, captured: dict[Layer, LayerSystem | str], step: int, lam: float) -> Refreshed:
+    def run(self, captured: Caught, refused: Mapping[Layer, str], by_rows: Sequence[Layer], step: int,
+            lam: float) -> Refreshed:
         """Sketch, factor and agree. Every rank calls it at the same step.
+
+        Args:
+            refused: layers that an earlier refresh refused.
+            by_rows: layers of which this rank cannot tell the samples apart.
 
         Raises:
             RuntimeError: on every rank, when the ranks have different layers, settings or damping.
+            ValueError: on every rank, when ``strict`` and some rank has layers in ``by_rows``.
         """
-        result = Refreshed(step)
+        result = Refreshed(step, by_rows=list(by_rows), trust=Trust(
+            dict(captured.trust.accepted), {**refused, **captured.trust.refused}))
         for layer in self._layers:
-            found = captured.get(layer, "it was not used in the forward and backward pass")
+            if layer in result.trust.refused:
+                continue
+            found = captured.found.get(layer, "it was not used in the forward and backward pass")
             if isinstance(found, str):
                 result.failures[layer] = found
             else:
@@ -98,6 +115,8 @@ class Refresh:
                 result.failures[layer] = "its small system could not be factored"
                 del result.systems[layer]
         self._agree(result, lam)
+        if self._settings.strict and result.by_rows:
+            raise ValueError(strict_refusal([layer.name for layer in result.by_rows]))
         return result
 
     def _agree(self, result: Refreshed, lam: float) -> None:
@@ -105,7 +124,8 @@ class Refresh:
         if self._collectives is None:
             return
         rows = [[int(layer in result.systems), result.systems[layer].r if layer in result.systems
-                 else 0] for layer in self._layers]
+                 else 0, int(layer in result.trust.refused), int(layer in result.by_rows)]
+                for layer in self._layers]
         bits = int(np.float64(lam).view(np.int64))
         header = [self._fingerprint.number, result.step, bits, *np.ravel(rows).tolist()]
         # Flat, as ranks with other layers send headers of another length.
@@ -113,8 +133,16 @@ class Refresh:
             torch.tensor(header), f"{self._name}.refresh", kind="curvature").wait()
         everyone = self._compare(gathered, len(header))
         result.step = int(everyone[:, 1].max())
-        table = everyone[:, HEADER:].view(everyone.shape[0], -1, 2)
+        table = everyone[:, HEADER:].view(everyone.shape[0], -1, 4)
+        result.by_rows = [layer for k, layer in enumerate(self._layers) if bool(table[:, k, 3].any())]
         for k, layer in enumerate(self._layers):
+            refusing = table[:, k, 2].nonzero().flatten().tolist()
+            if refusing:
+                result.trust.refused.setdefault(layer, f"rank {refusing[0]} refused it: see its warnings")
+                result.trust.accepted.pop(layer, None)
+                result.failures.pop(layer, None)
+                result.systems.pop(layer, None)
+                continue
             lacking = (table[:, k, 0] == 0).nonzero().flatten().tolist()
             if lacking:
                 result.failures.setdefault(layer, f"rank {lacking[0]} could not take it")

@@ -5,7 +5,8 @@ gradient of the loss with respect to its output, both with the samples along the
 the forward pass had them. ``pick(t)`` keeps the samples the curvature is taken from and casts to
 the working precision; everything that is returned must have gone through it. A rule returns either
 
-* :class:`Factors` when the gradient of the weight for sample i is ``G_i A_i^T``, or
+* :class:`Factors` when the gradient of the weight for sample i is ``G_i A_i^T``,
+* :class:`Lookup` when it is rows of ``gz`` added to rows of a table, or
 * a dict from parameter name to per-sample gradients, shape ``(samples, *parameter.shape)``.
 
 Scaling is not a rule's business: return what ``gz`` gives.
@@ -36,9 +37,20 @@ class Factors:
     bias: torch.Tensor | None = None
 
 
+@dataclass
+class Lookup:
+    """``weight`` (V, E) gradient of sample i is the sum over t of ``g[i, t]`` in row ``index[i, t]``.
+
+    ``index`` (samples, T) int64, ``g`` (samples, T, E).
+    """
+
+    index: torch.Tensor
+    g: torch.Tensor
+
+
 Pick = Callable[[torch.Tensor], torch.Tensor]
 PerSample = dict[str, torch.Tensor]
-Rule = Callable[[nn.Module, torch.Tensor, torch.Tensor, Pick], "Factors | PerSample"]
+Rule = Callable[[nn.Module, torch.Tensor, torch.Tensor, Pick], "Factors | Lookup | PerSample"]
 
 
 @dataclass(frozen=True)
@@ -47,13 +59,17 @@ class Registered:
 
     ``groups(module)`` gives (groups, n_G, n_A) of the weight's gradient for a rule that returns
     :class:`Factors`, None for one that returns per-sample gradients. ``ones`` says whether the
-    bias is a row of ones under A.
+    bias is a row of ones under A. ``lookup``: it returns :class:`Lookup`. ``called``: ``x`` is the whole
+    call (see ``per_sample.py``). ``names`` maps the rule's names of parameters to the module's.
     """
 
     kind: str
     rule: Rule
     groups: Callable[[nn.Module], tuple[int, int, int]] | None = None
     ones: bool = True
+    lookup: bool = False
+    called: bool = False
+    names: tuple[tuple[str, str], ...] = ()
 
 
 _RULES: dict[type[nn.Module], Registered] = {}
@@ -94,13 +110,12 @@ def register_seng_rule(module_type: type[nn.Module], rule: Rule, *, kind: str | 
     _RULES[module_type] = Registered(kind or module_type.__name__, rule, groups, ones)
 
 
-def rule_for(module: nn.Module) -> Registered | None:
-    """The rule of the module's class, or of the class its ``forward`` comes from."""
+def rule_for(module: nn.Module) -> tuple[Registered | None, bool]:
+    """The rule of the module's class or of a base, and whether ``forward`` is the one it is for."""
     for base in type(module).__mro__:
         if base in _RULES:
-            same = type(module).forward is base.forward  # type: ignore[attr-defined]
-            return _RULES[base] if same else None
-    return None
+            return _RULES[base], type(module).forward is base.forward  # type: ignore[attr-defined]
+    return None, False
 
 
 def _linear(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick) -> Factors:
@@ -115,6 +130,10 @@ def patches(x: torch.Tensor, kernel: tuple[int, ...], stride: tuple[int, ...],
     """Sliding blocks of a padded ``x`` (rho, C, *space): (rho, C, prod kernel, prod positions)."""
     if math.prod(kernel) == 1 and all(step == 1 for step in stride):
         return x.flatten(2).unsqueeze(2)
+    reach = [(p - 1) * s + d * (k - 1) + 1 for p, s, d, k in
+             zip(positions, stride, dilation, kernel, strict=True)]
+    if any(size < need for size, need in zip(x.shape[2:], reach, strict=True)):
+        raise ValueError(f"its output has {positions} positions, its input is too small for that")
     x = x.contiguous()
     steps = x.stride()[2:]
     view = x.as_strided(
@@ -134,6 +153,22 @@ def _convolution(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pic
     if any(padding):
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         x = F.pad(x, padding, mode=mode)
+    return _unfolded(module, x, gz)
+
+
+def same_convolution(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick) -> Factors:
+    """A convolution that pads with zeros as its output's size asks for, less before than behind."""
+    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    x, gz = pick(x), pick(gz)
+    padding: list[int] = []
+    for size, p, s, d, k in zip(x.shape[2:], gz.shape[2:], module.stride, module.dilation,
+                                module.kernel_size, strict=True):
+        need = max((p - 1) * s + d * (k - 1) + 1 - size, 0)
+        padding = [need // 2, need - need // 2, *padding]
+    return _unfolded(module, F.pad(x, padding), gz)
+
+
+def _unfolded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: torch.Tensor, gz: torch.Tensor) -> Factors:
     a = patches(x, module.kernel_size, module.stride, module.dilation, tuple(gz.shape[2:]))
     rho, groups = x.shape[0], module.groups
     kappa = a.shape[-1]
@@ -193,6 +228,43 @@ def _layer_norm(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick
             "bias": gz.reshape(x.shape[0], -1, *shape).sum(1)}
 
 
+def _rms_norm(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick) -> PerSample:
+    assert isinstance(module, nn.RMSNorm)
+    shape = tuple(module.normalized_shape)
+    if x.dim() == len(shape):
+        x, gz = x.unsqueeze(0), gz.unsqueeze(0)
+    x, gz = pick(x), pick(gz)
+    x_hat = F.rms_norm(x, shape, eps=module.eps)
+    return {"weight": (x_hat * gz).reshape(x.shape[0], -1, *shape).sum(1)}
+
+
+def _embedding(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick) -> Lookup:
+    assert isinstance(module, nn.Embedding)
+    if x.is_floating_point() or x.dtype == torch.bool or gz.shape != (*x.shape, module.embedding_dim):
+        raise ValueError("its input is not the numbers of its rows")
+    if type(module).forward is not nn.Embedding.forward and int(x.max()) >= module.num_embeddings:
+        raise ValueError("its input is not the numbers of its rows")
+    index, g = pick(x), pick(gz)
+    index = index.reshape(index.shape[0], -1)
+    return Lookup(index, _unpadded(module, index, g.reshape(*index.shape, gz.shape[-1])))
+
+
+def _embedding_bag(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick) -> Lookup:
+    assert isinstance(module, nn.EmbeddingBag)
+    if x.dim() != 2 or module.mode == "max":
+        raise ValueError("its rule is for bags of one length, in two dimensions, summed or averaged")
+    index, g = pick(x), pick(gz)
+    if module.mode == "mean":
+        kept = index != module.padding_idx if module.padding_idx is not None else torch.ones_like(index)
+        g = g / kept.sum(1, keepdim=True).clamp_min(1)
+    return Lookup(index, _unpadded(module, index, g.unsqueeze(1).expand(*index.shape, -1)))
+
+
+def _unpadded(module: nn.Module, index: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    padding = module.padding_idx
+    return g if padding is None else g * (index != padding).unsqueeze(-1)
+
+
 def _group_norm(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick) -> PerSample:
     assert isinstance(module, nn.GroupNorm)
     x, gz = pick(x), pick(gz)
@@ -215,4 +287,7 @@ register_seng_rule(nn.ConvTranspose2d, _transposed, groups=_matrix, ones=False)
 for _type in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
     register_seng_rule(_type, _batch_norm)
 register_seng_rule(nn.LayerNorm, _layer_norm)
+register_seng_rule(nn.RMSNorm, _rms_norm)
+for _table, _rule in ((nn.Embedding, _embedding), (nn.EmbeddingBag, _embedding_bag)):
+    _RULES[_table] = Registered(_table.__name__, _rule, lookup=True)
 register_seng_rule(nn.GroupNorm, _group_norm)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from hvd_ext.seng import CurvatureReport, Settings, layer_row, make_report
-from hvd_ext.torch.seng.inventory import Layer
+from hvd_ext.seng.coverage import Gap
+from hvd_ext.seng.samples import Placement, text
+from hvd_ext.torch.seng.capture import Trust
+from hvd_ext.torch.seng.inventory import Layer, Missing
 from hvd_ext.torch.seng.step import Lagged
 from hvd_ext.torch.seng.system import LayerSystem
 
@@ -77,16 +81,26 @@ class State:
         return cls(int(saved["step"]), bool(saved["due"]), int(saved["skipped"]),
                    dict(saved["failures"]), systems, Lagged.from_state(saved, names))
 
-    def report(self, layers: Sequence[Layer], settings: Settings,
-               parameters: Sequence[torch.Tensor], *, ranks: int, waited: float) -> CurvatureReport:
+    def report(self, layers: Sequence[Layer], settings: Settings, parameters: Sequence[torch.Tensor], *,
+               ranks: int, waited: float, trust: Trust, missing: Sequence[Missing],
+               samples: Mapping[nn.Module, Placement]) -> CurvatureReport:
         """Data of every layer, see :data:`hvd_ext.seng.report.COLUMNS`, and totals."""
-        rows = [layer_row(layer.shape, layer.plan,
-                          self.systems[layer].held(self.step) if layer in self.systems else None,
-                          failures=self.failures.get(layer.name, 0)) for layer in layers]
+        rows = []
+        for layer in layers:
+            held = self.systems[layer].held(self.step) if layer in self.systems else None
+            row = layer_row(layer.shape, layer.plan, held, failures=self.failures.get(layer.name, 0))
+            where = {text(samples[module]) for module in layer.slots if module in samples}
+            rows.append({**row, "samples": " / ".join(sorted(where)) or None,
+                         "refused": trust.refused.get(layer)})
         owned = {id(p) for layer in self.systems for p in layer.parameters}
-        rest = sum(p.numel() for p in parameters if p.requires_grad and id(p) not in owned)
+        trainable = [p for p in parameters if p.requires_grad]
+        rest = sum(p.numel() for p in trainable if id(p) not in owned)
+        gaps = [Gap(f"{one.name or 'model'}, {one.kind}", one.cause, one.count) for one in missing]
+        gaps += [Gap(f"{layer.name}, {layer.registered.kind}", reason,
+                     sum(p.numel() for p in layer.parameters)) for layer, reason in trust.refused.items()]
         return make_report(rows, settings, step=self.step, ranks=ranks, skipped=self.skipped,
-                           identity_parameters=rest, seconds_waited=waited)
+                           identity_parameters=rest, parameters=sum(p.numel() for p in trainable),
+                           gaps=gaps, seconds_waited=waited)
 
 
 def _from_format_1(saved: dict[str, Any]) -> dict[str, Any]:

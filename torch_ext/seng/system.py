@@ -12,8 +12,11 @@ from hvd_ext.seng import Held, LayerPlan
 from hvd_ext.torch.seng import kernels
 from hvd_ext.torch.seng.blocks import Block, Chooser, Explicit, Product, block_from
 from hvd_ext.torch.seng.inventory import Layer
-from hvd_ext.torch.seng.rules import Factors, PerSample
+from hvd_ext.torch.seng.lookup import Table
+from hvd_ext.torch.seng.rules import Factors, Lookup, PerSample
+from hvd_ext.torch.seng.tied import Tied
 
+NOT_FINITE = "what was captured is not finite"
 SAVED = ("rho", "kappa", "r", "step", "gram", "offset", "total", "ranks", "jitter", "coefficients")
 
 
@@ -149,7 +152,7 @@ class LayerSystem:
         return cls(blocks=[block_from(one, device) for one in saved["blocks"]], **values)
 
 
-def take(layer: Layer, captured: Sequence[tuple[dict[str, int], Factors | PerSample]], *,
+def take(layer: Layer, captured: Sequence[tuple[dict[str, int], Factors | Lookup | PerSample]], *,
          scale: float, dtype: torch.dtype, step: int) -> LayerSystem | str:
     """A layer's unsketched curvature from the results of its rule, one for each use in a pass.
 
@@ -163,7 +166,9 @@ def take(layer: Layer, captured: Sequence[tuple[dict[str, int], Factors | PerSam
     """
     u: dict[int, torch.Tensor] = {}
     factors: list[tuple[torch.Tensor, torch.Tensor]] = []
+    tables: list[tuple[torch.Tensor, torch.Tensor]] = []
     samples, kappa = set(), 0
+    given = set()
     for slots, result in captured:
         if isinstance(result, Factors):
             g = result.g * scale
@@ -178,32 +183,55 @@ def take(layer: Layer, captured: Sequence[tuple[dict[str, int], Factors | PerSam
                 _add(u, slots["weight"], kernels.per_sample_products(g, result.a))
             if bias is not None and "bias" in slots:
                 _add(u, slots["bias"], bias)
+            given.update(slots)
+        elif isinstance(result, Lookup):
+            kappa += result.index.shape[1]
+            samples.add(result.index.shape[0])
+            tables.append((result.index, result.g * scale))
+            given.update(slots)
         else:
             kappa += 1
+            given.update(result)
             for name, place in slots.items():
-                if name not in result:
-                    return f"its rule gave nothing for the parameter {name!r}"
-                samples.add(result[name].shape[0])
-                _add(u, place, result[name].flatten(1) * scale)
+                if name in result:
+                    samples.add(result[name].shape[0])
+                    _add(u, place, result[name].flatten(1) * scale)
+    absent = [name for slots, _ in captured for name in slots if name not in given]
+    if absent:
+        return f"its rule gave nothing for the parameter {absent[0]!r}"
     if len(samples) != 1:
         return f"its uses had different numbers of samples, {sorted(samples)}"
     sizes = {place: layer.parameters[place].numel() for place in u}
     if any(u[place].shape[1] != size for place, size in sizes.items()):
         return "its rule gave per-sample gradients of another shape than the parameter's"
-    if not all(_finite(t) for t in (*u.values(), *(t for pair in factors for t in pair))):
-        return "what was captured is not finite"
+    if not all(_finite(t) for t in (*u.values(), *(t for pair in factors for t in pair),
+                                    *(g for _, g in tables))):
+        return NOT_FINITE
     blocks: list[Block] = []
+    table = _table(layer, tables, dtype) if tables else None
     if factors:
         product = _product(layer, factors, dtype)
         if isinstance(product, str):
             return product
-        blocks.append(product)
+        blocks.append(product if table is None else Tied(product, table))
+    elif table is not None and u:
+        _add(u, 0, table.dense())
+    elif table is not None:
+        blocks.append(table)
     start = 0
     for place, part in sorted(u.items()):
         stored = part.to(dtype)
         blocks.append(Explicit(place, stored, stored, start=start, height=sum(sizes.values())))
         start += sizes[place]
     return LayerSystem(blocks, samples.pop(), kappa, blocks[0].r, step)
+
+
+def _table(layer: Layer, tables: list[tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype) -> Table:
+    index, g = (parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+                for parts in zip(*tables, strict=True))
+    rows = index.mT.contiguous()
+    g = g.permute(2, 1, 0).unsqueeze(0).to(dtype, memory_format=torch.contiguous_format, copy=True)
+    return Table(0, layer.parameters[0].shape[0], rows, g, rows, g)
 
 
 def _product(layer: Layer, factors: list[tuple[torch.Tensor, torch.Tensor]],

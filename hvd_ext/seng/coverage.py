@@ -1,0 +1,55 @@
+"""How much of a model has curvature, and why the rest has none: the first line of a report."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+def cause_of(reason: str) -> str:
+    """A reason without what differs from case to case: numbers, and all from a bracket on."""
+    return re.sub(r"\d+", "N", re.sub(r"\s*[\[(].*", "", reason)).strip()
+
+
+@dataclass(frozen=True)
+class Gap:
+    """``count`` parameters of a module that have no curvature; ``what`` says which, for a person."""
+
+    what: str
+    cause: str
+    count: int
+
+
+def by_cause(gaps: Sequence[Gap]) -> dict[str, list[Gap]]:
+    """The gaps of each cause, causes with the most parameters first."""
+    groups: dict[str, list[Gap]] = {}
+    for gap in gaps:
+        groups.setdefault(cause_of(gap.cause), []).append(gap)
+    return dict(sorted(groups.items(), key=lambda item: -sum(gap.count for gap in item[1])))
+
+
+def coverage_line(total: int, gaps: Sequence[Gap], other: str) -> str:
+    """Which fraction of ``total`` parameters has a rule, and why the rest gets ``other``."""
+    missing = sum(gap.count for gap in gaps)
+    line = f"SENG has a rule for {percent(total - missing, total)} of {total:,} parameters"
+    if not missing:
+        return f"{line}."
+    parts = []
+    for cause, members in by_cause(gaps).items():
+        count = sum(gap.count for gap in members)
+        parts.append(f"{percent(count, total)} {cause} ({some([gap.what for gap in members])})")
+    return f"{line}; the rest gets {other}: {', '.join(parts)}."
+
+
+def percent(part: int, whole: int) -> str:
+    """``part`` of ``whole`` in percent; never 100 while something is missing."""
+    if part == whole:
+        return "100 %"
+    return f"{min(100.0 * part / max(whole, 1), 99.9):.1f} %"
+
+
+def some(names: Sequence[str], most: int = 4) -> str:
+    """A few names and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,37 @@
+"""Tiny models of timm and transformers, with random weights: SENG's direction against the dense one.
+
+``python -m tests.zoo`` prints the table of docs/seng.md and puts it into ``out/``; ``make test-zoo`` runs the
+tests and then that. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+from pathlib import Path
+
+
+def lacking(package: str) -> str:
+    """Why models of a package cannot be made; nothing when they can."""
+    if importlib.util.find_spec(package) is None:
+        return f"{package} is not installed (the extra `zoo`)"
+    return ""
+
+
+def prepare() -> None:
+    """Let timm be imported where torchvision's compiled operators are for another build of torch.
+
+    timm imports torchvision, of which it needs no compiled operator here. Where they do not load,
+    torchvision's own import fails at registering the shapes of their results.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None or "torchvision" in sys.modules:
+        return
+    try:
+        import torch
+
+        torch.ops.load_library(str(Path(spec.origin).parent / "_C.so"))
+    except OSError:
+        name = "torchvision._meta_registrations"
+        sys.modules.setdefault(name, types.ModuleType(name))

@@ -1,0 +1,72 @@
+"""What SENG warns about: each cause once, with the layers that have it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterable
+
+from hvd_ext.seng import Settings
+from hvd_ext.seng.coverage import cause_of, some
+from hvd_ext.torch.seng.inventory import Layer
+
+MOST = 12  # names in one warning; report() has them all
+
+
+class Notices:
+    """Warnings that were given."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._other = settings.other_text
+        self._given: set[tuple[str, ...]] = set()
+
+    def _once(self, key: tuple[str, ...], message: str) -> None:
+        if key not in self._given:
+            self._given.add(key)
+            warnings.warn(message, stacklevel=4)
+
+    def without_rule(self, names: list[str]) -> None:
+        """Modules that no rule is for."""
+        if names:
+            self._once(("rule", *names), f"SENG has no rule for {some(names, MOST)}; their parameters get "
+                       f"{self._other}. Teach it one with hvd.register_seng_rule, or name them in exclude= "
+                       "to agree")
+
+    def refused(self, reasons: dict[Layer, str]) -> None:
+        """Layers that the gradient check has refused."""
+        if reasons:
+            said = "; ".join(f"{names}: {reason}" for _, reason, names in _grouped(reasons))
+            self._once(("refused", *sorted(map(cause_of, reasons.values()))),
+                       f"SENG gives some layers no curvature, they get {self._other}. {said}. Name them "
+                       "in exclude= to agree")
+
+    def by_rows(self, layers: Iterable[Layer], trouble: str) -> None:
+        """Layers in which each row counts as a sample."""
+        names = some([layer.name for layer in layers], MOST)
+        if names:
+            why = f" (its passes to find out ended in {trouble})" if trouble else ""
+            self._once(("rows",), f"SENG cannot tell which rows of {names} belong to which sample{why}: each "
+                       "row counts as a sample of its own, which is another curvature. Say where the samples "
+                       'are with samples={name: ...}; {name: "rows"} agrees, strict=True refuses')
+
+    def failed(self, failures: dict[Layer, str], kept: Collection[Layer]) -> None:
+        """Layers whose curvature could not be taken; ``kept`` go on with what they had."""
+        for keeps in (True, False):
+            these = {layer: reason for layer, reason in failures.items() if (layer in kept) == keeps}
+            left = "keeps its previous curvature" if keeps else f"gets {self._other} until then"
+            for cause, reason, names in _grouped(these):
+                self._once((cause, left), f"SENG could not refresh {names}: {reason}. A layer like that "
+                           f"{left}; further failures are counted in report()")
+
+    def diverged(self, step: int, lam: float) -> None:
+        """Parameters are not finite any more."""
+        self._once(("diverged",), f"SENG: parameters are not finite any more at step {step}, although every "
+                   f"gradient before was: the steps are too long for damping={lam:g}. Start again from a "
+                   "checkpoint with a larger damping, a smaller learning rate, or a smaller update_freq")
+
+
+def _grouped(reasons: dict[Layer, str]) -> list[tuple[str, str, str]]:
+    """Each cause, the first reason it was given as, and the layers that have it."""
+    groups: dict[str, tuple[str, list[str]]] = {}
+    for layer, reason in reasons.items():
+        groups.setdefault(cause_of(reason), (reason, []))[1].append(layer.name)
+    return [(cause, reason, some(names, MOST)) for cause, (reason, names) in groups.items()]

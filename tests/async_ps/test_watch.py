@@ -5,6 +5,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from hvd_ext.async_ps.progress import Display
 from hvd_ext.async_ps.report import Delays, Report, WorkerReport
 from hvd_ext.async_ps.watch import LOCAL, Guest, Host
@@ -70,6 +72,31 @@ def test_strangers_are_not_let_in():
     assert host.accept({1, 2}, seconds=1.5) == {2}
     assert host.lost() == []
     guest.close()
+    host.close()
+
+
+def test_many_silent_strangers_keep_no_rank_out():
+    host = Host(local=True)
+    crowd = [socket.create_connection((LOCAL, host.port)) for _ in range(300)]
+    for number, stranger in enumerate(crowd):
+        stranger.sendall(host.token.encode()[: number % 17])  # silent, or the beginning of the token
+    guests = [Guest(rank, addresses=[LOCAL], port=host.port, token=host.token, seconds=2.0)
+              for rank in (1, 2)]
+    assert host.accept({1, 2}, seconds=10.0) == set()
+    assert host.lost() == []
+    with pytest.raises(ConnectionError):  # the port is there for the start only
+        socket.create_connection((LOCAL, host.port))
+    for one in [*crowd, *guests, host]:
+        one.close()
+
+
+def test_a_second_connection_does_not_take_a_ranks_place():
+    host = Host(local=True)
+    guests = [Guest(1, addresses=[LOCAL], port=host.port, token=host.token, seconds=2.0) for _ in range(2)]
+    assert host.accept({1, 2}, seconds=1.0) == {2}
+    guests[1].close()
+    assert host.lost() == []
+    guests[0].close()
     host.close()
 
 

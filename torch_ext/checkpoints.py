@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections import OrderedDict
 from pathlib import Path
 from typing import IO, Any
@@ -182,8 +183,9 @@ def _refuse_unreadable(name: str, thing: Any) -> None:
         trial.seek(0)
         torch.load(trial, weights_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise TypeError(f"{name} would hold what torch.load(weights_only=True) refuses ({reason}); save "
+        known = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = known[1] if known else str(error).strip().splitlines()[0]
+        raise TypeError(f"{name} would hold what torch.load(weights_only=True) refuses: {reason}; save "
                         "numbers, text, tensors, and lists and dicts of them") from error
 
 

@@ -159,7 +159,8 @@ def test_who_is_refused_and_why(ranks, tmp_path):
     for text, wanted in zip(one, [
             "step must be at least 0, got -1",
             "rank 1 cannot save a checkpoint: keep must be at least 1, got 0",
-            "step=2 on rank 1 and 1 on rank 0", "torch.load(weights_only=True) refuses",
+            "step=2 on rank 1 and 1 on rank 0",
+            "torch.load(weights_only=True) refuses: tests.torch.test_checkpoints.Unknown",
             "step must be above that of the newest checkpoint", "start what the extensions keep anew",
             "build the model that was saved", "reset_per_rank_state must be True or False",
             "save between two steps"], strict=True):

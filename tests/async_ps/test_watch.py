@@ -126,3 +126,34 @@ def test_log_line_and_terminal(capsys):
     silent.show(report())
     assert not silent.due()
     assert capsys.readouterr().out == ""
+
+
+GIVEN_UP = """
+import gc, time, types, weakref
+import mpi4py
+mpi4py.rc.initialize = False
+import numpy as np
+from hvd_ext.async_ps import registration
+
+class Never:
+    def Test(self):
+        return False
+
+memory = np.zeros(3)
+kept = weakref.ref(memory)
+try:
+    registration._wait(Never(), time.monotonic(), types.SimpleNamespace(start_timeout=7.0), (memory,))
+except TimeoutError as error:
+    print(error)
+del memory
+gc.collect()
+print("kept", kept() is not None)
+"""
+
+
+def test_memory_of_an_exchange_that_was_given_up_is_kept():
+    """MPI may still write into it."""
+    done = subprocess.run([sys.executable, "-c", GIVEN_UP], capture_output=True, text=True, timeout=60,
+                          check=True)
+    assert "not all ranks constructed ParameterServer within 7 s" in done.stdout
+    assert "kept True" in done.stdout

@@ -8,9 +8,10 @@ import keras
 import numpy as np
 
 import hvd_ext.tensorflow.keras as hvd
+from hvd_ext.tensorflow.keras_hooks import wrapper_of
 from hvd_ext.tensorflow.variables import as_tf
 
-METHODS = ("plain", "fp16", "delay", "topk", "powersgd", "seng", "sharded", "rank0")
+METHODS = ("plain", "fp16", "delay", "topk", "scaled", "powersgd", "seng", "sharded", "rank0")
 
 
 def build(method, seed=0):
@@ -24,6 +25,7 @@ def build(method, seed=0):
         "fp16": lambda: {"compression": hvd.Compression.fp16},
         "delay": lambda: {"op": hvd.DelayCompensated()},
         "topk": lambda: {"compression": hvd.Compression.topk(0.2, min_size=0)},
+        "scaled": lambda: {"compression": hvd.Compression.topk(0.2, min_size=0)},
         "powersgd": lambda: {"compression": hvd.Compression.powersgd(rank=1)},
         "seng": lambda: {"preconditioner": hvd.SENG(model, damping=0.2, update_freq=5)},
         "sharded": lambda: {"server": "sharded"},
@@ -32,6 +34,8 @@ def build(method, seed=0):
     rate = keras.optimizers.schedules.ExponentialDecay(0.05, 3, 0.9, staircase=True)
     inner = keras.optimizers.Adam(rate) if method in ("sharded", "rank0") else \
         keras.optimizers.SGD(rate, momentum=0.0 if method == "delay" else 0.9)
+    if method.startswith("scaled"):
+        inner = keras.optimizers.LossScaleOptimizer(inner, initial_scale=64.0, dynamic_growth_steps=4)
     optimizer = hvd.DistributedOptimizer(inner, **options)
     model.compile(optimizer, "mse")
     optimizer.build(model.trainable_variables)
@@ -47,7 +51,7 @@ def train_step(model, number):
 def digest(model, optimizer):
     """Of all that this rank has: weights, statistics, moments, what the extensions keep."""
     found = hashlib.sha256()
-    extra = optimizer._hvd_ext.preconditioner
+    extra = wrapper_of(optimizer).preconditioner
     for variable in [*model.variables, *optimizer.variables, *(extra.variables if extra else ())]:
         array = as_tf(variable).numpy()
         found.update(str(array.dtype).encode() + repr(array.shape).encode() + array.tobytes())

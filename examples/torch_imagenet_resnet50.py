@@ -5,8 +5,8 @@
 
 The folder has ``train/<class>/*.JPEG`` and ``val/<class>/*.JPEG``. Learning rate, its decay, warm-up
 and damping come from the recipe of the global batch size unless given. ``--preconditioner none``
-trains with plain momentum SGD. With ``--checkpoint`` every rank writes its file each epoch and the
-next start goes on from there, with the same curvature.
+trains with plain momentum SGD. With ``--checkpoint`` a checkpoint is written each epoch and the next
+start goes on from the newest one, with the same curvature.
 """
 
 from __future__ import annotations
@@ -133,9 +133,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         sgd, named_parameters=model.named_parameters(), preconditioner=seng,
         **({"grad_scaler": scaler} if seng is not None else {}))
     schedule = recipe_lr(optimizer, recipe, steps_per_epoch=len(loader))
-    first = restore(options, model, optimizer, schedule, scaler)
-    if first == 0:
+    first = 0
+    loaded = None if options.checkpoint is None else hvd.load_checkpoint(
+        options.checkpoint, model=model, optimizer=optimizer)
+    if loaded is None:
         hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+    else:
+        first = loaded.step
+        schedule.load_state_dict(loaded.more["schedule"])
+        scaler.load_state_dict(loaded.more["scaler"])
     figures: dict[str, Any] = {}
     for epoch in range(first, options.epochs or int(recipe.max_epoch)):
         sampler.set_epoch(epoch)
@@ -160,7 +166,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                    "top1": accuracy(model, tests, device), "started_at": first}
         if hvd.rank() == 0:
             print(" ".join(f"{key} {value:.4g}" for key, value in figures.items()), flush=True)
-        save(options, epoch + 1, model, optimizer, schedule, scaler)
+        if options.checkpoint is not None:
+            hvd.save_checkpoint(options.checkpoint, epoch + 1, model=model, optimizer=optimizer,
+                                schedule=schedule.state_dict(), scaler=scaler.state_dict())
     if seng is not None and hvd.rank() == 0:
         print(seng.report())
     return figures
@@ -181,33 +189,6 @@ def accuracy(model: torch.nn.Module, tests: Any, device: torch.device) -> float:
         counts += torch.tensor([float(hit.sum()), float(len(labels))])
     counts = hvd.allreduce(counts, name="top1", op=hvd.Sum)
     return float(counts[0] / counts[1].clamp_min(1))
-
-
-def checkpoint(options: argparse.Namespace) -> Path:
-    """This rank's file: curvature is kept per rank."""
-    return Path(options.checkpoint) / f"rank{hvd.rank()}of{hvd.size()}.pt"
-
-
-def save(options: argparse.Namespace, epoch: int, *parts: Any) -> None:
-    """Write model, optimizer, schedule and scaler."""
-    if options.checkpoint is None:
-        return
-    options.checkpoint.mkdir(parents=True, exist_ok=True)
-    path = checkpoint(options)
-    part = path.with_suffix(".part")
-    torch.save({"epoch": epoch, "parts": [one.state_dict() for one in parts]}, part)
-    part.rename(path)
-
-
-def restore(options: argparse.Namespace, *parts: Any) -> int:
-    """Load what ``save`` wrote, if every rank has its file; the epochs done."""
-    here = options.checkpoint is not None and checkpoint(options).exists()
-    if not all(hvd.allgather_object(here, name="checkpoint")):
-        return 0
-    saved = torch.load(checkpoint(options), weights_only=False)
-    for one, state in zip(parts, saved["parts"], strict=True):
-        one.load_state_dict(state)
-    return int(saved["epoch"])
 
 
 if __name__ == "__main__":

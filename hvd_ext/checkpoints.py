@@ -98,10 +98,18 @@ def seal(folder: Path, manifest: Mapping[str, Any], files: Mapping[str, Mark], *
     """
     text = _text({**manifest, "run": run, "files": {name: list(mark) for name, mark in files.items()}})
     write(folder / MANIFEST, lambda file: _put(file, text))
+    _sync_folder(folder.parent)
     surplus = [old for old in valid(folder.parent) if _run_of(old) == run and old != folder]
     for old in surplus[: max(0, len(surplus) - keep + 1)]:
         (old / MANIFEST).unlink()  # from here on it does not exist, whatever is left of it
         shutil.rmtree(old, ignore_errors=True)
+
+
+def clear_unsealed(folder: Path) -> None:
+    """Remove what crashes before the sealed checkpoint ``folder`` have left beside it."""
+    for old in folder.parent.glob(PATTERN):
+        if old.name < folder.name and not (old / MANIFEST).is_file():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ answers only who sends the token that the ranks exchanged. Nobody else can learn
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -16,6 +17,8 @@ import time
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
+
+from hvd_ext.doorway import Doorway
 
 LOCAL = "127.0.0.1"
 TOKEN = 32  # characters
@@ -56,7 +59,8 @@ class Listener:
 
     def __init__(self, *, local: bool) -> None:
         self._token = secrets.token_hex(TOKEN // 2)
-        self._socket = socket.create_server((LOCAL if local else "", 0), backlog=64)
+        self._socket = socket.create_server((LOCAL if local else "", 0), backlog=512)
+        self._door = Doorway(self._socket, length=TOKEN, seconds=SECONDS)
         host = LOCAL if local else socket.gethostname()
         self.address = [host, self._socket.getsockname()[1], self._token]
         self._waiting: tuple[str, float] | None = None
@@ -74,19 +78,12 @@ class Listener:
         self._place, self._busy, self._sampled = place, busy, now
 
     def _serve(self) -> None:
-        while True:
-            try:
-                connection, _ = self._socket.accept()
-            except OSError:
-                return
-            with connection:
-                try:
-                    connection.settimeout(SECONDS / 2)  # a stranger who stays silent holds nobody up
-                    said = connection.recv(TOKEN, socket.MSG_WAITALL)
+        while self._door.open:
+            for caller, said in self._door.poll(SECONDS / 4):
+                with caller, contextlib.suppress(OSError):
                     if secrets.compare_digest(said, self._token.encode()):
-                        connection.sendall(json.dumps(self._answer()).encode())
-                except OSError:
-                    pass
+                        caller.sendall(json.dumps(self._answer()).encode())
+        self._door.close()
 
     def _answer(self) -> dict[str, Any]:
         return {"host": socket.gethostname(), "pid": os.getpid(), "waiting": self._waiting,

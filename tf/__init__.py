@@ -11,11 +11,14 @@ import importlib
 from horovod.tensorflow import *  # noqa: F403
 
 from hvd_ext import openmpi
+from hvd_ext.checkpoints import DamagedCheckpointError
 from hvd_ext.delay import DelayCompensated
 from hvd_ext.delay.momentum import AutoMomentum, momentum_for_delay
 from hvd_ext.replicas import ReplicasDifferError
+from hvd_ext.run_checkpoints import CheckpointNotWrittenError
 from hvd_ext.tensorflow.amsgrad import AMSGrad
 from hvd_ext.tensorflow.async_ps import ParameterServer
+from hvd_ext.tensorflow.checkpoints import load_checkpoint, save_checkpoint
 from hvd_ext.tensorflow.compression import Compression
 from hvd_ext.tensorflow.optimizer import DistributedOptimizer
 from hvd_ext.tensorflow.reducers import register_reducer

@@ -20,7 +20,7 @@ import horovod.tensorflow as horovod
 import keras
 import tensorflow as tf
 
-from hvd_ext.tensorflow import checkpoint, keras_hooks
+from hvd_ext.tensorflow import keras_hooks, keras_store
 from hvd_ext.tensorflow.reducers.base import Reducer, divide_by_ranks, precondition, report
 from hvd_ext.tensorflow.server import UpdateServer, state_bytes
 from hvd_ext.tensorflow.variables import CallableList, as_tf, make_state, mark_per_rank, name_of
@@ -224,7 +224,7 @@ class Wrapper:
         self.stamp_rank()
         accumulated = getattr(optimizer, "_accumulated_gradients", ())
         for total, variable in zip(accumulated, variables, strict=False):
-            self.references[id(as_tf(total))] = variable, checkpoint.ACCUMULATOR
+            self.references[id(as_tf(total))] = variable, keras_store.ACCUMULATOR
         if self.options.passes > 1:
             parts = self.reducer.parts_shape()
             self.counter = make((), "int64", "passes_done", False)
@@ -343,7 +343,7 @@ class Distributed:
                                     initializer: Any = "zeros") -> Any:
         """A variable of the optimizer; an empty one for what another rank keeps."""
         server = self._hvd_ext.server
-        accumulator = name == checkpoint.ACCUMULATOR
+        accumulator = name == keras_store.ACCUMULATOR
         if server is None or accumulator or server.owns(reference_variable):
             made = super().add_variable_from_reference(reference_variable, name=name,
                                                        initializer=initializer)
@@ -365,10 +365,10 @@ class Distributed:
         server.send(trainable_variables, f"{self._hvd_ext.options.prefix}/averages")
 
     def load_own_variables(self, store: Any) -> None:
-        checkpoint.load(self, store, super().load_own_variables)
+        keras_store.load(self, store, super().load_own_variables)
 
     def save_own_variables(self, store: Any) -> None:
-        checkpoint.save(self, store, super().save_own_variables)
+        keras_store.save(self, store, super().save_own_variables)
 
     def report(self) -> dict[str, Any]:
         """Figures of the last step: bytes by kind, and those of each extension in use."""

@@ -9,11 +9,14 @@ import importlib
 from horovod.torch import *  # noqa: F403
 
 from hvd_ext import openmpi
+from hvd_ext.checkpoints import DamagedCheckpointError
 from hvd_ext.delay import DelayCompensated
 from hvd_ext.delay.momentum import AutoMomentum, momentum_for_delay
 from hvd_ext.replicas import ReplicasDifferError
+from hvd_ext.run_checkpoints import CheckpointNotWrittenError
 from hvd_ext.torch.amsgrad import AMSGrad
 from hvd_ext.torch.async_ps import ParameterServer
+from hvd_ext.torch.checkpoints import load_checkpoint, save_checkpoint
 from hvd_ext.torch.compression import Compression
 from hvd_ext.torch.optimizer import DistributedOptimizer
 from hvd_ext.torch.reducers import register_reducer
@@ -30,7 +33,9 @@ __all__ = [
     *(name for name in dir() if not name.startswith("_")),
     "AMSGrad",
     "AutoMomentum",
+    "CheckpointNotWrittenError",
     "Compression",
+    "DamagedCheckpointError",
     "DelayCompensated",
     "DistributedOptimizer",
     "ParameterServer",
@@ -38,7 +43,9 @@ __all__ = [
     "SENG",
     "assert_replicas_equal",
     "broadcast_optimizer_state",
+    "load_checkpoint",
     "momentum_for_delay",
     "register_reducer",
     "register_seng_rule",
+    "save_checkpoint",
 ]

@@ -44,7 +44,7 @@ class ServerSettings:
         total_updates: what the progress bar counts to; None if unknown.
 
     Raises:
-        ValueError, TypeError: a setting is out of range.
+        ValueError, TypeError: a setting is of the wrong type or out of range.
     """
 
     rule: AsyncRule
@@ -65,6 +65,11 @@ class ServerSettings:
     total_updates: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.rule, AsyncRule):
+            raise TypeError(f"rule must be an AsyncRule, got {self.rule!r}; pass AsyncRule(name=...)")
+        for name in ("checkpoint_dir", "resume"):
+            if not isinstance(getattr(self, name), Path | None):
+                raise TypeError(f"{name} must be a pathlib.Path or None, got {getattr(self, name)!r}")
         checks.number_or_schedule("lr", self.lr, low=0.0, open_low=True,
                                   hint="pass a number above 0 or a function")
         if self.updates_per_epoch is not None:

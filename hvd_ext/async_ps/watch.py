@@ -15,7 +15,10 @@ import selectors
 import socket
 import time
 
+from hvd_ext.doorway import Doorway
+
 LOCAL = "127.0.0.1"
+GREETING = 64  # bytes that a rank says first: the token and its number
 
 
 def _keep_alive(connection: socket.socket) -> None:
@@ -34,9 +37,9 @@ class Host:
 
     def __init__(self, *, local: bool) -> None:
         self.token = secrets.token_hex(8)
-        self._listener = socket.create_server((LOCAL if local else "", 0), backlog=512)
-        self._listener.settimeout(0.2)
-        self.port: int = self._listener.getsockname()[1]
+        listener = socket.create_server((LOCAL if local else "", 0), backlog=512)
+        self.port: int = listener.getsockname()[1]
+        self._door = Doorway(listener, length=GREETING, seconds=2.0)
         self._selector = selectors.DefaultSelector()
         self._connections: dict[int, socket.socket] = {}
         atexit.register(self.close)
@@ -46,25 +49,18 @@ class Host:
         deadline = time.monotonic() + seconds
         missing = set(ranks)
         while missing and time.monotonic() < deadline:
-            try:
-                connection, _ = self._listener.accept()
-            except TimeoutError:
-                continue
-            try:
-                connection.settimeout(2.0)
-                message = connection.recv(64, socket.MSG_WAITALL).decode("ascii", "replace").split()
-                if len(message) != 2 or not secrets.compare_digest(message[0], self.token):
-                    raise ConnectionError("not one of ours")
-                rank = int(message[1])
-            except (OSError, ValueError):
-                connection.close()
-                continue
-            connection.setblocking(False)
-            _keep_alive(connection)
-            self._connections[rank] = connection
-            self._selector.register(connection, selectors.EVENT_READ, rank)
-            missing.discard(rank)
-        self._listener.close()
+            for connection, said in self._door.poll(0.2):
+                message = said.decode("ascii", "replace").split()
+                rank = message[1] if len(message) == 2 and secrets.compare_digest(
+                    message[0].encode(), self.token.encode()) else ""
+                if not rank.isdecimal() or int(rank) not in missing:
+                    connection.close()
+                    continue
+                _keep_alive(connection)
+                self._connections[int(rank)] = connection
+                self._selector.register(connection, selectors.EVENT_READ, int(rank))
+                missing.discard(int(rank))
+        self._door.close()
         return missing
 
     def lost(self) -> list[int]:
@@ -95,7 +91,7 @@ class Host:
         """Closes everything."""
         for rank in list(self._connections):
             self.forget(rank)
-        self._listener.close()
+        self._door.close()
         self._selector.close()
         atexit.unregister(self.close)
 
@@ -109,7 +105,7 @@ class Guest:
         for address in addresses:
             with contextlib.suppress(OSError):
                 self._connection = socket.create_connection((address, port), timeout=seconds)
-                self._connection.sendall(f"{token} {rank}".ljust(64).encode())
+                self._connection.sendall(f"{token} {rank}".ljust(GREETING).encode())
                 self._connection.setblocking(False)
                 _keep_alive(self._connection)
                 break

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -182,3 +183,21 @@ def one_rank_stays_away():
         time.sleep(2.5)
         return
     ParameterServer(start(), lr=0.1, start_timeout=2.0)
+
+
+def struck(options, steps, rank, seconds, number):
+    """Rank ``rank`` sends itself a signal some seconds after all have met; none does where it is -1."""
+    from mpi4py import MPI
+
+    from hvd_ext.async_ps import numpy
+
+    class Struck(numpy.ParameterServer):
+        def __init__(self, *args, **settings):
+            super().__init__(*args, **settings)
+            timer = threading.Timer(seconds, os.kill, (os.getpid(), number))
+            timer.daemon = True
+            timer.start()
+
+    if rank == MPI.COMM_WORLD.rank:
+        numpy.ParameterServer = Struck
+    return train(options, steps, pause=0.004)

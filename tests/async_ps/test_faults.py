@@ -125,6 +125,16 @@ def test_hung_server_is_an_error_on_the_workers(tmp_path):
             "ServerLost: a parameter server did not answer within 1.5 s; there is no checkpoint")
 
 
+def test_hung_primary_is_an_error_on_the_other_server_too(tmp_path):
+    options = {**OPTIONS, "servers": 2, "server_timeout": 2.0}
+    ended = run_program(tmp_path / "p", "server_signalled", 4, options, 10**6, 0, int(signal.SIGSTOP),
+                        until=[1, 2, 3])
+    assert ended.outcomes[1].value.startswith(
+        "ServerLost: the primary server (rank 0) said nothing for 2 s (server_timeout)"), ended.outcomes[1]
+    for rank in (2, 3):
+        assert ended.outcomes[rank].value.startswith("ServerLost"), ended.outcomes[rank]
+
+
 @pytest.mark.parametrize("every", [None, 20], ids=["training", "while it should save"])
 def test_hung_second_server_is_named_and_no_worker_is_blamed(tmp_path, every):
     options = {**OPTIONS, "servers": 2, "server_timeout": 3.0, "worker_timeout": 1.0,

@@ -5,6 +5,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from hvd_ext.async_ps.progress import Display
 from hvd_ext.async_ps.report import Delays, Report, WorkerReport
 from hvd_ext.async_ps.watch import LOCAL, Guest, Host
@@ -73,6 +75,31 @@ def test_strangers_are_not_let_in():
     host.close()
 
 
+def test_many_silent_strangers_keep_no_rank_out():
+    host = Host(local=True)
+    crowd = [socket.create_connection((LOCAL, host.port)) for _ in range(300)]
+    for number, stranger in enumerate(crowd):
+        stranger.sendall(host.token.encode()[: number % 17])  # silent, or the beginning of the token
+    guests = [Guest(rank, addresses=[LOCAL], port=host.port, token=host.token, seconds=2.0)
+              for rank in (1, 2)]
+    assert host.accept({1, 2}, seconds=10.0) == set()
+    assert host.lost() == []
+    with pytest.raises(ConnectionError):  # the port is there for the start only
+        socket.create_connection((LOCAL, host.port))
+    for one in [*crowd, *guests, host]:
+        one.close()
+
+
+def test_a_second_connection_does_not_take_a_ranks_place():
+    host = Host(local=True)
+    guests = [Guest(1, addresses=[LOCAL], port=host.port, token=host.token, seconds=2.0) for _ in range(2)]
+    assert host.accept({1, 2}, seconds=1.0) == {2}
+    guests[1].close()
+    assert host.lost() == []
+    guests[0].close()
+    host.close()
+
+
 def test_primary_out_of_reach_is_known():
     guest = Guest(1, addresses=["256.0.0.1"], port=1, token="x", seconds=0.2)
     assert not guest.connected
@@ -99,3 +126,34 @@ def test_log_line_and_terminal(capsys):
     silent.show(report())
     assert not silent.due()
     assert capsys.readouterr().out == ""
+
+
+GIVEN_UP = """
+import gc, time, types, weakref
+import mpi4py
+mpi4py.rc.initialize = False
+import numpy as np
+from hvd_ext.async_ps import registration
+
+class Never:
+    def Test(self):
+        return False
+
+memory = np.zeros(3)
+kept = weakref.ref(memory)
+try:
+    registration._wait(Never(), time.monotonic(), types.SimpleNamespace(start_timeout=7.0), (memory,))
+except TimeoutError as error:
+    print(error)
+del memory
+gc.collect()
+print("kept", kept() is not None)
+"""
+
+
+def test_memory_of_an_exchange_that_was_given_up_is_kept():
+    """MPI may still write into it."""
+    done = subprocess.run([sys.executable, "-c", GIVEN_UP], capture_output=True, text=True, timeout=60,
+                          check=True)
+    assert "not all ranks constructed ParameterServer within 7 s" in done.stdout
+    assert "kept True" in done.stdout

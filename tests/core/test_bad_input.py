@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvd_ext import checkpoints
+from hvd_ext import checkpoints, run_checkpoints
+from hvd_ext.async_ps import wire
+from hvd_ext.async_ps.config import ServerSettings
+from hvd_ext.async_ps.plan import Plan
 from hvd_ext.buckets import Kind, TensorSpec, check_groups, plan_buckets, slice_sizes, split_groups
 from hvd_ext.delay import DelayCompensated
+from hvd_ext.delay.async_rules import AsyncRule
+from hvd_ext.delay.engine import replay
+from hvd_ext.delay.momentum import AutoMomentum
+from hvd_ext.delay.sequences import Recorded
 from hvd_ext.header import pack_row, unpack_rows
 from hvd_ext.powersgd import PowerSGD
 from hvd_ext.seng import Settings
@@ -17,6 +29,7 @@ from hvd_ext.servers import owners, shares
 from hvd_ext.servers.ownership import EVERY_RANK
 from hvd_ext.topk import Layout, TopK
 from hvd_ext.topk.wire import MessageError, check_messages
+from tests.reference.async_sgd import trajectory
 
 SHAPES = st.lists(st.lists(st.integers(0, 40), max_size=3).map(tuple), max_size=12)
 KINDS = st.sampled_from([Kind("float32"), Kind("float64"), Kind("float16", group=1),
@@ -133,8 +146,6 @@ def test_every_parameter_has_an_owner_and_none_has_too_much(server, numels, rank
 ])
 @given(st.data())
 def test_settings_are_taken_or_refused_at_construction(settings, given_first, data):
-    from dataclasses import fields
-
     names = [one.name for one in fields(settings) if one.init]
     changes = data.draw(st.dictionaries(st.sampled_from(names), ANYTHING, max_size=3))
     refused = ""
@@ -151,9 +162,6 @@ def test_settings_are_taken_or_refused_at_construction(settings, given_first, da
 
 @given(st.binary(max_size=3000), st.integers(0, 2999), st.integers(1, 255))
 def test_damage_to_a_file_is_seen(content, at, change):
-    import tempfile
-    from pathlib import Path
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "update-1" / "shard"
         mark = checkpoints.write(path, lambda file: file.write(content))
@@ -164,3 +172,129 @@ def test_damage_to_a_file_is_seen(content, at, change):
         path.write_bytes(data or b"x")
         with pytest.raises(checkpoints.DamagedCheckpointError, match="shard"):
             checkpoints.check(path, mark)
+
+
+EXPECTED = {"front_end": "a", "optimizer": "b", "extensions": "c"}
+
+
+def sealed(folder):
+    """A checkpoint of two files."""
+    there = checkpoints.place(folder, 7)
+    marks = {name: checkpoints.write(there / name, lambda file, name=name: file.write(name.encode() * 9))
+             for name in ("model.pt", "rank0000.pt")}
+    checkpoints.seal(there, {**EXPECTED, "server": None, "format": 1, "step": 7, "ranks": 1}, marks, run="r",
+                     keep=1)
+    return there
+
+
+class Alone:
+    """One rank."""
+
+    rank, size = 0, 1
+
+    def allgather_object(self, thing, name):
+        return [thing]
+
+
+def load(folder):
+    """What a front end does: find, then read both files."""
+    found = run_checkpoints.find(Alone(), folder, EXPECTED, reset_per_rank_state=False)
+    return run_checkpoints.read(Alone(), found, ["model.pt", "rank0000.pt"],
+                                lambda paths: [path.read_bytes() for path in paths.values()])
+
+
+@given(st.sampled_from(["model.pt", "rank0000.pt", "manifest.json"]), st.data())
+def test_any_changed_byte_or_cut_of_any_file_is_refused_by_its_name(name, data):
+    with tempfile.TemporaryDirectory() as parent:
+        path = sealed(Path(parent)) / name
+        assert load(parent) == [b"model.pt" * 9, b"rank0000.pt" * 9]
+        whole = path.read_bytes()
+        at = data.draw(st.integers(0, len(whole) - 1))
+        changed = bytearray(whole)
+        changed[at] ^= data.draw(st.integers(1, 255))
+        path.write_bytes(data.draw(st.sampled_from([bytes(changed), whole[:at], whole + whole[: at + 1]])))
+        with pytest.raises(checkpoints.DamagedCheckpointError, match=name):
+            load(parent)
+        path.write_bytes(whole)
+        assert len(load(parent)) == 2
+
+
+@given(ANYTHING, ANYTHING)
+def test_steps_and_numbers_of_checkpoints_are_taken_or_refused(step, keep):
+    with tempfile.TemporaryDirectory() as parent:
+        def save():
+            run_checkpoints.save(Alone(), parent, step, keep=keep, contents=lambda: run_checkpoints.Contents(
+                {"rank0000.pt": lambda file: file.write(b"x")}, {}))
+
+        fine = all(type(one) is int for one in (step, keep)) and 0 <= step < 10**12 and keep >= 1
+        if fine:
+            save()
+            assert checkpoints.latest(Path(parent)) == checkpoints.place(Path(parent), step)
+            return
+        with pytest.raises((ValueError, TypeError), match=r"(step|keep) must be .*got"):
+            save()
+        assert not list(Path(parent).iterdir())
+
+
+@given(st.integers(-1, 9), st.integers(-1, 9), st.integers(-1, 40))
+def test_every_entry_has_one_server(size, servers, numel):
+    if size < 2 or not 1 <= servers < size or numel < max(1, servers):
+        with pytest.raises(ValueError, match="; "):  # what to do comes after it
+            Plan(size, servers, numel)
+        return
+    plan = Plan(size, servers, numel)
+    counts = np.zeros(numel, int)
+    for part in plan.slices:
+        counts[part] += 1
+    assert (counts == 1).all()
+    sizes = [part.stop - part.start for part in plan.slices]
+    assert max(sizes) - min(sizes) <= 1
+    assert [plan.rank(plan.worker(rank)) for rank in range(servers, size)] == list(range(servers, size))
+
+
+@given(st.dictionaries(st.sampled_from(wire.HEADER.names), st.integers(-2**63, 2**63 - 1)))
+def test_headers_come_back(values):
+    kind = values.pop("kind", 3)
+    sent = wire.header(kind, **values)
+    got = np.frombuffer(wire.raw(sent).tobytes(), wire.HEADER)[0]
+    assert got["kind"] == kind
+    for name in set(wire.HEADER.names) - {"kind"}:
+        assert got[name] == np.zeros(1, wire.HEADER)[name].dtype.type(values.get(name, 0))
+
+
+@pytest.mark.parametrize(("settings", "given_first"), [
+    (AsyncRule, {}), (ServerSettings, {"rule": AsyncRule(), "lr": 0.1}), (AutoMomentum, {}),
+    (DelayCompensated, {}), (TopK, {}), (PowerSGD, {}), (Settings, {"damping": 0.1}),
+])
+@given(st.data())
+def test_one_bad_setting_is_refused_with_its_value(settings, given_first, data):
+    names = list(inspect.signature(settings).parameters)
+    name = data.draw(st.sampled_from(names))
+    value = data.draw(ANYTHING)
+    try:
+        made = settings(**{**given_first, name: value})
+    except (ValueError, TypeError) as error:
+        said = str(error)
+        assert name in said or "rule" in said or "function" in said, (name, value, said)
+        assert repr(value) in said or str(value) in said or f"{value:g}" in said, (name, value, said)
+        assert any(word in said for word in ("must be", "needs", "pass", "give")), (name, value, said)
+        return
+    again = settings(**{name: getattr(made, name) for name in names})
+    assert all(getattr(again, name) == getattr(made, name) for name in names)
+
+
+@given(st.sampled_from(["asgd", "dc-asgd-c", "dc-asgd-a"]), st.floats(0, 4), st.floats(0, 0.99),
+       st.floats(1e-3, 1.0), st.floats(0, 0.9), st.lists(st.integers(0, 5), min_size=1, max_size=12))
+def test_accepted_rules_reach_the_oracles_weights(name, lam, decay, eps, momentum, delays):
+    taus = [min(tau, k) for k, tau in enumerate(delays)]
+    rule = AsyncRule(name=name, lam=0.0 if name == "asgd" else lam, decay=decay, eps=eps)
+    start = np.random.default_rng(0).normal(size=7)
+
+    def gradient(w, k):
+        return w * 0.5 + np.random.default_rng(k).normal(size=7)
+
+    recorded = Recorded(taus, senders=[0] * len(taus), batches=list(range(len(taus))))
+    reached = replay(gradient, start, steps=len(taus), delays=recorded, lr=0.05, momentum=momentum, rule=rule)
+    expected = trajectory(gradient, start, taus, lr=0.05, momentum=momentum, rule=name, lam=rule.lam,
+                          decay=decay, eps=eps)
+    np.testing.assert_allclose(reached.weights, expected[-1], rtol=1e-10, atol=1e-12)

@@ -12,9 +12,11 @@ import pytest
 from hvd_ext import checks, composition
 from hvd_ext.agreement import describe, differences, digest
 from hvd_ext.buckets import (
+    MOST_BYTES,
     Kind,
     TensorSpec,
     check_groups,
+    check_message,
     plan_buckets,
     slice_sizes,
     split_groups,
@@ -43,6 +45,18 @@ def test_buckets_go_backwards_and_keep_their_size():
 def test_a_tensor_larger_than_a_bucket_goes_alone():
     plan = plan_buckets(specs(1, 100, 1), bucket_bytes=8)
     assert [[slot.index for slot in bucket.slots] for bucket in plan] == [[2], [1], [0]]
+
+
+def test_a_message_holds_what_mpi_can_count():
+    for count, fits in ((MOST_BYTES // 4, True), (MOST_BYTES // 4 + 1, False)):
+        tensors = specs(7, count - 7)
+        bucket = plan_buckets(tensors, bucket_bytes=8 * MOST_BYTES)[0]
+        if fits:
+            check_message(bucket, tensors, "delay")
+            continue
+        said = f"of which p1 is {4 * (count - 7)}; MPI takes at most 2147483647"
+        with pytest.raises(ValueError, match=said):
+            check_message(bucket, tensors, "delay")
 
 
 def test_kinds_do_not_share_a_bucket():

@@ -41,7 +41,7 @@ def test_oracles_are_independent_of_what_they_check(path):
 
 
 FRONT_ENDS = {"torch": ROOT / "torch_ext", "tensorflow": ROOT / "tf"}
-TENSORFLOW_ALONE = {"tape", "traffic", "variables", "checkpoint", "keras_hooks", "waiting"}
+TENSORFLOW_ALONE = {"tape", "traffic", "variables", "keras_store", "keras_hooks", "waiting"}
 TORCH_ALONE = {"passes", *(f"seng/{name}" for name in (
     "attention", "check", "eager", "lookup", "notices", "per_sample", "probe", "samples", "tied"))}
 LONGEST = 400  # lines

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hvd_ext.seng.rows import generator, inclusion_probabilities, sample_batch, sample_rows
+from hvd_ext.seng.rows import generator, inclusion_probabilities, sample_batch, sample_rows, usable_scores
 
 KINDS = [(leverage, replacement) for leverage in (False, True) for replacement in (False, True)]
 
@@ -133,3 +133,15 @@ def test_sample_batch():
     assert sample_batch(8, 8, generator(0, 0, "s")) is None
     rows = sample_batch(8, 3, generator(0, 0, "s"))
     assert rows.size == np.unique(rows).size == 3
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+@pytest.mark.parametrize("bad", [np.inf, np.nan, np.float64(1e308)])
+def test_scores_that_overflow_on_one_rank_choose_uniformly_there(bad):
+    scores = np.ones(20)
+    assert usable_scores(scores) is not None
+    scores[[3, 4]] = bad  # finite numbers whose sum overflows count too
+    assert usable_scores(scores) is None
+    rows, weights = sample_rows(20, 5, generator(0, 0, "layer"), scores=usable_scores(scores))
+    assert len(rows) == 5
+    assert np.isfinite(weights).all()

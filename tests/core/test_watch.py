@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from hvd_ext import meeting
 from hvd_ext.agreement import digest
+from hvd_ext.doorway import CALLERS
 from hvd_ext.roll_call import LOCAL, Answer, Listener, ask
 from hvd_ext.watch import limits, patience_with
 
@@ -85,6 +86,24 @@ def test_strangers_learn_and_change_nothing():
     assert ask([LOCAL, port, "f" * 32]) is None
     assert ask(listener.address) is not None
     silent.close()
+    listener.close()
+
+
+def test_many_silent_strangers_hold_no_rank_up():
+    listener = Listener(local=True)
+    crowd = [socket.create_connection((LOCAL, listener.address[1]), timeout=10) for _ in range(100)]
+    for number, stranger in enumerate(crowd):
+        if number % 3:
+            stranger.sendall(b"x" * (number % 32))  # the beginning of a token, for all that is known
+    assert [ask(listener.address) is not None for _ in range(5)] == [True] * 5
+    for stranger in crowd:  # each is shown out without a word
+        with contextlib.suppress(ConnectionError):
+            assert stranger.recv(100) == b""
+        stranger.close()
+    crowd = [socket.create_connection((LOCAL, listener.address[1]), timeout=10) for _ in range(2 * CALLERS)]
+    assert ask(listener.address) is not None
+    for stranger in crowd:
+        stranger.close()
     listener.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import random
 import subprocess
 import sys
 import time
@@ -51,6 +52,19 @@ class Ended:
 def every_case(front_ends: tuple[str, ...] = FRONT_ENDS) -> list[Case]:
     """All combinations."""
     return [Case(*one) for one in itertools.product(front_ends, METHODS, SERVERS, FAULTS)]
+
+
+def drawn_cases() -> list[Case]:
+    """All combinations, or those that ``HVD_EXT_MATRIX`` says, drawn with ``HVD_EXT_SEED`` (0).
+
+    "150" are the first 150 drawn, "150-300" the next 150.
+    """
+    cases = every_case()
+    if "HVD_EXT_MATRIX" not in os.environ:
+        return cases
+    random.Random(int(os.environ.get("HVD_EXT_SEED", "0"))).shuffle(cases)
+    first, _, last = os.environ["HVD_EXT_MATRIX"].rpartition("-")
+    return cases[int(first or 0):int(last)]
 
 
 def quick_cases() -> list[Case]:

@@ -129,6 +129,35 @@ def no_layer_with_a_rule():
     np.testing.assert_allclose(*results, rtol=1e-5)
 
 
+class Experts(keras.Model):
+    """Two experts; the second gets the rows whose first entry is above a threshold."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = keras.layers.Dense(3), keras.layers.Dense(3)
+
+    def call(self, x):
+        far = x[:, 0] > 100.0
+        return tf.concat([self.first(tf.boolean_mask(x, ~far)), self.second(tf.boolean_mask(x, far))], 0)
+
+
+def expert_without_tokens():
+    """An expert that no row of a batch goes to leaves the step as good as any."""
+    keras.utils.set_random_seed(0)
+    model = Experts()
+    model(np.where(np.arange(8)[:, None] < 3, 200.0, 1.0) * np.ones((8, 4), "float32"))
+    model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.01), preconditioner=hvd.SENG(
+        model, damping=0.5, update_freq=1)), "mse", jit_compile=False)
+    rng = np.random.default_rng(hvd.rank())
+    for step in range(3):
+        x = rng.normal(size=(8, 4)).astype("float32")
+        if step == 2:
+            x[:3, 0] = 200.0
+        model.train_on_batch(x, np.zeros((8, 3), "float32"))
+    hvd.assert_replicas_equal(model)
+    assert all(np.isfinite(w).all() for w in model.get_weights())
+
+
 @pytest.mark.parametrize("name", ["delay", "topk", "powersgd"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_gradient_missing_on_one_rank(ranks, name, compiled):
@@ -136,7 +165,7 @@ def test_gradient_missing_on_one_rank(ranks, name, compiled):
 
 
 @pytest.mark.parametrize("case", [rate_of_one_rank, other_settings, one_optimizer_more,
-                                  no_layer_with_a_rule])
+                                  no_layer_with_a_rule, expert_without_tokens])
 def test_on_two_ranks(ranks, case):
     ranks(2, init="tensorflow").run(case)
 

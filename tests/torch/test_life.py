@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import hvd_ext.torch as hvd
+from hvd_ext.torch.reducers.buckets import BucketReducer
 from tests.torch.problems import backward, make_parameters, named
 
 pytestmark = pytest.mark.ranks
@@ -84,6 +86,18 @@ def too_large():
     parameters = [torch.nn.Parameter(torch.empty(2**29 + 1))]  # 2 GiB and 4 bytes, never touched
     with pytest.raises(ValueError, match=r"p0 is 2147483652; MPI takes at most 2147483647"):
         wrapped(parameters, op=hvd.DelayCompensated())
+
+
+def test_two_devices_of_one_process_do_not_share_a_bucket():
+    """Named by their order, so that ranks agree whichever number each device has."""
+    device_name = BucketReducer._device_name
+    names = []
+    for first, second in ((0, 1), (3, 2)):
+        reducer = SimpleNamespace(_devices=[])
+        devices = [torch.device("cpu"), torch.device("cuda", first), torch.device("cuda", second),
+                   torch.device("cuda", first)]
+        names.append([device_name(reducer, device) for device in devices])
+    assert names[0] == names[1] == ["cpu", "cuda", "cuda 1", "cuda"]
 
 
 class Experts(torch.nn.Module):

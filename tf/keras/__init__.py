@@ -10,9 +10,12 @@ import importlib
 
 from horovod.tensorflow.keras import *  # noqa: F403
 
+from hvd_ext.checkpoints import DamagedCheckpointError
 from hvd_ext.delay import DelayCompensated
 from hvd_ext.replicas import ReplicasDifferError
+from hvd_ext.run_checkpoints import CheckpointNotWrittenError
 from hvd_ext.tensorflow.amsgrad import AMSGrad
+from hvd_ext.tensorflow.checkpoints import load_checkpoint, save_checkpoint
 from hvd_ext.tensorflow.compression import Compression
 from hvd_ext.tensorflow.keras.load import load_model
 from hvd_ext.tensorflow.keras.save import save_model

@@ -8,7 +8,7 @@ from typing import Any
 import horovod.tensorflow as horovod
 import keras
 
-from hvd_ext.tensorflow import checkpoint
+from hvd_ext.tensorflow import keras_store
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.keras_hooks import distributed_part, require_tensorflow_backend
 
@@ -40,8 +40,8 @@ def save_model(model: keras.Model, filepath: Any, *, reset_per_rank_state: bool 
     collectives, saving = Collectives(process_set), contextlib.nullcontext()
     if optimizer is not None:
         collectives = Collectives(optimizer._hvd_ext.collectives.process_set)
-        values = checkpoint.gather(optimizer, reset_per_rank_state=reset_per_rank_state)
-        saving = checkpoint.saving(optimizer, values)
+        values = keras_store.gather(optimizer, reset_per_rank_state=reset_per_rank_state)
+        saving = keras_store.saving(optimizer, values)
     failure = None
     try:
         with saving:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -11,15 +12,17 @@ from hvd_ext import checks
 from hvd_ext.seng import Cosine, ExpDecay, Recipe, WarmUp
 
 
-class _PerStep:
-    """A factor of the epoch as a function of the step; a class, so that it can be pickled."""
+def _per_step(factor: Callable[[float], float], steps_per_epoch: int) -> Callable[[int], float]:
+    """A factor of the epoch as a function of the step.
 
-    def __init__(self, factor: Callable[[float], float], steps_per_epoch: int) -> None:
-        self.factor = factor
-        self.steps_per_epoch = checks.whole("steps_per_epoch", steps_per_epoch, low=1)
+    A partial function can be pickled, and LambdaLR saves nothing of it: the ``state_dict()`` is plain
+    numbers, which ``torch.load(weights_only=True)`` takes.
+    """
+    return functools.partial(_at_step, factor, checks.whole("steps_per_epoch", steps_per_epoch, low=1))
 
-    def __call__(self, step: int) -> float:
-        return self.factor(step / self.steps_per_epoch)
+
+def _at_step(factor: Callable[[float], float], steps_per_epoch: int, step: int) -> float:
+    return factor(step / steps_per_epoch)
 
 
 def exp_lr(optimizer: torch.optim.Optimizer, *, max_epoch: float, decay: float = 6.0,
@@ -31,16 +34,16 @@ def exp_lr(optimizer: torch.optim.Optimizer, *, max_epoch: float, decay: float =
         warmup_start: the warm-up's first learning rate as a fraction of the optimizer's.
     """
     factor = WarmUp(ExpDecay(max_epoch, decay), epochs=warmup_epochs, start=warmup_start)
-    return LambdaLR(optimizer, _PerStep(factor, steps_per_epoch))
+    return LambdaLR(optimizer, _per_step(factor, steps_per_epoch))
 
 
 def cosine_lr(optimizer: torch.optim.Optimizer, *, max_epoch: float, steps_per_epoch: int,
               warmup_epochs: float = 0.0, warmup_start: float = 0.0) -> LambdaLR:
     """``0.001 + (lr - 0.001)(1 + cos(pi epoch/max_epoch))/2`` ("cosine", SENG appendix A)."""
-    def factor(group: dict[str, float]) -> _PerStep:
+    def factor(group: dict[str, float]) -> Callable[[int], float]:
         lr = group.get("initial_lr", group["lr"])
         warm = WarmUp(Cosine(max_epoch, float(lr)), epochs=warmup_epochs, start=warmup_start)
-        return _PerStep(warm, steps_per_epoch)
+        return _per_step(warm, steps_per_epoch)
 
     return LambdaLR(optimizer, [factor(group) for group in optimizer.param_groups])
 
@@ -48,4 +51,4 @@ def cosine_lr(optimizer: torch.optim.Optimizer, *, max_epoch: float, steps_per_e
 def recipe_lr(optimizer: torch.optim.Optimizer, recipe: Recipe, *, steps_per_epoch: int
               ) -> LambdaLR:
     """A row of SENG Table 7; the optimizer's lr should be ``recipe.lr``."""
-    return LambdaLR(optimizer, _PerStep(recipe.lr_factor(), steps_per_epoch))
+    return LambdaLR(optimizer, _per_step(recipe.lr_factor(), steps_per_epoch))

@@ -125,7 +125,7 @@ def load(optimizer: Any, store: Any, load_all: Callable[[Any], None]) -> None:
         load_all(store)  # Keras says why where it loads nothing
         return
     if count == plain:
-        _load_plain(optimizer, store)
+        load_plain(optimizer, store)
         return
     if count != len(variables):
         raise ValueError(
@@ -146,7 +146,7 @@ def load(optimizer: Any, store: Any, load_all: Callable[[Any], None]) -> None:
     load_all(values)
 
 
-def _load_plain(optimizer: Any, store: Any) -> None:
+def load_plain(optimizer: Any, store: Any) -> None:
     """A file without extensions: this rank takes what it owns, the extensions start anew."""
     wrapper = optimizer._hvd_ext
     plain = plain_variables(optimizer)

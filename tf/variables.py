@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import horovod.tensorflow as horovod
@@ -39,6 +40,19 @@ def make_state(optimizer: Any, shape: Sequence[int], dtype: Any, name: str,
     variable = optimizer.add_variable(shape=tuple(shape), name=name,
                                       dtype=tf.as_dtype(dtype).name)
     return as_tf(mark_per_rank(variable) if per_rank else variable)
+
+
+def made_apart(make: Callable[[], Any]) -> Any:
+    """What ``make()`` returns, variables that are not saved, made outside of the graph being traced.
+
+    A function whose first trace makes variables, also in ``tf.init_scope``, and then fails, is not
+    traced again by TensorFlow: it returns None from then on. Another thread traces nothing.
+    """
+    if not tf.compat.v1.executing_eagerly_outside_functions():  # TensorFlow 1
+        with tf.init_scope():
+            return make()
+    with ThreadPoolExecutor(1) as apart:
+        return apart.submit(make).result()
 
 
 def broadcast_variables(variables: Iterable[Any], root_rank: int,

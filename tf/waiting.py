@@ -9,6 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from hvd_ext.tensorflow.variables import made_apart
 from hvd_ext.watch import WATCH, Wait
 
 
@@ -29,9 +30,7 @@ class Waiting:
         """Make the two variables, before a graph is traced if that can be."""
         if self._begun is not None or not tf.compat.v1.executing_eagerly_outside_functions():
             return  # TensorFlow 1, whose variables somebody would have to initialise
-        with tf.init_scope(), tf.device("cpu"):
-            self._begun, self._ended = (
-                tf.Variable(0.0, dtype=tf.float64, trainable=False) for _ in range(2))
+        self._begun, self._ended = (made_apart(_time) for _ in range(2))
         ours = weakref.ref(self)
         WATCH.add_source(lambda: None if ours() is None else ours().look())
 
@@ -60,3 +59,8 @@ class Waiting:
         if ended > 0:
             WATCH.step_over()
         return Wait(self._what, begun + self._offset) if begun > ended else None
+
+
+def _time() -> tf.Variable:
+    with tf.device("cpu"):
+        return tf.Variable(0.0, dtype=tf.float64, trainable=False)

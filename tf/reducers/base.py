@@ -18,7 +18,7 @@ from hvd_ext.composition import describe_settings
 from hvd_ext.options import Options
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.traffic import Cell
-from hvd_ext.tensorflow.variables import as_tf, name_of
+from hvd_ext.tensorflow.variables import as_tf, made_apart, name_of
 from hvd_ext.tensorflow.waiting import Waiting
 from hvd_ext.versions import HVD_EXT
 
@@ -62,11 +62,9 @@ class Reducer(abc.ABC):
         self._make_own()
 
     def _make_own(self) -> None:
-        """Make the variables that are not saved, as early as can be: TensorFlow does not trace a
-        function again whose first trace made variables and then failed."""
+        """Make the variables that are not saved, once."""
         if self._checked is None:
-            with tf.init_scope():
-                self._checked = tf.Variable(False, trainable=False)
+            self._checked = made_apart(lambda: tf.Variable(False, trainable=False))
             self._waiting.build()
 
     def label(self, variable: Any) -> str:

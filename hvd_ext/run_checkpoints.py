@@ -94,19 +94,20 @@ def save(ranks: Ranks, folder: str | os.PathLike[str], step: int, *, keep: int,
             ones, or a folder that holds another run's checkpoints.
         CheckpointNotWrittenError: on all ranks, when one could not write its part.
     """
-    failure, mine, run = None, None, ""
+    failure: Exception | None = None
+    mine: Contents | None = None
+    given: tuple[Any, ...] = ()  # what cannot be pickled must not get into an exchange
     try:
         checks.whole("step", step, low=0)
         checks.whole("keep", keep, low=1, hint="the checkpoint that is written is one of them")
         parent = Path(folder).absolute()
         mine = contents()
-        if ranks.rank == 0:
-            run = _claim(parent, step)
+        run = _claim(parent, step) if ranks.rank == 0 else ""
+        given = (os.fspath(folder), step, keep)
     except Exception as error:
         failure = error
-    told = _together(ranks, failure, "cannot save a checkpoint", CheckpointNotWrittenError,
-                     (os.fspath(folder) if failure is None else "", step, keep, run))
-    _same("save_checkpoint", ("folder", "step", "keep"), [one[:3] for one in told])
+    _same("save_checkpoint", ("folder", "step", "keep"), _together(
+        ranks, failure, "cannot save a checkpoint", CheckpointNotWrittenError, given))
     assert mine is not None
     there = checkpoints.place(parent, int(step))
     marks: dict[str, Mark] = {}
@@ -138,7 +139,9 @@ def find(ranks: Ranks, folder: str | os.PathLike[str], expected: Mapping[str, An
         DamagedCheckpointError: on all ranks; its manifest is damaged.
         ValueError: on all ranks; it does not fit this run.
     """
-    failure, told = None, None
+    failure: Exception | None = None
+    told: tuple[str, dict[str, Any]] | None = None
+    given: tuple[Any, ...] = ()
     try:
         checks.flag("reset_per_rank_state", reset_per_rank_state)
         path = Path(folder).absolute()
@@ -151,11 +154,11 @@ def find(ranks: Ranks, folder: str | os.PathLike[str], expected: Mapping[str, An
                 _check_fits(there, manifest, expected, ranks.size, reset_per_rank_state)
                 _RUNS[there.parent] = manifest["run"]
                 told = (str(there), manifest)
+        given = (os.fspath(folder), reset_per_rank_state)
     except Exception as error:
         failure = error
-    everyone = _together(ranks, failure, "cannot load a checkpoint", RuntimeError,
-                         (told, os.fspath(folder) if failure is None else "", reset_per_rank_state))
-    _same("load_checkpoint", ("folder", "reset_per_rank_state"), [one[1:] for one in everyone])
+    everyone = _together(ranks, failure, "cannot load a checkpoint", RuntimeError, (told, given))
+    _same("load_checkpoint", ("folder", "reset_per_rank_state"), [one for _, one in everyone])
     told = everyone[0][0]
     return None if told is None else Found(Path(told[0]), told[1])
 

@@ -131,6 +131,7 @@ def refusals(folder):
         says(lambda: save(folder, -1, **given), ValueError),
         says(lambda: save(folder, 1, keep=0 if hvd.rank() else 3, **given), ValueError),
         says(lambda: save(folder, 1 + hvd.rank(), **given), ValueError),
+        says(lambda: save(folder, (lambda: 1) if hvd.rank() == 1 else 1, **given), TypeError),
         says(lambda: save(folder, 1, **given, thing=Unknown()), TypeError),
     ]
     assert load(folder, **given) is None
@@ -159,7 +160,7 @@ def test_who_is_refused_and_why(ranks, tmp_path):
     for text, wanted in zip(one, [
             "step must be at least 0, got -1",
             "rank 1 cannot save a checkpoint: keep must be at least 1, got 0",
-            "step=2 on rank 1 and 1 on rank 0",
+            "step=2 on rank 1 and 1 on rank 0", "rank 1 cannot save a checkpoint: step must be a whole",
             "torch.load(weights_only=True) refuses: tests.torch.test_checkpoints.Unknown",
             "step must be above that of the newest checkpoint", "start what the extensions keep anew",
             "build the model that was saved", "reset_per_rank_state must be True or False",

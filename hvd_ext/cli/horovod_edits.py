@@ -118,7 +118,7 @@ EDITS = (
     Edit(
         path="horovod/torch/CMakeLists.txt",
         before="5e5ba9ee3e32ef26b58f0e2af1236098c674b39a8d5825b32942a3173dead6fc",
-        after="419fe9c4300cd606708eb1a71524c65c9e688bcd82407ddd0a8cd2bc2a58d8eb",
+        after="49885a8b1058bd87edef01612e6570de43321423f5138367b74b490afbacc66a",
         replacements=(
             ("set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD 20)"),
             (
@@ -127,8 +127,8 @@ EDITS = (
             ),
             (
                 "add_library(${PYTORCH_TARGET_LIB} SHARED ${SOURCES} ${PYTORCH_SOURCES})\n",
-                # The framework's own files take longest and come first, so that no core waits for them.
-                "add_library(${PYTORCH_TARGET_LIB} SHARED ${PYTORCH_SOURCES} ${SOURCES})\n"
+                # make begins with the last batch, which has the framework's own files and takes longest.
+                "add_library(${PYTORCH_TARGET_LIB} SHARED ${SOURCES} ${PYTORCH_SOURCES})\n"
                 + _UNITY % ("PYTORCH_TARGET_LIB", 8),
             ),
         ),
@@ -137,7 +137,7 @@ EDITS = (
     Edit(
         path="horovod/tensorflow/CMakeLists.txt",
         before="fb7c462dec28a4555584275e7471d62d57ed7867db9423c9b7279836cf6d5c25",
-        after="f2246c841cb687dbbe17dd4d69c5c7e4c756ede05bc9ef7e6cbf608d1a314e9c",
+        after="fa822f06206113c726838f6b1f3cdc4f849ad952d4d5d461eca9ee21c7521e89",
         replacements=(
             ("set(CMAKE_CXX_STANDARD 17)", "set(CMAKE_CXX_STANDARD 20)"),
             # Gloo's second copy differs only in the standard it is compiled for; PyTorch's library
@@ -150,7 +150,7 @@ EDITS = (
             ),
             (
                 "add_library(${TF_TARGET_LIB} SHARED ${SOURCES} ${TF_SOURCES})\n",
-                "add_library(${TF_TARGET_LIB} SHARED ${TF_SOURCES} ${SOURCES})\n"
+                "add_library(${TF_TARGET_LIB} SHARED ${SOURCES} ${TF_SOURCES})\n"
                 + _UNITY % ("TF_TARGET_LIB", 8),
             ),
         ),

@@ -1,4 +1,4 @@
-"""Horovod's modules and names under this package's own: ``hvd_ext.torch.mpi_ops`` is ``horovod.torch.mpi_ops``.
+"""Horovod's modules under this package's name: ``hvd_ext.torch.functions`` is ``horovod.torch.functions``.
 
 A script that imports ``horovod.X`` anywhere runs with ``hvd_ext.X`` in its place. A module of ours wins over
 Horovod's of the same name, and hands on the names that it does not have.

@@ -1,7 +1,8 @@
 """Ranks that ask each other what they do, beside the collectives that may be stuck.
 
 Each rank listens on a port of its own, on the loopback address where all ranks are on one host, and
-answers only who sends the token that the ranks exchanged. Nobody else can learn or change anything.
+answers only who sends the token that the ranks exchanged. Nobody else can learn or change anything. A rank
+that fails tells the others so on the same way.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 LOCAL = "127.0.0.1"
 TOKEN = 32  # characters
+ASKS, TELLS = b"?", b"!"  # after the token
 SECONDS = 2.0
+LONGEST = 2000  # characters of what a rank tells
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Listener:
     """
 
     def __init__(self, *, local: bool) -> None:
+        self.told: Callable[[int, str], None] = lambda rank, what: None
         self._token = secrets.token_hex(TOKEN // 2)
         self._socket = socket.create_server((LOCAL if local else "", 0), backlog=64)
         host = LOCAL if local else socket.gethostname()
@@ -82,10 +87,14 @@ class Listener:
             with connection:
                 try:
                     connection.settimeout(SECONDS / 2)  # a stranger who stays silent holds nobody up
-                    said = connection.recv(TOKEN, socket.MSG_WAITALL)
-                    if secrets.compare_digest(said, self._token.encode()):
-                        connection.sendall(json.dumps(self._answer()).encode())
-                except OSError:
+                    said = connection.recv(TOKEN + 1, socket.MSG_WAITALL)
+                    if not secrets.compare_digest(said[:TOKEN], self._token.encode()):
+                        continue
+                    if said[TOKEN:] == TELLS:
+                        rank, what = json.loads(_all_of(connection))
+                        self.told(int(rank), str(what)[:LONGEST])
+                    connection.sendall(json.dumps(self._answer()).encode())
+                except (OSError, ValueError, TypeError):
                     pass
 
     def _answer(self) -> dict[str, Any]:
@@ -99,19 +108,34 @@ class Listener:
 
 def ask(address: Any) -> Answer | None:
     """What the rank at ``address`` says of itself; None when it does not answer."""
+    return _call(address, ASKS)
+
+
+def tell(address: Any, rank: int, what: str) -> bool:
+    """Tell the rank at ``address`` that ``rank`` has failed, and why; whether it has heard."""
+    return _call(address, TELLS + json.dumps([rank, what[:LONGEST]]).encode()) is not None
+
+
+def _call(address: Any, message: bytes) -> Answer | None:
     host, port, token = address
     try:
         with socket.create_connection((host, port), timeout=SECONDS) as connection:
-            connection.sendall(token.encode())
-            said = b""
-            while part := connection.recv(4096):
-                said += part
+            connection.sendall(token.encode() + message)
+            connection.shutdown(socket.SHUT_WR)
+            said = _all_of(connection)
         found = json.loads(said)
         waiting = found["waiting"]
         return Answer(found["host"], found["pid"], None if waiting is None else tuple(waiting),
                       found["at"], found["moves"])
     except (OSError, ValueError, KeyError):
         return None
+
+
+def _all_of(connection: socket.socket) -> bytes:
+    said = b""
+    while len(said) < 8 * LONGEST and (part := connection.recv(4096)):
+        said += part
+    return said
 
 
 def _main_frame() -> FrameType | None:

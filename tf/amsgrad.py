@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,9 @@ class AMSGrad(keras.optimizers.Optimizer):
     ``m = b1 m + (1 - b1) g``, ``v = b2 v + (1 - b2) g^2``, ``vhat = max(vhat, v)``,
     ``w = w - lr m / sqrt(vhat + eps)``. ``keras.optimizers.Adam(amsgrad=True)`` differs: it corrects
     for the start and adds epsilon outside the root.
+
+    The state of float16 and bfloat16 variables is float32, and so is the arithmetic: eps underflows in
+    float16, and squares of gradients with it. The weights are rounded once a step.
 
     Args:
         learning_rate: a number, or a Keras learning-rate schedule.
@@ -61,23 +65,34 @@ class AMSGrad(keras.optimizers.Optimizer):
             return
         super().build(variables)
         self._moments, self._squares, self._largest = self.add_optimizer_variables(
-            variables, ["moment", "square", "largest_square"])
+            [_of_state(variable) for variable in variables], ["moment", "square", "largest_square"])
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         index = self._get_variable_index(variable)
         moment, square, largest = (kind[index] for kind in
                                    (self._moments, self._squares, self._largest))
-        dtype = variable.dtype
+        dtype, weight = moment.dtype, tf.convert_to_tensor(variable)
         gradient = tf.cast(tf.convert_to_tensor(gradient), dtype)
         lr, (beta1, beta2) = tf.cast(learning_rate, dtype), self.betas
         if self.decay and not self.decoupled_weight_decay:
-            gradient = gradient + self.decay * tf.convert_to_tensor(variable)
+            gradient = gradient + self.decay * tf.cast(weight, dtype)
         self.assign(moment, beta1 * moment + (1.0 - beta1) * gradient)  # line 13
         self.assign(square, beta2 * square + (1.0 - beta2) * gradient * gradient)  # line 14
         self.assign(largest, tf.maximum(largest.value, square.value))  # line 15
         step = lr * moment / tf.sqrt(largest + tf.cast(self.eps, dtype))
-        self.assign_sub(variable, step)  # line 16
+        if variable.dtype == dtype:
+            self.assign_sub(variable, step)  # line 16
+        else:
+            self.assign(variable, tf.cast(tf.cast(weight, dtype) - step, variable.dtype))
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "betas": list(self.betas), "eps": self.eps,
                 "weight_decay": self.decay, "decoupled_weight_decay": self.decoupled_weight_decay}
+
+
+def _of_state(variable: Any) -> Any:
+    """What Keras is to make state after: the variable, as float32 where it has less."""
+    if keras.backend.standardize_dtype(variable.dtype) not in ("float16", "bfloat16"):
+        return variable
+    return types.SimpleNamespace(shape=variable.shape, dtype="float32", path=variable.path,
+                                 name=variable.name, _layout=getattr(variable, "_layout", None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -80,7 +81,22 @@ def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int,
     if server is not None and not server.alone:
         server.broadcast_settings(root_rank)
     elif optimizer is not None:
-        _broadcast_state(optimizer, root_rank, model)
+        fresh = not optimizer.state_dict()["state"]
+        everyone = Collectives().allgather_object(fresh, "hvd_ext/state_is_fresh")
+        with _weights_kept(optimizer, fresh and not all(everyone)):
+            _broadcast_state(optimizer, root_rank, model)
+
+
+@contextlib.contextmanager
+def _weights_kept(optimizer: torch.optim.Optimizer, needed: bool) -> Iterator[None]:
+    """Horovod makes the state of a fresh optimizer by a step with gradients of zero. Where the root has state
+    already, as when only it has read a checkpoint, weight decay would move the others' weights alone."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]] if needed else []
+    before = [parameter.detach().clone() for parameter in parameters]
+    yield
+    with torch.no_grad():
+        for parameter, weight in zip(parameters, before, strict=True):
+            parameter.copy_(weight)
 
 
 def assert_replicas_equal(model: torch.nn.Module | Iterable[tuple[str, torch.Tensor]], *,

@@ -59,13 +59,15 @@ def uneven(optimizer: Any, weigh: str = "ranks", *,
     Raises:
         TypeError: the optimizer is not one of ``DistributedOptimizer``'s.
         ValueError: the optimizer's reduction cannot be weighed so.
+        RuntimeError: inside another such block.
     """
     wrapper = getattr(optimizer, "_hvd_ext", None)
     if wrapper is None:
         raise TypeError("optimizer must be a hvd.DistributedOptimizer (not with op=hvd.Adasum alone, nor "
                         f"LBFGS), got {type(optimizer).__name__} of {type(optimizer).__module__}")
-    if wrapper.uneven is not None:
-        raise RuntimeError("the optimizer is inside hvd.uneven already; use one block around the loop")
+    if _OPEN:
+        raise RuntimeError("this is inside hvd.uneven already; use one block around the loop, with one "
+                           "optimizer: a rank that shadows takes part in the steps of one alone")
     data = Uneven(optimizer, weigh, on_shadow_step)
     wrapper.uneven = data
     _OPEN.append(data)

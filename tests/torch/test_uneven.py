@@ -215,3 +215,67 @@ def refused():
 
 def test_what_cannot_be(ranks):
     assert ranks(2).run(refused) == [True, True]
+
+
+def with_a_scaler(method):
+    """Mixed precision: a step without a batch goes through the scaler too, so that scales stay equal."""
+    parameters = make_parameters(SHAPES)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(parameters, lr=LR), named(parameters),
+                                         grad_scaler=scaler, **options_of(method))
+    before = flat(parameters)
+    with hvd.uneven(optimizer):
+        for step in range((5, 0)[hvd.rank()]):
+            optimizer.zero_grad()
+            gradients = worker_gradients(SHAPES, worker=hvd.rank(), step=step)
+            scaler.scale(sum((p * torch.from_numpy(np.asarray(g)).to(p.dtype)).sum()
+                             for p, g in zip(parameters, gradients, strict=True))).backward()
+            optimizer.synchronize()
+            scaler.unscale_(optimizer)
+            with optimizer.skip_synchronize():
+                scaler.step(optimizer)
+            scaler.update()
+    return before - flat(parameters), bits(parameters), scaler.get_scale()
+
+
+def test_with_a_gradient_scaler(ranks):
+    for method in ("plain", "topk"):
+        found = ranks(2).run(with_a_scaler, method)
+        assert found[0][1:] == found[1][1:]
+        assert found[0][2] == 32.0
+        if method == "plain":
+            total = sum(flat(worker_gradients(SHAPES, worker=0, step=step)) for step in range(5)) / 2
+            np.testing.assert_allclose(found[0][0], LR * total, rtol=1e-4, atol=1e-6)
+
+
+def other_ways(case):
+    """Cases without an oracle of their own: the block ends, and the replicas are the same bits."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(9, 6, sparse=case == "sparse"), torch.nn.Linear(6, 5),
+                                torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    options = {"sparse": {}, "half": {"compression": hvd.Compression.fp16},
+               "microbatch": {"op": hvd.DelayCompensated(virtual_workers="microbatch"),
+                              "backward_passes_per_step": 2},
+               "seng": {"preconditioner": hvd.SENG(model, damping=0.3, update_freq=2), "server": "sharded"},
+               "lagged": {"preconditioner": hvd.SENG(model, damping=0.3, update_freq=3, coupling="lagged")},
+               "full": {"preconditioner": hvd.SENG(model, damping=0.3, update_freq=2, coupling="full")},
+               }[case]
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1),
+                                         named_parameters=model.named_parameters(), **options)
+    generator = torch.Generator().manual_seed(hvd.rank())
+    with hvd.uneven(optimizer, "active") as data:
+        for _ in range((5, 2)[hvd.rank()]):
+            optimizer.zero_grad()
+            for _ in range(options.get("backward_passes_per_step", 1)):
+                x = torch.randint(0, 9, (8,), generator=generator)
+                torch.nn.functional.cross_entropy(model(x), x % 3).backward()
+            optimizer.step()
+    assert data.shadow_steps == (0, 3)[hvd.rank()]
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    return bits(model.parameters())
+
+
+@pytest.mark.parametrize("case", ["sparse", "half", "microbatch", "seng", "lagged", "full"])
+def test_other_ways_end_with_equal_replicas(ranks, case):
+    found = ranks(2).run(other_ways, case)
+    assert found[0] == found[1]

@@ -122,5 +122,4 @@ broadcast_async_ = _for_bfloat16("broadcast_async_")
 alltoall = _for_bfloat16("alltoall")
 alltoall_async = _for_bfloat16("alltoall_async")
 
-__all__ = [name for name in dir() if callable(getattr(mpi_ops, name, None)) and not name.startswith("_")
-           and name not in ("carrier",)]
+__all__ = [name for name in dir() if callable(getattr(mpi_ops, name, None)) and not name.startswith("_")]

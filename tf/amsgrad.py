@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,7 +64,17 @@ class AMSGrad(keras.optimizers.Optimizer):
             return
         super().build(variables)
         self._moments, self._squares, self._largest = self.add_optimizer_variables(
-            [_of_state(variable) for variable in variables], ["moment", "square", "largest_square"])
+            variables, ["moment", "square", "largest_square"])
+
+    def add_variable_from_reference(self, reference_variable: Any, name: Any = None,
+                                    initializer: Any = "zeros") -> Any:
+        """Keras' own, float32 where the model's variable has less."""
+        half = keras.backend.standardize_dtype(reference_variable.dtype) in ("float16", "bfloat16")
+        if not half or name not in ("moment", "square", "largest_square"):
+            return super().add_variable_from_reference(reference_variable, name, initializer)
+        path = getattr(reference_variable, "path", reference_variable.name).replace("/", "_")
+        return self.add_variable(shape=reference_variable.shape, initializer=initializer, dtype="float32",
+                                 name=f"{path.replace(':', '_')}_{name}")
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         index = self._get_variable_index(variable)
@@ -88,11 +97,3 @@ class AMSGrad(keras.optimizers.Optimizer):
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "betas": list(self.betas), "eps": self.eps,
                 "weight_decay": self.decay, "decoupled_weight_decay": self.decoupled_weight_decay}
-
-
-def _of_state(variable: Any) -> Any:
-    """What Keras is to make state after: the variable, as float32 where it has less."""
-    if keras.backend.standardize_dtype(variable.dtype) not in ("float16", "bfloat16"):
-        return variable
-    return types.SimpleNamespace(shape=variable.shape, dtype="float32", path=variable.path,
-                                 name=variable.name, _layout=getattr(variable, "_layout", None))

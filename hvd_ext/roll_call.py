@@ -1,7 +1,8 @@
 """Ranks that ask each other what they do, beside the collectives that may be stuck.
 
 Each rank listens on a port of its own, on the loopback address where all ranks are on one host, and
-answers only who sends the token that the ranks exchanged. Nobody else can learn or change anything.
+answers only who sends the token that the ranks exchanged. Nobody else can learn or change anything. A rank
+that fails tells the others so on the same way.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -22,7 +24,9 @@ from hvd_ext.doorway import Doorway
 
 LOCAL = "127.0.0.1"
 TOKEN = 32  # characters
+ASKS, TELLS = b"?", b"!"  # after the token
 SECONDS = 2.0
+LONGEST = 2000  # characters of what a rank tells
 
 
 @dataclass(frozen=True)
@@ -58,9 +62,10 @@ class Listener:
     """
 
     def __init__(self, *, local: bool) -> None:
+        self.told: Callable[[int, str], None] = lambda rank, what: None
         self._token = secrets.token_hex(TOKEN // 2)
         self._socket = socket.create_server((LOCAL if local else "", 0), backlog=512)
-        self._door = Doorway(self._socket, length=TOKEN, seconds=SECONDS)
+        self._door = Doorway(self._socket, length=TOKEN + 1, seconds=SECONDS)
         host = LOCAL if local else socket.gethostname()
         self.address = [host, self._socket.getsockname()[1], self._token]
         self._waiting: tuple[str, float] | None = None
@@ -80,10 +85,18 @@ class Listener:
     def _serve(self) -> None:
         while self._door.open:
             for caller, said in self._door.poll(SECONDS / 4):
-                with caller, contextlib.suppress(OSError):
-                    if secrets.compare_digest(said, self._token.encode()):
-                        caller.sendall(json.dumps(self._answer()).encode())
+                with caller, contextlib.suppress(OSError, ValueError, TypeError):
+                    if secrets.compare_digest(said[:TOKEN], self._token.encode()):
+                        caller.settimeout(SECONDS / 2)
+                        self._hear(caller, said[TOKEN:])
         self._door.close()
+
+    def _hear(self, caller: socket.socket, wish: bytes) -> None:
+        """Answer a rank, and take note of what it tells."""
+        if wish == TELLS:
+            rank, what = json.loads(_all_of(caller))
+            self.told(int(rank), str(what)[:LONGEST])
+        caller.sendall(json.dumps(self._answer()).encode())
 
     def _answer(self) -> dict[str, Any]:
         return {"host": socket.gethostname(), "pid": os.getpid(), "waiting": self._waiting,
@@ -96,19 +109,34 @@ class Listener:
 
 def ask(address: Any) -> Answer | None:
     """What the rank at ``address`` says of itself; None when it does not answer."""
+    return _call(address, ASKS)
+
+
+def tell(address: Any, rank: int, what: str) -> bool:
+    """Tell the rank at ``address`` that ``rank`` has failed, and why; whether it has heard."""
+    return _call(address, TELLS + json.dumps([rank, what[:LONGEST]]).encode()) is not None
+
+
+def _call(address: Any, message: bytes) -> Answer | None:
     host, port, token = address
     try:
         with socket.create_connection((host, port), timeout=SECONDS) as connection:
-            connection.sendall(token.encode())
-            said = b""
-            while part := connection.recv(4096):
-                said += part
+            connection.sendall(token.encode() + message)
+            connection.shutdown(socket.SHUT_WR)
+            said = _all_of(connection)
         found = json.loads(said)
         waiting = found["waiting"]
         return Answer(found["host"], found["pid"], None if waiting is None else tuple(waiting),
                       found["at"], found["moves"])
     except (OSError, ValueError, KeyError):
         return None
+
+
+def _all_of(connection: socket.socket) -> bytes:
+    said = b""
+    while len(said) < 8 * LONGEST and (part := connection.recv(4096)):
+        said += part
+    return said
 
 
 def _main_frame() -> FrameType | None:

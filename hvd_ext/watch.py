@@ -5,6 +5,8 @@ progress (60; before the first step is over five times as long, or what follows 
 it asks the other ranks what they do, says so on stderr with this process's Python stacks, and has
 Horovod shut down, so that the wait ends in an error. A rank that is at work on something else (an
 evaluation, a checkpoint) counts as progress: it is waited for.
+
+A rank that ends with an exception tells the others, which then end too, with its reason in their error.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from hvd_ext.roll_call import Answer, Listener, ask
+from hvd_ext.roll_call import Answer, Listener, ask, tell
 
 VARIABLE = "HVD_EXT_TIMEOUT"
 DEFAULT = "60"
@@ -69,13 +71,24 @@ class Watch:
     def __init__(self) -> None:
         self.verdict: str | None = None
         self.rank = 0
-        self.listener: Listener | None = None
+        self._listener: Listener | None = None
         self.others: Mapping[int, Any] = {}
         self._sources: list[Callable[[], Wait | None]] = [lambda: self._now]
         self._now: Wait | None = None
         self._steps = 0
         self._abort: Callable[[], None] = lambda: None
         self._thread: threading.Thread | None = None
+
+    @property
+    def listener(self) -> Listener | None:
+        """This process's end of the roll call."""
+        return self._listener
+
+    @listener.setter
+    def listener(self, listener: Listener | None) -> None:
+        self._listener = listener
+        if listener is not None:
+            listener.told = self.told
 
     def begin(self, what: str) -> None:
         """This process waits for ``what`` from now on."""
@@ -106,7 +119,7 @@ class Watch:
         limits()
         self.rank, self._abort = rank, abort
         if self._thread is None:
-            _bound_the_end_after_errors()
+            _bound_the_end_after_errors(self)
         if self._thread is None or not self._thread.is_alive():
             self.verdict = None
             self._thread = threading.Thread(target=self._run, name="hvd_ext watch", daemon=True)
@@ -128,6 +141,8 @@ class Watch:
         moves: dict[int, int] | None = None  # the others', at half of the time that is left
         while True:
             time.sleep(min(1.0, self.limit() / 8))
+            if self.verdict is not None:
+                return
             wait, now = self.waiting(), time.monotonic()
             if self.listener is not None:
                 self.listener.sample(None if wait is None else (wait.what, now - wait.since))
@@ -161,8 +176,39 @@ class Watch:
         print(f"hvd_ext: {self.verdict}", file=sys.stderr, flush=True)
         with contextlib.suppress(AttributeError, ValueError, OSError):  # stderr may be no file here
             faulthandler.dump_traceback(file=sys.stderr.fileno(), all_threads=True)
-        if os.environ.get("HOROVOD_ELASTIC") != "1":  # there the launcher goes on without this process
+        if not _elastic():  # there the launcher goes on without this process
             threading.Thread(target=self._abort, daemon=True).start()
+        self._end_unless_over(wait)
+
+    def failed(self, kind: type[BaseException], error: BaseException) -> None:
+        """This process ends with an exception: tell the others, unless it is of their making."""
+        theirs = self.verdict is not None or kind.__name__ == "HorovodInternalError"
+        if theirs or _elastic() or hasattr(sys, "ps1"):
+            return
+        self.verdict = f"rank {self.rank} failed: {kind.__name__}: {error}"
+        print(f"hvd_ext: {self.verdict}; its traceback:", file=sys.stderr, flush=True)
+        others = [address for rank, address in self.others.items() if rank != self.rank]
+        told = [threading.Thread(target=tell, daemon=True,
+                                 args=(address, self.rank, f"{kind.__name__}: {error}"))
+                for address in others]
+        for thread in told:
+            thread.start()
+        for thread in told:
+            thread.join(GRACE / 2)
+
+    def told(self, rank: int, what: str) -> None:
+        """Another rank has failed: its exchanges will never come."""
+        if self.verdict is not None:
+            return
+        self.verdict = f"rank {rank} failed: {what}. Its traceback is in its output"
+        print(f"hvd_ext: rank {self.rank} ends because {self.verdict}", file=sys.stderr, flush=True)
+        threading.Thread(target=self._abort, daemon=True).start()
+        wait = self.waiting()
+        if wait is not None:
+            threading.Thread(target=self._end_unless_over, args=(wait,), daemon=True).start()
+
+    def _end_unless_over(self, wait: Wait) -> None:
+        """End the process when it still waits after some seconds."""
         time.sleep(GRACE)
         still = self.waiting()
         if still is not None and still.since == wait.since:
@@ -195,11 +241,17 @@ def _moves(answers: Mapping[int, Answer | None]) -> dict[int, int]:
     return {rank: one.moves for rank, one in answers.items() if one is not None}
 
 
-def _bound_the_end_after_errors() -> None:
-    """A process that ends with an error must end: its last collectives may never be answered."""
+def _elastic() -> bool:
+    return os.environ.get("HOROVOD_ELASTIC") == "1"
+
+
+def _bound_the_end_after_errors(watch: Watch) -> None:
+    """A process that ends with an error must end, and the others with it: its last collectives, and
+    theirs, may never be answered."""
     before = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        watch.failed(kind, error)
         before(kind, error, trace)
         if not hasattr(sys, "ps1"):
             sys.stderr.flush()

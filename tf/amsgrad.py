@@ -19,6 +19,9 @@ class AMSGrad(keras.optimizers.Optimizer):
     ``w = w - lr m / sqrt(vhat + eps)``. ``keras.optimizers.Adam(amsgrad=True)`` differs: it corrects
     for the start and adds epsilon outside the root.
 
+    The state of float16 and bfloat16 variables is float32, and so is the arithmetic: eps underflows in
+    float16, and squares of gradients with it. The weights are rounded once a step.
+
     Args:
         learning_rate: a number, or a Keras learning-rate schedule.
         betas: decay of the first and second moment, each in [0, 1).
@@ -63,20 +66,33 @@ class AMSGrad(keras.optimizers.Optimizer):
         self._moments, self._squares, self._largest = self.add_optimizer_variables(
             variables, ["moment", "square", "largest_square"])
 
+    def add_variable_from_reference(self, reference_variable: Any, name: Any = None,
+                                    initializer: Any = "zeros") -> Any:
+        """Keras' own, float32 where the model's variable has less."""
+        half = keras.backend.standardize_dtype(reference_variable.dtype) in ("float16", "bfloat16")
+        if not half or name not in ("moment", "square", "largest_square"):
+            return super().add_variable_from_reference(reference_variable, name, initializer)
+        path = getattr(reference_variable, "path", reference_variable.name).replace("/", "_")
+        return self.add_variable(shape=reference_variable.shape, initializer=initializer, dtype="float32",
+                                 name=f"{path.replace(':', '_')}_{name}")
+
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         index = self._get_variable_index(variable)
         moment, square, largest = (kind[index] for kind in
                                    (self._moments, self._squares, self._largest))
-        dtype = variable.dtype
+        dtype, weight = moment.dtype, tf.convert_to_tensor(variable)
         gradient = tf.cast(tf.convert_to_tensor(gradient), dtype)
         lr, (beta1, beta2) = tf.cast(learning_rate, dtype), self.betas
         if self.decay and not self.decoupled_weight_decay:
-            gradient = gradient + self.decay * tf.convert_to_tensor(variable)
+            gradient = gradient + self.decay * tf.cast(weight, dtype)
         self.assign(moment, beta1 * moment + (1.0 - beta1) * gradient)  # line 13
         self.assign(square, beta2 * square + (1.0 - beta2) * gradient * gradient)  # line 14
         self.assign(largest, tf.maximum(largest.value, square.value))  # line 15
         step = lr * moment / tf.sqrt(largest + tf.cast(self.eps, dtype))
-        self.assign_sub(variable, step)  # line 16
+        if variable.dtype == dtype:
+            self.assign_sub(variable, step)  # line 16
+        else:
+            self.assign(variable, tf.cast(tf.cast(weight, dtype) - step, variable.dtype))
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "betas": list(self.betas), "eps": self.eps,

@@ -8,23 +8,32 @@ import importlib
 
 from horovod.torch import *  # noqa: F403
 
-from hvd_ext import openmpi
+from hvd_ext import aliases, openmpi
 from hvd_ext.checkpoints import DamagedCheckpointError
 from hvd_ext.delay import DelayCompensated
 from hvd_ext.delay.momentum import AutoMomentum, momentum_for_delay
 from hvd_ext.replicas import ReplicasDifferError
 from hvd_ext.run_checkpoints import CheckpointNotWrittenError
+from hvd_ext.scalars import log_report
 from hvd_ext.torch.amsgrad import AMSGrad
 from hvd_ext.torch.async_ps import ParameterServer
 from hvd_ext.torch.checkpoints import load_checkpoint, save_checkpoint
 from hvd_ext.torch.compression import Compression
+from hvd_ext.torch.mpi_ops import *  # noqa: F403
 from hvd_ext.torch.optimizer import DistributedOptimizer
 from hvd_ext.torch.reducers import register_reducer
-from hvd_ext.torch.replicas import assert_replicas_equal, broadcast_optimizer_state
+from hvd_ext.torch.replicas import (
+    assert_replicas_equal,
+    broadcast_optimizer_state,
+    broadcast_parameters,
+)
 from hvd_ext.torch.seng import SENG
 from hvd_ext.torch.seng.rules import register_seng_rule
+from hvd_ext.torch.sync_batch_norm import SyncBatchNorm, convert_sync_batchnorm
+from hvd_ext.torch.uneven_data import join, uneven
 
 openmpi.set_opal_prefix()
+__getattr__ = aliases.offer(__name__, "horovod.torch")
 
 # Horovod's module of this name is here already; an import from this package would find it.
 elastic = importlib.import_module("hvd_ext.torch.elastic")
@@ -41,11 +50,17 @@ __all__ = [
     "ParameterServer",
     "ReplicasDifferError",
     "SENG",
+    "SyncBatchNorm",
     "assert_replicas_equal",
     "broadcast_optimizer_state",
+    "broadcast_parameters",
+    "convert_sync_batchnorm",
+    "join",
     "load_checkpoint",
+    "log_report",
     "momentum_for_delay",
     "register_reducer",
     "register_seng_rule",
     "save_checkpoint",
+    "uneven",
 ]

@@ -17,6 +17,9 @@ class AMSGrad(torch.optim.Optimizer):
     ``w = w - lr m / sqrt(vhat + eps)``. ``torch.optim.Adam(amsgrad=True)`` differs: it corrects for
     the start and adds eps outside the root, so its eps of 1e-8 compares to 1e-16 here.
 
+    The state of float16 and bfloat16 parameters is float32, and so is the arithmetic: eps underflows in
+    float16, and squares of gradients with it. The weights are rounded once a step.
+
     Args:
         params: parameters, or dicts of parameter groups.
         lr: learning rate.
@@ -86,7 +89,17 @@ class AMSGrad(torch.optim.Optimizer):
         state = self.state[parameter]
         if not state:
             for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
-                state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format,
+                                               dtype=_state_dtype(parameter))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what ``state_dict()`` gave, bit for bit."""
+        super().load_state_dict(state_dict)  # which casts the state to the parameters' dtype
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                self.state[parameter][name] = value.to(parameter.device, _state_dtype(parameter), copy=True)
 
     def _update(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
         lr, (beta1, beta2) = float(group["lr"]), group["betas"]
@@ -94,12 +107,16 @@ class AMSGrad(torch.optim.Optimizer):
         moments, squares, largest = ([state[name] for state in states] for name in
                                      ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
         gradients: Any = [parameter.grad for parameter in parameters]
+        weights, dtype = parameters, _state_dtype(parameters[0])
+        if dtype != parameters[0].dtype:
+            weights = [weight.to(dtype) for weight in parameters]
+            gradients = [gradient.to(dtype) for gradient in gradients]
         if group["maximize"]:
             gradients = torch._foreach_neg(gradients)
         if group["weight_decay"] and group["decoupled_weight_decay"]:
-            torch._foreach_mul_(parameters, 1.0 - lr * group["weight_decay"])
+            torch._foreach_mul_(weights, 1.0 - lr * group["weight_decay"])
         elif group["weight_decay"]:
-            gradients = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
+            gradients = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
         torch._foreach_mul_(moments, beta1)  # line 13
         torch._foreach_add_(moments, gradients, alpha=1.0 - beta1)
         torch._foreach_mul_(squares, beta2)  # line 14
@@ -107,7 +124,13 @@ class AMSGrad(torch.optim.Optimizer):
         torch._foreach_maximum_(largest, squares)  # line 15
         root = torch._foreach_add(largest, group["eps"])  # line 16
         torch._foreach_sqrt_(root)
-        torch._foreach_addcdiv_(parameters, moments, root, value=-lr)
+        torch._foreach_addcdiv_(weights, moments, root, value=-lr)
+        if weights is not parameters:
+            torch._foreach_copy_(parameters, weights)
+
+
+def _state_dtype(parameter: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(parameter.dtype, torch.float32)
 
 
 def _alike(parameters: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:

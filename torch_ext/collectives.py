@@ -6,6 +6,7 @@ so that names in Horovod's timeline, process sets and byte accounting are decide
 
 from __future__ import annotations
 
+import operator
 import os
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,11 +40,14 @@ class Handle:
     dtype: torch.dtype | None = None
     name: str = "a collective"
     memory: Any = None
+    into: Sequence[torch.Tensor] = ()  # where results go that stand for another dtype or layout
 
     def wait(self) -> torch.Tensor:
         """The result of the collective, a tensor on the device of its input."""
         result = wait_for(self.ticket, self.name)
         tensor = result[0] if isinstance(result, tuple) else result
+        if self.into:
+            return _copied_back([tensor], self.into)[0]
         if not self.counted:
             for kind, count in by_kind(self.kind, nbytes(tensor)).items():
                 self.collectives.traffic.add(kind, received=count)
@@ -52,7 +56,8 @@ class Handle:
     def wait_all(self) -> list[torch.Tensor]:
         """The results of a grouped collective, in the order of its inputs."""
         result = wait_for(self.ticket, self.name)
-        return list(result) if isinstance(result, tuple) else [result]
+        results = list(result) if isinstance(result, tuple) else [result]
+        return _copied_back(results, self.into) if self.into else results
 
 
 class Collectives:
@@ -90,13 +95,18 @@ class Collectives:
 
     def allreduce_async_(self, tensor: torch.Tensor, name: str, *, op: Any = horovod.Average,
                          kind: str = "gradients", **scale: float) -> Handle:
-        """Reduce ``tensor`` over the ranks, in place."""
-        ticket = horovod.allreduce_async_(
-            tensor, name=name, op=op, process_set=self.process_set, **scale
-        )
-        moved = allreduce_bytes(nbytes(tensor), self.size)
+        """Reduce ``tensor`` over the ranks, in place.
+
+        bfloat16 travels and is added up as float32, and the result is rounded once; what is not
+        contiguous travels as a contiguous copy.
+        """
+        sent = _addable(tensor)
+        ticket = _submit(horovod.allreduce_async_, sent, name=name, op=op,
+                         process_set=self.process_set, **scale)
+        moved = allreduce_bytes(nbytes(sent), self.size)
         self.traffic.add(kind, sent=moved, received=moved)
-        return Handle(self, ticket, kind, name=name, memory=tensor)
+        return Handle(self, ticket, kind, name=name, memory=sent,
+                      into=() if sent is tensor else (tensor,))
 
     def grouped_allreduce_async_(self, tensors: Sequence[torch.Tensor], name: str, *,
                                  op: Any = horovod.Average, kind: str = "gradients",
@@ -104,12 +114,13 @@ class Collectives:
         """Reduce tensors of one dtype and device as one group, in place; see ``Handle.wait_all``."""
         if len(tensors) == 1:
             return self.allreduce_async_(tensors[0], name, op=op, kind=kind, **scale)
-        ticket = horovod.grouped_allreduce_async_(
-            list(tensors), name=name, op=op, process_set=self.process_set, **scale
-        )
-        moved = allreduce_bytes(sum(map(nbytes, tensors)), self.size)
+        sent = [_addable(tensor) for tensor in tensors]
+        ticket = _submit(horovod.grouped_allreduce_async_, sent, name=name, op=op,
+                         process_set=self.process_set, **scale)
+        moved = allreduce_bytes(sum(map(nbytes, sent)), self.size)
         self.traffic.add(kind, sent=moved, received=moved)
-        return Handle(self, ticket, kind, name=name, memory=tensors)
+        return Handle(self, ticket, kind, name=name, memory=sent,
+                      into=() if all(map(operator.is_, sent, tensors)) else tensors)
 
     def alltoall_async(self, tensor: torch.Tensor, splits: Sequence[int], name: str, *,
                        kind: str | Mapping[str, int] = "gradients",
@@ -120,10 +131,8 @@ class Collectives:
         message costs more in page faults than the message itself on a CPU.
         """
         memory = _memory(out, tensor)
-        ticket = mpi_ops._alltoall_async(
-            _carrier(tensor), torch.tensor(splits, dtype=torch.int32), memory,
-            torch.empty(0, dtype=torch.int32), name, self.process_set,
-        )
+        ticket = _submit(mpi_ops._alltoall_async, carrier(tensor), torch.tensor(splits, dtype=torch.int32),
+                         memory, torch.empty(0, dtype=torch.int32), name, self.process_set)
         row = nbytes(tensor) // max(1, tensor.shape[0])
         own = splits[self.rank] * row
         kept = by_kind(kind, own)
@@ -141,7 +150,7 @@ class Collectives:
         lends memory for the result, as in :meth:`alltoall_async`.
         """
         memory = _memory(out, tensor)
-        ticket = mpi_ops._allgather_async(_carrier(tensor), memory, name, self.process_set)
+        ticket = _submit(mpi_ops._allgather_async, carrier(tensor), memory, name, self.process_set)
         for part, own in by_kind(kind, nbytes(tensor)).items():
             self.traffic.add(part, sent=(self.size - 1) * own, received=-own)
         return Handle(self, ticket, kind, counted=False, dtype=tensor.dtype, name=name,
@@ -150,9 +159,8 @@ class Collectives:
     def broadcast_async_(self, tensor: torch.Tensor, root: int, name: str, *,
                          kind: str = "weights") -> Handle:
         """Copy the tensor of member ``root`` of the process set to all, in place."""
-        ticket = horovod.broadcast_async_(
-            _carrier(tensor), self.global_rank(root), name=name, process_set=self.process_set
-        )
+        ticket = _submit(horovod.broadcast_async_, carrier(tensor), self.global_rank(root), name=name,
+                         process_set=self.process_set)
         if self.rank == root:
             self.traffic.add(kind, sent=(self.size - 1) * nbytes(tensor))
         else:
@@ -199,6 +207,20 @@ class Collectives:
         return [pickle.loads(part.numpy().tobytes()) for part in gathered.split(sizes.tolist())]
 
 
+def _submit(collective: Any, *args: Any, **kwargs: Any) -> Any:
+    """Start a collective of Horovod's.
+
+    Raises:
+        HorovodInternalError: another rank has failed, with its reason.
+    """
+    try:
+        return collective(*args, **kwargs)
+    except (HorovodInternalError, ValueError) as error:  # the latter: Horovod has been shut down
+        if WATCH.verdict is None:
+            raise
+        raise HorovodInternalError(WATCH.verdict) from error
+
+
 def wait_for(ticket: Any, what: str) -> Any:
     """Horovod's result of a collective, waited for as long as :mod:`hvd_ext.watch` allows.
 
@@ -236,14 +258,28 @@ def _over(handle: Handle) -> bool:
     return True
 
 
-def _carrier(tensor: torch.Tensor) -> torch.Tensor:
+def carrier(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory under a dtype that Horovod can move; it knows no bfloat16."""
     return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
 
 
+def _addable(tensor: torch.Tensor) -> torch.Tensor:
+    """What is added up in the tensor's place: Horovod takes neither bfloat16 nor other layouts."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.detach().float().contiguous()
+    return tensor if tensor.is_contiguous() else tensor.detach().contiguous()
+
+
+@torch.no_grad()
+def _copied_back(results: Sequence[torch.Tensor], into: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    for result, tensor in zip(results, into, strict=True):
+        tensor.copy_(result)
+    return list(into)
+
+
 def _memory(out: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     """The tensor that Horovod is to resize and fill."""
-    return _carrier(like).new_empty(0) if out is None else _carrier(out)
+    return carrier(like).new_empty(0) if out is None else carrier(out)
 
 
 def nbytes(tensor: torch.Tensor) -> int:

@@ -13,14 +13,18 @@ from typing import Any
 import horovod.torch as horovod
 import torch
 
-from hvd_ext import composition
+from hvd_ext import aliases, composition
 from hvd_ext.agreement import digest
 from hvd_ext.options import Options
 from hvd_ext.torch.collectives import Collectives
+from hvd_ext.torch.compression import WideCompressor
+from hvd_ext.torch.copies import copy_as_wrapped
 from hvd_ext.torch.loss_scale import loss_scale
 from hvd_ext.torch.reducers import REDUCERS, make_reducer
 from hvd_ext.torch.server import make_server
 from hvd_ext.torch.wrapper import extend
+
+__getattr__ = aliases.names_of(__name__, "horovod.torch.optimizer")
 
 
 def DistributedOptimizer(
@@ -67,10 +71,12 @@ def DistributedOptimizer(
     method = composition.method_of(REDUCERS, op, compression)
     alone = method is None and preconditioner is None and server is None
     if alone and (op == horovod.Adasum or isinstance(optimizer, torch.optim.LBFGS)):
-        return horovod.DistributedOptimizer(
+        if compression is horovod.Compression.none:
+            compression = WideCompressor
+        return copy_as_wrapped(horovod.DistributedOptimizer(
             optimizer, named_parameters, compression, backward_passes_per_step, op,
             gradient_predivide_factor, num_groups, groups, sparse_as_dense, process_set,
-        )
+        ))
     if num_groups:
         warnings.warn("num_groups has been replaced by groups", DeprecationWarning, stacklevel=2)
         groups = num_groups if groups is None else groups

@@ -2,14 +2,55 @@
 
 from __future__ import annotations
 
+import contextlib
+import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import horovod.torch as horovod
 import torch
+from horovod.torch import functions
 
 from hvd_ext.replicas import Summary, check_replicas, summarize
-from hvd_ext.torch.collectives import Collectives
+from hvd_ext.torch.collectives import Collectives, carrier
+
+
+def broadcast_parameters(params: Any, root_rank: int) -> None:
+    """Horovod's function, for weights of any layout (``channels_last``) and bfloat16 too.
+
+    A tensor that is not contiguous travels as a contiguous copy; layouts may differ between ranks.
+
+    Args:
+        params: ``model.state_dict()``, ``model.named_parameters()``, ``model.parameters()``, a list of
+            tensors or of (name, tensor).
+        root_rank: the rank whose tensors all get.
+
+    Raises:
+        ValueError: ``params`` is something else.
+    """
+    if isinstance(params, dict):
+        params = sorted(params.items())
+    elif isinstance(params, (list, Iterator)):
+        params = [one if isinstance(one, tuple) else (None, one) for one in params]
+    else:
+        raise ValueError(f"params must be a state_dict, a list or named_parameters(), got {type(params)}")
+    copies, sent = [], []
+    for name, tensor in params:
+        whole = tensor
+        if not tensor.is_contiguous():
+            whole = tensor.detach().contiguous()
+            copies.append((tensor, whole))
+        sent.append((name, carrier(whole.detach()) if whole.dtype == torch.bfloat16 else whole))
+    functions.broadcast_parameters(sent, root_rank)
+    with torch.no_grad():
+        for tensor, whole in copies:
+            tensor.copy_(whole)
+
+
+# Horovod's function with ours in place of its broadcast of tensors: moments have the weights' layout.
+_broadcast_state = types.FunctionType(
+    functions.broadcast_optimizer_state.__code__,
+    {**vars(functions), "broadcast_parameters": broadcast_parameters}, "broadcast_optimizer_state",
+    functions.broadcast_optimizer_state.__defaults__)
 
 
 def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int,
@@ -40,7 +81,22 @@ def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int,
     if server is not None and not server.alone:
         server.broadcast_settings(root_rank)
     elif optimizer is not None:
-        horovod.broadcast_optimizer_state(optimizer, root_rank, model)
+        fresh = not optimizer.state_dict()["state"]
+        everyone = Collectives().allgather_object(fresh, "hvd_ext/state_is_fresh")
+        with _weights_kept(optimizer, fresh and not all(everyone)):
+            _broadcast_state(optimizer, root_rank, model)
+
+
+@contextlib.contextmanager
+def _weights_kept(optimizer: torch.optim.Optimizer, needed: bool) -> Iterator[None]:
+    """Horovod makes the state of a fresh optimizer by a step with gradients of zero. Where the root has state
+    already, as when only it has read a checkpoint, weight decay would move the others' weights alone."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]] if needed else []
+    before = [parameter.detach().clone() for parameter in parameters]
+    yield
+    with torch.no_grad():
+        for parameter, weight in zip(parameters, before, strict=True):
+            parameter.copy_(weight)
 
 
 def assert_replicas_equal(model: torch.nn.Module | Iterable[tuple[str, torch.Tensor]], *,

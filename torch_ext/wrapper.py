@@ -14,13 +14,16 @@ from typing import Any
 
 import torch
 
+from hvd_ext.composition import public_name
 from hvd_ext.names import checked_names
 from hvd_ext.torch.collectives import SHARED_ERRORS, Collectives
+from hvd_ext.torch.copies import reduce_wrapped
 from hvd_ext.torch.passes import Passes
 from hvd_ext.torch.reducers.base import Entry, Reducer
 from hvd_ext.watch import WATCH
 
 STATE_KEY = "hvd_ext"
+LIVE: weakref.WeakSet[Wrapper] = weakref.WeakSet()  # the wrappers of this process
 
 
 def extend(optimizer: torch.optim.Optimizer, named_parameters: Any, reducer: Reducer,
@@ -42,6 +45,7 @@ def extend(optimizer: torch.optim.Optimizer, named_parameters: Any, reducer: Red
         preconditioner.set_grad_scaler(grad_scaler)
     extended._hvd_ext = Wrapper(extended, named_parameters, reducer, preconditioner, server)
     extended._hvd_ext.original = weakref.ref(optimizer)
+    extended._hvd_ext.grad_scaler = grad_scaler
     return extended
 
 
@@ -53,6 +57,8 @@ class Wrapper:
     """
 
     original: Callable[[], Any] = staticmethod(lambda: None)  # the optimizer that was wrapped
+    grad_scaler: Any = None
+    uneven: Any = None  # the block of hvd.uneven that the optimizer is in
 
     def __init__(self, optimizer: torch.optim.Optimizer, named_parameters: Any, reducer: Reducer,
                  preconditioner: Any, server: Any) -> None:
@@ -67,6 +73,7 @@ class Wrapper:
         self._ranks = self.collectives.size if self.collectives.included else 0
         self._watch()
         weakref.finalize(self, _remove, self._hooks)
+        LIVE.add(self)
         if preconditioner is not None:
             preconditioner.attach(self.collectives, optimizer)
         if server is not None:
@@ -98,11 +105,18 @@ class Wrapper:
                               f"server: {None if self.server is None else self.server.where!r}")
             if self.preconditioner is not None:
                 self.preconditioner.before_reduce()
+            if self.uneven is not None:
+                self.uneven.before_reduce()
             self._good = self.reducer.finish()
+            if self.uneven is not None:
+                self.uneven.after_reduce()
+                self.uneven.step_over()
             if self._good and self.preconditioner is not None:
                 self.preconditioner.precondition()
         except BaseException:
             self.reducer.forget()
+            if self.uneven is not None:
+                self.uneven.forget()
             raise
         finally:
             self._passes.forget()
@@ -135,6 +149,16 @@ class Wrapper:
         """Drop what was begun for this step, on all ranks alike."""
         self._passes.forget()
         self.reducer.drain()
+        if self.uneven is not None:
+            self.uneven.step_over()
+
+    def beyond_allreduce(self) -> str | None:
+        """Which extension needs more of Horovod than an allreduce of the gradients, if any."""
+        if self.reducer.options.prefix:
+            return public_name(self.reducer.settings)
+        if self.preconditioner is not None:
+            return type(self.preconditioner).__name__
+        return None if self.server is None or self.server.alone else f"server={self.server.where!r}"
 
     # Hooks
 
@@ -167,6 +191,9 @@ class Wrapper:
             self = ours()
             if self is None:
                 return
+            if self.uneven is not None:
+                last = self._passes.done[parameter] + 1 >= self.reducer.passes
+                self.uneven.gradient_ready(parameter, last=last)
             self._passes.gradient_ready(entry)
 
         return hook
@@ -327,6 +354,8 @@ class ExtendedOptimizer(torch.optim.Optimizer):
                 "a race condition."
             )
         super().zero_grad(*args, **kwargs)
+
+    __reduce_ex__ = reduce_wrapped
 
     def report(self) -> dict[str, Any]:
         """Figures of the last step: bytes by kind, and those of each extension in use."""

@@ -42,8 +42,9 @@ def test_oracles_are_independent_of_what_they_check(path):
 
 FRONT_ENDS = {"torch": ROOT / "torch_ext", "tensorflow": ROOT / "tf"}
 TENSORFLOW_ALONE = {"tape", "traffic", "variables", "keras_store", "keras_hooks", "waiting"}
-TORCH_ALONE = {"passes", *(f"seng/{name}" for name in (
-    "attention", "check", "eager", "lookup", "notices", "per_sample", "probe", "samples", "tied"))}
+TORCH_ALONE = {"passes", "mpi_ops", "copies", "sync_batch_norm", "uneven_data", "lightning",
+               *(f"seng/{name}" for name in ("attention", "check", "eager", "lookup", "notices",
+                                             "per_sample", "probe", "samples", "tied"))}
 LONGEST = 400  # lines
 
 

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import numpy as np
@@ -17,8 +18,8 @@ from hypothesis import strategies as st
 from hvd_ext import meeting
 from hvd_ext.agreement import digest
 from hvd_ext.doorway import CALLERS
-from hvd_ext.roll_call import LOCAL, Answer, Listener, ask
-from hvd_ext.watch import limits, patience_with
+from hvd_ext.roll_call import LOCAL, Answer, Listener, ask, tell
+from hvd_ext.watch import Watch, limits, patience_with
 
 
 @pytest.mark.parametrize(("text", "wanted"), [
@@ -163,3 +164,32 @@ def test_a_wait_that_cannot_be_taken_back_ends_the_process():
                           timeout=60, env={"HVD_EXT_TIMEOUT": "1", "PATH": ""}, check=False)
     assert done.returncode == 70
     assert "its collective cannot be taken back" in done.stderr
+
+
+def test_a_rank_that_fails_tells_the_others(capsys):
+    listener, other, ended = Listener(local=True), Watch(), threading.Event()
+    other._abort, other.listener = ended.set, listener
+    mine = Watch()
+    mine.rank, mine.others = 1, {0: listener.address, 1: None}
+    mine.failed(ZeroDivisionError, ZeroDivisionError("a bug"))
+    assert ended.wait(10)
+    assert other.verdict.startswith("rank 1 failed: ZeroDivisionError: a bug")
+    said = capsys.readouterr().err
+    assert "hvd_ext: rank 1 failed: ZeroDivisionError: a bug; its traceback:" in said
+    assert "hvd_ext: rank 0 ends because rank 1 failed: ZeroDivisionError: a bug" in said
+    other.others, told = {1: listener.address}, []
+    listener.told = lambda rank, what: told.append(rank)
+    other.failed(RuntimeError, RuntimeError("of its making"))  # its own error follows from the first
+    assert told == []
+    listener.close()
+
+
+def test_nobody_is_told_without_the_token():
+    listener, told = Listener(local=True), []
+    listener.told = lambda rank, what: told.append(rank)
+    for token in ("0" * 32, listener.address[2][:-1] + "x"):
+        assert not tell([*listener.address[:2], token], 1, "x")
+    assert told == []
+    assert tell(listener.address, 1, "x" * 10_000)
+    assert told == [1]
+    listener.close()

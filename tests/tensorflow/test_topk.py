@@ -219,6 +219,27 @@ def test_amsgrad_is_pytorchs():
                                        atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_amsgrad_keeps_the_state_of_half_precision_in_float32(dtype):
+    start = np.random.default_rng(0).standard_normal((7, 5))
+    variable = keras.Variable(start, dtype=dtype)
+    optimizer = hvd.AMSGrad(0.01)
+    state = {name: np.zeros_like(start) for name in ("m", "v", "vhat")}
+    for step in range(5):
+        gradient = tf.cast(tf.fill(start.shape, 0.0 if step == 0 else 1e-4), dtype)  # squares underflow
+        expected = spars_ams.amsgrad_step(
+            tf.cast(variable.value, tf.float64).numpy(), tf.cast(gradient, tf.float64).numpy(), state,
+            lr=0.01, beta1=0.9, beta2=0.999, eps=1e-8)
+        optimizer.apply([gradient], [variable])
+        np.testing.assert_allclose(tf.cast(variable.value, tf.float64).numpy(), expected, atol=1e-3,
+                                   rtol=2e-3 if dtype == "float16" else 2e-2)
+    kinds = {keras.backend.standardize_dtype(v.dtype) for v in (*optimizer._moments, *optimizer._squares,
+                                                                *optimizer._largest)}
+    assert kinds == {"float32"}
+    assert all("moment" in v.path or "square" in v.path
+               for v in (*optimizer._moments, *optimizer._squares, *optimizer._largest))
+
+
 def save_and_continue(folder):
     rank, size = hvd.rank(), hvd.size()
     options = {"compression": hvd.Compression.topk(0.1, min_size=10)}

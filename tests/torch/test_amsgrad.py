@@ -142,3 +142,28 @@ def test_sparse_gradient():
     table(torch.tensor([1])).sum().backward()
     with pytest.raises(ValueError, match="dense gradients"):
         AMSGrad(table.parameters()).step()
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_keeps_its_state_in_float32(foreach, dtype):
+    parameters = parameters_of(dtype)
+    optimizer = AMSGrad(parameters, 0.01, foreach=foreach)
+    before = [p.detach().double().numpy().copy() for p in parameters]
+    states = [{name: np.zeros_like(w) for name in ("m", "v", "vhat")} for w in before]
+    for step in range(5):
+        for index, p in enumerate(parameters):
+            p.grad = torch.full_like(p, 0.0 if step == 0 else 1e-4)  # whose square underflows in float16
+            gradient = p.grad.double().numpy()
+            expected = amsgrad_step(p.detach().double().numpy(), gradient, states[index], lr=0.01,
+                                    beta1=0.9, beta2=0.999, eps=1e-8)
+            before[index] = expected
+        optimizer.step()
+        for p, expected in zip(parameters, before, strict=True):
+            np.testing.assert_allclose(p.detach().double().numpy(), expected, atol=1e-3,
+                                       rtol=2 * torch.finfo(dtype).eps)
+    assert {value.dtype for state in optimizer.state.values() for value in state.values()} == {torch.float32}
+    restored = AMSGrad(parameters_of(dtype), 0.01)
+    restored.load_state_dict(optimizer.state_dict())
+    for mine, theirs in zip(optimizer.state.values(), restored.state.values(), strict=True):
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)

@@ -56,6 +56,8 @@ class Reducer(abc.ABC):
         self.passes = options.passes
         self.entries: list[Entry] = []
         self.met: tuple[int, int] | None = None  # parameters and passes that the ranks agreed on
+        self.absent = False  # this rank has no batch in this step (hvd.uneven)
+        self.active: int | None = None  # ranks that have one, where the mean is over those
 
     def build(self, entries: Sequence[Entry]) -> None:
         """Take the parameters whose gradients are to be reduced; called again when there are more."""
@@ -65,6 +67,21 @@ class Reducer(abc.ABC):
     def parts(self) -> int:
         """How many exchanges of its own a step has: one, unless every backward pass is."""
         return 1
+
+    @property
+    def averages(self) -> bool:
+        """Whether the reduced gradient is a mean over the ranks."""
+        return True
+
+    @property
+    def linear(self) -> bool:
+        """Whether a rank's gradient may be weighed by multiplying it."""
+        return True
+
+    @property
+    def counts_active(self) -> bool:
+        """Whether the reducer divides by ``active`` itself."""
+        return False
 
     @abc.abstractmethod
     def gradient_ready(self, entry: Entry, passes_done: int, pass_number: int) -> None:

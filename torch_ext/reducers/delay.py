@@ -71,6 +71,19 @@ class DelayReducer(BucketReducer):
         return self.passes if self.settings.virtual_workers == "microbatch" else 1
 
     @property
+    def linear(self) -> bool:
+        return False
+
+    @property
+    def counts_active(self) -> bool:
+        return True
+
+    @property
+    def _mean_of(self) -> int:
+        """How many ranks the mean is over."""
+        return self.active or self.collectives.size
+
+    @property
     def _alone(self) -> bool:
         """One worker only: its gradient is the result."""
         return self.collectives.size * self.parts == 1
@@ -134,7 +147,7 @@ class DelayReducer(BucketReducer):
         squares = [0.0] * self.parts
         for (index, part), norm in zip(keys, norms, strict=True):
             squares[part] += lrs[index] ** 2 * norm
-        if self.parts > 1:
+        if self.parts > 1 or self.absent:
             squares = [s if part in self._present else ABSENT for part, s in enumerate(squares)]
         rates = [lrs[index] for index in sorted(lrs)]
         rows = self.agree([*rates, *squares])
@@ -165,7 +178,7 @@ class DelayReducer(BucketReducer):
         elif good:
             compensated_sum(rows, self._recursion(bucket), self._mean_square(bucket, out), out)
         else:
-            plain_sum(rows, out, ranks)
+            plain_sum(rows, out, self._mean_of)
         if ranks == 1:
             return out
         return self.collectives.allgather_async(
@@ -185,12 +198,12 @@ class DelayReducer(BucketReducer):
         settings = self.settings
         # Horovod averages over ranks and sums over backward passes; losses are divided by the
         # passes and multiplied by the loss scale. The workers' own gradients are without both.
-        return Recursion(step=self._lr(bucket) / (self.collectives.size * self.parts),
+        return Recursion(step=self._lr(bucket) / (self._mean_of * self.parts),
                          lam=settings.lam, adaptive=settings.keeps_mean_square,
                          decay=settings.decay, eps=settings.eps,
                          cumulative=settings.displacement == "cumulative",
                          scale=self.parts / self.options.loss_scale(),
-                         divisor=self.collectives.size)
+                         divisor=self._mean_of)
 
     # State
 

@@ -11,6 +11,7 @@ import torch
 from hvd_ext.buckets import split_groups
 from hvd_ext.options import Options, Plain
 from hvd_ext.torch.collectives import SHARED_ERRORS, Collectives, Handle, abandon
+from hvd_ext.torch.mpi_ops import sparse_allreduce_async
 from hvd_ext.torch.reducers.base import Entry, Reducer
 from hvd_ext.watch import WATCH
 
@@ -24,6 +25,11 @@ class PlainReducer(Reducer):
         self._group: dict[Entry, list[Entry]] = {}
         self._ready: set[Entry] = set()
         self._started: list[tuple[list[Entry], Any, list[Any]]] = []
+        self._sparse: set[Entry] = set()  # whose gradients have been sparse
+
+    @property
+    def averages(self) -> bool:
+        return bool(self.settings.op == horovod.Average)
 
     def build(self, entries: Sequence[Entry]) -> None:
         super().build(entries)
@@ -39,13 +45,15 @@ class PlainReducer(Reducer):
         """Start the gradient's collective, or its group's once all of the group are there."""
         parameter = entry.parameter
         if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+            zeros = torch.zeros_like(parameter)
+            parameter.grad = zeros.to_sparse(1) if entry in self._sparse else zeros
+        elif parameter.grad.is_sparse:
+            self._sparse.add(entry)
         self._ready.add(entry)
         group = self._group.get(entry, [entry])
         if parameter.grad.is_sparse and not self.options.sparse_as_dense:
-            handle = horovod.sparse_allreduce_async(parameter.grad, name=_name(entry),
-                                                    op=self.settings.op,
-                                                    process_set=self.collectives.process_set)
+            handle = sparse_allreduce_async(parameter.grad, name=_name(entry), op=self.settings.op,
+                                            process_set=self.collectives.process_set)
             self._started.append(([entry], handle, []))
         elif entry not in self._group and not parameter.grad.is_sparse:
             sent, context = self.settings.compression.compress(parameter.grad)

@@ -1,0 +1,44 @@
+"""An exception on one rank ends the others, with an error that names it, long before any time limit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.ranks import ROOT, kill_tree, launch_command
+
+pytestmark = pytest.mark.ranks
+
+
+def run(how, method, launcher):
+    command = [sys.executable, "-m", "tests.torch.failing_program", how, method]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HVD_EXT_TIMEOUT": "600"}
+    process = subprocess.Popen(launch_command(2, command, launcher), cwd=ROOT, env=environment, text=True,
+                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               start_new_session=True)
+    try:
+        output, _ = process.communicate(timeout=150)
+    except subprocess.TimeoutExpired:
+        kill_tree(process.pid)
+        raise
+    return process.returncode, output
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "gloo"])
+def test_an_exception_ends_all_ranks_and_is_named(launcher):
+    status, output = run("raise", "plain", launcher)
+    assert status != 0, output
+    assert output.count("rank 1 failed: ZeroDivisionError: a bug of one rank; its traceback:") == 1, output
+    assert "rank 0 ends because rank 1 failed: ZeroDivisionError: a bug of one rank" in output, output
+    assert sum(line.rstrip().endswith("ZeroDivisionError: a bug of one rank")
+               for line in output.splitlines() if "failed" not in line) == 1, output
+
+
+def test_join_with_an_extension():
+    status, output = run("join", "topk", "mpirun")
+    assert status != 0, output
+    assert "put the loop over the batches into `with hvd.uneven(optimizer):`" in output, output
+    assert "rank 0 ends because rank 1 failed: RuntimeError" in output, output

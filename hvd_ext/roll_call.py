@@ -1,7 +1,8 @@
 """Ranks that ask each other what they do, beside the collectives that may be stuck.
 
-Each rank listens on a port of its own, on the loopback address where all ranks are on one host, and
-answers only who sends the token that the ranks exchanged. Nobody else can learn or change anything.
+Each rank listens on a port of its own, on the loopback address where all ranks are on one host, else under
+all addresses of its host, which need not have a name that resolves. It answers only who sends the token
+that the ranks exchanged. Nobody else can learn or change anything.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import time
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
+
+from hvd_ext.addresses import own_addresses
 
 LOCAL = "127.0.0.1"
 TOKEN = 32  # characters
@@ -57,8 +60,8 @@ class Listener:
     def __init__(self, *, local: bool) -> None:
         self._token = secrets.token_hex(TOKEN // 2)
         self._socket = socket.create_server((LOCAL if local else "", 0), backlog=64)
-        host = LOCAL if local else socket.gethostname()
-        self.address = [host, self._socket.getsockname()[1], self._token]
+        hosts = [LOCAL] if local else own_addresses()
+        self.address = [hosts, self._socket.getsockname()[1], self._token]
         self._waiting: tuple[str, float] | None = None
         self._place: object = None
         self._moves = 0
@@ -98,10 +101,24 @@ class Listener:
 
 
 def ask(address: Any) -> Answer | None:
-    """What the rank at ``address`` says of itself; None when it does not answer."""
-    host, port, token = address
+    """What the rank at ``address`` says of itself; None when it does not answer within ``SECONDS``.
+
+    Its addresses are tried in turn. Another host's rank may listen under the same one (a bridge of
+    containers has the same everywhere): it does not know the token.
+    """
+    hosts, port, token = address
+    end = time.monotonic() + SECONDS
+    for number, host in enumerate(hosts):
+        left = (end - time.monotonic()) / (len(hosts) - number)
+        answer = _ask_one(host, port, token, max(0.1, left))
+        if answer is not None:
+            return answer
+    return None
+
+
+def _ask_one(host: str, port: int, token: str, seconds: float) -> Answer | None:
     try:
-        with socket.create_connection((host, port), timeout=SECONDS) as connection:
+        with socket.create_connection((host, port), timeout=seconds) as connection:
             connection.sendall(token.encode())
             said = b""
             while part := connection.recv(4096):

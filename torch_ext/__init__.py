@@ -14,6 +14,7 @@ from hvd_ext.delay.momentum import AutoMomentum, momentum_for_delay
 from hvd_ext.replicas import ReplicasDifferError
 from hvd_ext.torch.amsgrad import AMSGrad
 from hvd_ext.torch.async_ps import ParameterServer
+from hvd_ext.torch.clipping import clip_grad_norm_
 from hvd_ext.torch.compression import Compression
 from hvd_ext.torch.optimizer import DistributedOptimizer
 from hvd_ext.torch.reducers import register_reducer
@@ -38,6 +39,7 @@ __all__ = [
     "SENG",
     "assert_replicas_equal",
     "broadcast_optimizer_state",
+    "clip_grad_norm_",
     "momentum_for_delay",
     "register_reducer",
     "register_seng_rule",

@@ -36,8 +36,7 @@ PREFIX = "hvdext"
 INTERFACE = "eth0"
 RATES = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 MOST_HOSTS = 64
-FORWARDED = ("PATH", "PYTHONPATH", "OPAL_PREFIX", "OMP_NUM_THREADS", "HVD_EXT_TIMEOUT", "HOROVOD_CYCLE_TIME",
-             "TF_CPP_MIN_LOG_LEVEL")
+FORWARDED = ("PATH", "PYTHONPATH", "OMP_NUM_THREADS", "HOROVOD_CYCLE_TIME", "TF_CPP_MIN_LOG_LEVEL")
 _NUMBERS = itertools.count()
 
 ENTER = """#!/bin/sh
@@ -161,8 +160,8 @@ class Cluster:
 
     def mpirun(self, size: int, command: Sequence[str], options: Iterable[str] = ()) -> list[str]:
         """Start ``command`` on ``size`` ranks, evenly over the hosts, with mpirun on the first."""
-        tools = Path(sys.executable).parent
-        prefix = ["--prefix", str(tools.parent)] if (tools / "mpirun").exists() else []
+        own = Path(sys.executable).parent / "mpirun"  # of the wheel, perhaps in another environment
+        prefix = ["--prefix", str(own.resolve().parent.parent)] if own.exists() else []
         subnet = f"{self.network}.0/24"
         line = ["mpirun", "--allow-run-as-root", "--bind-to", "none", *prefix, "-H", self._slots(size),
                 "--mca", "plm_rsh_agent", str(self.folder / "bin" / "enter"),
@@ -190,11 +189,13 @@ class Cluster:
         Args:
             launcher: "mpirun" or "horovodrun".
             options: further ones of the launcher.
-            env: further environment variables; mpirun passes on those that it forwards.
+            env: further environment variables.
             more: of :class:`tests.ranks.Ranks`.
         """
         start = {"mpirun": self.mpirun, "horovodrun": self.horovodrun}[launcher]
         extra = {} if options is None else {"options": options}
+        if launcher == "mpirun":
+            extra = {"options": [*(options or ()), *(word for name in env or () for word in ("-x", name))]}
         return Ranks(len(self.hosts) if size is None else size,
                      launcher=lambda size, command: start(size, command, **extra),
                      env={**self.environment(), **(env or {})}, **more)

@@ -1,8 +1,9 @@
 """Ranks that ask each other what they do, beside the collectives that may be stuck.
 
-Each rank listens on a port of its own, on the loopback address where all ranks are on one host, and
-answers only who sends the token that the ranks exchanged. Nobody else can learn or change anything. A rank
-that fails tells the others so on the same way.
+Each rank listens on a port of its own, on the loopback address where all ranks are on one host, else under
+all addresses of its host, which need not have a name that resolves. It answers only who sends the token
+that the ranks exchanged. Nobody else can learn or change anything. A rank that fails tells the others so in
+the same way.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+from hvd_ext.addresses import own_addresses
 from hvd_ext.doorway import Doorway
 
 LOCAL = "127.0.0.1"
@@ -66,8 +68,8 @@ class Listener:
         self._token = secrets.token_hex(TOKEN // 2)
         self._socket = socket.create_server((LOCAL if local else "", 0), backlog=512)
         self._door = Doorway(self._socket, length=TOKEN + 1, seconds=SECONDS)
-        host = LOCAL if local else socket.gethostname()
-        self.address = [host, self._socket.getsockname()[1], self._token]
+        hosts = [LOCAL] if local else own_addresses()
+        self.address = [hosts, self._socket.getsockname()[1], self._token]
         self._waiting: tuple[str, float] | None = None
         self._place: object = None
         self._moves = 0
@@ -108,7 +110,7 @@ class Listener:
 
 
 def ask(address: Any) -> Answer | None:
-    """What the rank at ``address`` says of itself; None when it does not answer."""
+    """What the rank at ``address`` says of itself; None when it does not answer within ``SECONDS``."""
     return _call(address, ASKS)
 
 
@@ -118,10 +120,25 @@ def tell(address: Any, rank: int, what: str) -> bool:
 
 
 def _call(address: Any, message: bytes) -> Answer | None:
-    host, port, token = address
+    """The answer of the rank under one of its addresses, which are tried in turn.
+
+    Another host's rank may listen under the same one (a bridge of containers has the same everywhere):
+    it does not know the token.
+    """
+    hosts, port, token = address
+    end = time.monotonic() + SECONDS
+    for number, host in enumerate(hosts):
+        left = (end - time.monotonic()) / (len(hosts) - number)
+        answer = _call_one(host, port, token.encode() + message, max(0.1, left))
+        if answer is not None:
+            return answer
+    return None
+
+
+def _call_one(host: str, port: int, message: bytes, seconds: float) -> Answer | None:
     try:
-        with socket.create_connection((host, port), timeout=SECONDS) as connection:
-            connection.sendall(token.encode() + message)
+        with socket.create_connection((host, port), timeout=seconds) as connection:
+            connection.sendall(message)
             connection.shutdown(socket.SHUT_WR)
             said = _all_of(connection)
         found = json.loads(said)

@@ -11,6 +11,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tests.cluster.hosts import missing
 from tests.ranks import Ranks
 
 hypothesis.settings.register_profile("any machine", deadline=None)  # slow is not wrong
@@ -40,6 +41,11 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
         return None
     text = collection_path.read_text()
     return True if any(NEEDS[name].search(text) for name in LEFT_OUT) else None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The marker of tests that make hosts, which run only when ``-m`` asks for it."""
+    config.addinivalue_line("markers", "cluster: makes hosts of its own; run by `make test-cluster`")
 
 
 def pytest_report_header() -> str:
@@ -80,8 +86,16 @@ def ranks(_pools: dict[tuple[int, str], Ranks]) -> Callable[..., Ranks]:
     return get
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group a file's tests by number of ranks, so that ranks start seldom; skip GPU tests without one."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Group a file's tests by number of ranks, so that ranks start seldom; skip what cannot run here."""
+    made = [item for item in items if item.get_closest_marker("cluster")]
+    if made and "cluster" not in config.option.markexpr:
+        config.hook.pytest_deselected(items=made)
+        items[:] = [item for item in items if item not in made]
+    elif made:
+        why = missing()
+        for item in made if why else ():
+            item.add_marker(pytest.mark.skip(reason=why))
     order = {path: number for number, path in enumerate(dict.fromkeys(i.path for i in items))}
     items.sort(key=lambda item: (order[item.path], _size_of(item)))
     if not any(item.get_closest_marker("gpu") for item in items):

@@ -39,6 +39,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK")
 START_SECONDS = 90.0
+Launcher = Callable[[int, Sequence[str]], list[str]]
 
 
 class RankFailure(AssertionError):
@@ -63,13 +64,14 @@ class Ranks:
 
     Args:
         size: number of ranks.
-        launcher: "mpirun" or "gloo" (``horovodrun --gloo``).
+        launcher: "mpirun" or "gloo" (``horovodrun --gloo``), or what makes the command line from the
+            number of ranks and a rank's command.
         init: front end whose Horovod is initialised first: "torch", "tensorflow" or None.
         env: further environment variables.
         mpirun_args: further arguments of ``mpirun``.
     """
 
-    def __init__(self, size: int, *, launcher: str = "mpirun", init: str | None = "torch",
+    def __init__(self, size: int, *, launcher: str | Launcher = "mpirun", init: str | None = "torch",
                  env: dict[str, str] | None = None, mpirun_args: Sequence[str] = ()) -> None:
         self.size = size
         self.folder = Path(tempfile.mkdtemp(prefix="ranks-"))
@@ -81,7 +83,8 @@ class Ranks:
                        "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3", **(env or {})}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                launch_command(size, worker, launcher, mpirun_args), cwd=ROOT, env=environment,
+                launcher(size, worker) if callable(launcher)
+                else launch_command(size, worker, launcher, mpirun_args), cwd=ROOT, env=environment,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                 start_new_session=True,
             )

@@ -18,6 +18,7 @@ from hvd_ext.scalars import log_report
 from hvd_ext.torch.amsgrad import AMSGrad
 from hvd_ext.torch.async_ps import ParameterServer
 from hvd_ext.torch.checkpoints import load_checkpoint, save_checkpoint
+from hvd_ext.torch.clipping import clip_grad_norm_
 from hvd_ext.torch.compression import Compression
 from hvd_ext.torch.mpi_ops import *  # noqa: F403
 from hvd_ext.torch.optimizer import DistributedOptimizer
@@ -54,6 +55,7 @@ __all__ = [
     "assert_replicas_equal",
     "broadcast_optimizer_state",
     "broadcast_parameters",
+    "clip_grad_norm_",
     "convert_sync_batchnorm",
     "join",
     "load_checkpoint",

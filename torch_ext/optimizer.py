@@ -88,12 +88,13 @@ def DistributedOptimizer(
         groups=groups, sparse_as_dense=sparse_as_dense,
         loss_scale=functools.partial(loss_scale, grad_scaler),
     )
+    placed = None if server is None else make_server(server)
     reducer = make_reducer(
         Collectives(process_set), options, op=op, compression=compression,
         predivide=gradient_predivide_factor, server=server,
         multiple_evaluations=isinstance(optimizer, torch.optim.LBFGS),
+        owners=placed if server == "sharded" and preconditioner is None else None,
     )
-    placed = None if server is None else make_server(server)
     return extend(optimizer, named_parameters, reducer, preconditioner, placed, grad_scaler)
 
 

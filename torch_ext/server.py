@@ -1,8 +1,8 @@
 """Where the wrapped optimizer's update runs: on every rank, on rank 0, or on parameters' owners.
 
-Gradients are reduced and identical on all ranks when ``step`` is called. The owner of a parameter runs
-the wrapped optimizer's own update on it, so that only the owner ever has its moments, and the new
-weights go to all ranks (SPARS-AMS Algorithm 1, lines 5 and 16).
+The owner of a parameter, or of a piece of one, runs the wrapped optimizer's own update on it, so that only
+the owner ever has its moments, and the new weights go to all ranks (SPARS-AMS Algorithm 1, lines 5 and 16).
+An owner needs the reduced gradient of what it owns only; see ``reducers/sharded.py``.
 """
 
 from __future__ import annotations
@@ -15,15 +15,22 @@ from typing import Any
 import torch
 
 from hvd_ext import checks
-from hvd_ext.buckets import Bucket, Kind, TensorSpec, plan_buckets
+from hvd_ext.buckets import DEFAULT_BUCKET_BYTES, Kind, TensorSpec, plan_buckets, split_groups
 from hvd_ext.composition import SERVERS
-from hvd_ext.servers import OwnedState, check_loadable, owners, shares
-from hvd_ext.servers.ownership import EVERY_RANK
-from hvd_ext.torch.collectives import Collectives
+from hvd_ext.servers import (
+    Message,
+    OwnedState,
+    Piece,
+    assign,
+    by_owner,
+    check_loadable,
+    cut_evenly,
+    held,
+)
+from hvd_ext.torch.collectives import Collectives, Handle
+from hvd_ext.torch.pieces import cut_state, flattened, is_elementwise, join_states, put_back, update_cost
 
-WEIGHT_BUCKET_BYTES = 64 * 2**20
-STATUS_WORDS = 1  # behind each bucket's weights: whether its owner's update failed
-
+STATUS_WORDS = 1  # behind an owner's weights: whether its update failed
 
 def make_server(where: str) -> UpdateServer:
     """The server of ``server=``.
@@ -39,23 +46,34 @@ class UpdateServer:
 
     Args:
         where: "replicated": every rank updates every parameter, nothing is sent. "rank0": rank 0
-            updates all. "sharded": each parameter is updated by its owner; owners are balanced by
-            the parameters' sizes.
+            updates all. "sharded": every rank updates what it owns. With an elementwise optimizer that
+            is an equal slice of each bucket, cut through parameters; with any other whole parameters,
+            balanced by their bytes, with Muon by the cost of orthogonalising them.
     """
 
     def __init__(self, where: str) -> None:
         self.where = where
-        self._parameters: list[torch.Tensor] = []
-        self._owners: list[int] = []
-        self._buckets: list[tuple[int, Bucket]] = []
-        self._buffers: dict[int, torch.Tensor] = {}
+        self.messages: list[Message] = []
+        self.parameters: list[torch.Tensor] = []
+        self._loads: list[int] = []
+        self._home: dict[int, Message] = {}  # of each parameter, by its number
+        self._pieces: dict[int, Piece] = {}  # this rank's of them
+        self._weights: dict[int, torch.Tensor] = {}  # of a message, behind them the status
+        self._gathered: dict[int, torch.Tensor] = {}
 
-    def attach(self, collectives: Collectives, optimizer: torch.optim.Optimizer) -> None:
-        """Serve ``optimizer`` over the ranks of ``collectives``; its parameters decide the owners."""
+    def attach(self, collectives: Collectives, optimizer: torch.optim.Optimizer,
+               groups: Any = None) -> None:
+        """Serve ``optimizer`` over the ranks of ``collectives``; its parameters decide the owners.
+
+        Args:
+            groups: Horovod's ``groups=``: which parameters share a message under "sharded".
+        """
         self.collectives = collectives
         self._optimizer = weakref.ref(optimizer)
+        self._groups = groups
         self._label = "server"
-        self._plan()
+        self._wrapped = type(optimizer).__bases__[-1]  # the class that was extended
+        self.plan()
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -67,7 +85,8 @@ class UpdateServer:
     @property
     def alone(self) -> bool:
         """Whether every rank updates everything by itself."""
-        return self.where == "replicated" or self.collectives.size == 1
+        return (self.where == "replicated" or not self.collectives.included
+                or self.collectives.size == 1)
 
     def refuse_closure(self) -> None:
         """Called when ``step(closure)`` was.
@@ -81,6 +100,55 @@ class UpdateServer:
                 "a parameter runs the update, while every rank would have to run the closure; call "
                 "loss.backward() and then step(), or use server='replicated'"
             )
+
+    # Who owns what
+
+    def plan(self) -> None:
+        """Give parameters that are new an owner and a place in a message."""
+        known = {id(parameter) for parameter in self.parameters}
+        fresh = [parameter for group in self.optimizer.param_groups for parameter in group["params"]
+                 if id(parameter) not in known]
+        if not fresh or self.alone:
+            return
+        ranks, base, first = self.collectives.size, len(self.parameters), len(self.messages)
+        self.parameters += fresh
+        self._loads = self._loads or [0] * ranks
+        costs = [update_cost(self._wrapped, p) for p in fresh]
+        owners = [0] * len(fresh) if self.where == "rank0" else assign(costs, ranks, self._loads)
+        for owner, cost in zip(owners, costs, strict=True):
+            self._loads[owner] += cost
+        specs = [TensorSpec(str(i), tuple(p.shape), p.element_size(), Kind(str(p.dtype), str(p.device)))
+                 for i, p in enumerate(fresh)]
+        cut = self.where == "sharded" and is_elementwise(self._wrapped)
+        for bucket in plan_buckets(specs, bucket_bytes=DEFAULT_BUCKET_BYTES,
+                                   groups=split_groups(self._groups, fresh)):
+            message = (cut_evenly(bucket, ranks) if cut
+                       else by_owner(bucket, dict(enumerate(owners)), ranks))
+            if message.numel:
+                self.messages.append(message.moved(len(self.messages), base))
+        for message in self.messages[first:]:
+            self._home.update({piece.index: message for piece in message.pieces})
+            self._pieces.update({piece.index: piece for piece in message.parts[self.collectives.rank]})
+        for i, parameter in enumerate(fresh):  # what travels in no message is owned too
+            if not parameter.numel() and owners[i] == self.collectives.rank:
+                self._pieces[base + i] = Piece(base + i, 0, 0, 0)
+        self._drop_state_of_others()
+
+    def is_whole(self, piece: Piece) -> bool:
+        """Whether it is all of its parameter."""
+        return piece.numel == self.parameters[piece.index].numel()
+
+    def _drop_state_of_others(self) -> None:
+        """Keep the state of what this rank owns; some optimizers make it on construction."""
+        for number, parameter in enumerate(self.parameters):
+            state = self.optimizer.state.get(parameter)
+            if not state:
+                continue
+            piece = self._pieces.get(number)
+            if piece is None:
+                del self.optimizer.state[parameter]
+            elif not self.is_whole(piece):
+                self.optimizer.state[parameter] = cut_state(state, parameter.shape, piece.start, piece.stop)
 
     # The step
 
@@ -96,9 +164,9 @@ class UpdateServer:
         """
         if self.alone:
             return inner_step()
-        self._plan()
+        self.plan()
         result, failure = None, None
-        if self.collectives.rank in self._owners:
+        if self._pieces:
             try:
                 with self._only_owned():
                     result = inner_step()
@@ -112,74 +180,101 @@ class UpdateServer:
                                "see that rank's error")
         return result
 
-    def _plan(self) -> None:
-        """Give parameters that are new an owner and a place in a message."""
-        known = {id(parameter) for parameter in self._parameters}
-        fresh = [parameter for group in self.optimizer.param_groups for parameter in group["params"]
-                 if id(parameter) not in known]
-        if not fresh:
-            return
-        loads = shares(self._owners, [p.numel() for p in self._parameters], self.collectives.size)
-        owned = owners(self.where, [p.numel() for p in fresh], self.collectives.size, loads)
-        self._parameters += fresh
-        self._owners += owned
-        specs = [TensorSpec(str(i), tuple(p.shape), p.element_size(),
-                            Kind(str(p.dtype), str(p.device), owner=owner))
-                 for i, (p, owner) in enumerate(zip(self._parameters, self._owners, strict=True))]
-        plan = plan_buckets(specs, bucket_bytes=WEIGHT_BUCKET_BYTES)
-        self._buckets = [(bucket.kind.owner, bucket) for bucket in plan if bucket.numel]
-        self._buffers = {}
-
     @contextmanager
     def _only_owned(self) -> Iterator[None]:
-        """Hide the parameters of other owners from the wrapped optimizer."""
-        mine = self._mine()
-        groups = self.optimizer.param_groups
+        """Show the wrapped optimizer what this rank owns, and nothing else.
+
+        A parameter owned in part is stood in for by a 1-D tensor of these elements, with their gradient
+        and state; its memory is the message's that will carry them.
+        """
+        numbers = {id(p): number for number, p in enumerate(self.parameters)}
+        state, groups = self.optimizer.state, self.optimizer.param_groups
         whole = [group["params"] for group in groups]
+        standing: list[tuple[torch.Tensor, torch.Tensor]] = []
         try:
             for group in groups:
-                group["params"] = [p for p in group["params"] if id(p) in mine]
+                shown = []
+                for parameter in group["params"]:
+                    piece = self._pieces.get(numbers[id(parameter)])
+                    if piece is None:
+                        continue
+                    if self.is_whole(piece):
+                        shown.append(parameter)
+                        continue
+                    stand_in = self._stand_in(parameter, piece)
+                    standing.append((parameter, stand_in))
+                    if parameter in state:
+                        state[stand_in] = state.pop(parameter)
+                    shown.append(stand_in)
+                group["params"] = shown
             yield
         finally:
             for group, parameters in zip(groups, whole, strict=True):
                 group["params"] = parameters
+            for parameter, stand_in in standing:
+                if stand_in in state:
+                    state[parameter] = state.pop(stand_in)
 
-    def _mine(self) -> set[int]:
-        return {id(p) for p, owner in zip(self._parameters, self._owners, strict=True)
-                if owner in (self.collectives.rank, EVERY_RANK)}
+    @torch.no_grad()
+    def _stand_in(self, parameter: torch.Tensor, piece: Piece) -> torch.nn.Parameter:
+        message = self._home[piece.index]
+        begin = sum(message.splits[:self.collectives.rank])
+        own = self._memory(message)
+        place = own[piece.offset - begin : piece.offset - begin + piece.numel]
+        place.copy_(flattened(parameter)[piece.start : piece.stop])
+        stand_in = torch.nn.Parameter(place, requires_grad=parameter.requires_grad)
+        if parameter.grad is not None:
+            gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+            stand_in.grad = flattened(gradient)[piece.start : piece.stop]
+        return stand_in
 
     @torch.no_grad()
     def _send_weights(self, failed: bool) -> list[int]:
-        """Broadcast each owner's weights; the owners whose update failed."""
-        started = []
-        for owner, bucket in self._buckets:
-            flat = self._buffer(bucket)
-            if owner == self.collectives.rank:
-                for slot in bucket.slots:
-                    parameter = self._parameters[slot.index]
-                    slot.of(flat).view(parameter.shape).copy_(parameter)
-                flat[bucket.numel] = float(failed)
-            name = f"{self._label}/rank{owner}/bucket{bucket.index}"
-            started.append(self.collectives.broadcast_async_(flat, owner, name, kind="weights"))
-        failures = []
-        for (owner, bucket), handle in zip(self._buckets, started, strict=True):
-            handle.wait()
-            flat = self._buffer(bucket)
-            if flat[bucket.numel] != 0:
-                failures.append(owner)
-            elif owner != self.collectives.rank:
-                for slot in bucket.slots:
-                    parameter = self._parameters[slot.index]
-                    parameter.copy_(slot.of(flat).view(parameter.shape))
-        return failures
+        """Bring each owner's weights to all ranks; the owners whose update failed."""
+        started = [self._start(message, failed) for message in self.messages]
+        failures: set[int] = set()
+        for message, handle in zip(self.messages, started, strict=True):
+            received, end = handle.wait(), 0
+            if self.where == "rank0":
+                received = self._memory(message)
+            flats: dict[int, torch.Tensor] = {}
+            for rank, pieces in enumerate(message.parts[:1] if self.where == "rank0" else message.parts):
+                end += message.splits[rank] + STATUS_WORDS
+                if received[end - STATUS_WORDS] != 0:
+                    failures.add(rank)
+                    continue
+                for piece in pieces:
+                    if rank == self.collectives.rank and self.is_whole(piece):
+                        continue
+                    flat = flats.setdefault(piece.index, flattened(self.parameters[piece.index]))
+                    at = piece.offset + rank * STATUS_WORDS
+                    flat[piece.start : piece.stop] = received[at : at + piece.numel]
+            for number, flat in flats.items():
+                put_back(self.parameters[number], flat)
+        return sorted(failures)
 
-    def _buffer(self, bucket: Bucket) -> torch.Tensor:
-        if bucket.index not in self._buffers:
-            like = self._parameters[bucket.slots[0].index]
-            self._buffers[bucket.index] = torch.empty(
-                bucket.numel + STATUS_WORDS, dtype=like.dtype, device=like.device
-            )
-        return self._buffers[bucket.index]
+    def _start(self, message: Message, failed: bool) -> Handle:
+        rank, flat = self.collectives.rank, self._memory(message)
+        begin = sum(message.splits[:rank])
+        for piece in message.parts[rank]:
+            if self.is_whole(piece):  # another one was updated in this memory
+                at = piece.offset - begin
+                flat[at : at + piece.numel] = flattened(self.parameters[piece.index])
+        flat[-1] = float(failed)
+        name = f"{self._label}/bucket{message.index}"
+        if self.where == "rank0":
+            return self.collectives.broadcast_async_(flat, 0, name, kind="weights")
+        memory = self._gathered.setdefault(message.index, flat.new_empty(0))
+        return self.collectives.allgather_async(flat, name, kind="weights", out=memory)
+
+    def _memory(self, message: Message) -> torch.Tensor:
+        """For what this rank owns of the weights of a message, under "rank0" for all of them."""
+        if message.index not in self._weights:
+            like = self.parameters[message.pieces[0].index]
+            numel = message.numel if self.where == "rank0" else message.splits[self.collectives.rank]
+            self._weights[message.index] = torch.zeros(numel + STATUS_WORDS, dtype=like.dtype,
+                                                       device=like.device)
+        return self._weights[message.index]
 
     # State
 
@@ -197,15 +292,17 @@ class UpdateServer:
         mark = OwnedState(self.where, rank, size, None).to_dict()
         if self.alone:
             return state, mark
-        self._plan()
+        self.plan()
         numbers = self._numbers()
         whole = dict(state["state"])
-        for parameter, owner in zip(self._parameters, self._owners, strict=True):
-            number = numbers[id(parameter)]
-            piece = state["state"].get(number) if owner == rank else None
-            found = self.collectives.allgather_object(piece, f"{self._label}/state")[owner]
-            if found is not None:
-                whole[number] = found
+        for number, parameter in enumerate(self.parameters):
+            saved, piece = numbers[id(parameter)], self._pieces.get(number)
+            mine = None if piece is None else (piece.start, state["state"].get(saved))
+            everyone = self.collectives.allgather_object(mine, f"{self._label}/state")
+            found = sorted((one for one in everyone if one is not None and one[1] is not None),
+                           key=lambda one: one[0])
+            if found:
+                whole[saved] = join_states([one for _, one in found], parameter.shape)
         return {**state, "state": whole}, mark
 
     def load_state_dict(self, state: dict[str, Any],
@@ -219,17 +316,26 @@ class UpdateServer:
         Raises:
             ValueError: it lacks the state of a parameter that this rank owns.
         """
+        mark = None if saved is None else OwnedState.from_dict(saved)
         if self.alone:
-            check_loadable(None if saved is None else OwnedState.from_dict(saved), self._shard())
+            check_loadable(mark, self._shard())
             return state
-        self._plan()
-        shard = self._shard()
-        mine = self._mine()
-        owned = {number for key, number in self._numbers().items() if key in mine}
-        if saved is not None:
-            check_loadable(OwnedState.from_dict(saved), OwnedState(shard.server, shard.rank, shard.size,
-                                                         tuple(sorted(owned))))
-        kept = {number: value for number, value in state["state"].items() if number in owned}
+        self.plan()
+        check_loadable(mark, OwnedState.from_dict({**self._shard().to_dict(), **self._owned()}))
+        numbers, kept = self._numbers(), {}
+        for number, piece in self._pieces.items():
+            parameter = self.parameters[number]
+            key = numbers[id(parameter)]
+            found = state["state"].get(key)
+            if found is None:
+                continue
+            inside = None if mark is None else mark.range_of(key)
+            if inside is not None:
+                found = cut_state(found, (inside[1] - inside[0],), piece.start - inside[0],
+                                  piece.stop - inside[0])
+            elif not self.is_whole(piece):
+                found = cut_state(found, parameter.shape, piece.start, piece.stop)
+            kept[key] = found
         return {**state, "state": kept}
 
     def broadcast_settings(self, root: int) -> None:
@@ -240,12 +346,11 @@ class UpdateServer:
         Raises:
             ValueError: on every rank, when some owners have state and others have none.
         """
-        self._plan()
-        mine = self._mine()
-        held = [bool(self.optimizer.state.get(p)) for p in self._parameters if id(p) in mine]
+        self.plan()
+        filled = [bool(self.optimizer.state.get(self.parameters[number])) for number in self._pieces]
         settings = [{key: value for key, value in group.items() if key != "params"}
                     for group in self.optimizer.param_groups]
-        everyone = self.collectives.allgather_object((any(held) if held else None, settings),
+        everyone = self.collectives.allgather_object((any(filled) if filled else None, settings),
                                                      f"{self._label}/settings")
         if len({has for has, _ in everyone if has is not None}) > 1:
             raise ValueError(
@@ -264,23 +369,30 @@ class UpdateServer:
         rank, size = self.collectives.rank, self.collectives.size
         if self.alone or (self.where == "rank0" and rank == 0):
             return OwnedState(self.where, rank, size, None)
-        mine = self._mine()
-        owned = tuple(sorted(n for key, n in self._numbers().items() if key in mine))
-        return OwnedState(self.where, rank, size, owned)
+        return OwnedState.from_dict({"server": self.where, "rank": rank, "size": size, **self._owned()})
+
+    def _owned(self) -> dict[str, Any]:
+        numbers = self._numbers()
+        mine = {numbers[id(self.parameters[number])]: piece for number, piece in self._pieces.items()}
+        return {"owned": tuple(sorted(mine)),
+                "cut": tuple((number, piece.start, piece.stop) for number, piece in sorted(mine.items())
+                             if not self.is_whole(piece))}
 
     def report(self) -> dict[str, Any]:
         """Where the update runs, and what of it this rank keeps."""
-        numels = [p.numel() for p in self._parameters]
-        held = shares(self._owners, numels, self.collectives.size)
+        every = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
+        ranks = self.collectives.size
+        owned = [every] * ranks if self.alone else held(self.messages, ranks)
+        memory = [*self._weights.values(), *self._gathered.values()]
         return {
             "where": self.where,
-            "owned_elements": held[self.collectives.rank],
-            "elements": sum(numels),
-            "largest_share": max(held, default=0),
+            "owned_elements": owned[self.collectives.rank],
+            "elements": every,
+            "largest_share": max(owned, default=0),
             "state_bytes": sum(
                 value.numel() * value.element_size()
                 for state in self.optimizer.state.values() for value in state.values()
                 if isinstance(value, torch.Tensor)
             ),
-            "buffer_bytes": sum(b.numel() * b.element_size() for b in self._buffers.values()),
+            "buffer_bytes": sum(t.numel() * t.element_size() for t in memory),
         }

@@ -68,6 +68,7 @@ class Wrapper:
         self.server = server
         self._names = checked_names(optimizer.param_groups, named_parameters)
         self._good = True  # the step that synchronize() began may be taken
+        self.reduced = False  # hvd.clip_grad_norm_ has reduced this step's gradients
         self._passes = Passes(reducer)
         self._hooks: dict[torch.Tensor, Any] = {}
         self._ranks = self.collectives.size if self.collectives.included else 0
@@ -77,7 +78,7 @@ class Wrapper:
         if preconditioner is not None:
             preconditioner.attach(self.collectives, optimizer)
         if server is not None:
-            server.attach(self.collectives, optimizer)
+            server.attach(self.collectives, optimizer, reducer.options.groups)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -123,16 +124,29 @@ class Wrapper:
         WATCH.step_over()
         self.collectives.traffic.step()
 
+    def reduce_once(self) -> None:
+        """Reduce this step's gradients, unless that has been done, and have ``step()`` not do it again."""
+        if not self.reduced and not self.optimizer._synchronized:  # type: ignore[attr-defined]
+            self.synchronize()
+        self.reduced = True
+
+    def gather_gradients(self) -> None:
+        """Bring reduced gradients that only their owners have to all ranks."""
+        if self.collectives.included:
+            self.reducer.gather_gradients()
+
     def update(self, inner_step: Callable[[], Any]) -> Any:
         """Second half of a step: the wrapped optimizer's update, on the ranks where it belongs.
 
         A step that the ranks agreed to skip is not taken.
         """
+        self.reduced = False
         if not self._good:
             return None
         if self.server is None or not self.collectives.included:
             return inner_step()
         result = self.server.step(inner_step)
+        self.reducer.updated()
         self.collectives.traffic.step(same=True)
         return result
 
@@ -147,6 +161,7 @@ class Wrapper:
 
     def forget(self) -> None:
         """Drop what was begun for this step, on all ranks alike."""
+        self.reduced = False
         self._passes.forget()
         self.reducer.drain()
         if self.uneven is not None:
@@ -194,6 +209,7 @@ class Wrapper:
             if self.uneven is not None:
                 last = self._passes.done[parameter] + 1 >= self.reducer.passes
                 self.uneven.gradient_ready(parameter, last=last)
+            self.reduced = False
             self._passes.gradient_ready(entry)
 
         return hook
@@ -308,8 +324,13 @@ class ExtendedOptimizer(torch.optim.Optimizer):
         self._hvd_ext.set_passes(passes)
 
     def synchronize(self) -> None:
-        """Wait for the reduced gradients and precondition them; ``parameter.grad`` holds them after."""
-        self._hvd_ext.synchronize()
+        """Wait for the reduced gradients and precondition them; ``parameter.grad`` holds them after.
+
+        Under ``server="sharded"`` that takes another exchange, which ``step()`` alone does not need.
+        """
+        if not self._hvd_ext.reduced:
+            self._hvd_ext.synchronize()
+        self._hvd_ext.gather_gradients()
         self._synchronized = True
 
     @contextmanager
@@ -332,7 +353,7 @@ class ExtendedOptimizer(torch.optim.Optimizer):
                 self._hvd_ext.server.refuse_closure()
             with torch.enable_grad():
                 loss = closure()
-        if self._should_synchronize:
+        if self._should_synchronize and not self._hvd_ext.reduced:
             if self._synchronized:
                 warnings.warn(
                     "optimizer.step() called without optimizer.skip_synchronize() context after "
@@ -340,7 +361,7 @@ class ExtendedOptimizer(torch.optim.Optimizer):
                     "consider using optimizer.skip_synchronize() context if you use "
                     "optimizer.synchronize() in your code.", stacklevel=2,
                 )
-            self.synchronize()
+            self._hvd_ext.synchronize()
         self._synchronized = False
         result = self._hvd_ext.update(super(type(self), self).step)
         return loss if closure is not None else result

@@ -5,10 +5,8 @@ Every rank learns of every rank's fault, so that all of them raise within second
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
+from hvd_ext.addresses import own_addresses
 from hvd_ext.async_ps.checkpoint import Checkpoint
 from hvd_ext.async_ps.config import ServerSettings
 from hvd_ext.async_ps.model import Array, FlatModel
@@ -80,7 +79,7 @@ def register(comm: MPI.Comm, servers: int, model: FlatModel, weights: Array,
     checkpoint, error = _attempt(lambda: _resume(plan, model, settings))
     offered = {
         "error": error, "port": host.port if host else 0, "token": host.token if host else "",
-        "addresses": [] if local else _addresses(), "node": MPI.Get_processor_name(),
+        "addresses": [] if local else own_addresses(), "node": MPI.Get_processor_name(),
         "update": checkpoint.update if checkpoint else -1,
     }
     offers = _exchange(own, offered, deadline, settings)
@@ -185,12 +184,3 @@ def _wait(request: MPI.Request, deadline: float, settings: ServerSettings, memor
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:32]
-
-
-def _addresses() -> list[str]:
-    """Under which this host may be reached, the likeliest first."""
-    name = socket.gethostname()
-    found = [name]
-    with contextlib.suppress(OSError):
-        found += [str(info[4][0]) for info in socket.getaddrinfo(name, None, socket.AF_INET)]
-    return list(dict.fromkeys(found))

@@ -1,6 +1,8 @@
-"""Where the update runs: which rank owns which parameter, and which checkpoints fit where."""
+"""Where the update runs: who owns which parameter, and which saved state fits where."""
 
 from hvd_ext.servers.checkpoint import OwnedState, check_loadable
-from hvd_ext.servers.ownership import assign, owners, shares
+from hvd_ext.servers.ownership import assign, orthogonalising_cost, owners, shares
+from hvd_ext.servers.pieces import Message, Piece, by_owner, cut_evenly, held
 
-__all__ = ["OwnedState", "assign", "check_loadable", "owners", "shares"]
+__all__ = ["Message", "OwnedState", "Piece", "assign", "by_owner", "check_loadable", "cut_evenly", "held",
+           "orthogonalising_cost", "owners", "shares"]

@@ -11,19 +11,39 @@ from typing import Any
 class OwnedState:
     """What part of the optimizer's state a rank holds.
 
-    ``owned`` are the numbers of the parameters, as in ``state_dict()["param_groups"]``, or None
-    for all of them.
+    Attributes:
+        server, rank, size: where it was.
+        owned: the numbers of the parameters, as in ``state_dict()["param_groups"]``, or None
+            for all of them.
+        cut: of those that are held in part, (number, start, stop): elements of the flattened parameter.
     """
 
     server: str
     rank: int
     size: int
     owned: tuple[int, ...] | None
+    cut: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def complete(self) -> bool:
         """Whether it is the state of every parameter."""
         return self.owned is None
+
+    def range_of(self, number: int) -> tuple[int, int] | None:
+        """The elements that are held of a parameter; None for all of them."""
+        return next(((start, stop) for one, start, stop in self.cut if one == number), None)
+
+    def covers(self, other: OwnedState) -> bool:
+        """Whether all that ``other`` holds is here."""
+        if self.owned is None:
+            return True
+        if other.owned is None or not set(other.owned) <= set(self.owned):
+            return False
+        for number in other.owned:
+            here, there = self.range_of(number), other.range_of(number)
+            if here is not None and (there is None or there[0] < here[0] or there[1] > here[1]):
+                return False
+        return True
 
     def to_dict(self) -> dict[str, Any]:
         """For a checkpoint: plain types only."""
@@ -31,10 +51,11 @@ class OwnedState:
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> OwnedState:
-        """What :meth:`to_dict` gave."""
+        """What :meth:`to_dict` gave; ``cut`` is missing where parameters had one owner each."""
         owned = saved["owned"]
         return cls(saved["server"], saved["rank"], saved["size"],
-                   None if owned is None else tuple(owned))
+                   None if owned is None else tuple(owned),
+                   tuple((number, start, stop) for number, start, stop in saved.get("cut", ())))
 
 
 def check_loadable(saved: OwnedState | None, here: OwnedState) -> None:
@@ -47,13 +68,13 @@ def check_loadable(saved: OwnedState | None, here: OwnedState) -> None:
     Raises:
         ValueError: the state of a parameter that this rank owns is not in it.
     """
-    if saved is None or saved.owned is None:
+    if saved is None or saved.covers(here):
         return
-    if here.owned is not None and set(here.owned) <= set(saved.owned):
-        return
+    assert saved.owned is not None
     raise ValueError(
         f"this optimizer state was saved by rank {saved.rank} of {saved.size} under "
-        f"server={saved.server!r} and holds the state of {len(saved.owned)} parameters; rank "
+        f"server={saved.server!r} and holds the state of {len(saved.owned)} parameters"
+        f"{' or parts of them' if saved.cut else ''}; rank "
         f"{here.rank} of {here.size} under server={here.server!r} needs others too. Save "
         "optimizer.gather_state_dict(), called on every rank, instead of optimizer.state_dict()"
         + ("; under server='rank0' the file of rank 0 is complete as well"

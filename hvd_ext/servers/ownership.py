@@ -1,8 +1,9 @@
-"""Which rank owns which parameter, balanced by size, the same on every rank."""
+"""Which rank owns which parameter, balanced by size or cost, the same on every rank."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 EVERY_RANK = -1
 
@@ -11,9 +12,9 @@ def assign(numels: Sequence[int], ranks: int, loads: Sequence[int] | None = None
     """An owner for each parameter: the largest first, each to the rank that has least.
 
     Args:
-        numels: elements of each parameter.
+        numels: elements of each parameter, or what its update costs.
         ranks: M.
-        loads: elements that each rank owns already.
+        loads: the sum of these that each rank owns already.
 
     Returns:
         The owner of each parameter, in the order of ``numels``.
@@ -25,6 +26,16 @@ def assign(numels: Sequence[int], ranks: int, loads: Sequence[int] | None = None
         result[index] = rank
         held[rank] += numels[index]
     return result
+
+
+def orthogonalising_cost(shape: Sequence[int]) -> int:
+    """What Muon's update of a matrix costs: products of the smaller side's square with the larger one.
+
+    Newton-Schulz works on ``min(m, n) × min(m, n)``; other shapes cost their elements.
+    """
+    if len(shape) != 2:
+        return prod(shape)
+    return min(shape) ** 2 * max(shape)
 
 
 def owners(server: str, numels: Sequence[int], ranks: int,

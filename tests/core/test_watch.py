@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -84,7 +85,7 @@ def test_strangers_learn_and_change_nothing():
                 stranger.shutdown(socket.SHUT_WR)
                 heard = stranger.recv(100)
             assert heard == b""
-    assert ask([LOCAL, port, "f" * 32]) is None
+    assert ask([[LOCAL], port, "f" * 32]) is None
     assert ask(listener.address) is not None
     silent.close()
     listener.close()
@@ -106,6 +107,18 @@ def test_many_silent_strangers_hold_no_rank_up():
     for stranger in crowd:
         stranger.close()
     listener.close()
+
+
+def test_ranks_on_other_hosts_are_asked_by_address():
+    listener, other = Listener(local=False), Listener(local=True)
+    hosts, port, token = listener.address
+    assert hosts[-1] == socket.gethostname()
+    assert all(not host.startswith("127.") for host in hosts[:-1])
+    # A name that does not resolve, and somebody else's port under the same address, are passed over.
+    assert ask([["no.such.host.invalid", LOCAL], port, token]).pid == os.getpid()
+    assert ask([[LOCAL, *hosts], other.address[1], token]) is None
+    listener.close()
+    other.close()
 
 
 def answer(waiting=None, moves=0):

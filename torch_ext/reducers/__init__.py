@@ -19,6 +19,7 @@ from hvd_ext.torch.reducers.base import Reducer
 from hvd_ext.torch.reducers.delay import DelayReducer
 from hvd_ext.torch.reducers.plain import PlainReducer
 from hvd_ext.torch.reducers.powersgd import PowerSGDReducer
+from hvd_ext.torch.reducers.sharded import ShardedReducer
 from hvd_ext.torch.reducers.topk import TopKReducer
 
 REDUCERS: dict[Any, type[Reducer]] = {}
@@ -52,8 +53,11 @@ register_reducer(PowerSGD, PowerSGDReducer)
 
 def make_reducer(collectives: Collectives, options: Options, *, op: Any, compression: Any,
                  predivide: float = 1.0, server: str | None = None,
-                 multiple_evaluations: bool = False) -> Reducer:
+                 multiple_evaluations: bool = False, owners: Any = None) -> Reducer:
     """The reducer that ``op`` and ``compression`` ask for.
+
+    Args:
+        owners: the ``UpdateServer`` whose owners need their own gradients only, if any.
 
     Raises:
         ValueError: arguments that cannot be combined.
@@ -66,6 +70,10 @@ def make_reducer(collectives: Collectives, options: Options, *, op: Any, compres
         casts=(Compression.none, Compression.fp16), predivide=predivide, server=server,
         multiple_evaluations=multiple_evaluations)
     if settings is None:
+        to_owners = (owners is not None and op in (horovod.Average, horovod.Sum) and predivide == 1.0
+                     and compression in (Compression.none, Compression.fp16))
+        if to_owners:
+            return ShardedReducer(collectives, Plain(op, compression), options, owners)
         average = predivide if op == horovod.Average else 1.0
         return PlainReducer(collectives, Plain(op, compression, average), options)
     return REDUCERS[type(settings)](collectives, settings, options)

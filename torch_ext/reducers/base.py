@@ -98,6 +98,19 @@ class Reducer(abc.ABC):
         Returns whether the step may be taken; False, on all ranks, when it must be skipped.
         """
 
+    partial = False
+    """Whether this rank has the reduced gradients of what it owns only, until ``gather_gradients()``."""
+
+    def gather_gradients(self) -> None:  # noqa: B027
+        """Bring reduced gradients that only their owners have to all ranks."""
+
+    def owned(self) -> list[torch.Tensor]:
+        """The reduced gradients of what this rank owns, while they are ``partial``."""
+        return []
+
+    def updated(self) -> None:  # noqa: B027
+        """The update has been taken."""
+
     @abc.abstractmethod
     def forget(self) -> None:
         """Drop what was begun for this step, after an error: nobody may answer it."""

@@ -1,0 +1,133 @@
+"""Which elements of which tensor each rank updates, and where they lie in a message.
+
+Where the update is elementwise a bucket is cut into one slice a rank, nearly equal ones; where it is not,
+each tensor has one owner. In either case what rank r owns of a bucket is one contiguous part of the
+message, so that one alltoall brings gradients to their owners and one allgather brings weights back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hvd_ext.buckets import Bucket, Kind, slice_sizes
+
+ALIGNED = 128  # twice the widest vector of 16-bit numbers (AVX-512), which torch takes at a time
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements ``start`` to ``stop`` of the flattened tensor ``index``, at ``offset`` of the message."""
+
+    index: int
+    start: int
+    stop: int
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        """How many elements they are."""
+        return self.stop - self.start
+
+    def of(self, flat: Any) -> Any:
+        """The piece's elements in a flat message."""
+        return flat[self.offset : self.offset + self.numel]
+
+
+@dataclass(frozen=True)
+class Message:
+    """A bucket in the order of its owners.
+
+    Attributes:
+        index: its number.
+        kind: what its tensors have in common.
+        parts: the pieces of each rank, by rank; a rank's follow one another without a gap.
+    """
+
+    index: int
+    kind: Kind
+    parts: tuple[tuple[Piece, ...], ...]
+
+    @property
+    def splits(self) -> list[int]:
+        """Elements that each rank owns, by rank."""
+        return [sum(piece.numel for piece in part) for part in self.parts]
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole message."""
+        return sum(self.splits)
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """All pieces, in their order in the message."""
+        return [piece for part in self.parts for piece in part]
+
+    def moved(self, index: int, base: int) -> Message:
+        """The same under another number, of tensors that are numbered from ``base``."""
+        parts = [[replace(piece, index=piece.index + base) for piece in part] for part in self.parts]
+        return _laid_out(index, self.kind, parts)
+
+    def without(self, left_out: Collection[int]) -> Message:
+        """The message without some tensors."""
+        kept = [[piece for piece in part if piece.index not in left_out] for part in self.parts]
+        return _laid_out(self.index, self.kind, kept)
+
+
+def cut_evenly(bucket: Bucket, ranks: int) -> Message:
+    """A bucket whose elements are dealt to the ranks in slices of nearly equal size.
+
+    A tensor is cut at multiples of ``ALIGNED`` elements only: an update of a piece then goes through
+    the processor's vector units as that of the whole tensor does, and gives the same bits.
+    """
+    parts: list[list[Piece]] = []
+    begin = ideal = 0
+    for size in slice_sizes(bucket.numel, ranks):
+        ideal += size
+        end = _aligned(bucket, ideal)
+        part = []
+        for slot in bucket.slots:
+            start, stop = max(begin, slot.offset), min(end, slot.offset + slot.numel)
+            if start < stop:
+                part.append(Piece(slot.index, start - slot.offset, stop - slot.offset, 0))
+        parts.append(part)
+        begin = end
+    return _laid_out(bucket.index, bucket.kind, parts)
+
+
+def _aligned(bucket: Bucket, position: int) -> int:
+    """The place near ``position`` at which a bucket may be cut."""
+    for slot in bucket.slots:
+        inside = position - slot.offset
+        if 0 < inside < slot.numel:
+            return slot.offset + min(slot.numel, ALIGNED * round(inside / ALIGNED))
+    return position
+
+
+def by_owner(bucket: Bucket, owners: Mapping[int, int], ranks: int) -> Message:
+    """A bucket whose tensors stay whole.
+
+    Args:
+        owners: the owner of each tensor, by its number.
+    """
+    parts: list[list[Piece]] = [[] for _ in range(ranks)]
+    for slot in bucket.slots:
+        parts[owners[slot.index]].append(Piece(slot.index, 0, slot.numel, 0))
+    return _laid_out(bucket.index, bucket.kind, parts)
+
+
+def _laid_out(index: int, kind: Kind, parts: Sequence[Sequence[Piece]]) -> Message:
+    at, result = 0, []
+    for part in parts:
+        placed = []
+        for piece in part:
+            placed.append(Piece(piece.index, piece.start, piece.stop, at))
+            at += piece.numel
+        result.append(tuple(placed))
+    return Message(index, kind, tuple(result))
+
+
+def held(messages: Sequence[Message], ranks: int) -> list[int]:
+    """Elements that each rank owns of all messages."""
+    return [sum(message.splits[rank] for message in messages) for rank in range(ranks)]

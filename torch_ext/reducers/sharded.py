@@ -1,0 +1,237 @@
+"""Plain reduction under ``server="sharded"``: each owner gets the sum of what it owns, for half the bytes.
+
+An allreduce is a reduce-scatter and an allgather. Here an alltoall brings every rank's gradients of a
+bucket to their owners, who add them up in the order of the ranks; the allgather that follows the
+update brings weights (``server.py``). Each moves (M-1)/M of the bucket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import horovod.torch as horovod
+import torch
+
+from hvd_ext.agreement import Fingerprint
+from hvd_ext.options import Options, Plain
+from hvd_ext.servers import Message, Piece
+from hvd_ext.torch.collectives import SHARED_ERRORS, Collectives, Handle, abandon
+from hvd_ext.torch.pieces import flattened, put_back
+from hvd_ext.torch.reducers.base import Entry, Reducer
+from hvd_ext.torch.reducers.delay_kernels import accumulation_dtype
+from hvd_ext.torch.reducers.plain import PlainReducer
+
+
+class ShardedReducer(Reducer):
+    """Sends gradients to their owners; all of them everywhere only on :meth:`gather_gradients`.
+
+    The first step of a parameter goes the plain way and shows whether its gradient is sparse; sparse
+    gradients keep going that way. After ``finish()`` an owner's part of ``parameter.grad`` is reduced and
+    the rest is this rank's own; after the update such a gradient is None.
+
+    Args:
+        server: the ``UpdateServer`` that says who owns what.
+    """
+
+    settings: Plain
+
+    def __init__(self, collectives: Collectives, settings: Plain, options: Options, server: Any) -> None:
+        super().__init__(collectives, settings, options)
+        self.server = server
+        self._sparse: set[Entry] = set()
+        self._plain = PlainReducer(collectives, settings, options)
+        self._forget_plan()
+
+    def _forget_plan(self) -> None:
+        self._messages: dict[int, Message] = {}
+        self._home: dict[Entry, int] = {}  # the number of the message that an entry travels in
+        self._pieces: dict[Entry, list[Piece]] = {}
+        self._members: dict[int, set[Entry]] = {}
+        self._names: dict[int, str] = {}
+        self._filled: dict[int, set[Entry]] = {}
+        self._started: dict[int, Handle] = {}
+        self._buffers: dict[int, torch.Tensor] = {}
+        self._received: dict[int, torch.Tensor] = {}
+        self._partial = False
+
+    # Planning
+
+    def build(self, entries: Sequence[Entry]) -> None:
+        super().build(entries)
+        self._plain.build([entry for entry in entries if entry not in self._home])
+
+    def _plan(self) -> None:
+        """Let parameters whose gradients turned out to be dense go to their owners from now on."""
+        for entry in self._plain.entries:
+            if entry.parameter.grad.is_sparse and not self.options.sparse_as_dense:
+                self._sparse.add(entry)
+        self.server.plan()
+        numbers = {id(parameter): number for number, parameter in enumerate(self.server.parameters)}
+        dense = {numbers[id(entry.parameter)]: entry for entry in self.entries if entry not in self._sparse}
+        left_out = set(range(len(numbers))) - dense.keys()
+        self._forget_plan()
+        for message in self.server.messages:
+            message = message.without(left_out)
+            for piece in message.pieces:
+                entry = dense[piece.index]
+                self._messages[message.index] = message
+                self._home[entry] = message.index
+                self._pieces.setdefault(entry, []).append(piece)
+                self._members.setdefault(message.index, set()).add(entry)
+        for entry in self.entries:
+            if entry in self._home:
+                self._names.setdefault(self._home[entry], entry.name)
+        self._plain.build([entry for entry in self.entries if entry not in self._home])
+
+    def _unplanned(self) -> bool:
+        """Whether a parameter can go to its owner from now on."""
+        return not self.server.alone and any(entry not in self._sparse and entry.parameter.numel()
+                                             for entry in self._plain.entries)
+
+    # During the backward pass
+
+    def gradient_ready(self, entry: Entry, passes_done: int, pass_number: int) -> None:
+        if entry not in self._home:
+            self._plain.gradient_ready(entry, passes_done, pass_number)
+        elif passes_done == self.passes:
+            self._fill(entry)
+
+    @torch.no_grad()
+    def _fill(self, entry: Entry) -> None:
+        """Put a gradient, or zeros, into its messages, and send those that are full."""
+        parameter = entry.parameter
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        elif parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.to_dense()
+        flat, index = flattened(parameter.grad), self._home[entry]
+        for piece in self._pieces[entry]:
+            piece.of(self._buffer(index)).copy_(flat[piece.start : piece.stop])
+        filled = self._filled.setdefault(index, set())
+        filled.add(entry)
+        if len(filled) == len(self._members[index]):
+            memory = self._received.setdefault(index, self._buffer(index).new_empty(0))
+            self._started[index] = self.collectives.alltoall_async(
+                self._buffer(index), self._messages[index].splits, self._name(index, "owners"), out=memory)
+
+    def _buffer(self, index: int) -> torch.Tensor:
+        """The message's flat memory, in the dtype that travels."""
+        if index not in self._buffers:
+            message = self._messages[index]
+            like = self.server.parameters[message.pieces[0].index]
+            dtype = torch.float16 if self.options.half and like.is_floating_point() else like.dtype
+            self._buffers[index] = torch.empty(message.numel, dtype=dtype, device=like.device)
+        return self._buffers[index]
+
+    def _name(self, index: int, what: str) -> str:
+        after = f".after{len(SHARED_ERRORS)}" if SHARED_ERRORS else ""
+        return f"sharded/{self._names[index]}/{what}{after}"
+
+    # At the end of the step
+
+    @torch.no_grad()
+    def finish(self) -> bool:
+        for entry, index in self._home.items():
+            if entry not in self._filled.get(index, ()):
+                self._fill(entry)
+        for index, message in self._messages.items():
+            own = self._sum(message, self._started[index].wait())
+            self._put(index, own, [self.collectives.rank])
+        self._started, self._filled = {}, {}
+        self._plain.finish()
+        partial = bool(self._messages)
+        if self._unplanned():
+            self._plan()
+        self._partial = partial
+        return True
+
+    def _sum(self, message: Message, received: torch.Tensor) -> torch.Tensor:
+        """The reduced gradient of what this rank owns, (own,), added up in the order of the ranks."""
+        rank, size = self.collectives.rank, self.collectives.size
+        rows = received.view(size, message.splits[rank])
+        wide = accumulation_dtype(received.dtype)
+        total = rows[0] if received.dtype == wide else rows[0].to(wide)
+        for row in rows[1:]:
+            total.add_(row)
+        if self.settings.op == horovod.Average:
+            total.mul_(1.0 / size)
+        return total.to(received.dtype)
+
+    def _put(self, index: int, flat: torch.Tensor, ranks: Sequence[int]) -> None:
+        """Write what some ranks own, one after another in ``flat``, into the parameters' gradients."""
+        at = 0
+        for rank in ranks:
+            for piece in self._messages[index].parts[rank]:
+                gradient = self.server.parameters[piece.index].grad
+                memory = flattened(gradient)
+                memory[piece.start : piece.stop] = flat[at : at + piece.numel]
+                put_back(gradient, memory)
+                at += piece.numel
+
+    @torch.no_grad()
+    def gather_gradients(self) -> None:
+        """Bring the reduced gradients to all ranks: an allgather of what each owns."""
+        if not self._partial:
+            return
+        started = {}
+        for index, message in self._messages.items():
+            own = [flattened(self.server.parameters[piece.index].grad)[piece.start : piece.stop]
+                   for piece in message.parts[self.collectives.rank]]
+            like = self._buffer(index)
+            flat = torch.cat(own).to(like.dtype) if own else like.new_empty(0)
+            started[index] = self.collectives.allgather_async(flat, self._name(index, "complete"),
+                                                              kind="gradients")
+        for index, handle in started.items():
+            self._put(index, handle.wait(), range(self.collectives.size))
+        self._partial = False
+
+    @property
+    def partial(self) -> bool:
+        """Whether this rank has the reduced gradients of what it owns only."""
+        return self._partial
+
+    def updated(self) -> None:
+        if self._partial:  # what is left is neither this rank's gradient nor the reduced one
+            for entry in self._home:
+                entry.parameter.grad = None
+            self._partial = False
+
+    def under_way(self) -> list[Handle]:
+        return [*self._started.values(), *self._plain.under_way()]
+
+    def forget(self) -> None:
+        if self._started:
+            abandon(self._started.values())
+            self._started, self._buffers, self._received = {}, {}, {}
+        self._filled = {}
+        self._partial = False
+        self._plain.forget()
+
+    # The ranks, and figures
+
+    def fingerprint(self) -> Fingerprint:
+        cut = [f"message {m.index}: {m.splits}" for m in self.server.messages]
+        return Fingerprint((*super().fingerprint().lines, *cut))
+
+    def owned(self) -> list[torch.Tensor]:
+        """The reduced gradients of what this rank owns; those that all ranks have are rank 0's."""
+        rank = self.collectives.rank
+        mine = [flattened(self.server.parameters[piece.index].grad)[piece.start : piece.stop]
+                for message in self._messages.values() for piece in message.parts[rank]]
+        if rank == 0:
+            everywhere = [entry.parameter.grad for entry in self.entries if entry not in self._home]
+            mine += [gradient for gradient in everywhere if gradient is not None]
+        return mine
+
+    def ranks_changed(self, before: int, now: int) -> None:
+        self._sparse = set()
+        self._forget_plan()
+        self._plain.build(self.entries)
+
+    def load_shared_state(self, state: dict[str, Any]) -> None:
+        self.ranks_changed(0, 0)  # a rank that joins has no plan yet
+
+    def report(self) -> dict[str, Any]:
+        held = sum(t.numel() * t.element_size() for t in (*self._buffers.values(), *self._received.values()))
+        return {"sent_to_owners": len(self._home), "bytes_held": held}

@@ -175,3 +175,36 @@ def test_step_of_ones_own_loop():
         seng.step(found[:1])
     assert seng.step([None, *found[1:2], *found[2:]][2:], model.trainable_variables[2:])[0] is not None
     assert int(seng.steps) == 1
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
+def test_rows_of_an_embedding_come_as_slices(compiled):
+    model, shape = MODELS["embedding"]()
+    seng = hvd.SENG(model, **EXACT)
+    x, y = batch(shape)
+
+    def step(x, y):
+        with tf.GradientTape() as tape:
+            loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)(y, model(x, training=True))
+        found = tape.gradient(loss, model.trainable_variables)
+        assert isinstance(found[0], tf.IndexedSlices)
+        return seng.step(found)
+
+    p = (tf.function(step) if compiled else step)(tf.constant(x), tf.constant(y))
+    found, samples = gradient(model, x, y), per_sample(model, x, y)
+    expected = reference.direction(reference.dense_u(samples[0].reshape(len(x), -1)), flat(found[:1]), LAM)
+    np.testing.assert_allclose(flat(p[:1]), expected, rtol=2e-4, atol=1e-5)
+    assert not any(bool(state.wrong) for state in seng.states)
+
+
+def test_curvature_of_a_large_embedding_is_that_of_the_rows_used():
+    from tests.tensorflow.seng_cases import Tokens
+
+    model = sequential((4,), Tokens(), L.Embedding(50_000, 3))
+    seng = hvd.SENG(model, **EXACT)
+    x, y = batch((4,))
+    seng.step(gradient(model, x, y))
+    row = seng.report()["layers"][0]
+    assert bool(seng.states[0].ready)
+    assert row["formula_bytes"] == 6 * 4 * (3 + 1) * 4  # samples, rows of each, a gradient and its number
+    assert row["bytes"] < 2000

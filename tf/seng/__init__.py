@@ -166,7 +166,10 @@ class SENG(tf.Module):
 
         if systems:
             due = tf.logical_and(self._wanted, tf.logical_not(self.checked))
-            apart(lambda: tf.cond(due, check, lambda: tf.constant(False)))
+            if tf.executing_eagerly():
+                tf.cond(due, check, lambda: tf.constant(False))
+            else:
+                apart(lambda: tf.cond(due, check, lambda: tf.constant(False)))
 
     def step(self, gradients: Sequence[Gradient | None], variables: Sequence[Any] | None = None
              ) -> list[Gradient | None]:

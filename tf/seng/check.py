@@ -32,7 +32,8 @@ def check_sums(systems: dict[LayerSystem, list[Any]], number: tf.Variable, scale
     """
     for system, pairs in systems.items():
         layer = system.layer
-        flat = [tf.reshape(tf.cast(gradient, layer.dtype), [-1]) for gradient, _ in pairs]
+        flat = [tf.reshape(tf.cast(tf.convert_to_tensor(gradient), layer.dtype), [-1])
+                for gradient, _ in pairs]
         if not isinstance(scale, float) or scale != 1.0:
             flat = [one / tf.cast(scale, layer.dtype) for one in flat]
         penalised = any(_regularizer(variable) is not None for _, variable in pairs)

@@ -49,7 +49,7 @@ def directions(gradients: Gradients, lam: tf.Tensor, good: tf.Tensor, due: tf.Te
             lambda: early)
         tf.cond(good, lambda: run_all(one.keep(mine) for one, mine in gradients.items()), no_refresh)
     else:  # "block", U = diag(U_i) (SENG eq. 26), and "full", one system of all ranks' samples
-        made = apart(lambda: tf.cond(due, refresh, no_refresh))
+        made = tf.cond(due, refresh, no_refresh)
         means = mean_over_ranks(list(gradients.items()), context)
     means = [tf.where(good, mean, tf.zeros_like(mean)) for mean in means]
     without, with_curvature = factors(good, lam)

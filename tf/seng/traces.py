@@ -65,12 +65,14 @@ def apart(function: Callable[[], Any]) -> Any:
 def _as_it_is() -> Iterator[None]:
     """Calls made here run without TensorFlow's optimization of graphs: it would take longer than they do."""
     options = tf.config.optimizer
-    before = options.get_experimental_options().get("disable_meta_optimizer", False)
+    if options.get_experimental_options().get("disable_meta_optimizer", False):
+        yield
+        return
     options.set_experimental_options({"disable_meta_optimizer": True})
     try:
         yield
     finally:
-        options.set_experimental_options({"disable_meta_optimizer": before})
+        options.set_experimental_options({"disable_meta_optimizer": False})
 
 
 def read(handle: tf.Tensor, dtype: tf.DType, shape: Any = None) -> tf.Tensor:

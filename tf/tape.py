@@ -29,7 +29,7 @@ from hvd_ext.tensorflow.reducers import (
     check_preconditioner,
     make_reducer,
 )
-from hvd_ext.tensorflow.reducers.base import Reducer, divide_by_ranks, precondition, report
+from hvd_ext.tensorflow.reducers.base import Reducer, before_reduce, divide_by_ranks, precondition, report
 from hvd_ext.tensorflow.variables import as_tf, make_state
 
 KEPT = "_hvd_ext_tape"
@@ -66,6 +66,7 @@ class _DistributedGradientTape(tf.GradientTape):
                if id(as_tf(source)) not in self._local_sources]
         variables = [flat_sources[index] for index in far]
         reducer = kept_reducer(self._optimizer or (variables or flat_sources)[0], self._settings)
+        before_reduce(self._preconditioner, [flat[index] for index in far], variables)
         reduced, good = self._reduce(reducer, [flat[index] for index in far], variables)
         if good is not None:  # as after a plain allreduce, what is not finite reaches every rank
             reduced = [None if gradient is None else tf.where(good, gradient, math.nan)

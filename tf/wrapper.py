@@ -21,7 +21,7 @@ import keras
 import tensorflow as tf
 
 from hvd_ext.tensorflow import keras_hooks, keras_store
-from hvd_ext.tensorflow.reducers.base import Reducer, divide_by_ranks, precondition, report
+from hvd_ext.tensorflow.reducers.base import Reducer, before_reduce, divide_by_ranks, precondition, report
 from hvd_ext.tensorflow.server import UpdateServer, state_bytes
 from hvd_ext.tensorflow.variables import CallableList, as_tf, make_state, mark_per_rank, name_of
 
@@ -30,11 +30,10 @@ as_it_is = tf.autograph.experimental.do_not_convert
 
 
 class Step:
-    """One call of ``apply``: gather over passes -> reduce -> precondition -> update.
+    """One call of ``apply``: gather over passes -> reduce -> precondition -> update. It lives as long.
 
-    It lives as long as the call. Keras' own part of a step runs between ``reduce`` and ``update``:
-    clipping, weight decay, averages of weights. ``good`` says whether the update may be made: a 0-D
-    bool once gradients are reduced, None when it always may.
+    Keras' own part of a step runs between ``reduce`` and ``update``: clipping, weight decay, averages of
+    weights. ``good`` says whether the update may be made: a 0-D bool once reduced, None when always.
     """
 
     def __init__(self, wrapper: Wrapper, optimizer: Any, variables: Sequence[Any]) -> None:
@@ -128,9 +127,10 @@ class Step:
         self.reduced = True
         result = list(gradients)
         far = self._far()
-        variables = [self.variables[index] for index in far]
-        reduced, self.good = reducer([gradients[index] for index in far], variables,
-                                     **reducer.inputs(self.optimizer))
+        variables, mine = ([every[index] for index in far] for every in (self.variables, gradients))
+        if wrapper.options.passes == 1 and not self.optimizer.gradient_accumulation_steps:
+            before_reduce(wrapper.preconditioner, mine, variables)
+        reduced, self.good = reducer(mine, variables, **reducer.inputs(self.optimizer))
         reduced = precondition(wrapper.preconditioner, reduced, variables, reducer, self.good)
         for index, gradient in zip(far, reduced, strict=True):
             result[index] = gradient

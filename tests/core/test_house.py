@@ -41,11 +41,12 @@ def test_oracles_are_independent_of_what_they_check(path):
 
 
 FRONT_ENDS = {"torch": ROOT / "torch_ext", "tensorflow": ROOT / "tf"}
-TENSORFLOW_ALONE = {"tape", "traffic", "variables", "keras_store", "keras_hooks", "waiting"}
+TENSORFLOW_ALONE = {"tape", "traffic", "variables", "keras_store", "keras_hooks", "waiting",
+                    *(f"seng/{name}" for name in ("traces", "start", "einsum", "table"))}
 TORCH_ALONE = {"passes", "mpi_ops", "copies", "sync_batch_norm", "uneven_data", "lightning",
                "clipping", "pieces", "reducers/sharded",
-               *(f"seng/{name}" for name in ("attention", "check", "eager", "lookup", "notices",
-                                             "per_sample", "probe", "samples", "tied"))}
+               *(f"seng/{name}" for name in ("attention", "eager", "lookup", "notices",
+                                             "per_sample", "probe", "tied"))}
 LONGEST = 400  # lines
 
 

@@ -48,6 +48,67 @@ class Evaluating(keras.Model):
         return self.out(tf.reduce_mean(self.norm(x, training=False), axis=1))
 
 
+class Tokens(keras.Layer):
+    """Numbers as few different integers."""
+
+    def call(self, x):
+        return keras.ops.cast(keras.ops.abs(x) * 3, "int32")
+
+
+class Attention(keras.Layer):
+    """Attention of a sequence to itself, and what makes it."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = L.MultiHeadAttention(2, 3)
+
+    def build(self, shape):
+        self.attention.build(shape, shape)
+
+    def call(self, x):
+        return self.attention(x, x)
+
+
+class Tied(L.Dense):
+    """A dense layer with the kernel of another."""
+
+    def __init__(self, other):
+        super().__init__(other.units, use_bias=False, activation="tanh")
+        self.__dict__["other"] = other
+
+    def build(self, shape):
+        self._kernel, self.bias, self.built = self.other._kernel, None, True
+
+
+def tied():
+    first = L.Dense(5, use_bias=False, activation="tanh")
+    return sequential((5,), first, Tied(first))
+
+
+def moved(there, back, *between):
+    """Layers that see a sequence (3, 5) in another arrangement, and the way back."""
+    return sequential((3, 5), L.Lambda(there), *between, L.Lambda(back))
+
+
+def contiguous(*between):
+    return moved(lambda x: keras.ops.reshape(x, (-1, 5)), lambda x: keras.ops.reshape(x, (-1, 3, 4)),
+                 *between)
+
+
+def strided(*between):
+    return moved(lambda x: keras.ops.reshape(keras.ops.transpose(x, (1, 0, 2)), (-1, 5)),
+                 lambda x: keras.ops.transpose(keras.ops.reshape(x, (3, -1, 4)), (1, 0, 2)), *between)
+
+
+def time_major(*between):
+    return moved(lambda x: keras.ops.transpose(x, (1, 0, 2)), lambda x: keras.ops.transpose(x, (1, 0, 2)),
+                 *between)
+
+
+def einsum(shape, equation, out, bias=None):
+    return sequential(shape, L.EinsumDense(equation, out, bias_axes=bias, activation="tanh")), shape
+
+
 def sequential(shape, *layers):
     return keras.Sequential([keras.Input(shape), *layers, L.Flatten(), L.Dense(2)])
 
@@ -73,6 +134,24 @@ MODELS = {
     "group norm": lambda: (sequential((3, 3, 4), L.GroupNormalization(2)), (3, 3, 4)),
     "batch norm, evaluating": lambda: (_built(Evaluating(), (4, 3)), (4, 3)),
     "shared": lambda: (_built(Shared(), (5,)), (5,)),
+    "rms norm": lambda: (sequential((6, 4), L.RMSNormalization()), (6, 4)),
+    "separable": lambda: (sequential((5, 5, 2), L.SeparableConv2D(4, 3, depth_multiplier=2,
+                                                                  activation="relu")), (5, 5, 2)),
+    "separable 1d": lambda: (sequential((7, 2), L.SeparableConv1D(3, 3, strides=2, padding="same",
+                                                                  use_bias=False)), (7, 2)),
+    "embedding": lambda: (sequential((4,), Tokens(), L.Embedding(9, 3)), (4,)),
+    "embedding of one": lambda: (sequential((), Tokens(), L.Embedding(9, 3)), ()),
+    "einsum dense": lambda: einsum((3, 5), "abc,cd->abd", (3, 4), "d"),
+    "einsum dense, to heads": lambda: einsum((3, 5), "abc,cde->abde", (3, 2, 3), "de"),
+    "einsum dense, from heads": lambda: einsum((3, 2, 4), "abcd,cde->abe", (3, 5), "e"),
+    "einsum dense, out first": lambda: einsum((5,), "ab,cb->ac", 4),
+    "einsum dense, a kernel each": lambda: einsum((3, 5), "abc,bcd->abd", (3, 4), "bd"),
+    "einsum dense, any rank": lambda: einsum((3, 2, 5), "...x,xy->...y", 4, "y"),
+    "attention": lambda: (sequential((4, 5), Attention()), (4, 5)),
+    "tied": lambda: (tied(), (5,)),
+    "rows": lambda: (contiguous(L.Dense(4, activation="tanh"), L.LayerNormalization()), (3, 5)),
+    "strided rows": lambda: (strided(L.Dense(4, activation="tanh"), L.RMSNormalization()), (3, 5)),
+    "time-major": lambda: (time_major(L.Dense(5, activation="tanh"), L.LayerNormalization()), (3, 5)),
 }
 
 
@@ -95,7 +174,7 @@ def loss_of(model, x, y):
 def gradient(model, x, y):
     with tf.GradientTape() as tape:
         loss = loss_of(model, x, y)
-    return tape.gradient(loss, model.trainable_variables)
+    return [tf.convert_to_tensor(g) for g in tape.gradient(loss, model.trainable_variables)]
 
 
 def per_sample(model, x, y):

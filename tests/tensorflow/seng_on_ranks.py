@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def fitted(how: dict[str, Any], wrap: str = "plain", policy: str = "float32",
             optimizer, initial_scale=2.0**16 if wrap == "overflow" else 64.0, dynamic_growth_steps=3)
     training.fit(model, optimizer, hvd.rank(), hvd.size(), **how)
     hvd.assert_replicas_equal(model, optimizer=optimizer)
-    return training.weights(model), int(seng.step), seng.report()["failures"]
+    return training.weights(model), int(seng.steps), seng.report()["failures"]
 
 
 def taped(compiled: bool, scale: float | None, coupling: str = "lagged") -> list[np.ndarray]:
@@ -196,6 +197,34 @@ def bad_on_one_rank() -> tuple[list[Any], bool]:
         ages.append([row["age"] for row in seng.report()["layers"]])
     seng.close()
     return ages, all(bool(tf.reduce_all(tf.math.is_finite(g))) for g in p)
+
+
+class PastOnOneRank(keras.Model):
+    """Uses a weight past its layer's call, on the last rank only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.out = L.Dense(4, use_bias=False), L.Dense(2)
+
+    def call(self, x: Any) -> Any:
+        past = keras.ops.matmul(x, self.used.kernel) if hvd.rank() == hvd.size() - 1 else 0.0
+        return self.out(keras.ops.tanh(self.used(x)) + past)
+
+
+def check_fails_on_one_rank() -> tuple[list[bool], list[str], list[int]]:
+    """Which layers have no curvature, what is said of it, and each one's failures, after a fit."""
+    keras.utils.set_random_seed(1)
+    model = PastOnOneRank()
+    seng = hvd.SENG(model, damping=0.5, update_freq=2, sketch=None)
+    model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1), preconditioner=seng), "mse")
+    x, _ = batch((5,), 12, seed=hvd.rank())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.fit(x, x[:, :2], batch_size=4, verbose=0)
+    hvd.assert_replicas_equal(model)
+    rows = seng.report()["layers"]
+    said = [str(one.message) for one in caught if "does not sum" in str(one.message)]
+    return [row["held"] == "identity" for row in rows], said, [row["failures"] for row in rows]
 
 
 def other_settings_on_one_rank() -> str:

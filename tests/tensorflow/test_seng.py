@@ -27,7 +27,7 @@ from tests.tensorflow.seng_cases import (  # noqa: E402
 )
 
 CASES = [*((case, EXACT, True) for case in MODELS),
-         *((case, EXACT, False) for case in ("dense", "shared", "group norm")),
+         *((case, EXACT, False) for case in ("dense", "shared", "group norm", "rows")),
          *((case, IMPLICIT, True) for case in MODELS
            if "norm" not in case)]
 
@@ -72,8 +72,9 @@ def test_batch_norm_takes_its_statistics_as_given():
 
 def test_bad_input():
     dense = MODELS["dense"]
+    unbuilt = hvd.SENG(keras.Sequential([L.Dense(2)]), damping=1.0)
     with pytest.raises(ValueError, match="no weights yet"):
-        hvd.SENG(keras.Sequential([L.Dense(2)]), damping=1.0)
+        unbuilt.step([tf.zeros((2, 2))], [tf.Variable(tf.zeros((2, 2)))])
     frozen = dense()[0]
     frozen.trainable = False
     with pytest.raises(ValueError, match="no trainable layer"):

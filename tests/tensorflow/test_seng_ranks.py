@@ -161,6 +161,10 @@ def test_ranks_that_disagree(ranks, size):
     for ages, finite in pool.run(on_ranks.bad_on_one_rank):
         assert ages == [[1, 1], [2, 1], [1, 1]]
         assert finite
+    for identity, said, failures in pool.run(on_ranks.check_fails_on_one_rank, timeout=120):
+        assert identity == [True, False]
+        assert len(said) == 1
+        assert failures == [2, 0]
     for error in pool.run(on_ranks.other_settings_on_one_rank):
         assert "rank 1 does not have seed=0; has seed=1" in error
     for error in pool.run(on_ranks.other_damping_on_one_rank):

@@ -199,6 +199,12 @@ def report(reducer: Reducer, preconditioner: Any = None) -> dict[str, Any]:
     return found
 
 
+def before_reduce(preconditioner: Any, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
+    """Show a preconditioner, if there is one, this rank's gradients of the pass that has ended."""
+    if preconditioner is not None:
+        preconditioner.before_reduce(gradients, variables)
+
+
 def precondition(preconditioner: Any, gradients: list[Any], variables: Sequence[Any],
                  reducer: Reducer, good: Any = None) -> list[Any]:
     """Reduced gradients turned into directions; as they are without a preconditioner.

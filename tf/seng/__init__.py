@@ -1,8 +1,8 @@
 """SENG, the sketchy empirical natural gradient, as a preconditioner for Keras models.
 
-``wrapper.py`` and ``tape.py`` call ``precondition`` with the reduced gradients, ``scaled_by`` with
-what scales the loss, and ``end_pass`` after each pass. The equations are in ``step.py``, the refresh of
-the curvature in ``refresh.py``.
+``wrapper.py`` and ``tape.py`` call ``before_reduce`` with this rank's gradients, ``precondition`` with
+the reduced ones, ``scaled_by`` with what scales the loss, and ``end_pass`` after each pass. The
+equations are in ``step.py``, the refresh of the curvature in ``refresh.py``.
 """
 
 from __future__ import annotations
@@ -22,28 +22,35 @@ from hvd_ext.tensorflow.loss_scale import loss_scale
 from hvd_ext.tensorflow.reducers.base import Gradient
 from hvd_ext.tensorflow.seng.blocks import Context
 from hvd_ext.tensorflow.seng.capture import Capture
-from hvd_ext.tensorflow.seng.inventory import take_inventory
+from hvd_ext.tensorflow.seng.check import check_sums
+from hvd_ext.tensorflow.seng.inventory import UNKNOWN, take_inventory
 from hvd_ext.tensorflow.seng.refresh import check_ranks, refresh
-from hvd_ext.tensorflow.seng.state import report
+from hvd_ext.tensorflow.seng.samples import BatchSize
+from hvd_ext.tensorflow.seng.start import Start, own_collectives
+from hvd_ext.tensorflow.seng.state import Coverage, report
 from hvd_ext.tensorflow.seng.step import directions, factors, run_all
 from hvd_ext.tensorflow.seng.system import LayerSystem
+from hvd_ext.tensorflow.seng.traces import Traces, apart
 from hvd_ext.tensorflow.variables import as_tf, name_of
 
 
 class SENG(tf.Module):
     """Replaces gradients by ``p = (U U^T + lam I)^{-1} g`` (SENG eq. 8-9), layer by layer.
 
-    Dense, convolution (1-3 dimensions, grouped, depthwise, transposed), batch, layer and group
-    norm layers get their empirical Fisher matrix, any other variable ``g/(1 + lam)``. U is taken
-    from the forward and backward pass of every ``update_freq``-th step, in ``model.fit`` as with a
-    tape; of several passes that are accumulated from the last. The loss must be the mean or sum
-    over the rank's batch, the first axis of every layer's input. What the optimizer's
-    ``scale_loss`` multiplies it with (``mixed_float16``, ``loss_scale_factor``) is divided out; a
-    tape learns it from its ``optimizer=``. Track it in a ``tf.train.Checkpoint`` to keep the curvature,
-    one file per rank; without, it is taken anew at the first step.
+    Dense, einsum dense (multi-head attention is made of them), embedding, convolution (1-3 dimensions,
+    grouped, depthwise, separable, transposed), batch, layer, group and RMS norm layers get their
+    empirical Fisher matrix, any other variable ``g/(1 + lam)``. U is taken from the forward and
+    backward pass of every ``update_freq``-th step, in ``model.fit`` as with a tape; of several passes
+    that are accumulated from the last. The loss must be the mean or sum over the rank's batch. At the
+    first refresh the samples of each layer are summed and compared with this rank's gradient; a layer
+    where they differ gets ``g/(1 + lam)``, on all ranks. What the optimizer's ``scale_loss`` multiplies
+    the loss with (``mixed_float16``, ``loss_scale_factor``) is divided out; a tape learns it from its
+    ``optimizer=``. Track it in a ``tf.train.Checkpoint`` to keep the curvature, one file per rank;
+    without, it is taken anew at the first step.
 
     Args:
-        model: a built Keras model: functional, sequential or subclassed.
+        model: a Keras model: functional, sequential or subclassed. Of one that is not built yet the
+            layers are taken at its first batch.
         name: prefix of the names in Horovod's timeline; one each when there are several.
 
     The other arguments are those of :class:`hvd_ext.seng.Settings`; names in ``exclude`` are
@@ -51,8 +58,8 @@ class SENG(tf.Module):
 
     Raises:
         TypeError: an argument of the wrong kind.
-        ValueError: an argument outside its limits, a model that is not built or has no layer with
-            a rule, or one that another SENG has already.
+        ValueError: an argument outside its limits, a model without a layer that has a rule, or one
+            that another SENG has already.
     """
 
     @takes_settings
@@ -63,42 +70,61 @@ class SENG(tf.Module):
         super().__init__(name=name)
         self.settings = Settings(**settings)
         _refuse_missing(self.settings)
-        if not model.built:
-            raise ValueError(f"the model {model.name!r} has no weights yet; call it on a batch, or "
-                             "model.build(input_shape), before hvd.SENG")
         self._half = model.dtype_policy.name == "mixed_float16"
-        inventory = take_inventory(model, self.settings)
-        if inventory.without_rule:
-            warnings.warn("SENG has no rule for " + ", ".join(inventory.without_rule) + "; their "
-                          "weights get g/(1 + damping). Name them in exclude= to agree",
-                          stacklevel=2)
-        layers = inventory.layers
-        if not layers and not inventory.without_rule:
-            raise ValueError(
-                f"{model.name!r} has no trainable layer that SENG has a rule for (dense, "
-                "convolution, batch, layer or group norm); precondition another model, unfreeze "
-                "layers, or shorten exclude=")
-        self.settings.check_sketch(layer.n for layer in layers if not layer.plan.implicit)
-        self._parameters = sum(int(np.prod(weight.shape)) for weight in model.trainable_weights)
         self._scale_of: Any = None
         self._still_scaled = False
         self._ranks = 0
+        self._collectives: Any = None
+        self._coverage: Coverage | None = None
         self._functions: dict[Any, Any] = {}
+        self._traces = Traces()
         with tf.init_scope():
-            self.step = tf.Variable(0, dtype=tf.int64, trainable=False, name="step")
+            self.steps = tf.Variable(0, dtype=tf.int64, trainable=False, name="step")
             self.skipped = tf.Variable(0, dtype=tf.int64, trainable=False, name="skipped")
             # What the small systems are factored with, and the (rank, ranks) that the state is of.
             self.lam = tf.Variable(0.0, dtype=tf.float64, trainable=False, name="lam")
             self.stamp = tf.Variable([-1, -1], dtype=tf.int64, trainable=False, name="stamp")
-        self.capture = Capture(layers, self.settings, self.step, lambda: loss_scale(self._scale_of))
+            self.checked = tf.Variable(not self.settings.check_gradients, trainable=False, name="checked")
+        self._batch = batch = BatchSize()
+        self.capture = Capture(self.settings, self.steps, lambda: loss_scale(self._scale_of), self._traces,
+                               batch)
         self._wanted = self.capture.wanted
+        self.states: list[LayerSystem] = []
+        self._start = Start(model, batch, self._begin)
+
+    def _begin(self, model: keras.Model, free: bool) -> None:
+        """Take the layers of a model that is built; ``free`` to be called and tried out."""
+        inventory = take_inventory(model, self.settings)
+        if inventory.without_rule:
+            warnings.warn("SENG: " + "; ".join(f"{name} ({why})" for name, why in
+                                               inventory.without_rule.items())
+                          + ": no curvature, their weights get g/(1 + damping). Name them in exclude= "
+                          "to agree", stacklevel=4)
+        layers = inventory.layers
+        if not layers and not inventory.without_rule:
+            raise ValueError(
+                f"{model.name!r} has no trainable layer that SENG has a rule for (dense, "
+                "convolution, embedding, batch, layer, group or RMS norm); precondition another model, "
+                "unfreeze layers, or shorten exclude=")
+        self.settings.check_sketch(layer.n for layer in layers if not layer.plan.implicit)
+        self._coverage = Coverage(layers, inventory.without_rule, model)
+        self.capture.tap(layers)
+        if free:
+            self._batch.probe(model, layers)
+        rows = [layer.name for layer in layers if layer.samples == UNKNOWN]
+        if rows:
+            warnings.warn("SENG: " + ", ".join(rows) + ": the first axis of what these layers see is not the "
+                          "batch, and how it belongs to the samples is not known; each row counts as a "
+                          "sample, which is another Fisher matrix. Name them in exclude= for g/(1 + damping)",
+                          stacklevel=4)
         # Checkpoints know these layers' curvature under this name.
-        self.states = [LayerSystem(layer, captured, self.settings)
+        self.states = [LayerSystem(layer, captured, self.settings, self._traces)
                        for layer, captured in self.capture.of.items()]
         self._fresh = [tf.identity(variable) for variable in self.variables]
 
     def close(self) -> None:
         """Give the model's layers back as they were. The object is of no use afterwards."""
+        self._start.close()
         self.capture.close()
 
     def scaled_by(self, optimizer: Any, *, still: bool = False) -> None:
@@ -124,6 +150,55 @@ class SENG(tf.Module):
         self.capture.number.assign_add(tf.cast(ended, tf.int64))
 
     @tf.autograph.experimental.do_not_convert
+    def before_reduce(self, gradients: Sequence[Gradient | None], variables: Sequence[Any]) -> None:
+        """At the first refresh: see that what was captured sums to these gradients, of this rank's last
+        pass and not yet reduced. Layers where it does not are left out by ``precondition``."""
+        given = {id(as_tf(variable)): (gradient, variable)
+                 for gradient, variable in zip(gradients, variables, strict=True) if gradient is not None}
+        systems = {one: [given[id(as_tf(weight))] for weight in one.layer.weights.values()]
+                   for one in self.states
+                   if all(id(as_tf(weight)) in given for weight in one.layer.weights.values())
+                   and self.settings.subsample is None}
+        scale = loss_scale(self._scale_of) if self._still_scaled else 1.0
+
+        def check() -> tf.Tensor:
+            check_sums(systems, self.capture.number, scale, self.settings)
+            return tf.constant(True)
+
+        if systems:
+            due = tf.logical_and(self._wanted, tf.logical_not(self.checked))
+            if tf.executing_eagerly():
+                tf.cond(due, check, lambda: tf.constant(False))
+            else:
+                apart(lambda: tf.cond(due, check, lambda: tf.constant(False)))
+
+    def step(self, gradients: Sequence[Gradient | None], variables: Sequence[Any] | None = None
+             ) -> list[Gradient | None]:
+        """The directions p without a distributed optimizer or tape, in a loop of one's own.
+
+        Args:
+            gradients: of the loss without its scale, already averaged over ranks where there are
+                several (each rank calls it).
+            variables: what they are the gradients of; the model's trainable weights unless given.
+
+        Returns:
+            As many, None where the gradient is None.
+
+        Raises:
+            ValueError: gradients and variables do not match, or the model is not built.
+        """
+        if variables is None:
+            variables = self._start.model.trainable_weights
+        if len(gradients) != len(variables):
+            raise ValueError(f"got {len(gradients)} gradients for {len(variables)} variables; pass one "
+                             "gradient, or None, for each variable")
+        collectives = self._collectives or own_collectives()
+        self._collectives = collectives
+        if collectives.size == 1:
+            self.before_reduce(gradients, variables)
+        return self.precondition(gradients, variables, collectives)
+
+    @tf.autograph.experimental.do_not_convert
     def precondition(self, gradients: Sequence[Gradient | None], variables: Sequence[Any],
                      collectives: Collectives) -> list[Gradient | None]:
         """The directions p for gradients that are reduced and the same on all ranks.
@@ -133,6 +208,9 @@ class SENG(tf.Module):
         present = [k for k, gradient in enumerate(gradients) if gradient is not None]
         if not present:
             return list(gradients)
+        if not self._start.done:
+            raise ValueError(f"the model {self._start.model.name!r} has no weights yet, and SENG no layers; "
+                             "call the model on a batch before its gradients are preconditioned")
         given = [variables[k] for k in present]
         dense = [tf.convert_to_tensor(gradients[k]) for k in present]
         self._check_weights(given)
@@ -150,8 +228,10 @@ class SENG(tf.Module):
 
                 self._functions[key] = tf.function(compiled, autograph=False)
             turned = self._functions[key](dense, scale)
-        else:
+        elif self.settings.coupling == "lagged":  # part of it is to run during the backward pass
             turned = self._turn(dense, given, context, scale if unscale else None)
+        else:
+            turned = apart(lambda: self._turn(dense, given, context, scale if unscale else None))
         result = list(gradients)
         for k, direction in zip(present, turned, strict=True):
             result[k] = direction
@@ -166,7 +246,7 @@ class SENG(tf.Module):
                   for one in self.states
                   if all(id(as_tf(weight)) in number for weight in one.layer.weights.values())}
         good = tf.reduce_all(tf.stack([tf.reduce_all(tf.math.is_finite(g)) for g in dense]))
-        at = self.step.read_value()
+        at = self.steps.read_value()
         lam = self._damping(at)
         if scale is not None:
             dense = [g / tf.cast(scale, g.dtype) for g in dense]
@@ -176,18 +256,21 @@ class SENG(tf.Module):
         def take_curvature() -> tf.Tensor:
             made = refresh(self.states, self.capture.number, at, lam, context)
             self.lam.assign(lam)
+            self.checked.assign(tf.logical_or(self.checked, made))
             return made
 
         turned, made = directions(flat, lam, good, tf.logical_and(self._wanted, good), self._wanted,
                                   take_curvature, context)
-        result = [g * tf.cast(factors(good, lam)[0], g.dtype) for g in dense]
+        without, _ = factors(good, lam)
+        covered = {k for mine in places.values() for k in mine}
+        result = [g if k in covered else g * tf.cast(without, g.dtype) for k, g in enumerate(dense)]
         for one, mine in places.items():
             for k, direction in zip(mine, turned[one], strict=True):
                 result[k] = tf.cast(tf.reshape(direction, dense[k].shape), dense[k].dtype)
-        self.step.assign_add(tf.cast(good, tf.int64))
+        self.steps.assign_add(tf.cast(good, tf.int64))
         self.skipped.assign_add(1 - tf.cast(good, tf.int64))
         self.end_pass()
-        again = tf.equal(self.step % self.settings.update_freq, 0)
+        again = tf.equal(self.steps % self.settings.update_freq, 0)
         self._wanted.assign(tf.logical_or(again, tf.logical_and(self._wanted,
                                                                 tf.logical_not(made))))
         return result if scale is None else [p * tf.cast(scale, p.dtype) for p in result]
@@ -220,7 +303,7 @@ class SENG(tf.Module):
         with tf.init_scope():
             stamp = tuple(int(number) for number in self.stamp.numpy())
             check_ranks(self.states, self.settings, collectives, prefix=self.name, stamp=stamp,
-                        step=int(self.step.numpy()), due=bool(self._wanted.numpy()))
+                        step=int(self.steps.numpy()), due=bool(self._wanted.numpy()))
             self.stamp.assign((collectives.rank, collectives.size))
         self._ranks = collectives.size
 
@@ -231,8 +314,12 @@ class SENG(tf.Module):
         self._ranks = 0
 
     def report(self) -> CurvatureReport:
-        """Per layer: kind, sizes, bytes, coefficient norm, jitter, age; prints as a table."""
-        return report(self.states, self.settings, self._parameters, step=int(self.step),
+        """Per layer: kind, sizes, bytes, coefficient norm, jitter, age; prints as a table.
+
+        Its first line is "coverage": the fraction of the parameters that have curvature, and why others
+        have none. "samples" names the layers whose samples are not along the first axis of their input.
+        """
+        return report(self.states, self.settings, self._coverage, step=int(self.steps),
                       skipped=int(self.skipped), ranks=max(1, self._ranks))
 
 

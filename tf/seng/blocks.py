@@ -1,7 +1,10 @@
 """One layer's curvature in blocks over disjoint weights, which share one coefficient per sample.
 
 :class:`Explicit` holds U, :class:`Product` the factors of a kernel (and of a bias that is a row of
-ones). Gradients are flat, one per weight, in the layer's precision.
+ones), ``Table`` (``table.py``) the rows of an embedding that the samples use. Gradients are flat, one
+per weight, in the layer's precision. What a block computes depends on the tensors it is given and on
+its ``kind`` alone, so that blocks of one kind share traced functions; its variables only hold what was
+computed.
 """
 
 from __future__ import annotations
@@ -16,7 +19,6 @@ import tensorflow as tf
 from hvd_ext.seng import Settings
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.seng import kernels
-from hvd_ext.tensorflow.seng.capture import Captured, put
 from hvd_ext.tensorflow.seng.inventory import Layer
 
 Parts = dict[str, tf.Tensor]
@@ -59,24 +61,40 @@ class Block(tf.Module, abc.ABC):
         self.dtype = layer.dtype
         self.stored = tf.as_dtype(settings.curvature_dtype or layer.dtype)
 
-    @abc.abstractmethod
-    def take(self, captured: Captured) -> tuple[Parts, tf.Tensor]:
-        """What a pass captured, and whether it is finite; zeros where it is not."""
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Everything that the block's computations depend on beside tensors and settings."""
+        return (type(self).__name__, self.dtype, self.stored)
 
     @abc.abstractmethod
-    def sketch(self, parts: Parts, at: tf.Tensor, context: Context) -> None:
-        """Choose rows and add Xi, of all ranks when they are joined; all ranks call it in the same order."""
+    def used(self, context: Context) -> list[str]:
+        """The names of what ``project`` and ``message`` read."""
+
+    @abc.abstractmethod
+    def take(self, u: tf.Tensor, g: tf.Tensor, a: tf.Tensor, least: int) -> tuple[Parts, tf.Tensor]:
+        """Of what a pass captured what is kept, and whether it is finite; zeros where it is not.
+
+        ``least`` is what kappa is at least.
+        """
+
+    @abc.abstractmethod
+    def sketch(self, parts: Parts, at: tf.Tensor, name: tf.Tensor, context: Context) -> None:
+        """Choose rows and add Xi, of all ranks when they are joined; all ranks call it in the same order.
+
+        Args:
+            at: the step, 0-D int64. name: the layer's key, 0-D string; rows are drawn for it.
+        """
 
     @abc.abstractmethod
     def gram(self, parts: Parts) -> tf.Tensor:
         """``Xi^T Xi`` of what ``sketch`` made."""
 
     @abc.abstractmethod
-    def project(self, gradients: Sequence[tf.Tensor], context: Context) -> tf.Tensor:
+    def project(self, parts: Parts, gradients: Sequence[tf.Tensor], context: Context) -> tf.Tensor:
         """``Xi^T xi`` for the block's gradients (SENG eq. 12, 19)."""
 
     @abc.abstractmethod
-    def message(self, b: tf.Tensor, own: tf.Tensor, context: Context) -> tf.Tensor:
+    def message(self, parts: Parts, b: tf.Tensor, own: tf.Tensor, context: Context) -> tf.Tensor:
         """What this rank adds to ``U b``, flat, such that the mean over ranks is subtracted.
 
         ``b`` are the coefficients of the whole system, ``own`` those of this rank's samples.
@@ -108,18 +126,13 @@ class Block(tf.Module, abc.ABC):
     def largest(self, context: Context) -> int:
         """The most numbers that a message can have."""
 
-    @abc.abstractmethod
     def nothing(self, context: Context) -> tf.Tensor:
         """A message of zeros."""
+        return tf.zeros((sum(self.sizes),), self.dtype)
 
-    def put(self, parts: Parts) -> None:
-        """Put tensors in place."""
-        for name, value in parts.items():
-            put(getattr(self, name), value)
-
-    def working(self, variable: tf.Variable) -> tf.Tensor:
-        """A variable's value in the precision it is computed in."""
-        return tf.cast(variable.read_value(), self.dtype)
+    def working(self, value: tf.Tensor) -> tf.Tensor:
+        """What is held in the precision it is computed in."""
+        return tf.cast(value, self.dtype)
 
     def gathered(self, xi: tf.Tensor, name: str, context: Context) -> tf.Tensor:
         """All ranks' Xi, (rho, ...) each; bfloat16 travels as float32, which holds it exactly."""
@@ -136,20 +149,27 @@ class Explicit(Block):
         super().__init__(layer, places, settings)
         self.q = layer.plan.sketch
         n = sum(self.sizes)
-        self.u = held(tf.zeros((0, n), self.stored), (None, n))
-        self.xi = held(tf.zeros((0, self.q or n), self.stored), (None, self.q or n))
-        self.rows = held(tf.zeros((self.q or 0,), tf.int64))
-        self.weights = held(tf.zeros((self.q or 0,), self.dtype))
+        self.u = held(tf.zeros((0, n), self.stored), (None, None))
+        self.xi = held(tf.zeros((0, self.q or n), self.stored), (None, None))
+        self.rows = held(tf.zeros((self.q or 0,), tf.int64), (None,))
+        self.weights = held(tf.zeros((self.q or 0,), self.dtype), (None,))
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        return (*super().kind, self.q, self.q and sum(self.sizes))
 
     def _apart(self, context: Context) -> bool:
         return self.q is not None or context.joined
 
-    def take(self, captured: Captured) -> tuple[Parts, tf.Tensor]:
-        u = captured.u.read_value()
+    def used(self, context: Context) -> list[str]:
+        sampled = ["rows", "weights"] if self.q is not None else []
+        return ["u", *(["xi"] if self._apart(context) else []), *sampled]
+
+    def take(self, u: tf.Tensor, g: tf.Tensor, a: tf.Tensor, least: int) -> tuple[Parts, tf.Tensor]:
         finite = tf.reduce_all(tf.math.is_finite(u))
         return {"u": tf.cast(u, self.stored)}, finite
 
-    def sketch(self, parts: Parts, at: tf.Tensor, context: Context) -> None:
+    def sketch(self, parts: Parts, at: tf.Tensor, name: tf.Tensor, context: Context) -> None:
         if not self._apart(context):
             return
         xi = parts["u"]
@@ -157,7 +177,7 @@ class Explicit(Block):
             wide = tf.cast(xi, self.dtype)
             scores = row_scores(tf.reduce_sum(wide * wide, axis=0), f"scores/{self.layer.key}", context)
             rows, weights = kernels.choose_rows(sum(self.sizes), self.q, scores, context.settings, at,
-                                                f"{self.layer.key}/rows")
+                                                tf.strings.join([name, "/rows"]))
             weights = tf.cast(weights, self.dtype)
             xi = tf.cast(tf.gather(wide, rows, axis=1) * weights, self.stored)
             parts.update(rows=rows, weights=weights)
@@ -168,17 +188,17 @@ class Explicit(Block):
         xi = tf.cast(xi, tf.float32) if xi.dtype == tf.bfloat16 else xi
         return tf.matmul(xi, xi, transpose_b=True)
 
-    def project(self, gradients: Sequence[tf.Tensor], context: Context) -> tf.Tensor:
+    def project(self, parts: Parts, gradients: Sequence[tf.Tensor], context: Context) -> tf.Tensor:
         g = gradients[0] if len(gradients) == 1 else tf.concat(gradients, axis=0)
         if self.q is not None:
-            g = tf.gather(g, self.rows) * self.weights
-        return tf.linalg.matvec(self.working(self.xi if self._apart(context) else self.u), g)
+            g = tf.gather(g, parts["rows"]) * parts["weights"]
+        return tf.linalg.matvec(self.working(parts["xi" if self._apart(context) else "u"]), g)
 
-    def message(self, b: tf.Tensor, own: tf.Tensor, context: Context) -> tf.Tensor:
-        flat = tf.linalg.matvec(self.working(self.u), own * context.root, transpose_a=True)
-        return tf.ensure_shape(flat, (sum(self.sizes),))
+    def message(self, parts: Parts, b: tf.Tensor, own: tf.Tensor, context: Context) -> tf.Tensor:
+        return tf.linalg.matvec(self.working(parts["u"]), own * context.root, transpose_a=True)
 
     def expand(self, mean: tf.Tensor, context: Context) -> list[tf.Tensor]:
+        mean = tf.ensure_shape(mean, (sum(self.sizes),))
         return tf.split(mean, self.sizes) if len(self.sizes) > 1 else [mean]
 
     def samples(self, parts: Parts) -> tf.Tensor:
@@ -186,9 +206,6 @@ class Explicit(Block):
 
     def largest(self, context: Context) -> int:
         return sum(self.sizes)
-
-    def nothing(self, context: Context) -> tf.Tensor:
-        return tf.zeros((sum(self.sizes),), self.dtype)
 
 
 class Product(Block):
@@ -204,17 +221,26 @@ class Product(Block):
         self.n_a = self.width + len(self.places) - 1
         self.q = {"g": layer.plan.rows_g, "a": layer.plan.rows_a}
         self.g, self.a, self.xg, self.xa = (
-            held(tf.zeros((self.groups, rows, 0, 0), self.stored), (self.groups, rows, None, None))
+            held(tf.zeros((self.groups, rows, 0, 0), self.stored), (None, None, None, None))
             for rows in (self.n_g, self.n_a, self.q["g"] or self.n_g, self.q["a"] or self.n_a))
-        self.rows_g, self.rows_a = (held(tf.zeros((self.q[part] or 0,), tf.int64)) for part in "ga")
-        self.weights_g, self.weights_a = (held(tf.zeros((self.q[part] or 0,), self.dtype))
+        self.rows_g, self.rows_a = (held(tf.zeros((self.q[part] or 0,), tf.int64), (None,))
+                                    for part in "ga")
+        self.weights_g, self.weights_a = (held(tf.zeros((self.q[part] or 0,), self.dtype), (None,))
                                           for part in "ga")
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        return (*super().kind, self.groups, self.n_g, self.n_a, self.width, self.q["g"], self.q["a"],
+                self.layer.plan.rank)
 
     def _apart(self, part: str, context: Context) -> bool:
         return self.q[part] is not None or context.joined
 
-    def take(self, captured: Captured) -> tuple[Parts, tf.Tensor]:
-        g, a = captured.g.read_value(), captured.a.read_value()
+    def used(self, context: Context) -> list[str]:
+        return ["g", "a", *(f"x{part}" for part in "ga" if self._apart(part, context)),
+                *(f"{name}_{part}" for part in "ga" if self.q[part] for name in ("rows", "weights"))]
+
+    def take(self, u: tf.Tensor, g: tf.Tensor, a: tf.Tensor, least: int) -> tuple[Parts, tf.Tensor]:
         if self.n_a > self.width:
             a = tf.concat([a, tf.ones_like(a[..., :1])], axis=-1)
         finite = tf.logical_and(tf.reduce_all(tf.math.is_finite(g)),
@@ -223,13 +249,13 @@ class Product(Block):
         g, a = tf.cond(finite, lambda: (g, a), lambda: (tf.zeros_like(g), tf.zeros_like(a)))
         g, a = (tf.ensure_shape(factor, (None, self.groups, None, rows))
                 for factor, rows in ((g, self.n_g), (a, self.n_a)))
-        g, a = kernels.truncate(g, a, int(self.layer.plan.rank or 0), captured.least)
+        g, a = kernels.truncate(g, a, int(self.layer.plan.rank or 0), least)
         g, a = (tf.ensure_shape(factor, (None, self.groups, None, rows))
                 for factor, rows in ((g, self.n_g), (a, self.n_a)))
         return {name: tf.cast(kernels.samples_last(factor), self.stored)
                 for name, factor in (("g", g), ("a", a))}, finite
 
-    def sketch(self, parts: Parts, at: tf.Tensor, context: Context) -> None:
+    def sketch(self, parts: Parts, at: tf.Tensor, name: tf.Tensor, context: Context) -> None:
         for part in ("g", "a"):
             factor, q = parts[part], self.q[part]
             if q is not None:
@@ -237,7 +263,7 @@ class Product(Block):
                 scores = row_scores(tf.reduce_sum(wide * wide, axis=(0, 2, 3)),
                                     f"scores_{part}/{self.layer.key}", context)
                 rows, weights = kernels.choose_rows(int(factor.shape[1]), q, scores, context.settings,
-                                                    at, f"{self.layer.key}/rows_{part}")
+                                                    at, tf.strings.join([name, f"/rows_{part}"]))
                 weights = tf.cast(weights, self.dtype)
                 factor = tf.gather(wide, rows, axis=1) * weights[:, None, None]
                 factor = tf.cast(factor, self.stored)
@@ -254,30 +280,33 @@ class Product(Block):
             xg, xa = tf.cast(xg, tf.float32), tf.cast(xa, tf.float32)
         return kernels.gram_implicit(xg, xa)
 
-    def project(self, gradients: Sequence[tf.Tensor], context: Context) -> tf.Tensor:
-        xg, xa = (self.working(getattr(self, f"x{part}" if self._apart(part, context) else part))
-                  for part in ("g", "a"))
+    def project(self, parts: Parts, gradients: Sequence[tf.Tensor], context: Context) -> tf.Tensor:
+        xg, xa = (tf.ensure_shape(
+            self.working(parts[f"x{part}" if self._apart(part, context) else part]),
+            (self.groups, self.q[part] or rows, None, None))
+            for part, rows in (("g", self.n_g), ("a", self.n_a)))
         kernel = tf.reshape(gradients[0], (self.width, self.groups * self.n_g))
         bias = tf.reshape(gradients[1], (1, -1)) if len(gradients) > 1 else None
         if self.q["a"] is None:
-            total = kernels.project_implicit(xg, xa[:, :self.width], self._columns(kernel))
+            total = kernels.project_implicit(xg, xa[:, :self.width], self._columns(kernel, parts))
             if bias is None:
                 return total
-            return total + kernels.project_implicit(xg, xa[:, self.width:], self._columns(bias))
-        rows = tf.gather(kernel, tf.minimum(self.rows_a, self.width - 1))
+            return total + kernels.project_implicit(xg, xa[:, self.width:], self._columns(bias, parts))
+        rows = tf.gather(kernel, tf.minimum(parts["rows_a"], self.width - 1))
         if bias is not None:
-            rows = tf.where(tf.less(self.rows_a, self.width)[:, None], rows, bias)
-        return kernels.project_implicit(xg, xa, self._columns(rows * self.weights_a[:, None]))
+            rows = tf.where(tf.less(parts["rows_a"], self.width)[:, None], rows, bias)
+        return kernels.project_implicit(xg, xa, self._columns(rows * parts["weights_a"][:, None], parts))
 
-    def _columns(self, rows: tf.Tensor) -> tf.Tensor:
+    def _columns(self, rows: tf.Tensor, parts: Parts) -> tf.Tensor:
         """Rows of the gradient's matrix with what Omega_G samples of their columns."""
         matrix = kernels.matrix_of(rows, self.groups, self.n_g)
         if self.q["g"] is None:
             return matrix
-        return tf.gather(matrix, self.rows_g, axis=2) * self.weights_g
+        return tf.gather(matrix, parts["rows_g"], axis=2) * parts["weights_g"]
 
-    def message(self, b: tf.Tensor, own: tf.Tensor, context: Context) -> tf.Tensor:
-        g, a = self.working(self.g), self.working(self.a)
+    def message(self, parts: Parts, b: tf.Tensor, own: tf.Tensor, context: Context) -> tf.Tensor:
+        g, a = (tf.ensure_shape(self.working(parts[part]), (self.groups, rows, None, None))
+                for part, rows in (("g", self.n_g), ("a", self.n_a)))
         if context.settings.uc == "exact":
             return kernels.flat_of(kernels.expand_exact(g, a, own * context.root))
         # Eq. 28's sum of sqrt|c_j| runs over all samples of the system.

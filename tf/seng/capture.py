@@ -2,7 +2,7 @@
 
 The gradient of that identity, on refresh steps only, adds this use's per-sample gradients to the
 layer's U, or its columns to the layer's factors. Models stay what they are: nothing of their
-structure, weights or config changes.
+structure, weights or config changes. What is added is traced once for all layers of a kind.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import tensorflow as tf
 from hvd_ext.seng import Settings
 from hvd_ext.tensorflow.seng.inventory import Layer
 from hvd_ext.tensorflow.seng.kernels import choose_samples
-from hvd_ext.tensorflow.seng.rules import Factors, Pick
+from hvd_ext.tensorflow.seng.rules import Factors, Pick, Rows
+from hvd_ext.tensorflow.seng.samples import BatchSize, regroup, regroup_axis
+from hvd_ext.tensorflow.seng.traces import Traces, read, write
 
 
 def put(variable: tf.Variable, value: tf.Tensor) -> None:
@@ -41,9 +43,10 @@ class Captured:
     """What a pass gave a layer, scaled as in SENG eq. 5, until the refresh takes it.
 
     ``u`` (rho, n) are per-sample gradients, of an implicit layer those of the weights that its
-    factors ``g`` (rho, groups, kappa, n_G) and ``a`` (rho, groups, kappa, n_A) do not stand for.
-    ``at`` is the pass they belong to: a layer that is used several times adds up. It is
-    ``-2 - pass`` when the uses had different numbers of samples.
+    factors ``g`` (rho, groups, kappa, n_G) and ``a`` (rho, groups, kappa, n_A) do not stand for; of
+    an embedding ``a`` (rho, 1, kappa, 1) are the numbers of the rows, int64. ``at`` is the pass they
+    belong to: a layer that is used several times adds up. It is ``-2 - pass`` when the uses had
+    different numbers of samples.
     """
 
     def __init__(self, layer: Layer) -> None:
@@ -51,22 +54,29 @@ class Captured:
         rest = sum(layer.sizes[layer.together:])
         self.least = 1 << 30  # what kappa is at least
         self.taps = 0
+        numbers = tf.int64 if layer.registered.rows else layer.dtype
         with tf.init_scope():
-            self.u = self._empty((0, rest), (None, rest), layer)
-            self.g = self._empty((0, groups, 0, n_g), (None, groups, None, n_g), layer)
-            self.a = self._empty((0, groups, 0, n_a), (None, groups, None, n_a), layer)
+            self.u = self._empty((0, rest), layer.dtype)
+            self.g = self._empty((0, groups, 0, n_g), layer.dtype)
+            self.a = self._empty((0, groups, 0, n_a), numbers)
             self.at = tf.Variable(-1, dtype=tf.int64, trainable=False)
             self.samples = tf.Variable(0, trainable=False)
 
     @staticmethod
-    def _empty(now: tuple[int, ...], shape: tuple[int | None, ...], layer: Layer) -> tf.Variable:
-        return tf.Variable(tf.zeros(now, layer.dtype), trainable=False, shape=shape)
+    def _empty(now: tuple[int, ...], dtype: tf.DType) -> tf.Variable:
+        # Of one shape for all layers, so that they share functions.
+        return tf.Variable(tf.zeros(now, dtype), trainable=False, shape=[None] * len(now))
 
-    def clear(self) -> None:
-        """Free what was captured; which pass it was stays known."""
-        for held in (self.u, self.g, self.a):
-            put(held, tf.zeros([0 if extent is None else extent for extent in held.shape],
-                               held.dtype))
+    @property
+    def held(self) -> list[tf.Variable]:
+        """What is freed after a refresh; which pass it was stays known."""
+        return [self.u, self.g, self.a]
+
+
+    def read(self, u: tf.Tensor, g: tf.Tensor, a: tf.Tensor) -> list[tf.Tensor]:
+        """What is behind the handles of ``held``, of this or a layer of the same kind."""
+        return [read(handle, one.dtype, one.shape)
+                for handle, one in zip((u, g, a), self.held, strict=True)]
 
 
 class Capture:
@@ -79,42 +89,54 @@ class Capture:
     Args:
         step: the optimizer's step, from which samples are chosen.
         scale: gives the factor of mixed precision in the loss of the pass that is under way.
+        batch: the number of samples of the pass that is under way.
     """
 
-    def __init__(self, layers: list[Layer], settings: Settings, step: tf.Variable,
-                 scale: Callable[[], Any]) -> None:
+    def __init__(self, settings: Settings, step: tf.Variable, scale: Callable[[], Any],
+                 traces: Traces, batch: BatchSize) -> None:
         self._settings = settings
         self._step = step
         self._scale = scale
-        self.of = {layer: Captured(layer) for layer in layers}
+        self._traces = traces
+        self._batch = batch
+        self.of: dict[Layer, Captured] = {}
         with tf.init_scope():
             self.wanted = tf.Variable(True, trainable=False, name="wanted")
             self.number = tf.Variable(0, dtype=tf.int64, trainable=False, name="pass")
+
+    def tap(self, layers: list[Layer]) -> None:
+        """Capture these layers from the next forward pass on.
+
+        Raises:
+            ValueError: another SENG captures one of them.
+        """
         for layer in layers:
-            self._tap(layer)
+            self.of[layer] = Captured(layer)
+            for one in layer.owners:
+                self._tap(layer, one)
 
     def close(self) -> None:
         """Give the layers their own ``call`` back."""
         for layer in self.of:
-            layer.layer.__dict__.pop("call", None)
+            for one in layer.owners:
+                one.__dict__.pop("call", None)
 
-    def _tap(self, layer: Layer) -> None:
-        inside = layer.layer
+    def _tap(self, layer: Layer, inside: Any) -> None:
         if "call" in inside.__dict__:
-            raise ValueError(f"the layer {layer.name} is tapped already: one SENG a model; call "
+            raise ValueError(f"the layer {inside.path} is tapped already: one SENG a model; call "
                              "close() on the other one first")
         call = inside.call
 
         @functools.wraps(call)
         def tapped(inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            context = layer.registered.context
+            given = () if context is None else context(inside, kwargs.get("training") is True)
             if not layer.registered.activation:
-                context = layer.registered.context
-                given = () if context is None else (context(inside, kwargs.get("training") is True),)
-                return self._identity(layer, inputs, call(inputs, *args, **kwargs), given)
+                return self._identity(layer, inside, inputs, call(inputs, *args, **kwargs), given)
             activation = inside.activation
 
             def after_the_tap(z: Any) -> Any:
-                z = self._identity(layer, inputs, z)
+                z = self._identity(layer, inside, inputs, z, given)
                 return z if activation is None else activation(z)
 
             # Only while this call runs, so that the layer's config names its own activation.
@@ -127,87 +149,147 @@ class Capture:
         object.__setattr__(inside, "call", tapped)
 
     @tf.autograph.experimental.do_not_convert
-    def _identity(self, layer: Layer, x: Any, z: Any, given: tuple[Any, ...] = ()) -> Any:
+    def _identity(self, layer: Layer, inside: Any, x: Any, z: Any, given: tuple[Any, ...]) -> Any:
         if not tf.is_tensor(z) or isinstance(z, tf.RaggedTensor):
             return z  # Keras is working out shapes
         x = tf.stop_gradient(tf.convert_to_tensor(x))
+        self._batch.see(layer, x)
+        batch = self._batch.now() if layer.in_rows else None
         self.of[layer].taps += 1
 
         @tf.custom_gradient
         def tap(z: tf.Tensor) -> tuple[tf.Tensor, Any]:
             def gradient(gz: tf.Tensor) -> tf.Tensor:
-                tf.cond(self.wanted, lambda: self._store(layer, x, gz, given),
-                        lambda: tf.constant(False))
+                self._store(layer, inside, x, gz, given, batch)
                 return gz
 
             return tf.identity(z), gradient
 
         return tap(z)
 
-    def _store(self, layer: Layer, x: tf.Tensor, gz: tf.Tensor, given: tuple[Any, ...]) -> tf.Tensor:
-        captured = self.of[layer]
-        x, gz = (tf.cast(tensor, layer.dtype) for tensor in (x, gz))
-        pick, factor = self._samples(gz)
-        result = layer.registered.rule(layer.layer, x, gz, pick, *given)
-        again = tf.equal(captured.at, self.number)
-        new: list[tuple[tf.Variable, tf.Tensor, int | None]]
-        if isinstance(result, Factors) and layer.plan.implicit:
-            if result.g.shape[2] is None:
-                raise ValueError(f"SENG needs the number of positions that {layer.name} sees; give "
-                                 "the model's Input a full shape")
-            captured.least = min(captured.least, int(result.g.shape[2]))
-            new = [(captured.g, result.g * factor, 2), (captured.a, result.a, 2)]
-            if layer.together < len(layer.weights) and result.bias is not None:
-                new.append((captured.u, result.bias * factor, None))
-        else:
-            new = [(captured.u, _flat(layer, result) * factor, None)]
-        samples = tf.shape(new[0][1])[0]
-        same = tf.logical_or(tf.logical_not(again), tf.equal(captured.samples, samples))
-        more = tf.logical_and(again, same)
-        for held, value, axis in new:
-            def joined(held: tf.Variable = held, value: tf.Tensor = value,
-                       axis: int | None = axis) -> tf.Tensor:
-                return held + value if axis is None else tf.concat([held, value], axis)
+    def _store(self, layer: Layer, inside: Any, x: tf.Tensor, gz: tf.Tensor,
+               given: tuple[Any, ...], batch: Any) -> None:
+        captured, registered = self.of[layer], layer.registered
+        if x.dtype.is_floating:
+            x = tf.cast(x, layer.dtype)
+        gz = tf.stop_gradient(tf.cast(gz, layer.dtype))
+        # No constants go in and nothing comes out: TensorFlow would make a function of its own of each call.
+        scale = self._scale()
+        varies = tf.is_tensor(scale) or isinstance(scale, tf.Variable)
+        changing = [tf.cast(scale, gz.dtype)] if varies else []
+        changing += [] if batch is None else [batch]
+        shapes: list[Any] = [None, None]
+        alike: Any = id(inside)
+        if registered.alike is not None:
+            alike, loose = registered.alike(inside)
+            shapes = [[None, *one.shape[1:-1], None if loose else one.shape[-1]] for one in (x, gz)]
+            if layer.samples == "second":
+                shapes = [[one.shape[0], None, *own[2:]]
+                          for one, own in zip((x, gz), shapes, strict=True)]
+        key = (registered.rule, alike, layer.plan.implicit, layer.together, tuple(layer.weights),
+               layer.samples, len(given), layer.groups if layer.plan.implicit else None,
+               None if varies else scale, batch is None)
+        tensors = [x, gz, self.number, self._step, captured.at, captured.samples, *captured.held, *given,
+                   *changing]
+        kind = [str(one.shape if shape is None else shape)
+                for one, shape in zip((x, gz), shapes, strict=True)]
+        said = self._traces.said.setdefault((key, *kind), {})
+        shapes += [None] * (len(tensors) - 2)
 
-            value = tf.cond(more, joined, functools.partial(tf.identity, value))
-            put(held, value)
-        spoiled = tf.logical_or(tf.logical_not(same), tf.equal(captured.at, -2 - self.number))
-        captured.samples.assign(samples)
-        captured.at.assign(tf.where(spoiled, -2 - self.number, self.number))
+        def store(*tensors: tf.Tensor) -> tf.Tensor:
+            last = list(tensors)
+            rows = None if batch is None else last.pop()
+            factor = last.pop() if varies else scale
+            return self._add(layer, inside, said, rows, factor, *last)
+
+        def store_if_wanted(wanted: tf.Tensor, *tensors: tf.Tensor) -> None:
+            def now() -> tf.Tensor:
+                return self._traces.call(store, ("store", *key), tensors, shapes=shapes)
+
+            tf.cond(read(wanted, tf.bool, ()), now, lambda: tf.constant(False))
+
+        self._traces.call(store_if_wanted, ("tap", *key), [self.wanted, *tensors], shapes=[None, *shapes])
+        if layer.plan.implicit:
+            captured.least = min(captured.least, said["kappa"])
+
+    def _add(self, layer: Layer, inside: Any, said: dict[str, Any], batch: Any, scale: Any, x: tf.Tensor,
+             gz: tf.Tensor, number: tf.Tensor, step: tf.Tensor, at: tf.Tensor, samples: tf.Tensor,
+             u: tf.Tensor, g: tf.Tensor, a: tf.Tensor, *given: tf.Tensor) -> tf.Tensor:
+        """Add what a use of a layer gives to what is captured; traced once for a kind of layer.
+
+        ``number`` to ``a`` are handles.
+        """
+        number, step = read(number, tf.int64, ()), read(step, tf.int64, ())
+        scale = tf.cast(scale, gz.dtype) * self._settings.loss_scale
+        x, gz, rho = regroup_axis(layer, x, gz, batch)
+        pick, factor = self._samples(gz.dtype, rho, scale, step)
+        through: Pick = tf.identity if layer.in_rows else pick
+        result = layer.registered.rule(inside, x, gz, through, *given)
+        if isinstance(result, Factors):
+            said["kappa"] = result.g.shape[2] or 1
+        if layer.in_rows:
+            result = regroup(result, layer.samples, rho, pick)
+        dtype = layer.dtype
+        new: list[tuple[tf.Tensor, tf.Tensor, int | None]]
+        if isinstance(result, Factors) and layer.plan.implicit:
+            new = [(g, result.g * factor, 2), (a, result.a, 2)]
+            if layer.together < len(layer.weights):
+                new.append((u, _flat(layer, result, layer.together) * factor, None))
+        elif isinstance(result, Rows):
+            said["kappa"] = 0
+            new = [(g, result.g[:, None] * factor, 2), (a, result.rows[:, None, :, None], 2)]
+        else:
+            new = [(u, _flat(layer, result, 0) * factor, None)]
+        last, kept = read(at, tf.int64), tf.shape(new[0][1])[0]
+        again = tf.equal(last, number)
+        same = tf.logical_or(tf.logical_not(again), tf.equal(read(samples, tf.int32), kept))
+        more = tf.logical_and(again, same)
+        for handle, value, axis in new:
+            kind = tf.int64 if isinstance(result, Rows) and handle is a else dtype
+
+            def joined(handle: tf.Tensor = handle, value: tf.Tensor = value, kind: tf.DType = kind,
+                       axis: int | None = axis) -> tf.Tensor:
+                old = read(handle, kind, [None] * len(value.shape))
+                return old + value if axis is None else tf.concat([old, value], axis)
+
+            write(handle, tf.cond(more, joined, functools.partial(tf.identity, value)))
+        spoiled = tf.logical_or(tf.logical_not(same), tf.equal(last, -2 - number))
+        write(samples, kept)
+        write(at, tf.where(spoiled, -2 - number, number))
         return tf.constant(True)
 
-    def _samples(self, gz: tf.Tensor) -> tuple[Pick, tf.Tensor]:
+    def _samples(self, dtype: tf.DType, samples: tf.Tensor, scale: tf.Tensor, step: tf.Tensor
+                 ) -> tuple[Pick, tf.Tensor]:
         """Keeps the chosen samples, and what gz is multiplied with to give ``G_i / sqrt(rho)``."""
-        settings = self._settings
-        samples = kept = tf.shape(gz)[0]
-        chosen = None
+        settings, kept, chosen = self._settings, samples, None
         if settings.subsample is not None:
-            chosen = choose_samples(samples, settings, self._step.read_value())
+            chosen = choose_samples(samples, settings, step)
             kept = tf.shape(chosen)[0]
 
         def pick(tensor: tf.Tensor) -> tf.Tensor:
             return tensor if chosen is None else tf.gather(tensor, chosen)
 
-        whole = tf.cast(samples, gz.dtype) if settings.loss_reduction == "mean" else 1.0
-        scale = tf.cast(self._scale(), gz.dtype) * settings.loss_scale
-        return pick, whole / (scale * tf.sqrt(tf.cast(tf.maximum(kept, 1), gz.dtype)))
+        whole = tf.cast(samples, dtype) if settings.loss_reduction == "mean" else 1.0
+        return pick, whole / (scale * tf.sqrt(tf.cast(tf.maximum(kept, 1), dtype)))
 
 
-def _flat(layer: Layer, result: Any) -> tf.Tensor:
-    """Per-sample gradients of all weights side by side: (rho, n)."""
+def _flat(layer: Layer, result: Any, first: int) -> tf.Tensor:
+    """Per-sample gradients of the weights from number ``first`` on side by side: (rho, n)."""
     if isinstance(result, Factors):
-        g, a = result.g, result.a
-        found = {}
-        samples = tf.shape(g)[0]
-        if "kernel" in layer.weights:
-            kernel = tf.matmul(a, g, transpose_a=True)  # (rho, groups, n_A, n_G)
-            found["kernel"] = kernel if g.shape[1] == 1 else tf.transpose(kernel, (0, 2, 1, 3))
-        if "bias" in layer.weights:
-            found["bias"] = tf.reduce_sum(g, axis=2) if result.bias is None else result.bias
+        g, a, kernel = result.g, result.a, layer.registered.kernel
+        found = dict(result.rest)
+        if kernel in layer.weights and not first:
+            product = tf.matmul(a, g, transpose_a=True)  # (rho, groups, n_A, n_G)
+            found[kernel] = product if g.shape[1] == 1 else tf.transpose(product, (0, 2, 1, 3))
+        if "bias" in layer.weights and "bias" not in found:
+            found["bias"] = tf.reduce_sum(g, axis=2)
     else:
         found = result
-        samples = tf.shape(next(iter(found.values())))[0]
-    parts = [tf.reshape(found[name], (samples, size))
-             for name, size in zip(layer.weights, layer.sizes, strict=True)]
+    parts = [_rows(found[name]) for name in list(layer.weights)[first:]]
     return parts[0] if len(parts) == 1 else tf.concat(parts, axis=1)
 
+
+def _rows(found: tf.Tensor) -> tf.Tensor:
+    """(rho, ...) as (rho, n)."""
+    shape = tf.shape(found)
+    return tf.reshape(found, tf.stack([shape[0], tf.reduce_prod(shape[1:])]))

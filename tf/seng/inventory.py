@@ -13,13 +13,18 @@ from hvd_ext.seng import LayerPlan, LayerShape, Settings, plan_layer
 from hvd_ext.tensorflow.seng.rules import Registered, rule_for
 from hvd_ext.tensorflow.variables import as_tf
 
+FIRST, UNKNOWN, NOT_CHECKED = "first", "unknown", "not checked"
+
 
 @dataclass(eq=False)
 class Layer:
     """A Keras layer with a rule, and its trainable weights by their names in the layer.
 
     ``groups`` is (groups, n_G, n_A) of the kernel when it is trained and the rule gives factors,
-    ``number`` the layer's among those of the model.
+    ``number`` the layer's among those of the model, ``others`` further layers with the same weights.
+    ``samples`` says where the samples of the batch are: along the axis "first" or "second", in
+    "contiguous" or "strided" rows of the first axis, several of each sample; with "unknown" and
+    "not checked" each row of the first axis is taken for a sample.
     """
 
     layer: Any
@@ -28,6 +33,18 @@ class Layer:
     groups: tuple[int, int, int] | None = None
     plan: LayerPlan = field(default_factory=lambda: LayerPlan(implicit=False))
     number: int = 0
+    samples: str = NOT_CHECKED
+    others: list[Any] = field(default_factory=list)
+
+    @property
+    def owners(self) -> list[Any]:
+        """The Keras layers whose weights these are."""
+        return [self.layer, *self.others]
+
+    @property
+    def in_rows(self) -> bool:
+        """Whether a sample has several rows of the first axis."""
+        return self.samples in ("contiguous", "strided")
 
     @property
     def key(self) -> str:
@@ -61,7 +78,7 @@ class Layer:
         """How many weights the factors stand for: none, the kernel, or its bias too."""
         if not self.plan.implicit:
             return 0
-        return len(self.weights) if self.registered.ones else 1
+        return 1 + int(self.registered.ones and "bias" in self.weights)
 
     @property
     def shape(self) -> LayerShape:
@@ -69,52 +86,66 @@ class Layer:
         if self.groups is None:
             return LayerShape(self.name, self.registered.kind, self.n, self.n, 1, product=False)
         groups, n_g, n_a = self.groups
-        ones = len(self.weights) - 1 if self.registered.ones else 0
+        ones = int(self.registered.ones and "bias" in self.weights)
         return LayerShape(self.name, self.registered.kind, self.n, n_g, n_a + ones, groups)
 
 
 @dataclass
 class Inventory:
-    """A model's layers, and the names of layers that have weights but no rule."""
+    """A model's layers, and why others with trained weights have none: reason by path."""
 
     layers: list[Layer]
-    without_rule: list[str]
+    without_rule: dict[str, str]
 
 
 def take_inventory(model: keras.Model, settings: Settings) -> Inventory:
     """Find the layers of ``model`` and plan each.
 
-    A weight that several layers own leaves all of them on the identity rule.
+    Layers of one kind that own the same weights count as one that is used several times. A weight that
+    belongs to layers of different kinds leaves all of them on the identity rule.
     """
     layers: list[Layer] = []
     orphans: set[int] = set()
-    nameless: list[str] = []
+    nameless: dict[str, str] = {}
     uses: dict[int, int] = {}
     for layer in model._flatten_layers(include_self=True):
         own = [weight for weight in layer._trainable_variables if weight.trainable]
         for weight in own:
             uses[id(as_tf(weight))] = uses.get(id(as_tf(weight)), 0) + 1
-        if not own or _within(layer.path, settings.excluded):
+        excluded = _within(layer.path, settings.excluded)
+        if not own or excluded:
             orphans.update(id(as_tf(weight)) for weight in own)
             continue
         registered = rule_for(layer)
         weights = {} if registered is None else _weights(layer, registered)
-        if registered is None or not weights or _unusual(layer):
+        unusual = _unusual(layer)
+        if registered is None or not weights or unusual:
             orphans.update(id(as_tf(weight)) for weight in own)
-            nameless.append(f"{layer.path} ({type(layer).__name__})")
+            nameless[layer.path] = f"{type(layer).__name__} {unusual or 'has no rule'}"
             continue
-        product = registered.groups is not None and "kernel" in weights
+        product = registered.groups is not None and registered.kernel in weights
         groups = registered.groups(layer) if product and registered.groups else None
         layers.append(Layer(layer, registered, weights, groups))
-    kept = []
+    kept: dict[tuple[int, ...], Layer] = {}
     for one in layers:
-        ids = [id(as_tf(weight)) for weight in one.weights.values()]
-        if any(number in orphans or uses[number] > 1 for number in ids):
-            nameless.append(f"{one.name} ({one.registered.kind}, shares a weight)")
+        ids = tuple(id(as_tf(weight)) for weight in one.weights.values())
+        if ids in kept and kept[ids].registered is one.registered:
+            kept[ids].others.append(one.layer)
             continue
-        one.plan, one.number = plan_layer(one.shape, settings), len(kept)
-        kept.append(one)
-    return Inventory(kept, nameless)
+        kept[ids] = one
+    good: list[Layer] = []
+    for ids, one in kept.items():
+        if any(number in orphans or uses[number] > len(one.owners) for number in ids):
+            nameless[one.name] = f"{one.registered.kind} shares a weight"
+            continue
+        one.plan, one.number = _plan(one, settings), len(good)
+        good.append(one)
+    return Inventory(good, nameless)
+
+
+def _plan(layer: Layer, settings: Settings) -> LayerPlan:
+    """How the curvature is held; of an embedding the gradients of the rows that a sample uses."""
+    return LayerPlan(implicit=True) if layer.registered.rows else plan_layer(layer.shape, settings)
 
 
 def _weights(layer: Any, registered: Registered) -> dict[str, Any]:
@@ -125,11 +156,14 @@ def _weights(layer: Any, registered: Registered) -> dict[str, Any]:
             if weight is not None and id(as_tf(weight)) in trainable}
 
 
-def _unusual(layer: Any) -> bool:
-    """Whether the layer computes its output in a way that its rule does not know."""
-    return bool(getattr(layer, "lora_enabled", False) or getattr(layer, "rms_scaling", False)
-                or getattr(layer, "renorm", False) or getattr(layer, "synchronized", False)
-                or getattr(layer, "quantization_mode", None))
+UNUSUAL = {"lora_enabled": "has LoRA weights", "rms_scaling": "scales by the RMS",
+           "renorm": "is renormalised", "synchronized": "is synchronized",
+           "quantization_mode": "is quantized"}
+
+
+def _unusual(layer: Any) -> str | None:
+    """What of the way in which the layer computes its output its rule does not know."""
+    return next((why for name, why in UNUSUAL.items() if getattr(layer, name, None)), None)
 
 
 def _within(path: str, excluded: Iterable[str]) -> bool:

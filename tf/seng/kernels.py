@@ -39,20 +39,23 @@ def choose_samples(rho: tf.Tensor, settings: Settings, step: tf.Tensor) -> tf.Te
 
 
 def choose_rows(n: int, q: int, scores: tf.Tensor | None, settings: Settings, step: tf.Tensor,
-                label: str) -> tuple[tf.Tensor, tf.Tensor]:
+                label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """q of n rows and their weights (SENG eq. 14): (q,) int64 and (q,) float64.
 
-    ``scores`` (n,) are squared row norms for leverage sampling, None for uniform.
+    ``scores`` (n,) are squared row norms for leverage sampling, None for uniform; ``label`` is a 0-D
+    string.
     """
     by_leverage = scores is not None
     scores = tf.zeros((0,)) if scores is None else scores
 
-    def choose(scores_now: np.ndarray, step_now: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def choose(scores_now: np.ndarray, step_now: np.ndarray, label_now: bytes
+               ) -> tuple[np.ndarray, np.ndarray]:
         known = usable_scores(scores_now) if by_leverage else None
-        return sample_rows(n, q, generator(settings.seed, int(step_now), label), scores=known,
+        return sample_rows(n, q, generator(settings.seed, int(step_now), label_now.decode()),
+                           scores=known,
                            replacement=settings.replacement)
 
-    rows, weights = tf.numpy_function(choose, [scores, step], [tf.int64, tf.float64])
+    rows, weights = tf.numpy_function(choose, [scores, step, label], [tf.int64, tf.float64])
     return tf.ensure_shape(rows, (q,)), tf.ensure_shape(weights, (q,))
 
 
@@ -183,6 +186,47 @@ def project_implicit(xg: tf.Tensor, xa: tf.Tensor, z: tf.Tensor) -> tf.Tensor:
     r, rho = tf.shape(xg)[2], tf.shape(xg)[3]
     total = tf.reduce_sum(tf.matmul(z, flat_columns(xg)) * flat_columns(xa), axis=(0, 1))
     return tf.reduce_sum(tf.reshape(total, (r, rho)), axis=0)
+
+
+def gram_table(rows: tf.Tensor, g: tf.Tensor) -> tf.Tensor:
+    """``(u_i)^T u_j`` of samples that have few rows of a table: (rho, rho).
+
+    One sample after the other, each as its rows among those that any sample uses: no more than
+    (rows used, n_G) numbers at a time.
+
+    Args:
+        rows: (rho, kappa) int64, g: (rho, kappa, n_G).
+    """
+    unique, places = tf.unique(tf.reshape(rows, [-1]))
+    places, used = tf.reshape(places, tf.shape(rows)), tf.maximum(tf.size(unique), 1)
+
+    def against_all(one: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
+        table = tf.math.unsorted_segment_sum(one[1], one[0], used)
+        return project_table(places, g, table)
+
+    # A sample more, of zeros: TensorFlow stacks no list that is empty.
+    padded = [tf.pad(part, [[0, 1], *[[0, 0]] * (len(part.shape) - 1)]) for part in (places, g)]
+    gram = tf.map_fn(against_all, tuple(padded), fn_output_signature=tf.TensorSpec([None], g.dtype))
+    return gram[:-1]
+
+
+def project_table(rows: tf.Tensor, g: tf.Tensor, z: tf.Tensor) -> tf.Tensor:
+    """``u_i^T z`` of samples that have few rows of a table z (V, n_G): (rho,).
+
+    Args:
+        rows: (rho, kappa) integers, g: (rho, kappa, n_G).
+    """
+    return tf.reduce_sum(tf.gather(z, rows) * g, axis=(1, 2))
+
+
+def expand_table(rows: tf.Tensor, g: tf.Tensor, c: tf.Tensor, height: int) -> tf.Tensor:
+    """``U c`` for a table of ``height`` rows, flat.
+
+    Args:
+        rows: (rho, kappa) integers, g: (rho, kappa, n_G), c: (rho,).
+    """
+    weighted = tf.reshape(g * c[:, None, None], (-1, tf.shape(g)[2]))
+    return tf.reshape(tf.math.unsorted_segment_sum(weighted, tf.reshape(rows, [-1]), height), [-1])
 
 
 def factored_means(g: tf.Tensor, a: tf.Tensor, c: tf.Tensor,

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import horovod.tensorflow as horovod
+import numpy as np
 import tensorflow as tf
 
 from hvd_ext.agreement import odd_ranks
 from hvd_ext.seng import Settings, check_same_layers, fingerprint, states_differ
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.seng.blocks import Context
-from hvd_ext.tensorflow.seng.system import LayerSystem
+from hvd_ext.tensorflow.seng.check import REASON
+from hvd_ext.tensorflow.seng.system import GOOD, REFUSED, LayerSystem
 
 
 def check_ranks(systems: Sequence[LayerSystem], settings: Settings, collectives: Collectives, *,
@@ -53,20 +56,35 @@ def refresh(systems: Sequence[LayerSystem], number: tf.Variable, at: tf.Tensor, 
     Returns:
         Whether there is one of any layer, 0-D bool.
     """
-    taken = [system.take(number) for system in systems]
-    _equal_columns(systems, [blocks for blocks, _ in taken], context)
-    made = [system.candidate(blocks, good, at, lam, context)
-            for system, (blocks, good) in zip(systems, taken, strict=True)]
-    fine = tf.stack([tf.cast(candidate.good, tf.int32) for candidate in made])
+    apart = [system for system in systems if context.joined or system.has_columns]
+    taken = {system: system.take(number) for system in apart}
+    _equal_columns(apart, [blocks for blocks, _ in taken.values()], context)
+    made = [system.candidate(*taken[system], at, lam, context) if system in taken
+            else system.take_candidate(number, at, lam, context) for system in systems]
+    went = tf.stack([system.outcome(candidate) for system, candidate in zip(systems, made, strict=True)])
     collectives = context.collectives
     agreed = collectives.if_many(
-        lambda: collectives.allreduce(fine, f"{context.prefix}.refresh", op=horovod.Min),
-        lambda: fine)
+        lambda: collectives.allreduce(went, f"{context.prefix}.refresh", op=horovod.Min),
+        lambda: went)
+    _say_refused(systems, agreed)
     for k, (system, candidate) in enumerate(zip(systems, made, strict=True)):
-        tf.cond(tf.equal(agreed[k], 1), lambda s=system, c=candidate: s.commit(c),
-                lambda s=system: s.fail())
-        system.captured.clear()
-    return tf.reduce_any(tf.equal(agreed, 1))
+        system.settle(candidate, agreed[k])
+    return tf.reduce_any(tf.equal(agreed, GOOD))
+
+
+def _say_refused(systems: Sequence[LayerSystem], agreed: tf.Tensor) -> None:
+    """One warning for the layers that a refresh leaves on the identity rule."""
+    before = tf.stack([system.refused.read_value() for system in systems])
+    names = [system.layer.name for system in systems]
+
+    def say(refused: np.ndarray) -> np.bool_:
+        if refused.any():
+            which = ", ".join(name for name, out in zip(names, refused, strict=True) if out)
+            warnings.warn(f"SENG: {which}: what was captured does not sum to the gradient; {REASON}. "
+                          "Their weights get g/(1 + damping); name them in exclude= to agree", stacklevel=2)
+        return np.bool_(True)
+
+    tf.numpy_function(say, [tf.logical_and(tf.equal(agreed, REFUSED), tf.logical_not(before))], tf.bool)
 
 
 def _equal_columns(systems: Sequence[LayerSystem], taken: Sequence[list[dict[str, tf.Tensor]]],

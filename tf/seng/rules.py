@@ -5,7 +5,8 @@ of the loss by its output before the activation, both with the samples along the
 ``pick(t)`` keeps the samples the curvature is taken from; everything that is returned must have gone
 through it. A rule returns either
 
-* :class:`Factors` when the gradient of the kernel for sample i is ``A_i G_i^T``, or
+* :class:`Factors` when the gradient of the kernel for sample i is ``A_i G_i^T``,
+* :class:`Rows` when a sample uses few rows of a table, or
 * a dict from the weight's name in the layer to per-sample gradients ``(samples, *weight.shape)``.
 
 Scaling is not a rule's business: return what ``gz`` gives.
@@ -14,17 +15,24 @@ Scaling is not a rule's business: return what ``gz`` gives.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from hvd_ext.tensorflow.seng import einsum
+
 _L = keras.layers
 TRANSPOSED = (_L.Conv1DTranspose, _L.Conv2DTranspose, _L.Conv3DTranspose)
 DEPTHWISE = (_L.DepthwiseConv1D, _L.DepthwiseConv2D)
+SEPARABLE = (_L.SeparableConv1D, _L.SeparableConv2D)
 CONVOLUTIONS = (_L.Conv1D, _L.Conv2D, _L.Conv3D)
+
+
+Pick = Callable[[tf.Tensor], tf.Tensor]
+PerSample = dict[str, tf.Tensor]
 
 
 @dataclass
@@ -33,17 +41,27 @@ class Factors:
 
     ``g`` (samples, groups, kappa, n_G) and ``a`` (samples, groups, kappa, n_A); viewed as
     ``(n_A, groups, n_G)`` the kernel's gradient is that product. The bias gradient is ``g`` summed
-    over kappa (a row of ones under A), unless ``bias`` (samples, bias size) gives it.
+    over kappa (a row of ones under A), unless ``rest`` has it, which gives the per-sample gradients of
+    other weights by name.
     """
 
     g: tf.Tensor
     a: tf.Tensor
-    bias: tf.Tensor | None = None
+    rest: PerSample = field(default_factory=dict)
 
 
-Pick = Callable[[tf.Tensor], tf.Tensor]
-PerSample = dict[str, tf.Tensor]
-Rule = Callable[[Any, tf.Tensor, tf.Tensor, Pick], "Factors | PerSample"]
+@dataclass
+class Rows:
+    """Row ``rows[i, k]`` of the table has the gradient ``g[i, k]`` for sample i; those of one row add up.
+
+    ``rows`` (samples, kappa) int64 and ``g`` (samples, kappa, n_G).
+    """
+
+    rows: tf.Tensor
+    g: tf.Tensor
+
+
+Rule = Callable[[Any, tf.Tensor, tf.Tensor, Pick], "Factors | Rows | PerSample"]
 
 
 @dataclass(frozen=True)
@@ -53,17 +71,23 @@ class Registered:
     ``weights`` are their names in the layer. ``groups(layer)`` gives (groups, n_G, n_A) of the kernel
     for a rule that returns :class:`Factors`, and ``ones`` says whether the bias is a row of ones
     under A. ``activation``: the layer applies one itself, after what ``gz`` is the gradient by.
-    ``context(layer, training)`` is called in the forward pass; what it gives is the rule's last
-    argument.
+    ``context(layer, training)`` is called in the forward pass; the tensors it gives are the rule's last
+    arguments. ``kernel`` is the name of the weight that factors speak of, ``rows`` says that it is a table
+    and the rule gives :class:`Rows`. ``alike(layer)`` gives what of the layer's configuration the rule
+    reads, and whether it takes inputs whose last extent is not known: layers of which it is the same share
+    one traced function, in which nothing else of the layer may be used. Without it none do.
     """
 
     kind: str
     rule: Rule
     weights: tuple[str, ...] = ("kernel", "bias")
-    groups: Callable[[Any], tuple[int, int, int]] | None = None
+    groups: Callable[[Any], tuple[int, int, int] | None] | None = None
     ones: bool = True
     activation: bool = True
-    context: Callable[[Any, bool], Any] | None = None
+    context: Callable[[Any, bool], tuple[tf.Tensor, ...]] | None = None
+    kernel: str = "kernel"
+    rows: bool = False
+    alike: Callable[[Any], tuple[Any, bool]] | None = None
 
 
 def register_seng_rule(layer_type: type, rule: Rule, *, weights: tuple[str, ...] = ("kernel", "bias"),
@@ -121,7 +145,12 @@ def _dense(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick) -> Factors:
 def _columns(tensor: tf.Tensor) -> tf.Tensor:
     """(samples, ..., n) as (samples, 1, kappa, n)."""
     between = int(np.prod(tensor.shape[1:-1])) if None not in tensor.shape[1:-1] else -1
-    return tf.reshape(tensor, (tf.shape(tensor)[0], 1, between, tensor.shape[-1]))
+    return tf.reshape(tensor, (tf.shape(tensor)[0], 1, between, _last(tensor)))
+
+
+def _last(tensor: tf.Tensor) -> Any:
+    """The last extent, a number where it is known."""
+    return tf.shape(tensor)[-1] if tensor.shape[-1] is None else tensor.shape[-1]
 
 
 def _convolution(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick) -> Factors:
@@ -143,7 +172,7 @@ def _transposed(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick) -> Factors:
     # (..., out, in) has the gradient sum over positions of patch(gz) · x.
     x, gz = (_as_channels_last(layer, pick(tensor)) for tensor in (x, gz))
     bias = tf.reduce_sum(gz, axis=list(range(1, len(gz.shape) - 1))) if layer.use_bias else None
-    return Factors(_columns(x), patches(gz, layer)[:, None], bias)
+    return Factors(_columns(x), patches(gz, layer)[:, None], {} if bias is None else {"bias": bias})
 
 
 def kernel_matrix(layer: Any) -> tuple[int, int, int]:
@@ -185,7 +214,7 @@ def patches(x: tf.Tensor, layer: Any) -> tf.Tensor:
         seen.append(x[(slice(None), *cut)])
     taken = tf.concat(seen, axis=-1) if len(seen) > 1 else seen[0]
     kappa = int(np.prod(taken.shape[1:-1]))
-    return tf.reshape(taken, (tf.shape(taken)[0], kappa, taken.shape[-1]))
+    return tf.reshape(taken, (tf.shape(taken)[0], kappa, _last(taken)))
 
 
 def _as_channels_last(layer: Any, tensor: tf.Tensor) -> tf.Tensor:
@@ -207,20 +236,17 @@ def _normal(x: tf.Tensor, axes: list[int], epsilon: float) -> tf.Tensor:
     return (x - mean) * tf.math.rsqrt(variance + tf.cast(epsilon, x.dtype))
 
 
-Moments = tuple[tf.Tensor, tf.Tensor] | None
-
-
-def _moving_moments(layer: Any, training: bool) -> Moments:
-    """Mean and variance that a batch norm normalises with; None for those of the batch."""
+def _moving_moments(layer: Any, training: bool) -> tuple[tf.Tensor, ...]:
+    """Mean and variance that a batch norm normalises with; nothing for those of the batch."""
     if training and layer.trainable:
-        return None
+        return ()
     return tf.identity(layer.moving_mean), tf.identity(layer.moving_variance)
 
 
-def _batch_norm(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick, moments: Moments) -> PerSample:
+def _batch_norm(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick, *moments: tf.Tensor) -> PerSample:
     channel = layer.axis % len(x.shape)
     axes = [axis for axis in range(len(x.shape)) if axis != channel]
-    if moments is None:
+    if not moments:
         # Statistics of the whole batch, not only of the samples that are kept.
         normal = _normal(x, axes, layer.epsilon)
     else:
@@ -231,8 +257,7 @@ def _batch_norm(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick, moments: Mo
 
 
 def _layer_norm(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick) -> PerSample:
-    given = [layer.axis] if isinstance(layer.axis, int) else list(layer.axis)
-    axes = [axis % len(x.shape) for axis in given]
+    axes = _axes(layer, x)
     rest = [axis for axis in range(1, len(x.shape)) if axis not in axes]
     return _scale_and_offset(_normal(pick(x), axes, layer.epsilon), pick(gz), rest)
 
@@ -240,28 +265,136 @@ def _layer_norm(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick) -> PerSampl
 def _group_norm(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick) -> PerSample:
     x, gz = pick(x), pick(gz)
     channel = layer.axis % len(x.shape)
-    size = x.shape[channel]
-    groups = size if layer.groups == -1 else layer.groups
+    size, groups = x.shape[channel], x.shape[channel] if layer.groups == -1 else layer.groups
     moved = _channels_last(x, channel)
     flat = tf.reshape(moved, (tf.shape(moved)[0], -1, groups, size // groups))
     normal = tf.reshape(_normal(flat, [1, 3], layer.epsilon), tf.shape(moved))
     return _scale_and_offset(normal, _channels_last(gz, channel), list(range(1, len(x.shape) - 1)))
 
 
-def _norm(kind: str, rule: Callable[..., PerSample],
-          context: Callable[[Any, bool], Any] | None = None) -> Registered:
-    return Registered(kind, rule, ("gamma", "beta"), activation=False, context=context)
+def _rms_norm(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick) -> PerSample:
+    x, gz = pick(x), pick(gz)
+    axes = _axes(layer, x)
+    rest = [axis for axis in range(1, len(x.shape)) if axis not in axes]
+    square = tf.reduce_mean(x * x, axis=axes, keepdims=True)
+    normal = x * tf.math.rsqrt(square + tf.cast(layer.epsilon, x.dtype))
+    return {"scale": tf.reduce_sum(normal * gz, axis=rest)}
+
+
+def _axes(layer: Any, x: tf.Tensor) -> list[int]:
+    """The axes that a layer normalises over, from 0 on."""
+    given = [layer.axis] if isinstance(layer.axis, int) else list(layer.axis)
+    return sorted(axis % len(x.shape) for axis in given)
+
+
+def _embedding(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick) -> Rows:
+    x, gz = pick(x), pick(gz)
+    samples = tf.shape(gz)[0]
+    kappa = tf.size(gz) // tf.maximum(samples * _last(gz), 1)
+    return Rows(tf.reshape(tf.cast(x, tf.int64), (samples, kappa)),
+                tf.reshape(gz, (samples, kappa, _last(gz))))
+
+
+def _einsum_dense(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick) -> Factors | PerSample:
+    x, gz = pick(x), pick(gz)
+    found = einsum.roles(layer.equation, len(x.shape))
+    sample, rest = found.x[0], {}
+    if layer.bias_axes is not None:
+        rest["bias"] = tf.reduce_sum(gz, axis=[
+            axis for axis, letter in enumerate(found.z) if axis and letter not in layer.bias_axes])
+    if found.order is None:
+        return {"kernel": tf.einsum(f"{found.x},{found.z}->{sample}{found.kernel}", x, gz), **rest}
+
+    def matrix(tensor: tf.Tensor, letters: str, own: str) -> tf.Tensor:
+        """(samples, 1, kappa, n), the n of the letters ``own``."""
+        ordered, cut = tf.einsum(f"{letters}->{sample}{found.between}{own}", tensor), 1 + len(found.between)
+        between, last = (int(np.prod(part)) if None not in part else -1
+                         for part in (ordered.shape[1:cut], ordered.shape[cut:]))
+        return tf.reshape(ordered, (tf.shape(ordered)[0], 1, between, last))
+
+    a, g = matrix(x, found.x, found.summed), matrix(gz, found.z, found.made)
+    return Factors(g, a, rest) if found.order == "summed" else Factors(a, g, rest)
+
+
+def _einsum_matrix(layer: Any) -> tuple[int, int, int] | None:
+    """(groups, n_G, n_A) of the kernel; None where no factors stand for its gradient."""
+    found = einsum.roles(layer.equation, layer.input_spec.ndim)
+    if found.order is None:
+        return None
+    first = len(found.summed if found.order == "summed" else found.made)
+    return 1, int(np.prod(layer.kernel.shape[first:])), int(np.prod(layer.kernel.shape[:first]))
+
+
+def _table(layer: Any) -> tuple[int, int, int]:
+    """(groups, n_G, n_A) of an embedding: a row's gradient times its number, in place of A."""
+    return 1, int(layer.embeddings.shape[-1]), 1
+
+
+def _separable_weights(layer: Any, training: bool) -> tuple[tf.Tensor, ...]:
+    return tf.identity(layer.depthwise_kernel), tf.identity(layer.pointwise_kernel)
+
+
+def _separable(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick, depthwise: tf.Tensor,
+               pointwise: tf.Tensor) -> Factors:
+    """The pointwise kernel as factors, its input the depthwise convolution y; that one's as ``rest``."""
+    x, gz = (_as_channels_last(layer, pick(tensor)) for tensor in (x, gz))
+    channels, multiplier = int(depthwise.shape[-2]), int(depthwise.shape[-1])
+    taken = patches(x, layer)  # (samples, kappa, places · C)
+    samples, kappa = tf.shape(taken)[0], taken.shape[1]
+    taken = tf.reshape(taken, (samples, kappa, -1, channels))
+    depthwise = tf.cast(tf.reshape(depthwise, (-1, channels, multiplier)), x.dtype)
+    pointwise = tf.cast(tf.reshape(pointwise, (channels * multiplier, -1)), x.dtype)
+    y = tf.reshape(tf.einsum("nkpc,pcm->nkcm", taken, depthwise),
+                   (samples, 1, kappa, channels * multiplier))
+    g = _columns(gz)
+    # Matrices: TensorFlow 2.21 with oneDNN writes past the end of a product with transpose_b that broadcasts.
+    gy = tf.matmul(tf.reshape(gz, (-1, gz.shape[-1])), pointwise, transpose_b=True)
+    gy = tf.reshape(gy, (samples, kappa, channels, multiplier))
+    return Factors(g, y, {"depthwise_kernel": tf.einsum("nkpc,nkcm->npcm", taken, gy)})
+
+
+def _pointwise_matrix(layer: Any) -> tuple[int, int, int]:
+    """(groups, n_G, n_A) of the pointwise kernel."""
+    return 1, int(layer.pointwise_kernel.shape[-1]), int(layer.pointwise_kernel.shape[-2])
+
+
+def _convolves(layer: Any) -> tuple[Any, bool]:
+    """What the rules of convolutions read of one; grouped ones must know the extent of their channels."""
+    groups = None if isinstance(layer, DEPTHWISE) else getattr(layer, "groups", 1)
+    loose = groups == 1 and layer.data_format == "channels_last" and not isinstance(layer, SEPARABLE)
+    return (isinstance(layer, DEPTHWISE), groups, layer.kernel_size, layer.strides, layer.dilation_rate,
+            layer.padding, layer.data_format, layer.use_bias), loose
+
+
+def _normalises(layer: Any) -> tuple[Any, bool]:
+    """What the rules of norms read of one."""
+    axis = layer.axis if isinstance(layer.axis, int) else tuple(layer.axis)
+    return (axis, layer.epsilon, getattr(layer, "groups", None)), not hasattr(layer, "groups")
+
+
+def _norm(kind: str, rule: Callable[..., PerSample], weights: tuple[str, ...] = ("gamma", "beta"),
+          context: Callable[[Any, bool], tuple[tf.Tensor, ...]] | None = None) -> Registered:
+    return Registered(kind, rule, weights, activation=False, context=context, alike=_normalises)
 
 
 RULES: dict[type, Registered] = {
-    _L.Dense: Registered("dense", _dense, groups=kernel_matrix),
-    _L.BatchNormalization: _norm("batch norm", _batch_norm, _moving_moments),
+    _L.Dense: Registered("dense", _dense, groups=kernel_matrix, alike=lambda layer: ((), True)),
+    _L.EinsumDense: Registered("einsum dense", _einsum_dense, groups=_einsum_matrix, ones=False,
+                               alike=lambda layer: ((layer.equation, layer.bias_axes), False)),
+    _L.Embedding: Registered("embedding", _embedding, ("embeddings",), groups=_table, ones=False,
+                             activation=False, kernel="embeddings", rows=True,
+                             alike=lambda layer: ((), True)),
+    _L.BatchNormalization: _norm("batch norm", _batch_norm, context=_moving_moments),
     _L.LayerNormalization: _norm("layer norm", _layer_norm),
+    _L.RMSNormalization: _norm("RMS norm", _rms_norm, ("scale",)),
     _L.GroupNormalization: _norm("group norm", _group_norm),
-    **{kind: Registered("transposed convolution", _transposed, groups=kernel_matrix, ones=False)
-       for kind in TRANSPOSED},
-    **{kind: Registered("depthwise convolution", _convolution, groups=kernel_matrix)
+    **{kind: Registered("transposed convolution", _transposed, groups=kernel_matrix, ones=False,
+                        alike=_convolves) for kind in TRANSPOSED},
+    **{kind: Registered("depthwise convolution", _convolution, groups=kernel_matrix, alike=_convolves)
        for kind in DEPTHWISE},
-    **{kind: Registered("convolution", _convolution, groups=kernel_matrix)
+    **{kind: Registered("separable convolution", _separable, groups=_pointwise_matrix,
+                        weights=("pointwise_kernel", "bias", "depthwise_kernel"), alike=_convolves,
+                        context=_separable_weights, kernel="pointwise_kernel") for kind in SEPARABLE},
+    **{kind: Registered("convolution", _convolution, groups=kernel_matrix, alike=_convolves)
        for kind in CONVOLUTIONS},
 }

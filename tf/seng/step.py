@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from hvd_ext.tensorflow.seng.blocks import Context
 from hvd_ext.tensorflow.seng.system import LayerSystem
+from hvd_ext.tensorflow.seng.traces import apart
 
 ALONE = 1 << 18  # numbers from which on a message is worth no copy
 
@@ -41,7 +42,7 @@ def directions(gradients: Gradients, lam: tf.Tensor, good: tf.Tensor, due: tf.Te
         early = tf.cond(
             wanted, lambda: [block.nothing(context) for one in gradients for block in one.blocks],
             lambda: mean_over_ranks([(one, one.kept()) for one in gradients], context))
-        made = tf.cond(due, refresh, no_refresh)
+        made = apart(lambda: tf.cond(due, refresh, no_refresh))
         means = tf.cond(
             due, lambda: mean_over_ranks(
                 [(one, one.kept_or(mine)) for one, mine in gradients.items()], context),

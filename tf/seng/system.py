@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import tensorflow as tf
 
@@ -12,11 +14,16 @@ from hvd_ext.tensorflow.seng import kernels
 from hvd_ext.tensorflow.seng.blocks import Block, Context, Explicit, Parts, Product, held
 from hvd_ext.tensorflow.seng.capture import Captured, put
 from hvd_ext.tensorflow.seng.inventory import Layer
+from hvd_ext.tensorflow.seng.table import Table
+from hvd_ext.tensorflow.seng.traces import Traces, read, write
+
+NAMES = ("gram", "lower", "jitter", "rho", "offset", "taken_at", "ready")
+GOOD, FAILED, REFUSED = 2, 1, 0  # of a refresh; the ranks keep to the least
 
 
 @dataclass
 class Candidate:
-    """Curvature that counts once all ranks have theirs: of the blocks, and of the system."""
+    """Curvature that counts once all ranks have theirs, and whether this rank's is good."""
 
     blocks: list[Parts]
     system: Parts
@@ -27,17 +34,21 @@ class LayerSystem(tf.Module):
     """A layer's blocks and small system.
 
     ``gram`` and its factor ``lower`` (total, total) are float64, total the samples that the system
-    joins, this rank's ``rho`` of them from ``offset`` on. ``ready``: there is curvature.
+    joins, this rank's ``rho`` of them from ``offset`` on. ``ready``: there is curvature. ``wrong``: what was
+    captured on this rank is not the layer's gradient; ``refused``: on some rank it is not, and the layer
+    is left on the identity rule.
     """
 
-    def __init__(self, layer: Layer, captured: Captured, settings: Settings) -> None:
+    def __init__(self, layer: Layer, captured: Captured, settings: Settings, traces: Traces) -> None:
         super().__init__()
         self.layer = layer
         self.captured = captured
+        self.traces = traces
         self.blocks: list[Block] = []
         places, product = range(len(layer.weights)), layer.together
         if product:
-            self.blocks.append(Product(layer, places[:product], settings))
+            kind = Table if layer.registered.rows else Product
+            self.blocks.append(kind(layer, places[:product], settings))
         if product < len(layer.weights):
             self.blocks.append(Explicit(layer, places[product:], settings))
         self.gram = held(tf.zeros((0, 0), tf.float64), (None, None))
@@ -49,26 +60,74 @@ class LayerSystem(tf.Module):
         self.ready = held(False)
         self.taken_at = held(tf.constant(-1, tf.int64))
         self.failures = held(tf.constant(0, tf.int64))
+        self.wrong = held(False)
+        self.refused = held(False)
         self.keeps = held(False)
         self.previous = [held(tf.zeros((0,), layer.dtype), (None,)) for _ in layer.weights]
 
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What the traced functions of this layer are shared by."""
+        return tuple((block.kind, *block.places) for block in self.blocks)
+
     # Made at a refresh
+
+    @property
+    def has_columns(self) -> bool:
+        """Whether it holds factors, whose columns must be as many on all ranks."""
+        return any(block.has_columns for block in self.blocks)
 
     def take(self, number: tf.Variable) -> tuple[list[Parts], tf.Tensor]:
         """What pass ``number`` gave each block, and whether it is of that pass and finite."""
-        good = tf.equal(self.captured.at, number)
-        taken = []
+        least = self.captured.least if self.has_columns else 0
+        found, good = self.traces.call(functools.partial(self._taken, least), ("take", self.kind, least),
+                                       [number, self.captured.at, *self.captured.held])
+        return [dict(parts) for parts in found], good
+
+    def _taken(self, least: int, number: tf.Tensor, at: tf.Tensor, *held: tf.Tensor) -> Any:
+        """``take`` of what is behind handles."""
+        good, found = tf.equal(read(at, tf.int64, ()), read(number, tf.int64, ())), []
+        values = self.captured.read(*held)
         for block in self.blocks:
-            parts, finite = block.take(self.captured)
-            taken.append(parts)
+            parts, finite = block.take(*values, least)
+            found.append(parts)
             good = tf.logical_and(good, finite)
-        return taken, good
+        return found, good
+
+    def take_candidate(self, number: tf.Variable, at: tf.Tensor, lam: tf.Tensor, context: Context
+                       ) -> Candidate:
+        """``take`` and ``candidate`` in one, where nothing is exchanged between them."""
+        def made(at: tf.Tensor, lam: tf.Tensor, key: tf.Tensor, *handles: tf.Tensor) -> Any:
+            taken, good = self._taken(0, *handles)
+            return self._candidate(taken, good, at, lam, key, context)
+
+        blocks, system, good = self.traces.call(
+            made, ("take and candidate", self.kind),
+            [at, lam, tf.constant(self.layer.key), number, self.captured.at, *self.captured.held])
+        return Candidate([dict(parts) for parts in blocks], dict(system), good)
 
     def candidate(self, taken: list[Parts], good: tf.Tensor, at: tf.Tensor, lam: tf.Tensor,
                   context: Context) -> Candidate:
         """Sketches and the small system; all ranks call it in the same order."""
+        names = [sorted(parts) for parts in taken]
+        flat = [parts[name] for parts, own in zip(taken, names, strict=True) for name in own]
+        key = tf.constant(self.layer.key)
+        if context.joined:  # with collectives of its own
+            return Candidate(*self._candidate(taken, good, at, lam, key, context))
+
+        def made(good: tf.Tensor, at: tf.Tensor, lam: tf.Tensor, key: tf.Tensor, *flat: tf.Tensor) -> Any:
+            given = iter(flat)
+            parts = [{name: next(given) for name in own} for own in names]
+            return self._candidate(parts, good, at, lam, key, context)
+
+        blocks, system, good = self.traces.call(made, ("candidate", self.kind),
+                                                [good, at, lam, key, *flat])
+        return Candidate([dict(parts) for parts in blocks], dict(system), good)
+
+    def _candidate(self, taken: list[Parts], good: tf.Tensor, at: tf.Tensor, lam: tf.Tensor,
+                   key: tf.Tensor, context: Context) -> tuple[list[Parts], Parts, tf.Tensor]:
         for block, parts in zip(self.blocks, taken, strict=True):
-            block.sketch(parts, at, context)
+            block.sketch(parts, at, key, context)
         rho, offset = self.blocks[0].samples(taken[0]), tf.constant(0)
         if context.joined:
             counts = context.collectives.allgather(rho[None],
@@ -80,44 +139,99 @@ class LayerSystem(tf.Module):
         lower, jitter, factored = kernels.factor(gram, lam)
         system = {"gram": gram, "lower": lower, "jitter": jitter, "rho": rho, "offset": offset,
                   "taken_at": at, "ready": tf.constant(True)}
-        return Candidate(taken, system, tf.logical_and(good, factored))
+        return taken, system, tf.logical_and(good, factored)
 
-    def commit(self, new: Candidate) -> tf.Tensor:
-        """Put a candidate in place."""
-        for block, parts in zip(self.blocks, new.blocks, strict=True):
-            block.put(parts)
-        for name, value in new.system.items():
-            put(getattr(self, name), value)
-        return tf.constant(True)
+    def outcome(self, new: Candidate) -> tf.Tensor:
+        """How this rank's refresh went: GOOD, FAILED or REFUSED, 0-D int32."""
+        went = tf.where(new.good, GOOD, FAILED)
+        return tf.where(self.wrong, REFUSED, went)
 
-    def fail(self) -> tf.Tensor:
-        """Count a refresh without curvature; what was there stays."""
-        self.failures.assign_add(1)
-        return tf.constant(True)
+    def settle(self, new: Candidate, agreed: tf.Tensor) -> None:
+        """Put a candidate in place, or count a refresh without curvature; what was there stays then."""
+        names = [sorted(parts) for parts in new.blocks]
+        values = [parts[name] for parts, own in zip(new.blocks, names, strict=True) for name in own]
+        values += [new.system[name] for name in NAMES]
+        handles = [getattr(block, name) for block, own in zip(self.blocks, names, strict=True)
+                   for name in own] + [getattr(self, name) for name in NAMES]
+        captured = self.captured.held
+        kinds = [one.dtype for one in captured]
+        ranks = [one.shape.rank for one in captured]
+
+        def settled(agreed: tf.Tensor, failures: tf.Tensor, refused: tf.Tensor, *rest: tf.Tensor
+                    ) -> tf.Tensor:
+            new, to, clear = rest[:len(values)], rest[len(values):-3], rest[-3:]
+
+            def commit() -> tf.Tensor:
+                for handle, value in zip(to, new, strict=True):
+                    write(handle, value)
+                return tf.constant(True)
+
+            def fail() -> tf.Tensor:
+                write(failures, read(failures, tf.int64) + 1)
+                out = tf.equal(agreed, REFUSED)
+                write(refused, out)
+                write(to[-1], tf.logical_and(read(to[-1], tf.bool), tf.logical_not(out)))  # ready
+                return tf.constant(True)
+
+            tf.cond(tf.equal(agreed, GOOD), commit, fail)
+            for handle, kind, rank in zip(clear, kinds, ranks, strict=True):
+                # Free what was captured.
+                empty = read(handle, kind, [None] * rank)
+                write(handle, empty[:0] if rank == 2 else empty[:0, :, :0])
+            return tf.constant(True)
+
+        self.traces.call(settled, ("settle", self.kind),
+                         [agreed, self.failures, self.refused, *values, *handles, *captured])
 
     def factor(self, lam: tf.Tensor) -> None:
         """Factor the small system for another damping.
 
         Should it have no factor, the last one still gives a direction, the same on every rank.
         """
-        lower, jitter, good = kernels.factor(self.gram.read_value(), lam)
-        put(self.lower, tf.cond(good, lambda: lower, self.lower.read_value))
-        self.jitter.assign(jitter)
+        def factored(lam: tf.Tensor, gram: tf.Tensor, lower: tf.Tensor, jitter: tf.Tensor) -> tf.Tensor:
+            new, added, good = kernels.factor(gram, lam)
+            tf.cond(good, lambda: _done(write(lower, new)), lambda: tf.constant(False))
+            write(jitter, added)
+            return tf.constant(True)
+
+        self.traces.call(factored, "factor", [lam, self.gram.read_value(), self.lower, self.jitter])
 
     # Used at every step
 
     def message(self, gradients: Sequence[tf.Tensor], context: Context) -> list[tf.Tensor]:
         """What this rank adds to ``U b`` such that the mean over ranks is subtracted, by block.
 
-        ``b`` is that of SENG eq. 9 or 12; explicit blocks and the exact form give ``U_i b_i``
-        (eq. 25, 26), the factored form the two means of eq. 28.
+        ``b`` are the coefficients of the whole system, ``own`` those of this rank's samples;
+        explicit blocks and the exact form give ``U_i b_i`` (eq. 25, 26), the factored form the two
+        means of eq. 28.
         """
-        rhs = [block.project([gradients[place] for place in block.places], context)
-               for block in self.blocks]
-        b = kernels.coefficients(self.lower.read_value(), tf.add_n(rhs) / context.root)
-        put(self.coefficients, b)
-        own = b[self.offset:self.offset + self.rho] if context.joined else b
-        return [block.message(b, own, context) for block in self.blocks]
+        wanted = [block.used(context) for block in self.blocks]
+        kinds = [[getattr(block, name).dtype for name in own]
+                 for block, own in zip(self.blocks, wanted, strict=True)]
+
+        def messages(coefficients: tf.Tensor, lower: tf.Tensor, rho: tf.Tensor, offset: tf.Tensor,
+                     *rest: tf.Tensor) -> list[tf.Tensor]:
+            gradients, given = rest[:len(self.layer.weights)], iter(rest[len(self.layer.weights):])
+            parts = [{name: read(next(given), dtype, getattr(block, name).shape)
+                      for name, dtype in zip(own, dtypes, strict=True)}
+                     for block, own, dtypes in zip(self.blocks, wanted, kinds, strict=True)]
+            rhs = [block.project(held, [gradients[place] for place in block.places], context)
+                   for block, held in zip(self.blocks, parts, strict=True)]
+            b = kernels.coefficients(read(lower, tf.float64, (None, None)), tf.add_n(rhs) / context.root)
+            write(coefficients, b)
+            own = b
+            if context.joined:
+                first = read(offset, tf.int32, ())
+                own = b[first:first + read(rho, tf.int32, ())]
+            return [block.message(held, b, own, context)
+                    for block, held in zip(self.blocks, parts, strict=True)]
+
+        handles = [getattr(block, name) for block, own in zip(self.blocks, wanted, strict=True)
+                   for name in own]
+        key = ("message", self.kind, len(self.layer.weights), context.joined, context.root)
+        return list(self.traces.call(
+            messages, key, [self.coefficients, self.lower, self.rho, self.offset, *gradients, *handles],
+            shapes=[None] * 4 + [[None]] * len(gradients) + [None] * len(handles), inline=True))
 
     def subtract(self, means: Sequence[tf.Tensor], gradients: Sequence[tf.Tensor],
                  factor: tf.Tensor, context: Context) -> list[tf.Tensor]:
@@ -155,3 +269,7 @@ class LayerSystem(tf.Module):
                     nbytes=sum(int(tf.size(t)) * t.dtype.size for t in tensors),
                     jitter=float(self.jitter), age=step - int(self.taken_at),
                     coefficient_norm=float(tf.norm(self.coefficients)))
+
+
+def _done(_: None) -> tf.Tensor:
+    return tf.constant(True)

@@ -1,0 +1,94 @@
+"""When SENG finds a model's layers: at once, or at the first batch of a model that is not built yet."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import horovod.tensorflow as horovod
+import keras
+import tensorflow as tf
+
+from hvd_ext.tensorflow.collectives import Collectives
+from hvd_ext.tensorflow.seng.samples import BatchSize
+from hvd_ext.tensorflow.variables import as_tf
+
+
+class Alone(Collectives):
+    """One rank, in a process where Horovod is not initialised."""
+
+    size = 1
+    rank = 0
+    elastic = False
+
+    def if_many(self, communicate: Callable[[], Any], alone: Callable[[], Any]) -> Any:
+        return alone()
+
+
+def own_collectives() -> Collectives:
+    """Those of all ranks, or of this one where Horovod is not initialised."""
+    return Collectives() if horovod.is_initialized() else Alone()
+
+
+class Start:
+    """Wraps the model's ``call``, so that the batch is known in it, and begins when there are layers.
+
+    Args:
+        begin: takes the layers of the built model; its argument says whether the model may be called.
+    """
+
+    def __init__(self, model: keras.Model, batch: BatchSize,
+                 begin: Callable[[keras.Model, bool], None]) -> None:
+        self.model = model
+        self.done = False
+        self._building = False
+        self._begin = begin
+        if "call" in model.__dict__:
+            raise ValueError(f"the model {model.name!r} is tapped already: one SENG a model; call close() "
+                             "on the other one first")
+        if self._built():
+            self._now(free=True)
+        call = batch.around(model.call)
+
+        @functools.wraps(model.call)
+        def started(*args: Any, **kwargs: Any) -> Any:
+            if not self.done and not self._building:
+                self._build(*args, **kwargs)
+            return call(*args, **kwargs)
+
+        object.__setattr__(model, "call", started)
+
+    def close(self) -> None:
+        """Give the model its own ``call`` back."""
+        self.model.__dict__.pop("call", None)
+
+    def _built(self) -> bool:
+        """Whether all layers have their weights, which Keras may put off until it knows all shapes."""
+        return self.model.built and all(layer.built for layer in self.model._flatten_layers()) and all(
+            isinstance(as_tf(weight), tf.Variable) for weight in self.model.weights)
+
+    def _build(self, *args: Any, **kwargs: Any) -> None:
+        """Let the layers make their weights, which a subclassed model's do when they are first called."""
+        if not all(layer.built for layer in self.model._flatten_layers(include_self=False)):
+            def shape_of(given: Any) -> Any:
+                return keras.KerasTensor(given.shape, given.dtype.name) if tf.is_tensor(given) else given
+
+            self._building = True
+            try:
+                keras.Operation.compute_output_spec(
+                    self.model, *keras.tree.map_structure(shape_of, args),
+                    **keras.tree.map_structure(shape_of, kwargs))
+            finally:
+                self._building = False
+        if self._built():
+            self._now(free=False)
+
+    def _now(self, *, free: bool) -> None:
+        self.done = True
+        try:
+            with tf.init_scope():
+                self._begin(self.model, free)
+        except BaseException:
+            self.done = False
+            raise

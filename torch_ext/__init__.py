@@ -8,7 +8,7 @@ import importlib
 
 from horovod.torch import *  # noqa: F403
 
-from hvd_ext import openmpi
+from hvd_ext import aliases, openmpi
 from hvd_ext.delay import DelayCompensated
 from hvd_ext.delay.momentum import AutoMomentum, momentum_for_delay
 from hvd_ext.replicas import ReplicasDifferError
@@ -22,6 +22,7 @@ from hvd_ext.torch.seng import SENG
 from hvd_ext.torch.seng.rules import register_seng_rule
 
 openmpi.set_opal_prefix()
+__getattr__ = aliases.offer(__name__, "horovod.torch")
 
 # Horovod's module of this name is here already; an import from this package would find it.
 elastic = importlib.import_module("hvd_ext.torch.elastic")

@@ -3,7 +3,10 @@
 import horovod.torch as horovod
 from horovod.torch.compression import Compressor, FP16Compressor, NoneCompressor
 
+from hvd_ext import aliases
+
 __all__ = ["Compression", "Compressor", "FP16Compressor", "NoneCompressor"]
+__getattr__ = aliases.names_of(__name__, "horovod.torch.compression")
 
 
 class Compression(horovod.Compression):

@@ -15,10 +15,13 @@ from horovod.torch.elastic import TorchState, run, state
 from horovod.torch.elastic.sampler import ElasticSampler
 from horovod.torch.functions import broadcast_object
 
+from hvd_ext import aliases
 from hvd_ext.torch.replicas import broadcast_optimizer_state
 from hvd_ext.torch.wrapper import ExtendedOptimizer
 
 __all__ = ["ElasticSampler", "TorchState", "run"]
+__path__: list[str] = []  # hvd_ext.torch.elastic.sampler and .state are Horovod's
+__getattr__ = aliases.names_of(__name__, "horovod.torch.elastic")
 
 
 class ExtendedOptimizerHandler(state.OptimizerStateHandler):  # type: ignore[misc]

@@ -13,7 +13,7 @@ from typing import Any
 import horovod.torch as horovod
 import torch
 
-from hvd_ext import composition
+from hvd_ext import aliases, composition
 from hvd_ext.agreement import digest
 from hvd_ext.options import Options
 from hvd_ext.torch.collectives import Collectives
@@ -21,6 +21,8 @@ from hvd_ext.torch.loss_scale import loss_scale
 from hvd_ext.torch.reducers import REDUCERS, make_reducer
 from hvd_ext.torch.server import make_server
 from hvd_ext.torch.wrapper import extend
+
+__getattr__ = aliases.names_of(__name__, "horovod.torch.optimizer")
 
 
 def DistributedOptimizer(

@@ -1,0 +1,96 @@
+"""Horovod's modules and names under this package's own: ``hvd_ext.torch.mpi_ops`` is ``horovod.torch.mpi_ops``.
+
+A script that imports ``horovod.X`` anywhere runs with ``hvd_ext.X`` in its place. A module of ours wins over
+Horovod's of the same name, and hands on the names that it does not have.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
+
+Lookup = Callable[[str], Any]
+
+
+def offer(package: str, target: str) -> Lookup:
+    """Let ``package.X`` be ``target.X``, the same module object, where the package has no module X.
+
+    Args:
+        package: one of ours, such as "hvd_ext.torch".
+        target: Horovod's, such as "horovod.torch". Nothing of it is imported before it is asked for.
+
+    Returns:
+        What to assign to the package's ``__getattr__``; see :func:`names_of`.
+    """
+    if not any(isinstance(finder, _Aliases) for finder in sys.meta_path):
+        sys.meta_path.append(_Aliases())  # last: modules of ours win
+    found = next(finder for finder in sys.meta_path if isinstance(finder, _Aliases))
+    found.targets[package] = target
+    return names_of(package, target)
+
+
+def names_of(module: str, target: str) -> Lookup:
+    """A module's ``__getattr__`` that hands on to Horovod's ``target``, underscore names included.
+
+    A module of ours that has modules of Horovod's below it says ``__path__ = []`` as well.
+    """
+    def lookup(name: str) -> Any:
+        dunder = name.startswith("__") and name.endswith("__")
+        path = getattr(sys.modules[module], "__path__", None) if not dunder else None
+        # Ours is meant, also where it is asked for while the package is being imported.
+        if path and PathFinder.find_spec(f"{module}.{name}", path) is not None:
+            return importlib.import_module(f"{module}.{name}")
+        if not dunder:
+            horovods = importlib.import_module(target)
+            if hasattr(horovods, name):
+                return getattr(horovods, name)
+        raise AttributeError(f"module {module!r} has no attribute {name!r}, nor has {target!r}")
+
+    return lookup
+
+
+class _Aliases(MetaPathFinder):
+    """Finds ``hvd_ext.torch.X`` as ``horovod.torch.X``."""
+
+    def __init__(self) -> None:
+        self.targets: dict[str, str] = {}
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None,
+                  target: ModuleType | None = None) -> ModuleSpec | None:
+        for package, horovods in self.targets.items():
+            if fullname.startswith(f"{package}."):
+                name = horovods + fullname[len(package):]
+                found = _spec(name)
+                if found is not None:
+                    return ModuleSpec(fullname, _Same(name), origin=found.origin,
+                                      is_package=found.submodule_search_locations is not None)
+        return None
+
+
+class _Same(Loader):
+    """Loads the module of that name, and leaves what it says of itself as it is."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._spec: ModuleSpec | None = None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = importlib.import_module(self._name)
+        self._spec = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self._spec  # the import machinery has put the alias's there
+
+
+def _spec(name: str) -> ModuleSpec | None:
+    try:
+        return importlib.util.find_spec(name)
+    except ModuleNotFoundError:  # a package above it is not there
+        return None

@@ -1,0 +1,60 @@
+"""Whatever imports under ``horovod.torch`` imports under ``hvd_ext.torch``, found by walking Horovod's package."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+
+import horovod.torch
+import pytest
+
+import hvd_ext.torch
+
+MODULES = ["horovod.torch", *(found.name for found in pkgutil.walk_packages(
+    horovod.torch.__path__, "horovod.torch."))]
+OURS = {"hvd_ext.torch", "hvd_ext.torch.compression", "hvd_ext.torch.elastic", "hvd_ext.torch.optimizer"}
+
+
+def alias(name):
+    return name.replace("horovod.torch", "hvd_ext.torch", 1)
+
+
+def test_horovods_package_is_walked():
+    assert {"horovod.torch.mpi_ops", "horovod.torch.functions", "horovod.torch.elastic.sampler",
+            "horovod.torch.elastic.state"} <= set(MODULES)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_and_name(name):
+    if name.endswith("mpi_lib_v2"):
+        pytest.skip("the compiled library is Horovod's alone")
+    theirs = importlib.import_module(name)
+    mine = importlib.import_module(alias(name))
+    assert (mine is theirs) == (alias(name) not in OURS)
+    assert theirs.__name__ == theirs.__spec__.name == name
+    missing = [one for one in vars(theirs) if not one.startswith("__") and not hasattr(mine, one)]
+    assert missing == []
+
+
+@pytest.mark.parametrize("line", [
+    "import hvd_ext.torch.mpi_ops as ops; import horovod.torch.mpi_ops as same; assert ops is same",
+    "from hvd_ext.torch.elastic.sampler import ElasticSampler",
+    "import hvd_ext.torch.elastic.state, horovod.torch.elastic.state as s; "
+    "assert hvd_ext.torch.elastic.state is s and s.__spec__.name == 'horovod.torch.elastic.state'",
+    "from hvd_ext.torch.functions import broadcast_object",
+    "from hvd_ext.torch.optimizer import _DistributedOptimizer, DistributedOptimizer",
+    "from hvd_ext.torch import _check_has_gpu, mpi_ops",
+    "from hvd_ext.torch import compression; assert compression.__name__ == 'hvd_ext.torch.compression'",
+    "from hvd_ext import aliases; import sys; assert not any(m.startswith('horovod') for m in sys.modules)",
+])
+def test_in_a_process_of_its_own(line):
+    subprocess.run([sys.executable, "-c", line], check=True, timeout=100)
+
+
+def test_a_name_that_nobody_has():
+    with pytest.raises(AttributeError, match=r"'hvd_ext\.torch' has no attribute 'nonsense', nor has 'horovod"):
+        _ = hvd_ext.torch.nonsense
+    with pytest.raises(ImportError):
+        importlib.import_module("hvd_ext.torch.nonsense")

@@ -1,4 +1,4 @@
-"""Horovod's modules under this package's name: ``hvd_ext.torch.functions`` is ``horovod.torch.functions``.
+"""Horovod's modules and names under ours: ``hvd_ext.torch.functions`` is ``horovod.torch.functions``.
 
 A script that imports ``horovod.X`` anywhere runs with ``hvd_ext.X`` in its place. A module of ours wins over
 Horovod's of the same name, and hands on the names that it does not have.
@@ -29,7 +29,7 @@ def offer(package: str, target: str) -> Lookup:
         What to assign to the package's ``__getattr__``; see :func:`names_of`.
     """
     if not any(isinstance(finder, _Aliases) for finder in sys.meta_path):
-        sys.meta_path.append(_Aliases())  # last: modules of ours win
+        sys.meta_path.insert(0, _Aliases())
     found = next(finder for finder in sys.meta_path if isinstance(finder, _Aliases))
     found.targets[package] = target
     return names_of(package, target)
@@ -65,6 +65,11 @@ class _Aliases(MetaPathFinder):
                   target: ModuleType | None = None) -> ModuleSpec | None:
         for package, horovods in self.targets.items():
             if fullname.startswith(f"{package}."):
+                parent = fullname.rpartition(".")[0]
+                aliased = parent in sys.modules and sys.modules[parent].__name__ != parent
+                # Modules of ours win; below a package of Horovod's a second copy would be loaded.
+                if not aliased and PathFinder.find_spec(fullname, path) is not None:
+                    return None
                 name = horovods + fullname[len(package):]
                 found = _spec(name)
                 if found is not None:

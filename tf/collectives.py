@@ -19,11 +19,12 @@ from horovod.tensorflow.mpi_ops import process_set_included_op
 from hvd_ext import meeting
 from hvd_ext.agreement import Fingerprint, disagreement
 from hvd_ext.roll_call import Listener
-from hvd_ext.tensorflow.traffic import StepTraffic, nbytes, outermost_graph
+from hvd_ext.tensorflow.traffic import NoTraffic, StepTraffic, nbytes, outermost_graph
 from hvd_ext.traffic import allreduce_bytes, by_kind
 from hvd_ext.watch import WATCH
 
-NARROW = (tf.bfloat16,)  # Horovod's TensorFlow operations do not know it; it travels as float32
+# Horovod's TensorFlow operations do not know it: it is reduced as float32 and moved as int16.
+NARROW = (tf.bfloat16,)
 
 
 class Collectives:
@@ -37,11 +38,11 @@ class Collectives:
     """
 
     def __init__(self, process_set: Any = None, *, device_dense: str = "",
-                 device_sparse: str = "") -> None:
+                 device_sparse: str = "", counted: bool = True) -> None:
         self.process_set = horovod.global_process_set if process_set is None else process_set
         self.device_dense = device_dense
         self.device_sparse = device_sparse
-        self.traffic = StepTraffic()
+        self.traffic = StepTraffic() if counted and not in_session_graphs() else NoTraffic()
         self.kind = "gradients"
 
     def counted_as(self, kind: str) -> Collectives:
@@ -118,6 +119,12 @@ class Collectives:
                           compression: Any = horovod.Compression.none,
                           kind: str | None = None, **scale: float) -> list[tf.Tensor]:
         """Reduce several tensors as one group."""
+        if any(tensor.dtype in NARROW for tensor in tensors):
+            wide = [tf.cast(tensor, tf.float32) if tensor.dtype in NARROW else tensor
+                    for tensor in tensors]
+            reduced = self.grouped_allreduce(wide, name, op=op, compression=compression, kind=kind,
+                                             **scale)
+            return [tf.cast(one, tensor.dtype) for one, tensor in zip(reduced, tensors, strict=True)]
         for tensor in tensors:
             self._count_allreduce(tensor, compression, kind)
         return list(horovod.grouped_allreduce(
@@ -143,6 +150,9 @@ class Collectives:
 
         ``rows`` is the length of the result where the caller knows it.
         """
+        if tensor.dtype in NARROW:
+            carried = self.allgather(tf.bitcast(tensor, tf.int16), name, kind=kind, rows=rows)
+            return tf.bitcast(carried, tensor.dtype)
         gathered = horovod.allgather(tensor, name=unique(name), process_set=self.process_set,
                                      ignore_name_scope=True)
         if rows is not None:
@@ -157,6 +167,9 @@ class Collectives:
 
         ``rows`` is the length of the result where the caller knows it.
         """
+        if tensor.dtype in NARROW:
+            carried = self.alltoall(tf.bitcast(tensor, tf.int16), splits, name, kind=kind, rows=rows)
+            return tf.bitcast(carried, tensor.dtype)
         row = tensor.shape[1:].num_elements() * tensor.dtype.size
         own = row * (tf.cast(splits[self.rank], tf.int64) if tf.is_tensor(splits)
                      else int(splits[self.rank]))
@@ -227,6 +240,24 @@ class Collectives:
         if self.size == 1:
             return [thing]
         return list(horovod.allgather_object(thing, name=name, process_set=self.process_set))
+
+
+def in_session_graphs() -> bool:
+    """Whether this is TensorFlow 1's way: graphs that somebody runs in a ``tf.compat.v1.Session``."""
+    return not tf.compat.v1.executing_eagerly_outside_functions()
+
+
+def refuse_session_graphs(what: str) -> None:
+    """Refuse an extension in TensorFlow 1's graphs.
+
+    Raises:
+        NotImplementedError: this is one.
+    """
+    if in_session_graphs():
+        raise NotImplementedError(
+            f"{what} in a graph of TensorFlow 1 (tf.compat.v1.Session), where nobody would initialise the "
+            "state that it keeps: leave out tf.compat.v1.disable_eager_execution() and put the step into a "
+            "tf.function, or leave the extension out")
 
 
 def unique(name: str) -> str:

@@ -2,6 +2,8 @@
 
 import horovod.tensorflow as horovod
 
+from hvd_ext import aliases
+
 
 class Compression(horovod.Compression):
     """Horovod's ``none`` and ``fp16``, and one attribute for every registered compression.
@@ -9,3 +11,6 @@ class Compression(horovod.Compression):
     ``Compression.topk(ratio, ...)`` takes the arguments of :class:`hvd_ext.topk.TopK`, and so on
     for ``dir(Compression)``. For methods of your own see :func:`hvd_ext.tensorflow.register_reducer`.
     """
+
+
+__getattr__ = aliases.names_of(__name__, "horovod.tensorflow.compression")

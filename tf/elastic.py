@@ -10,6 +10,7 @@ from horovod.tensorflow.elastic import TensorFlowState, run
 from horovod.tensorflow.functions import broadcast_object
 from horovod.tensorflow.mpi_ops import rank
 
+from hvd_ext import aliases
 from hvd_ext.tensorflow.variables import as_tf, broadcast_variables
 
 __all__ = ["TensorFlowKerasState", "TensorFlowState", "run"]
@@ -63,3 +64,6 @@ class TensorFlowKerasState(ObjectState):
 
     def _save_model(self) -> None:
         self._saved = [variable.numpy() for variable in self._variables()]
+
+
+__getattr__ = aliases.names_of(__name__, "horovod.tensorflow.elastic")

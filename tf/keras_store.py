@@ -8,7 +8,7 @@ ranks that do not own them. ``gather`` brings the plain ones together, ``load`` 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,6 +72,44 @@ def saving(optimizer: Any, values: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         object.__delattr__(optimizer, IN_PLACE)
+
+
+class Saved:
+    """A value under the name of its variable, as the .h5 format asks a variable for both."""
+
+    def __init__(self, path: str, value: Any) -> None:
+        self.path = path
+        self._value = value
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        del copy
+        return np.asarray(self._value, dtype)
+
+
+def in_place(optimizer: Any, variables: list[Any]) -> list[Any]:
+    """The optimizer's variables; inside of :func:`saving` the values that stand for them."""
+    values = optimizer.__dict__.get(IN_PLACE)
+    if values is None:
+        return variables
+    return [Saved(variables[int(number)].path, value) for number, value in values.items()]
+
+
+def set_weights(optimizer: Any, weights: Sequence[Any], set_all: Callable[[Any], None]) -> None:
+    """What :func:`load` does, for Keras' ``set_weights``.
+
+    Raises:
+        RuntimeError: as the errors of ``load``. Reading an .h5 file, Keras takes a ValueError for a
+            reason to go on without the state, on this rank alone.
+    """
+    wrapper = optimizer._hvd_ext
+    if wrapper.plain_count in (None, len(optimizer.variables)):
+        set_all(weights)
+        return
+    store = {str(number): value for number, value in enumerate(weights)}
+    try:
+        load(optimizer, store, lambda values: set_all([values[key] for key in store]))
+    except ValueError as error:
+        raise RuntimeError(str(error)) from error
 
 
 def save(optimizer: Any, store: Any, save_all: Callable[[Any], None]) -> None:

@@ -5,6 +5,7 @@ Arguments are decided here; ``wrapper.py`` is the optimizer itself.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
@@ -19,7 +20,7 @@ from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.reducers import check_preconditioner, make_reducer
 from hvd_ext.tensorflow.reducers.plain import PlainReducer
 from hvd_ext.tensorflow.server import make_server
-from hvd_ext.tensorflow.wrapper import Wrapper, distributed_class
+from hvd_ext.tensorflow.wrapper import Distributed, Wrapper
 
 # What a class must not override for its gradients to be met between accumulation and clipping.
 PASSED_THROUGH = ("apply", "_backend_apply_gradients", "_clip_gradients")
@@ -140,6 +141,49 @@ def KerasDistributedOptimizer(
     return optimizer
 
 
+def PartialDistributedOptimizer(
+        optimizer: Any, name: str | None = None, device_dense: str = "", device_sparse: str = "",
+        compression: Any = horovod.Compression.none, sparse_as_dense: bool = False,
+        gradient_predivide_factor: float = 1.0, op: Any = horovod.Average, groups: Any = None,
+        process_set: Any = horovod.global_process_set, local_layers: Any = None,
+        scale_local_gradients: bool = True, **extensions: Any) -> Any:
+    """A distributed optimizer that leaves the gradients of ``local_layers`` on their rank.
+
+    Args:
+        local_layers: a built Keras layer, or several.
+        scale_local_gradients: divide their gradients by the number of ranks, as their share of a mean.
+
+    The other arguments are those of ``DistributedOptimizer``, with the same errors.
+
+    Raises:
+        ValueError: something in ``local_layers`` is no Keras layer, or has no weights yet.
+    """
+    local = local_variables(local_layers)
+    optimizer = KerasDistributedOptimizer(
+        optimizer, name, device_dense, device_sparse, compression, sparse_as_dense,
+        gradient_predivide_factor, op, groups=groups, process_set=process_set,
+        scale_local_gradients=scale_local_gradients, **extensions)
+    for variable in local:
+        keras_hooks.distributed_part(optimizer).register_local_var(variable)
+    return optimizer
+
+
+def local_variables(layers: Any) -> list[Any]:
+    """The trainable weights of ``local_layers=``: a layer, several, or None.
+
+    Raises:
+        ValueError: something is no Keras layer, or has no weights yet.
+    """
+    layers = [layers] if isinstance(layers, keras.Layer) else list(layers or [])
+    if not all(isinstance(layer, keras.Layer) for layer in layers):
+        raise ValueError(f"local_layers must be Keras layers, got {layers!r}")
+    unbuilt = [layer.name for layer in layers if not layer.built]
+    if unbuilt:
+        raise ValueError(f"local_layers {', '.join(unbuilt)} have no weights yet; call the model on a "
+                         "batch, or model.build(input_shape), first")
+    return [variable for layer in layers for variable in layer.trainable_weights]
+
+
 def passes_through(optimizer: Any) -> bool:
     """Whether its class leaves the way of a gradient from ``apply`` to clipping as Keras has it."""
     return all(getattr(type(optimizer), name) is getattr(keras.Optimizer, name)
@@ -156,3 +200,15 @@ def check_extension(optimizer: Any, what: str) -> None:
         raise NotImplementedError(
             f"{what} with {type(optimizer).__name__}, which handles gradients in a way of its own: "
             "wrap a plain optimizer, or leave the extension out")
+
+
+@functools.cache
+def distributed_class(wrapped: type) -> type:
+    """A subclass of ``wrapped`` under its name, so that saved models load without this package."""
+    kind = type(wrapped.__name__, (Distributed, wrapped), {
+        "__module__": wrapped.__module__, "__qualname__": wrapped.__qualname__,
+        "__doc__": wrapped.__doc__})
+    registered = keras.saving.get_registered_name(wrapped)
+    if registered != wrapped.__name__:
+        keras.src.saving.object_registration.GLOBAL_CUSTOM_NAMES[kind] = registered
+    return kind

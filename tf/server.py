@@ -15,8 +15,9 @@ import tensorflow as tf
 from hvd_ext import composition
 from hvd_ext.servers import owners, shares
 from hvd_ext.servers.ownership import EVERY_RANK
-from hvd_ext.tensorflow.collectives import Collectives
+from hvd_ext.tensorflow.collectives import Collectives, refuse_session_graphs
 from hvd_ext.tensorflow.traffic import Cell
+from hvd_ext.tensorflow.uneven_data import EXTENDED
 from hvd_ext.tensorflow.variables import as_tf
 
 SMALL_BYTES = 2**16  # weights of at most so many bytes travel together; larger ones are not copied
@@ -48,6 +49,7 @@ class UpdateServer:
             raise NotImplementedError(
                 f"server={kind!r} cannot follow a change of the number of ranks in the TensorFlow "
                 "front end; run without Horovod elastic, or leave server= out")
+        EXTENDED[self] = f"server={kind!r}"
         self.kind = kind
         self.collectives = collectives
         self.owners: dict[int, int] = {}
@@ -210,6 +212,7 @@ def make_server(kind: str | None, optimizer: Any, collectives: Collectives) -> U
     """
     if kind in (None, "replicated"):
         return None
+    refuse_session_graphs(f"server={kind!r}")
     composition.check(op=None, compression=None, op_name="Average", predivide=1.0, server=kind)
     if optimizer.built:
         raise ValueError(f"server={kind!r} with an optimizer that has state already: make a new "

@@ -22,6 +22,7 @@ from hvd_ext.tensorflow import keras_hooks
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.keras_hooks import refuse_xla
 from hvd_ext.tensorflow.loss_scale import loss_scale
+from hvd_ext.tensorflow.optimizer import local_variables
 from hvd_ext.tensorflow.reducers import (
     OTHER_REDUCTIONS,
     REDUCERS,
@@ -180,13 +181,10 @@ def distributed_tape(gradtape: tf.GradientTape, device_dense: str = "", device_s
 def partial_distributed_tape(gradtape: tf.GradientTape, *args: Any, local_layers: Any = None,
                              **options: Any) -> Any:
     """A distributed tape that leaves the gradients of ``local_layers`` on their rank."""
-    layers = [local_layers] if isinstance(local_layers, keras.Layer) else list(local_layers or [])
-    if not all(isinstance(layer, keras.Layer) for layer in layers):
-        raise ValueError(f"local_layers must be Keras layers, got {local_layers!r}")
+    local = local_variables(local_layers)
     tape = distributed_tape(gradtape, *args, **options)
-    for layer in layers:
-        for variable in layer.trainable_weights:
-            tape.register_local_source(variable)
+    for variable in local:
+        tape.register_local_source(variable)
     return tape
 
 

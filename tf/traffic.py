@@ -160,6 +160,27 @@ class StepTraffic:
                 {kind: int(received) for kind, (_, received) in total.items() if received})
 
 
+class NoTraffic(StepTraffic):
+    """Counts nothing: for collectives outside of a step, and in TensorFlow 1's graphs, where nobody
+    would initialise what the figures are kept in."""
+
+    def __init__(self) -> None:
+        pass
+
+    def begin(self) -> None:
+        pass
+
+    @contextmanager
+    def section(self) -> Iterator[None]:
+        yield
+
+    def add(self, kind: str, sent: Count, received: Count) -> None:
+        pass
+
+    def last(self) -> tuple[dict[str, int], dict[str, int]]:
+        return {}, {}
+
+
 def _add(total: Counts, counts: Counts) -> None:
     for kind, (sent, received) in counts.items():
         before = total.get(kind, [0, 0])

@@ -10,6 +10,8 @@ import horovod.tensorflow as horovod
 import keras
 import tensorflow as tf
 
+from hvd_ext.tensorflow.collectives import NARROW, Collectives
+
 PER_RANK = "_hvd_ext_per_rank"
 
 
@@ -64,9 +66,19 @@ def broadcast_variables(variables: Iterable[Any], root_rank: int,
     a compression, gradients accumulated so far) is left alone.
     """
     shared = [as_tf(variable) for variable in variables if not is_per_rank(variable)]
-    if not shared:
-        return None
-    return horovod.broadcast_variables(shared, root_rank, process_set=process_set, inplace=inplace)
+    narrow = [variable for variable in shared if variable.dtype.base_dtype in NARROW]
+    others = [variable for variable in shared if variable.dtype.base_dtype not in NARROW]
+    sent = horovod.broadcast_variables(others, root_rank, process_set=process_set, inplace=inplace) \
+        if others else None
+    if not narrow:
+        return sent
+    ranks = process_set.ranks
+    collectives = Collectives(process_set, counted=False)
+    root = root_rank if ranks is None else list(ranks).index(root_rank)
+    assigned = [variable.assign(collectives.broadcast(
+        tf.convert_to_tensor(variable), root, f"broadcast_variables/{number}"))
+        for number, variable in enumerate(narrow)]
+    return None if tf.executing_eagerly() else tf.group(*assigned, *([] if sent is None else [sent]))
 
 
 class CallableList(list):

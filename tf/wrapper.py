@@ -23,6 +23,7 @@ import tensorflow as tf
 from hvd_ext.tensorflow import keras_hooks, keras_store
 from hvd_ext.tensorflow.reducers.base import Reducer, before_reduce, divide_by_ranks, precondition, report
 from hvd_ext.tensorflow.server import UpdateServer, state_bytes
+from hvd_ext.tensorflow.uneven_data import EXTENDED
 from hvd_ext.tensorflow.variables import CallableList, as_tf, make_state, mark_per_rank, name_of
 
 # AutoGraph has nothing to translate here, and would take seconds to find out.
@@ -46,6 +47,8 @@ class Step:
     def run(self, gradients: Sequence[Any], apply: Callable[..., None]) -> None:
         """The whole step; ``apply`` is the wrapped optimizer's."""
         gradients = self._overwrites(list(gradients))
+        if self.wrapper.scaling is not None:  # hvd.uneven
+            gradients = self.wrapper.scaling.before(gradients)
         if self.wrapper.options.passes > 1:
             self._gather(gradients, apply)
         else:
@@ -131,6 +134,8 @@ class Step:
         if wrapper.options.passes == 1 and not self.optimizer.gradient_accumulation_steps:
             before_reduce(wrapper.preconditioner, mine, variables)
         reduced, self.good = reducer(mine, variables, **reducer.inputs(self.optimizer))
+        if wrapper.scaling is not None:
+            reduced = wrapper.scaling.after(reduced)
         reduced = precondition(wrapper.preconditioner, reduced, variables, reducer, self.good)
         for index, gradient in zip(far, reduced, strict=True):
             result[index] = gradient
@@ -202,6 +207,9 @@ class Wrapper:
         self.sums: dict[str, Any] = {}
         self.standard = standard
         self.step: Step | None = None
+        self.scaling: Any = None  # of gradients, by ``hvd.uneven``
+        if preconditioner is not None:
+            EXTENDED[self] = type(preconditioner).__name__
         self.plain_count: int | None = None  # variables that the wrapped optimizer has itself
         self.references: dict[int, tuple[Any, str]] = {}  # of the optimizer's variables, by id
 
@@ -279,7 +287,7 @@ class Distributed:
     @property
     def variables(self) -> CallableList:
         """All variables; also ``optimizer.variables()``, as Horovod's elastic states call it."""
-        return CallableList(super().variables)
+        return CallableList(keras_store.in_place(self, super().variables))
 
     # The step, in the order in which Keras calls
 
@@ -348,8 +356,8 @@ class Distributed:
             made = super().add_variable_from_reference(reference_variable, name=name,
                                                        initializer=initializer)
         else:
-            made = self.add_variable(shape=(0,), dtype=reference_variable.dtype,
-                                     name=f"{name}_elsewhere")
+            made = self.add_variable(shape=(0,), dtype=reference_variable.dtype,  # .h5: names are unique
+                                     name=f"{name_of(reference_variable).replace('/', '_')}_{name}_elsewhere")
         self._hvd_ext.references[id(as_tf(made))] = reference_variable, name
         return mark_per_rank(made) if accumulator or server is not None else made
 
@@ -366,6 +374,10 @@ class Distributed:
 
     def load_own_variables(self, store: Any) -> None:
         keras_store.load(self, store, super().load_own_variables)
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Take back the values of ``variables``, as files in the .h5 format hold them."""
+        keras_store.set_weights(self, weights, super().set_weights)
 
     def save_own_variables(self, store: Any) -> None:
         keras_store.save(self, store, super().save_own_variables)
@@ -386,15 +398,3 @@ class Distributed:
             raise ValueError(f"register_local_var({name_of(variable)}) after the optimizer was "
                              "built; call it before the first step")
         self._hvd_ext.local.add(id(as_tf(variable)))
-
-
-@functools.cache
-def distributed_class(wrapped: type) -> type:
-    """A subclass of ``wrapped`` under its name, so that saved models load without this package."""
-    kind = type(wrapped.__name__, (Distributed, wrapped), {
-        "__module__": wrapped.__module__, "__qualname__": wrapped.__qualname__,
-        "__doc__": wrapped.__doc__})
-    registered = keras.saving.get_registered_name(wrapped)
-    if registered != wrapped.__name__:
-        keras.src.saving.object_registration.GLOBAL_CUSTOM_NAMES[kind] = registered
-    return kind

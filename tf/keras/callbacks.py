@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,9 +10,9 @@ import horovod.tensorflow as horovod
 import keras
 import tensorflow as tf
 from horovod.tensorflow.keras.callbacks import *  # noqa: F403
-from horovod.tensorflow.keras.callbacks import BestModelCheckpoint
 
-from hvd_ext import checks
+from hvd_ext import aliases, checks
+from hvd_ext.scalars import log_report, scalars
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.keras_hooks import require_tensorflow_backend
 from hvd_ext.tensorflow.replicas import assert_replicas_equal
@@ -19,7 +20,7 @@ from hvd_ext.tensorflow.variables import as_tf, broadcast_variables
 
 __all__ = [
     "AssertReplicasEqualCallback", "BestModelCheckpoint", "BroadcastGlobalVariablesCallback",
-    "LearningRateScheduleCallback", "LearningRateWarmupCallback", "MetricAverageCallback",
+    "LearningRateScheduleCallback", "LearningRateWarmupCallback", "MetricAverageCallback", "ReportCallback",
 ]
 
 
@@ -195,6 +196,29 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
             print(f"\nEpoch {epoch + 1}: finished gradual learning rate warmup to {rate:g}.")
 
 
+class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
+    """``keras.callbacks.ModelCheckpoint`` of the best model; set its ``filepath`` before training.
+
+    The arguments are those of ``ModelCheckpoint``.
+
+    Raises:
+        ValueError: when training begins without a ``filepath``.
+    """
+
+    def __init__(self, monitor: str = "val_loss", verbose: int = 0, save_weights_only: bool = False,
+                 mode: str = "auto", save_freq: Any = "epoch") -> None:
+        super().__init__("best.weights.h5" if save_weights_only else "best.keras", monitor=monitor,
+                         verbose=verbose, save_best_only=True, save_weights_only=save_weights_only,
+                         mode=mode, save_freq=save_freq)
+        self.filepath = None  # Keras 3 takes none, Horovod's class leaves it open
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        if self.filepath is None:
+            raise ValueError("BestModelCheckpoint has no file: set its filepath, to a name that ends in "
+                             ".keras or .h5 (.weights.h5 with save_weights_only), before training")
+        super().on_train_begin(logs)
+
+
 class AssertReplicasEqualCallback(keras.callbacks.Callback):
     """Stops training with an error on every rank as soon as the replicas are not the same bits.
 
@@ -224,6 +248,65 @@ class AssertReplicasEqualCallback(keras.callbacks.Callback):
                               optimizer=self.model.optimizer if self.optimizer else None)
 
 
+class ReportCallback(keras.callbacks.Callback):
+    """Writes the figures of ``optimizer.report()`` for TensorBoard: bytes, steps skipped, residuals.
+
+    The figures are of one rank and of its last step, with ``hvd_ext/`` before their names; what each
+    extension has is on its page. Only ranks that have this callback write.
+
+    Args:
+        writer: a folder, in which each rank writes into ``rank<R>``; a writer of ``tf.summary``; or
+            anything with ``add_scalar(tag, value, step)``.
+        batches: write after every so many batches; None for the end of each epoch.
+        prefix: what comes before the names.
+
+    Raises:
+        TypeError: ``writer`` is nothing of that, or the model's optimizer is not distributed.
+    """
+
+    def __init__(self, writer: Any, *, batches: int | None = None, prefix: str = "hvd_ext") -> None:
+        super().__init__()
+        require_tensorflow_backend(type(self).__name__)
+        self.batches = None if batches is None else checks.whole("batches", batches, low=1)
+        self.prefix = prefix
+        self._own = isinstance(writer, (str, os.PathLike))
+        if not (self._own or isinstance(writer, tf.summary.SummaryWriter)
+                or callable(getattr(writer, "add_scalar", None))):
+            raise TypeError("writer must be a folder, a writer of tf.summary, or have add_scalar(tag, "
+                            f"value, step); got {writer!r}")
+        self._writer = writer
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        if not callable(getattr(self.model.optimizer, "report", None)):
+            raise TypeError(f"the optimizer {self.model.optimizer.name!r} has no report(): compile the "
+                            "model with a hvd.DistributedOptimizer, or leave ReportCallback out")
+        if self._own:
+            folder = os.path.join(self._writer, f"rank{horovod.rank()}")
+            self._writer, self._own = tf.summary.create_file_writer(folder), False
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        if self.batches is not None and (batch + 1) % self.batches == 0:
+            self._write()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        if self.batches is None:
+            self._write()
+
+    def on_train_end(self, logs: Any = None) -> None:
+        if callable(getattr(self._writer, "flush", None)):
+            self._writer.flush()
+
+    def _write(self) -> None:
+        optimizer = self.model.optimizer
+        step = int(optimizer.iterations)
+        if not isinstance(self._writer, tf.summary.SummaryWriter):
+            log_report(self._writer, optimizer, step, prefix=self.prefix)
+            return
+        with self._writer.as_default():
+            for name, value in scalars(optimizer.report(), self.prefix).items():
+                tf.summary.scalar(name, value, step=step)
+
+
 def _momenta(optimizer: Any) -> Iterable[Any]:
     """The momentum buffers of SGD and RMSprop, which hold steps and so carry the learning rate."""
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
@@ -231,3 +314,6 @@ def _momenta(optimizer: Any) -> Iterable[Any]:
         return ()
     buffers = getattr(optimizer, "momentums", None) or getattr(optimizer, "_momentums", ())
     return [buffer for buffer in buffers if buffer is not None]
+
+
+__getattr__ = aliases.names_of(__name__, "horovod.tensorflow.keras.callbacks")

@@ -7,7 +7,11 @@ from horovod.tensorflow.keras.elastic import (
     run,
 )
 
+from hvd_ext import aliases
 from hvd_ext.tensorflow.elastic import TensorFlowKerasState as KerasState
 
 __all__ = ["CommitStateCallback", "KerasState", "UpdateBatchStateCallback",
            "UpdateEpochStateCallback", "run"]
+
+
+__getattr__ = aliases.names_of(__name__, "horovod.tensorflow.keras.elastic")

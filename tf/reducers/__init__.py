@@ -13,7 +13,7 @@ from hvd_ext.buckets import check_groups
 from hvd_ext.delay import DelayCompensated
 from hvd_ext.options import Options, Plain
 from hvd_ext.powersgd import PowerSGD
-from hvd_ext.tensorflow.collectives import Collectives
+from hvd_ext.tensorflow.collectives import Collectives, refuse_session_graphs
 from hvd_ext.tensorflow.compression import Compression
 from hvd_ext.tensorflow.reducers.base import Reducer
 from hvd_ext.tensorflow.reducers.delay import DelayReducer
@@ -77,6 +77,7 @@ def make_reducer(collectives: Collectives, options: Options, *, op: Any, compres
     if settings is None:
         average = predivide if names[0] == "Average" else 1.0
         return PlainReducer(collectives, Plain(op, compression, average), options)
+    refuse_session_graphs(composition.public_name(settings))
     return REDUCERS[type(settings)](collectives, settings, options)
 
 
@@ -85,9 +86,13 @@ def check_preconditioner(preconditioner: Any) -> None:
 
     Raises:
         TypeError: it is none.
+        NotImplementedError: in a graph of TensorFlow 1.
     """
-    if preconditioner is not None and not hasattr(preconditioner, "precondition"):
+    if preconditioner is None:
+        return
+    if not hasattr(preconditioner, "precondition"):
         raise TypeError(f"preconditioner must be hvd.SENG(model, ...), got {preconditioner!r}")
+    refuse_session_graphs(f"preconditioner={type(preconditioner).__name__}")
 
 
 def _check_compression(compression: Any) -> None:

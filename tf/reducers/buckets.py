@@ -25,6 +25,7 @@ from hvd_ext.buckets import (
 from hvd_ext.options import Options
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.reducers.base import Gradient, MakeVariable, Reducer
+from hvd_ext.tensorflow.uneven_data import EXTENDED
 from hvd_ext.tensorflow.variables import as_tf, name_of
 
 Started = Mapping[tuple[int, int], Any]
@@ -45,6 +46,7 @@ class BucketReducer(Reducer):
                 f"{composition.public_name(settings)} cannot follow a change of the number of ranks "
                 "in the TensorFlow front end; run without Horovod elastic, or leave the extension "
                 "out")
+        EXTENDED[self] = composition.public_name(settings)
         self.bucket_bytes = getattr(settings, "bucket_bytes", DEFAULT_BUCKET_BYTES)
         self.specs: list[TensorSpec] = []
         self.buckets: list[Bucket] = []

@@ -1,0 +1,246 @@
+"""Uneven data: ranks that run out of batches at different times, and end together.
+
+A rank that has run out shadows the others: it goes through the same step with a batch that it has had,
+and its gradients count as zeros. So it takes part in every collective of that step, whatever they are.
+One small sum before each step says who has a batch.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import horovod.tensorflow as horovod
+import keras
+import tensorflow as tf
+
+from hvd_ext.composition import public_name
+from hvd_ext.delay import DelayCompensated
+from hvd_ext.options import Plain
+from hvd_ext.powersgd import PowerSGD
+from hvd_ext.tensorflow import keras_hooks
+from hvd_ext.tensorflow.traffic import Cell
+from hvd_ext.topk import TopK
+from hvd_ext.uneven import JOIN, WEIGHTS, Weighing, check
+from hvd_ext.watch import WATCH
+
+EXTENDED: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()  # what join cannot serve
+
+
+class Scaling:
+    """What gradients are multiplied with before and after their reduction, changeable between steps."""
+
+    def __init__(self) -> None:
+        self._factors = Cell(2, tf.float64)
+        self._used = Cell(1)
+        self._factors.assign(tf.ones((2,), tf.float64))
+        self.refused: str | None = None  # why no step may be traced now
+
+    def set(self, before: float, after: float) -> None:
+        """Choose the factors of the next step."""
+        self._factors.assign(tf.constant([before, after], tf.float64))
+
+    def before(self, gradients: Sequence[Any]) -> list[Any]:
+        """This rank's gradients times its factor; zeros where that is 0, whatever they are."""
+        if self.refused:
+            raise RuntimeError(self.refused)
+        self._used.assign(self._used.read() + 1)
+        return self._times(gradients, 0)
+
+    def after(self, gradients: Sequence[Any]) -> list[Any]:
+        """The reduced gradients times the factor of all."""
+        return self._times(gradients, 1)
+
+    def _times(self, gradients: Sequence[Any], which: int) -> list[Any]:
+        factor = self._factors.read()[which]
+        return [_times(gradient, factor) for gradient in gradients]
+
+    def used(self) -> int:
+        """How many passes have been scaled so far."""
+        return int(self._used.numbers()[0])
+
+
+class Uneven:
+    """What ``with hvd.uneven(optimizer) as data`` gives; :meth:`batches` is to be iterated over."""
+
+    def __init__(self, optimizer: Any, weigh: str) -> None:
+        wrapper = keras_hooks.wrapper_of(optimizer) if isinstance(optimizer, keras.Optimizer) else None
+        if wrapper is None:
+            raise TypeError("hvd.uneven takes the optimizer that hvd.DistributedOptimizer returned (a tape "
+                            f"cannot be told of other ranks' batches), got {optimizer!r}")
+        self._collectives = wrapper.collectives
+        if self._collectives.elastic:
+            raise NotImplementedError("hvd.uneven cannot follow a change of the number of ranks in the "
+                                      "TensorFlow front end; run without Horovod elastic")
+        settings, passes = wrapper.reducer.settings, wrapper.options.passes
+        plain = isinstance(settings, Plain)
+        linear = plain or isinstance(settings, (TopK, PowerSGD))
+        check(weigh, reduction=f"op={settings.op!r}" if plain else public_name(settings), whole=linear,
+              weighable=settings.op == horovod.Average if plain
+              else linear or (isinstance(settings, DelayCompensated) and passes == 1))
+        self._linear = linear
+        self._weighing = Weighing(weigh, self._collectives.size)
+        if wrapper.scaling is None:
+            wrapper.scaling = Scaling()
+        self._scaling: Scaling = wrapper.scaling
+        self._open = self._ended = False
+
+    def __enter__(self) -> Uneven:
+        self._open, self._ended = True, False
+        self._scaling.refused = ("a step inside of `with hvd.uneven(optimizer) as data` that is not on one "
+                                 "of its batches: iterate over data.batches(dataset)")
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._open, self._scaling.refused = False, None
+        self._scaling.set(1.0, 1.0)
+        if kind is None and not self._ended:
+            self._leave()
+            raise RuntimeError("this rank left `with hvd.uneven(...) as data` before data.batches(dataset) "
+                               "had ended: all ranks go on until no rank has a batch; leave out the break, "
+                               "and give fewer batches instead")
+
+    def batches(self, dataset: Iterable[Any]) -> Iterator[Any]:
+        """The dataset's batches, and then some of them again until no rank has any left.
+
+        Args:
+            dataset: a ``tf.data.Dataset``, or anything that gives batches. Their first axis is that of
+                the samples.
+
+        Raises:
+            RuntimeError: on every rank, when one leaves the loop early; or when the step was traced before
+                ``hvd.uneven`` was first called.
+            ValueError: the ranks' ``weigh=`` differ; or a rank has no batch at all and its dataset does not
+                say what one looks like.
+        """
+        if not self._open:
+            raise RuntimeError("batches() outside of its block: `with hvd.uneven(optimizer) as data:`")
+        iterator, last = iter(dataset), None
+        while True:
+            try:
+                batch = next(iterator, None)
+                if batch is None and last is None:
+                    last = _empty_batch(dataset)
+            except Exception:
+                self._leave()
+                raise
+            mine = batch is not None
+            samples = _samples(batch) if mine else 0
+            active, total = self._meet(mine, samples)
+            if active == 0:
+                self._ended = True
+                return
+            self._scaling.set(*self._factors(mine, samples, active, total))
+            used, refused = self._scaling.used(), self._scaling.refused
+            last = batch if mine else last
+            self._scaling.refused = None
+            yield last
+            self._scaling.refused = refused
+            if self._scaling.used() == used:
+                raise RuntimeError("no gradients were scaled in this step: call hvd.uneven(optimizer) once "
+                                   "before the first step, so that the traced step has them scaled, and "
+                                   "make one step for each batch")
+
+    def _factors(self, mine: bool, samples: int, active: int, total: float) -> tuple[float, float]:
+        """Before and after the reduction. Of a linear one all can be put before, pass by pass."""
+        before, after = self._weighing.before(samples, total), self._weighing.after(active)
+        if self._linear:
+            before, after = before * after, 1.0
+        return (before if mine else 0.0), after
+
+    def _meet(self, active: bool, samples: int, left: bool = False) -> tuple[int, float]:
+        """How many ranks have a batch, and the samples of all."""
+        by = WEIGHTS.index(self._weighing.by)
+        words = [active, samples, left, left * self._collectives.rank, *(by == one for one in range(3))]
+        WATCH.start(horovod.rank(), horovod.shutdown)
+        WATCH.begin("the ranks that have a batch (hvd.uneven)")
+        try:
+            total = self._collectives.allreduce(tf.constant([float(one) for one in words], tf.float64),
+                                                "hvd_ext/uneven", op=horovod.Sum, kind="agreement").numpy()
+        finally:
+            WATCH.end()
+        if total[2] and not left:
+            self._ended = True
+            who = f"rank {int(total[3])}" if total[2] == 1 else f"{int(total[2])} ranks"
+            raise RuntimeError(f"{who} left data.batches(dataset) of hvd.uneven before it had ended, so that "
+                               "the others cannot go on; see the error there")
+        if not left and total[4 + by] != self._weighing.ranks:
+            self._ended = True
+            raise ValueError(f"the ranks' weigh= of hvd.uneven differ, this one has {self._weighing.by!r}; "
+                             "give all of them the same")
+        return int(total[0]), float(total[1])
+
+    def _leave(self) -> None:
+        """Tell the others, who would wait for this rank."""
+        self._ended = True
+        if self._collectives.size > 1:
+            self._meet(False, 0, left=True)
+
+
+def uneven(optimizer: Any, weigh: str = "ranks") -> Uneven:
+    """The loop over an epoch's batches, whose number may differ by rank; every rank enters and leaves it.
+
+    ::
+
+        with hvd.uneven(optimizer, weigh="samples") as data:
+            for x, y in data.batches(dataset):
+                step(x, y)                            # eager, or a tf.function
+
+    A rank that has run out of batches goes through the step with its last one, its gradients counted
+    as zeros (TopK and PowerSGD go on sending its residual), and makes every update, so that weights,
+    iterations and schedules stay the same on all ranks; the loop ends on all of them together. What the
+    step itself adds up, such as metrics, sees that batch again.
+
+    Args:
+        optimizer: one that ``hvd.DistributedOptimizer`` returned; before its first step is traced.
+        weigh: what the mean is taken over. "ranks": all of them, as if those without a batch had gradients
+            of zero. "active": those that have a batch. "samples": every rank's gradient weighs as many
+            samples as its batch has, so that means over batches become the mean over all samples.
+
+    Raises:
+        TypeError: the optimizer is not distributed.
+        ValueError: an unknown ``weigh``, or one that the optimizer's reduction has no meaning for.
+        NotImplementedError: under Horovod elastic.
+    """
+    return Uneven(optimizer, weigh)
+
+
+def join(*args: Any, **options: Any) -> Any:
+    """Horovod's ``join``; an error where an extension is in use.
+
+    Raises:
+        RuntimeError: names ``hvd.uneven``.
+    """
+    if len(EXTENDED) > 0:
+        gc.collect()  # what is no longer in use does not count
+    if len(EXTENDED) > 0:
+        what = next(iter(EXTENDED.values()))
+        raise RuntimeError(JOIN.format(what=what))
+    return horovod.join(*args, **options)
+
+
+def _times(gradient: Any, factor: tf.Tensor) -> Any:
+    """A gradient times a 0-D number; zeros where that is 0."""
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(_times(gradient.values, factor), gradient.indices, gradient.dense_shape)
+    if gradient is None:
+        return None
+    gradient = tf.convert_to_tensor(gradient)
+    factor = tf.cast(factor, gradient.dtype)
+    return tf.where(tf.equal(factor, 0), tf.zeros_like(gradient), gradient * factor)
+
+
+def _samples(batch: Any) -> int:
+    return int(tf.shape(tf.nest.flatten(batch)[0])[0])
+
+
+def _empty_batch(dataset: Any) -> Any:
+    """A batch of one row of zeros, of the kind that a dataset without batches would give."""
+    if not hasattr(dataset, "element_spec"):
+        raise ValueError("this rank has no batch at all, and its dataset does not say what one looks like: "
+                         "give a tf.data.Dataset, or at least one batch")
+    return tf.nest.map_structure(
+        lambda spec: tf.zeros([1 if size is None else size for size in spec.shape], spec.dtype),
+        dataset.element_spec)

@@ -28,6 +28,7 @@ VARIABLE = "HVD_EXT_TIMEOUT"
 DEFAULT = "60"
 FIRST = 5.0  # times the limit, before the first step is over
 GRACE = 10.0  # seconds from the verdict until the process is ended
+PARTING = 1.0  # seconds for the others to say why they end, before a launcher sees this process's end
 EXIT_STATUS = 70
 
 
@@ -195,6 +196,8 @@ class Watch:
             thread.start()
         for thread in told:
             thread.join(GRACE / 2)
+        if told:
+            time.sleep(PARTING)
 
     def told(self, rank: int, what: str) -> None:
         """Another rank has failed: its exchanges will never come."""

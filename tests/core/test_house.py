@@ -42,7 +42,7 @@ def test_oracles_are_independent_of_what_they_check(path):
 
 FRONT_ENDS = {"torch": ROOT / "torch_ext", "tensorflow": ROOT / "tf"}
 TENSORFLOW_ALONE = {"tape", "traffic", "variables", "checkpoint", "keras_hooks", "waiting"}
-TORCH_ALONE = {f"seng/{name}" for name in (
+TORCH_ALONE = {"passes"} | {f"seng/{name}" for name in (
     "attention", "check", "eager", "functions", "lookup", "notices", "per_sample", "probe", "samples",
     "tied")}
 LONGEST = 400  # lines

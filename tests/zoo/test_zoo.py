@@ -15,10 +15,9 @@ from tests.zoo.transformers_models import TRANSFORMERS
 
 FEW = ("ConvNeXt", "EfficientNet", "NFNet", "Swin", "BERT", "GPT-2", "OPT", "Llama", "Mixtral")
 MODELS = {**TIMM, **TRANSFORMERS}
-# Tables of positions and the like weigh much in models as small as these. Swin v2 and BEiT give the
-# weight of a linear layer to F.linear with a bias of their own.
+# Tables of positions and the like weigh much in models as small as these; in Mamba a fourth is used without
+# its modules.
 LEAST = 0.75
-LESS = {"Swin v2": 0.35}
 
 
 @pytest.mark.parametrize("name", [
@@ -29,7 +28,7 @@ def test_direction_is_the_dense_one(name):
         pytest.skip(why)
     found = measure(MODELS[name])
     assert found.error < MODELS[name].limit, found.worst
-    assert found.coverage > LESS.get(name, LEAST), found.line
+    assert found.coverage > LEAST, found.line
     assert "rows" not in found.placements
     assert len(found.said) == len({text[:60] for text in found.said}), "more than one warning for a cause"
 

@@ -55,6 +55,26 @@ class _Use:
         return self.gz is not None or (self.call is not None and bool(self.call.states))
 
 
+def _on_gradient(z: torch.Tensor, caught: Callable[[torch.Tensor], None], *, own_base: bool) -> None:
+    """Call ``caught`` with the gradient by z.
+
+    A linear layer of more than two dimensions returns a view. What changes a view in place, as a ReLU may,
+    loses the hooks that it had, so that its base is asked (``own_base``: which no one else uses).
+    """
+    base = z._base
+    whole = base is not None and base.numel() == z.numel() and z.is_contiguous() and base.is_contiguous()
+    if not (own_base and whole) or base is None or base.grad_fn is None:
+        z.register_hook(caught)
+        return
+    shape, place = z.shape, base.output_nr
+
+    def before(gradients: tuple[torch.Tensor, ...]) -> None:
+        if gradients[place] is not None:
+            caught(gradients[place].reshape(shape))
+
+    base.grad_fn.register_prehook(before)
+
+
 def _keep(states: dict[int, torch.Tensor], place: int, gradient: torch.Tensor) -> None:
     states[place] = gradient.detach()
 
@@ -273,7 +293,7 @@ class Capture:
             if self._waiting[layer] == 0:
                 self._finish(layer)
 
-        z.register_hook(caught)
+        _on_gradient(z, caught, own_base=layer.product)
         if states and use.call is not None:
             # Which of its outputs are used shows at the end of the pass only.
             self._waiting[layer] += 1

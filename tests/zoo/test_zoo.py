@@ -16,8 +16,9 @@ from tests.zoo.transformers_models import TRANSFORMERS
 FEW = ("ConvNeXt", "EfficientNet", "NFNet", "Swin", "BERT", "GPT-2", "OPT", "Llama", "Mixtral")
 MODELS = {**TIMM, **TRANSFORMERS}
 # Tables of positions and the like weigh much in models as small as these; in Mamba a fourth is used without
-# its modules.
+# its modules, in Swin v2 half is the network of fixed width that makes a table of positions.
 LEAST = 0.75
+LESS = {"Swin v2": 0.45}
 
 
 @pytest.mark.parametrize("name", [
@@ -28,7 +29,7 @@ def test_direction_is_the_dense_one(name):
         pytest.skip(why)
     found = measure(MODELS[name])
     assert found.error < MODELS[name].limit, found.worst
-    assert found.coverage > LEAST, found.line
+    assert found.coverage > LESS.get(name, LEAST), found.line
     assert "rows" not in found.placements
     assert len(found.said) == len({text[:60] for text in found.said}), "more than one warning for a cause"
 

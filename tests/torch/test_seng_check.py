@@ -48,10 +48,33 @@ def test_a_weight_used_past_its_forward_falls_back_with_one_warning():
     assert "57.1 % its samples' gradients do not add up to its gradient (mixed, Linear)" in str(report)
 
 
+@pytest.mark.parametrize("threshold", [10**9, 0])
+def test_a_weight_with_the_bias_of_another_module_is_captured(threshold):
+    """BEiT and Swin v2: query, key and value with a bias that leaves out the key's."""
+    class Apart(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixed, self.head = nn.Linear(4, 6, bias=False), nn.Linear(6, 3)
+            self.bias = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            bias = torch.cat([self.bias, torch.zeros_like(self.bias)])
+            return self.head(torch.tanh(F.linear(x, self.mixed.weight, bias) + self.mixed(x.flip(1))))
+
+    torch.manual_seed(0)
+    model, x = Apart().double(), torch.randn(B, 4).double()
+    with pytest.warns(UserWarning, match="bias of Apart"):
+        seng = hvd.SENG(model, damping=LAM, sketch=None, explicit_threshold=threshold, rank=100, uc="exact")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compare(model, (x,), lambda i: (x[i:i + 1],), seng)
+    assert F.linear is torch._C._nn.linear
+
+
 def test_a_weight_that_is_used_without_its_module_says_so():
     class Beside(models.Past):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(torch.tanh(F.linear(x, self.mixed.weight)))
+            return self.head(torch.tanh(x @ self.mixed.weight.T))
 
     model, x = Beside().double(), torch.randn(B, 4).double()
     seng = hvd.SENG(model, damping=LAM)

@@ -15,6 +15,7 @@ from tests.torch.small import LAM, batch, loss_of
 
 @pytest.fixture(autouse=True)
 def compiled_anew():
+    gc.collect()  # the SENGs of other tests
     torch._dynamo.reset()
     yield
     gc.collect()

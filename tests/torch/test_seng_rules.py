@@ -170,6 +170,19 @@ def test_modules_used_twice_and_tied_weights(threshold):
                                    reference.direction(u, g[layer], LAM), rtol=1e-7)
 
 
+@pytest.mark.parametrize("shape", [(5, 4), (5, 3, 4), (5, 2, 3, 4)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_activation_in_place_behind_a_layer(shape, bias):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6, bias), nn.ReLU(True), nn.Linear(6, 3), nn.ReLU(True),
+                          nn.Flatten()).double()
+    x = torch.randn(shape).double()
+    target = torch.randn_like(model(x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        against_single_samples(model, hvd.SENG(model, damping=LAM, sketch=None), x, target)
+
+
 def test_summed_loss_and_loss_scale():
     model, module, x, target = problem("conv2d")
     shares = by_masking(model, module, lambda out: 0.5 * (out - target).square().sum(), x, 1.0)

@@ -15,10 +15,10 @@ from tests.zoo.transformers_models import TRANSFORMERS
 
 FEW = ("ConvNeXt", "EfficientNet", "NFNet", "Swin", "BERT", "GPT-2", "OPT", "Llama", "Mixtral")
 MODELS = {**TIMM, **TRANSFORMERS}
-# Tables of positions and the like weigh much in models as small as these. Swin v2 and BEiT give the
-# weight of a linear layer to F.linear with a bias of their own.
+# Tables of positions and the like weigh much in models as small as these; in Mamba a fourth is used without
+# its modules, in Swin v2 half is the network of fixed width that makes a table of positions.
 LEAST = 0.75
-LESS = {"Swin v2": 0.35}
+LESS = {"Swin v2": 0.45}
 
 
 @pytest.mark.parametrize("name", [

@@ -5,23 +5,20 @@ While the module runs on a refresh step, ``F.linear`` also tells what it was giv
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from hvd_ext.torch.seng.functions import listen_to
 from hvd_ext.torch.seng.rules import Factors, PerSample, Pick, Registered, Rule, rule_for
 
 Arrange = Callable[[torch.Tensor], torch.Tensor]
 Tell = Callable[[nn.Module, torch.Tensor, torch.Tensor, Rule, Arrange], None]
 """``tell(module, x, z, rule, arrange)``: a projection of ``module`` made z of x; ``arrange`` brings what
 attention takes for its batch to the front of either."""
-
-_LOCK = threading.RLock()
 
 
 def attention_rule(module: nn.MultiheadAttention) -> Registered:
@@ -33,22 +30,12 @@ def attention_rule(module: nn.MultiheadAttention) -> Registered:
 
 def listen(module: nn.MultiheadAttention, tell: Tell) -> Callable[[], None]:
     """Tell of every projection from here on until the function that is returned is called."""
-    _LOCK.acquire()
-    original = F.linear
     batch: list[int] = []  # N of (L, N, E), as the inner projections see it
 
-    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        z = original(x, weight, bias)
+    def listener(x: torch.Tensor, weight: torch.Tensor, _bias: torch.Tensor | None, z: torch.Tensor) -> None:
         _match(module, x, weight, z, tell, batch)
-        return z
 
-    F.linear = linear
-
-    def stop() -> None:
-        F.linear = original
-        _LOCK.release()
-
-    return stop
+    return listen_to("linear", listener)
 
 
 def _match(module: nn.MultiheadAttention, x: torch.Tensor, weight: torch.Tensor, z: torch.Tensor,

@@ -15,9 +15,10 @@ from hvd_ext.seng import Settings, generator, sample_batch
 from hvd_ext.seng.samples import CONSTANT
 from hvd_ext.torch.seng.attention import Arrange, listen
 from hvd_ext.torch.seng.check import GradientCheck, add_up
+from hvd_ext.torch.seng.functions import listen_to_embedding, listen_to_linear
 from hvd_ext.torch.seng.inventory import Layer
 from hvd_ext.torch.seng.per_sample import Call
-from hvd_ext.torch.seng.rules import Registered, Rule
+from hvd_ext.torch.seng.rules import Registered, Rule, look_up
 from hvd_ext.torch.seng.samples import Pick, Result, Samples
 from hvd_ext.torch.seng.system import NOT_FINITE, LayerSystem, take
 
@@ -36,7 +37,8 @@ def in_backward() -> bool:
 @dataclass(eq=False)
 class _Use:
     """One call of a module in a forward pass. ``rule`` and ``arrange`` are those of a projection in
-    attention; ``call`` has the whole call where a rule wants it."""
+    attention; ``call`` has the whole call where a rule wants it, ``slots`` the parameters where they are
+    not all of the module's."""
 
     module: nn.Module
     x: torch.Tensor
@@ -45,11 +47,32 @@ class _Use:
     rule: Rule | None = None
     arrange: Arrange | None = None
     call: Call | None = None
+    slots: dict[str, int] | None = None
 
     @property
     def reached(self) -> bool:
         """Whether the backward pass has come here."""
         return self.gz is not None or (self.call is not None and bool(self.call.states))
+
+
+def _on_gradient(z: torch.Tensor, caught: Callable[[torch.Tensor], None], *, own_base: bool) -> None:
+    """Call ``caught`` with the gradient by z.
+
+    A linear layer of more than two dimensions returns a view. What changes a view in place, as a ReLU may,
+    loses the hooks that it had, so that its base is asked (``own_base``: which no one else uses).
+    """
+    base = z._base
+    whole = base is not None and base.numel() == z.numel() and z.is_contiguous() and base.is_contiguous()
+    if not (own_base and whole) or base is None or base.grad_fn is None:
+        z.register_hook(caught)
+        return
+    shape, place = z.shape, base.output_nr
+
+    def before(gradients: tuple[torch.Tensor, ...]) -> None:
+        if gradients[place] is not None:
+            caught(gradients[place].reshape(shape))
+
+    base.grad_fn.register_prehook(before)
 
 
 def _keep(states: dict[int, torch.Tensor], place: int, gradient: torch.Tensor) -> None:
@@ -87,12 +110,17 @@ class Capture:
     def __init__(self, model: nn.Module, layers: Sequence[Layer], settings: Settings,
                  amp_scale: Callable[[], float]) -> None:
         self.layers = list(layers)
+        self._model = model
         self._settings = settings
         self._amp_scale = amp_scale
         self._layer_of = {module: layer for layer in self.layers for module in layer.slots}
         self._attentions = [module for module in model.modules()
                             if isinstance(module, nn.MultiheadAttention)
                             and (module in self._layer_of or module.out_proj in self._layer_of)]
+        self._linears: dict[int, list[nn.Linear]] = {}
+        for module, layer in self._layer_of.items():
+            if isinstance(module, nn.Linear) and not layer.tried and "weight" in layer.slots[module]:
+                self._linears.setdefault(id(module.weight), []).append(module)
         names = {module: name for name, module in model.named_modules() if module in self._layer_of}
         self.samples = Samples(model, settings, names)
         self._check = GradientCheck()
@@ -123,13 +151,16 @@ class Capture:
         if self._handles:
             return
         self.samples.start()
+        self._around(self._model, lambda: listen_to_linear(self._linears, self._used_apart))
         for module, layer in self._layer_of.items():
-            if not isinstance(module, nn.MultiheadAttention):
+            if isinstance(module, nn.Embedding) and type(module).forward is not nn.Embedding.forward:
+                self._around(module, partial(listen_to_embedding, module, self._looked_up))
+            elif not isinstance(module, nn.MultiheadAttention):
                 self._handles.append(module.register_forward_hook(
                     partial(self._forward, layer), with_kwargs=True))
                 self.samples.hooks.add(self._handles[-1].id)
         for module in self._attentions:
-            self._listen_to(module)
+            self._around(module, partial(listen, module, self._projected))
 
     def stop(self) -> None:
         """Remove the hooks and everything caught."""
@@ -197,15 +228,12 @@ class Capture:
 
     # In the forward pass
 
-    def _listen_to(self, module: nn.MultiheadAttention) -> None:
+    def _around(self, module: nn.Module, begin: Callable[[], Callable[[], None]]) -> None:
+        """Call ``begin`` before each of the module's forward passes, and what it gives behind it."""
         stops: list[Callable[[], None]] = []
 
-        def tell(part: nn.Module, x: torch.Tensor, z: torch.Tensor, rule: Rule, arrange: Arrange) -> None:
-            if part in self._layer_of:
-                self._use(self._layer_of[part], _Use(part, x, None, None, rule, arrange), z)
-
         def before(_module: nn.Module, _args: tuple[Any, ...]) -> None:
-            stops.append(listen(module, tell))
+            stops.append(begin())
 
         def after(_module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
             if stops:
@@ -214,6 +242,18 @@ class Capture:
         self._handles.append(module.register_forward_pre_hook(before))
         self._handles.append(module.register_forward_hook(after, always_call=True))
         self.samples.hooks.add(self._handles[-1].id)
+
+    def _projected(self, part: nn.Module, x: torch.Tensor, z: torch.Tensor, rule: Rule,
+                   arrange: Arrange) -> None:
+        if part in self._layer_of:
+            self._use(self._layer_of[part], _Use(part, x, None, None, rule, arrange), z)
+
+    def _used_apart(self, module: nn.Module, x: torch.Tensor, z: torch.Tensor) -> None:
+        layer = self._layer_of[module]
+        self._use(layer, _Use(module, x, None, slots={"weight": layer.slots[module]["weight"]}), z)
+
+    def _looked_up(self, module: nn.Module, x: torch.Tensor, z: torch.Tensor) -> None:
+        self._use(self._layer_of[module], _Use(module, x, None, rule=look_up), z)
 
     def _forward(self, layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
                  output: Any) -> None:
@@ -253,7 +293,7 @@ class Capture:
             if self._waiting[layer] == 0:
                 self._finish(layer)
 
-        z.register_hook(caught)
+        _on_gradient(z, caught, own_base=layer.product)
         if states and use.call is not None:
             # Which of its outputs are used shows at the end of the pass only.
             self._waiting[layer] += 1
@@ -298,10 +338,11 @@ class Capture:
         captured, everything = [], []
         for use in uses:
             pick, result = self._result(use, registered, dtype, few=few)
-            captured.append((layer.slots[use.module], pick.regroup(result)))
+            slots = layer.slots[use.module] if use.slots is None else use.slots
+            captured.append((slots, pick.regroup(result)))
             if whole:
                 full = self._result(use, registered, dtype, few=False)[1] if few else result
-                everything.append((layer.slots[use.module], full))
+                everything.append((slots, full))
         count = pick.samples if self._settings.loss_reduction == "mean" else 1
         assert self._scale is not None
         scale = count / (self._scale * pick.kept ** 0.5)

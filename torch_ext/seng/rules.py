@@ -238,12 +238,9 @@ def _rms_norm(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick) 
     return {"weight": (x_hat * gz).reshape(x.shape[0], -1, *shape).sum(1)}
 
 
-def _embedding(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick) -> Lookup:
+def look_up(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick) -> Lookup:
+    """The rule of ``Embedding``: ``x`` are the numbers of the rows, ``gz`` is of what was found there."""
     assert isinstance(module, nn.Embedding)
-    if x.is_floating_point() or x.dtype == torch.bool or gz.shape != (*x.shape, module.embedding_dim):
-        raise ValueError("its input is not the numbers of its rows")
-    if type(module).forward is not nn.Embedding.forward and int(x.max()) >= module.num_embeddings:
-        raise ValueError("its input is not the numbers of its rows")
     index, g = pick(x), pick(gz)
     index = index.reshape(index.shape[0], -1)
     return Lookup(index, _unpadded(module, index, g.reshape(*index.shape, gz.shape[-1])))
@@ -288,6 +285,6 @@ for _type in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
     register_seng_rule(_type, _batch_norm)
 register_seng_rule(nn.LayerNorm, _layer_norm)
 register_seng_rule(nn.RMSNorm, _rms_norm)
-for _table, _rule in ((nn.Embedding, _embedding), (nn.EmbeddingBag, _embedding_bag)):
+for _table, _rule in ((nn.Embedding, look_up), (nn.EmbeddingBag, _embedding_bag)):
     _RULES[_table] = Registered(_table.__name__, _rule, lookup=True)
 register_seng_rule(nn.GroupNorm, _group_norm)

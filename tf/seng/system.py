@@ -141,11 +141,6 @@ class LayerSystem(tf.Module):
                   "taken_at": at, "ready": tf.constant(True)}
         return taken, system, tf.logical_and(good, factored)
 
-    def outcome(self, new: Candidate) -> tf.Tensor:
-        """How this rank's refresh went: GOOD, FAILED or REFUSED, 0-D int32."""
-        went = tf.where(new.good, GOOD, FAILED)
-        return tf.where(self.wrong, REFUSED, went)
-
     def settle(self, new: Candidate, agreed: tf.Tensor) -> None:
         """Put a candidate in place, or count a refresh without curvature; what was there stays then."""
         names = [sorted(parts) for parts in new.blocks]

@@ -64,7 +64,7 @@ class BatchSize:
         self._seen = {}
         try:
             model(keras.tree.map_structure(functools.partial(_three_samples, rng), given), training=False)
-        except (ValueError, tf.errors.OpError):
+        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, tf.errors.OpError):
             return  # not an input that this model takes
         finally:
             seen, self._seen = self._seen, None

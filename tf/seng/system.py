@@ -185,7 +185,8 @@ class LayerSystem(tf.Module):
         """
         def factored(lam: tf.Tensor, gram: tf.Tensor, lower: tf.Tensor, jitter: tf.Tensor) -> tf.Tensor:
             new, added, good = kernels.factor(gram, lam)
-            tf.cond(good, lambda: _done(write(lower, new)), lambda: tf.constant(False))
+            was = read(lower, tf.float64, (None, None))
+            write(lower, tf.cond(good, lambda: new, lambda: was))
             write(jitter, added)
             return tf.constant(True)
 
@@ -264,7 +265,3 @@ class LayerSystem(tf.Module):
                     nbytes=sum(int(tf.size(t)) * t.dtype.size for t in tensors),
                     jitter=float(self.jitter), age=step - int(self.taken_at),
                     coefficient_norm=float(tf.norm(self.coefficients)))
-
-
-def _done(_: None) -> tf.Tensor:
-    return tf.constant(True)

@@ -17,7 +17,6 @@ from tests.tensorflow.seng_cases import (  # noqa: E402
     IMPLICIT,
     LAM,
     MODELS,
-    Alone,
     L,
     batch,
     flat,
@@ -45,11 +44,13 @@ def test_direction_is_the_dense_solve(case, settings, compiled):
 
     def step(x, y):
         found = gradient(model, x, y)
-        return found, seng.precondition(found, variables, Alone())
+        return found, seng.step(found, variables)
 
     run = tf.function(step) if compiled else step
     g, p = run(tf.constant(x), tf.constant(y))
     assert all(bool(state.ready) for state in seng.states)
+    assert not any(bool(state.wrong) for state in seng.states)
+    assert seng.report()["coverage"].startswith("SENG has curvature for 100.0%")
     for numbers in places(seng, variables):
         us = np.concatenate([samples[k].reshape(len(x), -1) for k in numbers], axis=1)
         expected = reference.direction(reference.dense_u(us), flat([g[k] for k in numbers]), LAM)

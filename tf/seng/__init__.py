@@ -90,6 +90,7 @@ class SENG(tf.Module):
                                batch)
         self._wanted = self.capture.wanted
         self.states: list[LayerSystem] = []
+        self._fresh: list[tf.Tensor] = []
         self._start = Start(model, batch, self._begin)
 
     def _begin(self, model: keras.Model, free: bool) -> None:
@@ -309,8 +310,9 @@ class SENG(tf.Module):
 
     def reset_state(self) -> None:
         """Start anew: no curvature, step 0, a refresh at the next step."""
-        for variable, value in zip(self.variables, self._fresh, strict=True):
-            variable.assign(value)
+        if self._fresh:  # a model that is not built yet has nothing to forget
+            for variable, value in zip(self.variables, self._fresh, strict=True):
+                variable.assign(value)
         self._ranks = 0
 
     def report(self) -> CurvatureReport:

@@ -176,7 +176,7 @@ class Capture:
         # No constants go in and nothing comes out: TensorFlow would make a function of its own of each call.
         scale = self._scale()
         varies = tf.is_tensor(scale) or isinstance(scale, tf.Variable)
-        changing = [tf.cast(scale, gz.dtype)] if varies else []
+        changing = [tf.cast(tf.convert_to_tensor(scale), gz.dtype)] if varies else []
         changing += [] if batch is None else [batch]
         shapes: list[Any] = [None, None]
         alike: Any = id(inside)

@@ -68,7 +68,6 @@ def captured_sum(layer: Layer, u: tf.Tensor, g: tf.Tensor, a: tf.Tensor, setting
     Args:
         u, g, a: as in ``Captured``.
     """
-    parts = []
     if layer.registered.rows:
         rho = tf.shape(g)[0]
         assert layer.groups is not None

@@ -14,7 +14,7 @@ from hvd_ext.seng import Settings, check_same_layers, fingerprint, states_differ
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.seng.blocks import Context
 from hvd_ext.tensorflow.seng.check import REASON
-from hvd_ext.tensorflow.seng.system import GOOD, REFUSED, LayerSystem
+from hvd_ext.tensorflow.seng.system import FAILED, GOOD, REFUSED, LayerSystem
 
 
 def check_ranks(systems: Sequence[LayerSystem], settings: Settings, collectives: Collectives, *,
@@ -61,7 +61,8 @@ def refresh(systems: Sequence[LayerSystem], number: tf.Variable, at: tf.Tensor, 
     _equal_columns(apart, [blocks for blocks, _ in taken.values()], context)
     made = [system.candidate(*taken[system], at, lam, context) if system in taken
             else system.take_candidate(number, at, lam, context) for system in systems]
-    went = tf.stack([system.outcome(candidate) for system, candidate in zip(systems, made, strict=True)])
+    wrong = tf.stack([system.wrong.read_value() for system in systems])
+    went = tf.where(wrong, REFUSED, tf.where(tf.stack([one.good for one in made]), GOOD, FAILED))
     collectives = context.collectives
     agreed = collectives.if_many(
         lambda: collectives.allreduce(went, f"{context.prefix}.refresh", op=horovod.Min),

@@ -296,9 +296,9 @@ def _embedding(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick) -> Rows:
 
 
 def _einsum_dense(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick) -> Factors | PerSample:
-    x, gz = pick(x), pick(gz)
-    found = einsum.roles(layer.equation, len(x.shape))
-    sample, rest = found.x[0], {}
+    x, gz, found = pick(x), pick(gz), einsum.roles(layer.equation, len(x.shape))
+    sample = found.x[0]
+    rest: PerSample = {}
     if layer.bias_axes is not None:
         rest["bias"] = tf.reduce_sum(gz, axis=[
             axis for axis, letter in enumerate(found.z) if axis and letter not in layer.bias_axes])

@@ -61,13 +61,14 @@ class BatchSize:
         if given is None or not tf.executing_eagerly():
             return
         rng = np.random.default_rng(0)
-        self._seen = {}
+        seen: dict[Layer, list[np.ndarray]] = {}
+        self._seen = seen
         try:
             model(keras.tree.map_structure(functools.partial(_three_samples, rng), given), training=False)
-        except (ValueError, tf.errors.OpError):
+        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, tf.errors.OpError):
             return  # not an input that this model takes
         finally:
-            seen, self._seen = self._seen, None
+            self._seen = None
         for layer in layers:
             found = {arrangement(x) for x in seen.get(layer, ())}
             layer.samples = found.pop() if len(found) == 1 else UNKNOWN if found else NOT_CHECKED

@@ -141,11 +141,6 @@ class LayerSystem(tf.Module):
                   "taken_at": at, "ready": tf.constant(True)}
         return taken, system, tf.logical_and(good, factored)
 
-    def outcome(self, new: Candidate) -> tf.Tensor:
-        """How this rank's refresh went: GOOD, FAILED or REFUSED, 0-D int32."""
-        went = tf.where(new.good, GOOD, FAILED)
-        return tf.where(self.wrong, REFUSED, went)
-
     def settle(self, new: Candidate, agreed: tf.Tensor) -> None:
         """Put a candidate in place, or count a refresh without curvature; what was there stays then."""
         names = [sorted(parts) for parts in new.blocks]
@@ -190,7 +185,8 @@ class LayerSystem(tf.Module):
         """
         def factored(lam: tf.Tensor, gram: tf.Tensor, lower: tf.Tensor, jitter: tf.Tensor) -> tf.Tensor:
             new, added, good = kernels.factor(gram, lam)
-            tf.cond(good, lambda: _done(write(lower, new)), lambda: tf.constant(False))
+            was = read(lower, tf.float64, (None, None))
+            write(lower, tf.cond(good, lambda: new, lambda: was))
             write(jitter, added)
             return tf.constant(True)
 
@@ -269,7 +265,3 @@ class LayerSystem(tf.Module):
                     nbytes=sum(int(tf.size(t)) * t.dtype.size for t in tensors),
                     jitter=float(self.jitter), age=step - int(self.taken_at),
                     coefficient_norm=float(tf.norm(self.coefficients)))
-
-
-def _done(_: None) -> tf.Tensor:
-    return tf.constant(True)

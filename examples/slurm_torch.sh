@@ -1,0 +1,16 @@
+#!/bin/bash
+# Two nodes, four ranks each: sbatch examples/slurm_torch.sh
+#SBATCH --job-name=hvd-ext-torch
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=4
+#SBATCH --cpus-per-task=8
+#SBATCH --time=00:30:00
+# On GPU nodes: #SBATCH --gpus-per-task=1
+set -euo pipefail
+
+module load openmpi            # the one that Horovod was built with
+source .venv/bin/activate
+export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK
+export HVD_EXT_TIMEOUT=120     # seconds without progress until a rank that does not answer ends the job
+
+srun --mpi=pmix --kill-on-bad-exit=1 python -m examples.torch_digits --op delay --server sharded

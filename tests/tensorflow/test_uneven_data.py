@@ -1,0 +1,214 @@
+"""Ranks that run out of batches at different times: against NumPy, and against gradients of zero."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+tf = pytest.importorskip("tensorflow", reason="TensorFlow is not installed")
+pytest.importorskip("horovod.tensorflow", reason="Horovod is not built for TensorFlow")
+
+import keras  # noqa: E402
+
+import hvd_ext.tensorflow.keras as hvd  # noqa: E402
+from tests.tensorflow import training  # noqa: E402
+
+BATCHES = {"two and five": ((2, 4), (5, 2)), "one has none": ((3, 4), (0, 4))}  # rank: (batches, rows)
+RATE = 0.125  # Keras keeps it in float32: a number that float32 has
+OPTIONS = {
+    "plain": dict,
+    "rank0": lambda: {"server": "rank0"},
+    "sharded": lambda: {"server": "sharded"},
+    "topk of everything": lambda: {"compression": hvd.Compression.topk(1.0, min_size=1)},
+    "delay without compensation": lambda: {"op": hvd.DelayCompensated(lam=0.0, adaptive=False)},
+}
+OTHERS = {
+    "topk": lambda: {"compression": hvd.Compression.topk(0.3, min_size=1)},
+    "powersgd": lambda: {"compression": hvd.Compression.powersgd(1)},
+    "delay": lambda: {"op": hvd.DelayCompensated(lam=2.0)},
+    "topk, sharded": lambda: {"compression": hvd.Compression.topk(0.3, min_size=1), "server": "sharded"},
+}
+
+
+def rows(name, rank):
+    """This rank's batches of (x, y), float64."""
+    rng = np.random.default_rng(rank)
+    count, size = BATCHES[name][rank]
+    return [(rng.normal(size=(size, 3)), rng.normal(size=(size, 2))) for _ in range(count)]
+
+
+def model_of():
+    keras.utils.set_random_seed(1)
+    return keras.Sequential([keras.Input((3,), dtype="float64"),
+                             keras.layers.Dense(2, use_bias=False, dtype="float64")])
+
+
+def by_numpy(name, weigh):
+    """Heavy-ball steps on the weighed mean of the ranks' gradients."""
+    w = training.weights(model_of())[0]
+    momentum, data = np.zeros_like(w), [rows(name, rank) for rank in range(2)]
+    for step in range(max(map(len, data))):
+        now = [batches[step] for batches in data if step < len(batches)]
+        gradients = [2 * x.T @ (x @ w - y) / y.size for x, y in now]
+        sizes = [len(x) for x, _ in now]
+        divisors = {"ranks": [2] * len(now), "active": [len(now)] * len(now),
+                    "samples": [sum(sizes) / size for size in sizes]}[weigh]
+        momentum = 0.9 * momentum - RATE * sum(g / by for g, by in zip(gradients, divisors, strict=True))
+        w = w + momentum
+    return w
+
+
+def stepper(model, optimizer, graph):
+    def step(x, y):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((model(x) - y) ** 2)
+        gradients = tape.gradient(loss, model.trainable_variables)
+        optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+        return loss
+
+    return tf.function(step) if graph else step
+
+
+def dataset(name):
+    _, size = BATCHES[name][hvd.rank()]
+    flat = rows(name, hvd.rank()) or [(np.zeros((0, 3)), np.zeros((0, 2)))]
+    x, y = (np.concatenate(parts) for parts in zip(*flat, strict=True))
+    return tf.data.Dataset.from_tensor_slices((x, y)).batch(size)
+
+
+def trained(name, option, weigh, graph):
+    model = model_of()
+    options = {**OPTIONS, **OTHERS}[option]()
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(RATE, momentum=0.9), **options)
+    step, seen = stepper(model, optimizer, graph), 0
+    with hvd.uneven(optimizer, weigh) as data:
+        for x, y in data.batches(dataset(name)):
+            step(x, y)
+            seen += 1
+    hvd.assert_replicas_equal(model)
+    assert int(optimizer.iterations) == seen == max(count for count, _ in BATCHES[name])
+    return training.weights(model)[0]
+
+
+def with_zeros(name, option):
+    """The same by gradients of zero, given by hand on the rank that has run out."""
+    model = model_of()
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(RATE, momentum=0.9),
+                                         **{**OPTIONS, **OTHERS}[option]())
+    step, batches = stepper(model, optimizer, False), rows(name, hvd.rank())
+    for number in range(max(count for count, _ in BATCHES[name])):
+        if number < len(batches):
+            step(*map(tf.constant, batches[number]))
+        else:
+            optimizer.apply([tf.zeros(one.shape, one.dtype) for one in model.trainable_variables],
+                            model.trainable_variables)
+    return training.weights(model)[0]
+
+
+def against_numpy(cases):
+    return [trained(*case) for case in cases]
+
+
+def against_zeros(names):
+    return [(trained("two and five", one, "ranks", True), with_zeros("two and five", one)) for one in names]
+
+
+@pytest.mark.ranks
+def test_a_shadow_is_a_rank_with_gradients_of_zero(ranks):
+    for pairs in ranks(2, init="tensorflow").run(against_zeros, tuple(OTHERS), timeout=200):
+        for name, (mine, expected) in zip(OTHERS, pairs, strict=True):
+            np.testing.assert_allclose(mine, expected, atol=1e-6, err_msg=name)  # float32 is sent
+
+
+def faults():
+    """What goes wrong on one rank is an error on all; afterwards training goes on."""
+    model = model_of()
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
+    step = stepper(model, optimizer, True)
+
+    def leave_early():
+        with hvd.uneven(optimizer) as data:
+            for x, y in data.batches(dataset("two and five")):
+                step(x, y)
+                if hvd.rank() == 1:
+                    break
+
+    with pytest.raises(RuntimeError, match="this rank left" if hvd.rank() == 1 else "rank 1 left"):
+        leave_early()
+
+    def broken():
+        yield from rows("two and five", hvd.rank())[:1]
+        if hvd.rank() == 0:
+            raise OSError("no such file")
+        yield from rows("two and five", hvd.rank())[1:]
+
+    def read():
+        with hvd.uneven(optimizer) as data:
+            for x, y in data.batches(broken()):
+                step(tf.constant(x), tf.constant(y))
+
+    with pytest.raises(OSError if hvd.rank() == 0 else RuntimeError,
+                       match="no such file" if hvd.rank() == 0 else "rank 0 left"):
+        read()
+
+    def differ():
+        with hvd.uneven(optimizer, "active" if hvd.rank() else "samples") as data:
+            for x, y in data.batches(dataset("two and five")):
+                step(x, y)
+
+    with pytest.raises(ValueError, match=r"weigh= of hvd\.uneven differ"):
+        differ()
+    with hvd.uneven(optimizer) as data:
+        for x, y in data.batches(dataset("two and five")):
+            step(x, y)
+    hvd.assert_replicas_equal(model)
+    return True
+
+
+def traced_too_early():
+    model = model_of()
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
+    step = stepper(model, optimizer, True)
+    batch = tf.constant(rows("two and five", 0)[0][0]), tf.constant(rows("two and five", 0)[0][1])
+    step(*batch)
+    with pytest.raises(RuntimeError, match="before the first step"):  # noqa: PT012, SIM117
+        with hvd.uneven(optimizer) as data:
+            for x, y in data.batches([batch, batch]):
+                step(x, y)
+
+
+def join_with_an_extension():
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1), server="sharded")
+    with pytest.raises(RuntimeError, match=r"knows allreduce only.*with hvd\.uneven"):
+        hvd.join()
+    del optimizer
+
+
+@pytest.mark.ranks
+def test_errors_come_on_all_ranks(ranks):
+    pool = ranks(2, init="tensorflow")
+    pool.run(faults, timeout=120)
+    pool.run(traced_too_early)
+    pool.run(join_with_an_extension)
+
+
+def test_bad_arguments():
+    with pytest.raises(TypeError, match=r"hvd\.DistributedOptimizer returned"):
+        hvd.uneven(keras.optimizers.SGD(0.1))
+
+
+def refused():
+    with pytest.raises(ValueError, match="weigh"):
+        hvd.uneven(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), "rows")
+    with pytest.raises(ValueError, match="weigh='active' needs a mean"):
+        hvd.uneven(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1), op=hvd.Sum), "active")
+    with pytest.raises(ValueError, match="weigh='samples' and DelayCompensated"):
+        hvd.uneven(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1), op=hvd.DelayCompensated()), "samples")
+    data = hvd.uneven(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)))
+    with pytest.raises(RuntimeError, match="outside of its block"):
+        next(data.batches([]))
+
+
+@pytest.mark.ranks
+def test_weighings_that_have_no_meaning(ranks):
+    ranks(2, init="tensorflow").run(refused)

@@ -182,7 +182,8 @@ class Capture:
         alike: Any = id(inside)
         if registered.alike is not None:
             alike, loose = registered.alike(inside)
-            shapes = [[None, *one.shape[1:-1], None if loose else one.shape[-1]] for one in (x, gz)]
+            shapes = [[None, *one.shape[1:-1], None if loose else one.shape[-1]][:len(one.shape)]
+                      for one in (x, gz)]
             if layer.samples == "second":
                 shapes = [[one.shape[0], None, *own[2:]]
                           for one, own in zip((x, gz), shapes, strict=True)]

@@ -40,7 +40,7 @@ SUM := $(shell cat $(SOURCES) | cksum | tr ' ' '-')
 TOOLS := $(VENV)/.tools-$(SUM)
 READY := $(VENV)/.ready-$(subst $(space),-,$(FRAMEWORKS))-$(SUM)
 
-.PHONY: setup demo test test-quick test-soak test-zoo test-gpu-build lint bench doctor clean
+.PHONY: setup demo test test-quick test-soak test-cluster test-zoo test-gpu-build lint bench doctor clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -57,6 +57,11 @@ test-quick: $(READY)
 
 test-soak: $(READY)
 	$(PY) -m pytest -m soak $(PYTEST_ARGS)
+
+# Hosts as network namespaces: needs root, and ip and tc (iproute2).
+test-cluster: $(READY)
+	$(PY) -m tests.cluster.hosts
+	$(PY) -m pytest -m cluster tests/cluster $(PYTEST_ARGS)
 
 # Horovod with NCCL operations, built from wheels in an environment of its own: 10 GB, 20 minutes.
 test-gpu-build: $(TOOLS)

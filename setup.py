@@ -41,6 +41,7 @@ setup(
         ],
         # For hvd_ext.async_ps. MPI itself is the system's, or comes with `hvd-ext install-horovod`.
         "mpi": [f"mpi4py=={VERSIONS['MPI4PY']}"],
+        "lightning": ["lightning>=2.6"],
         "examples": ["scikit-learn", "matplotlib"],
         "zoo": ["timm", "transformers", "torchvision==0.28.*"],  # the torchvision of this torch
         "dev": [f"mpi4py=={VERSIONS['MPI4PY']}", "hypothesis", "pytest", "pytest-timeout", "ruff", "mypy",

@@ -17,6 +17,9 @@ from tests.ranks import Ranks
 hypothesis.settings.register_profile("any machine", deadline=None)  # slow is not wrong
 hypothesis.settings.load_profile("any machine")
 
+# Markers of tests that run only when ``-m`` names them; each has a target of its own in the Makefile.
+ON_REQUEST = {"soak", "cluster", "zoo", "gpu_build"}
+
 # Files that import a framework, of which none can be collected without it; ranks' own imports come on top.
 NEEDS = {
     "torch": re.compile(r"^(from|import) (torch|hvd_ext\.torch|horovod\.torch|examples\.(torch|resnet)"
@@ -41,11 +44,6 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
         return None
     text = collection_path.read_text()
     return True if any(NEEDS[name].search(text) for name in LEFT_OUT) else None
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """The marker of tests that make hosts, which run only when ``-m`` asks for it."""
-    config.addinivalue_line("markers", "cluster: makes hosts of its own; run by `make test-cluster`")
 
 
 def pytest_report_header() -> str:
@@ -88,13 +86,15 @@ def ranks(_pools: dict[tuple[int, str], Ranks]) -> Callable[..., Ranks]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Group a file's tests by number of ranks, so that ranks start seldom; skip what cannot run here."""
-    made = [item for item in items if item.get_closest_marker("cluster")]
-    if made and "cluster" not in config.option.markexpr:
-        config.hook.pytest_deselected(items=made)
-        items[:] = [item for item in items if item not in made]
-    elif made:
-        why = missing()
-        for item in made if why else ():
+    asked = set(re.findall(r"\w+", config.option.markexpr))
+    left = [item for item in items if any(mark.name in ON_REQUEST - asked for mark in item.iter_markers())]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        gone = set(map(id, left))
+        items[:] = [item for item in items if id(item) not in gone]
+    hosts = [item for item in items if item.get_closest_marker("cluster")]
+    if hosts and (why := missing()):
+        for item in hosts:
             item.add_marker(pytest.mark.skip(reason=why))
     order = {path: number for number, path in enumerate(dict.fromkeys(i.path for i in items))}
     items.sort(key=lambda item: (order[item.path], _size_of(item)))

@@ -14,7 +14,8 @@ from lightning.pytorch.core.optimizer import LightningOptimizer  # type: ignore[
 from lightning.pytorch.strategies import ParallelStrategy  # type: ignore[import-not-found,unused-ignore]
 
 import hvd_ext.torch as hvd
-from hvd_ext.torch.wrapper import STATE_KEY, ExtendedOptimizer
+from hvd_ext.torch.extended import ExtendedOptimizer
+from hvd_ext.torch.wrapper import STATE_KEY
 
 BY_RANK = "hvd_ext_by_rank"
 

@@ -19,10 +19,10 @@ from hvd_ext.options import Options
 from hvd_ext.torch.collectives import Collectives
 from hvd_ext.torch.compression import WideCompressor
 from hvd_ext.torch.copies import copy_as_wrapped
+from hvd_ext.torch.extended import extend
 from hvd_ext.torch.loss_scale import loss_scale
 from hvd_ext.torch.reducers import REDUCERS, make_reducer
 from hvd_ext.torch.server import make_server
-from hvd_ext.torch.wrapper import extend
 
 __getattr__ = aliases.names_of(__name__, "horovod.torch.optimizer")
 

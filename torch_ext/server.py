@@ -53,6 +53,9 @@ class UpdateServer:
 
     def __init__(self, where: str) -> None:
         self.where = where
+        self._forget_plan()
+
+    def _forget_plan(self) -> None:
         self.messages: list[Message] = []
         self.parameters: list[torch.Tensor] = []
         self._loads: list[int] = []
@@ -65,10 +68,11 @@ class UpdateServer:
                groups: Any = None) -> None:
         """Serve ``optimizer`` over the ranks of ``collectives``; its parameters decide the owners.
 
-        Args:
-            groups: Horovod's ``groups=``: which parameters share a message under "sharded".
+        Called again when the ranks have changed: owners are planned anew. ``groups`` is Horovod's
+        ``groups=``: which parameters share a message under "sharded".
         """
         self.collectives = collectives
+        self._forget_plan()
         self._optimizer = weakref.ref(optimizer)
         self._groups = groups
         self._label = "server"

@@ -6,10 +6,8 @@ preconditioned -> the user's clipping, if any -> ``step()``: the update, where `
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,36 +15,12 @@ import torch
 from hvd_ext.composition import public_name
 from hvd_ext.names import checked_names
 from hvd_ext.torch.collectives import SHARED_ERRORS, Collectives
-from hvd_ext.torch.copies import reduce_wrapped
 from hvd_ext.torch.passes import Passes
 from hvd_ext.torch.reducers.base import Entry, Reducer
 from hvd_ext.watch import WATCH
 
 STATE_KEY = "hvd_ext"
 LIVE: weakref.WeakSet[Wrapper] = weakref.WeakSet()  # the wrappers of this process
-
-
-def extend(optimizer: torch.optim.Optimizer, named_parameters: Any, reducer: Reducer,
-           preconditioner: Any, server: Any, grad_scaler: Any) -> Any:
-    """An instance of a subclass of the optimizer's class that shares everything it has."""
-    wrapped = type(optimizer)
-    # ``step`` is defined in the class itself, under Horovod's module name: Horovod's
-    # broadcast_optimizer_state then finds the wrapped optimizer's own step one class above.
-    members = {"step": ExtendedOptimizer._distributed_step, "__module__": "horovod.torch.optimizer"}
-    # torch would wrap it once more when a state is loaded, and run the user's step hooks twice.
-    ExtendedOptimizer._distributed_step.hooked = True  # type: ignore[attr-defined]
-    cls = type(wrapped.__name__, (ExtendedOptimizer, wrapped), members)
-    extended = cls.__new__(cls)
-    # A scheduler that already watches the optimizer has put a step of its own into the instance.
-    extended.__dict__.update({k: v for k, v in vars(optimizer).items() if k != "step"})
-    extended._synchronized = False
-    extended._should_synchronize = True
-    if preconditioner is not None and grad_scaler is not None:
-        preconditioner.set_grad_scaler(grad_scaler)
-    extended._hvd_ext = Wrapper(extended, named_parameters, reducer, preconditioner, server)
-    extended._hvd_ext.original = weakref.ref(optimizer)
-    extended._hvd_ext.grad_scaler = grad_scaler
-    return extended
 
 
 class Wrapper:
@@ -219,18 +193,29 @@ class Wrapper:
         self.forget()
         _remove(self._hooks)
 
+    def regroup(self) -> None:
+        """Take a new part after ranks have left or joined, on all ranks together."""
+        self.forget()
+        self._ranks = self.collectives.size
+        self.reducer.met = None
+        if self.server is not None:
+            self.server.attach(self.collectives, self.optimizer, self.reducer.options.groups)
+        if self.preconditioner is not None:
+            self.preconditioner.attach(self.collectives, self.optimizer)
+
     def _meet_ranks(self) -> None:
         """After an elastic change of the number of ranks, let the extensions take their new part."""
         before, self._ranks = self._ranks, self.collectives.size
         if before == self._ranks:
             return
         self.reducer.met = None
-        self.reducer.ranks_changed(before, self._ranks)
+        self.reducer.lost(max(0, before - self._ranks))
         if self.server is not None and self.server.where != "replicated":
             raise RuntimeError(
                 f"the number of ranks changed from {before} to {self._ranks}, and "
-                f"server={self.server.where!r} left moments on ranks that are not all here; wrap "
-                'the optimizer anew and load a gather_state_dict(), or train with server="replicated"'
+                f"server={self.server.where!r} left moments on ranks that are not all here; give the "
+                "optimizer to hvd.elastic.TorchState, whose commits bring them together, or train with "
+                'server="replicated"'
             )
         if self.preconditioner is not None:
             self.preconditioner.attach(self.collectives, self.optimizer)
@@ -276,13 +261,7 @@ class Wrapper:
                 "one file per rank, or pass reset_per_rank_state=True to start that state anew"
             )
         self.forget()
-        if self.server is not None:
-            state_dict = self.server.load_state_dict(
-                state_dict, None if own is None else own.get("server"))
-        load(state_dict)
-        original = self.original()
-        if original is not None:  # a scheduler that was made before wrapping goes on setting its groups
-            original.param_groups, original.state = self.optimizer.param_groups, self.optimizer.state
+        self.load_wrapped(state_dict, None if own is None else own.get("server"), load)
         anew = own is None or reset_per_rank_state
         if anew or "reducer" not in own:
             self.reducer.reset_per_rank_state()
@@ -294,6 +273,16 @@ class Wrapper:
             else:
                 self.preconditioner.load_state_dict(own["preconditioner"])
 
+    def load_wrapped(self, state: dict[str, Any], mark: dict[str, Any] | None,
+                     load: Callable[[dict[str, Any]], None]) -> None:
+        """Restore the wrapped optimizer with ``load``; ``mark`` is the server's, from the same state."""
+        if self.server is not None:
+            state = self.server.load_state_dict(state, mark)
+        load(state)
+        original = self.original()
+        if original is not None:  # a scheduler that was made before wrapping goes on setting its groups
+            original.param_groups, original.state = self.optimizer.param_groups, self.optimizer.state
+
     def report(self) -> dict[str, Any]:
         """Figures of the last step: bytes by kind, and those of each extension in use."""
         traffic = self.collectives.traffic
@@ -303,117 +292,6 @@ class Wrapper:
             if extension is not None:
                 figures[name] = extension.report()
         return figures
-
-
-class ExtendedOptimizer(torch.optim.Optimizer):
-    """The methods of an extended optimizer beside its own class's; Horovod's names and meanings."""
-
-    _hvd_ext: Wrapper
-    _synchronized: bool
-    _should_synchronize: bool
-
-    @property
-    def backward_passes_per_step(self) -> int:
-        """Backward passes expected before ``step()``."""
-        return self._hvd_ext.reducer.passes
-
-    def set_backward_passes_per_step(self, passes: int) -> None:
-        """Change the number of backward passes before ``step()``; between steps only."""
-        if passes <= 0:
-            raise ValueError("backward_passes_per_step must be > 0")
-        self._hvd_ext.set_passes(passes)
-
-    def synchronize(self) -> None:
-        """Wait for the reduced gradients and precondition them; ``parameter.grad`` holds them after.
-
-        Under ``server="sharded"`` that takes another exchange, which ``step()`` alone does not need.
-        """
-        if not self._hvd_ext.reduced:
-            self._hvd_ext.synchronize()
-        self._hvd_ext.gather_gradients()
-        self._synchronized = True
-
-    @contextmanager
-    def skip_synchronize(self) -> Iterator[None]:
-        """``step()`` inside does not synchronize: for clipping between ``synchronize()`` and ``step()``."""
-        self._should_synchronize = False
-        try:
-            yield
-        finally:
-            self._should_synchronize = True
-
-    def _distributed_step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Synchronize, unless inside ``skip_synchronize()``, and take the wrapped optimizer's step.
-
-        A closure is evaluated once, before the gradients are synchronized.
-        """
-        loss = None
-        if closure is not None:
-            if self._hvd_ext.server is not None:
-                self._hvd_ext.server.refuse_closure()
-            with torch.enable_grad():
-                loss = closure()
-        if self._should_synchronize and not self._hvd_ext.reduced:
-            if self._synchronized:
-                warnings.warn(
-                    "optimizer.step() called without optimizer.skip_synchronize() context after "
-                    "optimizer.synchronize(). This can cause training slowdown. You may want to "
-                    "consider using optimizer.skip_synchronize() context if you use "
-                    "optimizer.synchronize() in your code.", stacklevel=2,
-                )
-            self._hvd_ext.synchronize()
-        self._synchronized = False
-        result = self._hvd_ext.update(super(type(self), self).step)
-        return loss if closure is not None else result
-
-    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
-        """As the wrapped optimizer's; refused while gradients are on their way."""
-        if self._hvd_ext.begun() and not self._synchronized:
-            raise AssertionError(
-                "optimizer.zero_grad() was called after loss.backward() but before "
-                "optimizer.step() or optimizer.synchronize(). This is prohibited as it can cause "
-                "a race condition."
-            )
-        super().zero_grad(*args, **kwargs)
-
-    __reduce_ex__ = reduce_wrapped
-
-    def report(self) -> dict[str, Any]:
-        """Figures of the last step: bytes by kind, and those of each extension in use."""
-        return self._hvd_ext.report()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state and, under "hvd_ext", this rank's of the extensions.
-
-        With ``server="sharded"`` (and with "rank0" on the other ranks) the moments of parameters
-        that another rank owns are not in it; see ``gather_state_dict``.
-        """
-        return self._hvd_ext.state_dict(super().state_dict(), gather=False)
-
-    def gather_state_dict(self) -> dict[str, Any]:
-        """As ``state_dict()``, with the moments of all parameters, whichever rank owns them.
-
-        A collective: call it on every rank. What it gives can be loaded under any ``server=``.
-        """
-        return self._hvd_ext.state_dict(super().state_dict(), gather=True)
-
-    def load_state_dict(self, state_dict: dict[str, Any], *,
-                        reset_per_rank_state: bool = False) -> None:
-        """Restore what ``state_dict()`` gave on this rank.
-
-        Args:
-            state_dict: of this rank, of as many ranks. One without extension state (plain
-                Horovod or torch) is taken too; the extensions then start anew.
-            reset_per_rank_state: take a state of another rank or number of ranks, and start
-                what is kept per rank anew.
-
-        Raises:
-            ValueError: the state is another rank's or of another number of ranks.
-        """
-        self._hvd_ext.load_state_dict(state_dict, super().load_state_dict,
-                                      reset_per_rank_state=reset_per_rank_state)
-        self._synchronized = False
-        self._should_synchronize = True
 
 
 def _remove(hooks: dict[torch.Tensor, Any]) -> None:

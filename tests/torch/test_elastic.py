@@ -6,27 +6,33 @@ import ast
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from horovod.common.exceptions import HostsUpdatedInterrupt
+from horovod.runner.elastic.worker import HostUpdateResult
 
 import hvd_ext.torch as hvd
 from tests.ranks import ROOT, kill_tree
-from tests.torch.elastic_program import STEPS, TWO
-from tests.torch.problems import backward, make_parameters, named
+from tests.torch.elastic_program import METHODS, STEPS, TWO, train_all
+from tests.torch.problems import backward, flat, make_parameters, named, worker_gradients
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 
 
-def run_elastic(method, folder, seconds=150):
+def run_elastic(program, folder, seconds=240):
+    """Run a program under horovodrun, whose hosts are what ``folder / "hosts"`` says."""
     script = folder / "discover"
     (folder / "hosts").write_text(TWO)
     script.write_text(f"#!/bin/sh\ncat {folder}/hosts\n")
     script.chmod(0o755)
     command = [str(Path(sys.executable).parent / "horovodrun"), "--gloo", "-np", "2", "--min-np", "1",
                "--max-np", "3", "--host-discovery-script", str(script), "--network-interface", "lo",
-               sys.executable, "-m", "tests.torch.elastic_program", method, str(folder)]
+               sys.executable, "-m", program, str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
                    "HOROVOD_GLOO_TIMEOUT_SECONDS": "5"}
     with (folder / "log").open("wb") as log:
@@ -40,25 +46,21 @@ def run_elastic(method, folder, seconds=150):
     return status, (folder / "log").read_text(errors="replace")
 
 
-@pytest.mark.parametrize("method", ["plain", "delay", "topk", "seng"])
-def test_ranks_come_and_go(method, tmp_path):
-    status, log = run_elastic(method, tmp_path)
+def test_ranks_come_and_go(ranks, tmp_path):
+    """2, 3, 2, 3 and 2 ranks: one leaves in good order, one is killed."""
+    status, log = run_elastic("tests.torch.elastic_program", tmp_path)
     assert status == 0, log[-6000:]
-    seen = [line.split() for line in (tmp_path / "seen.localhost.0").read_text().splitlines()]
-    sizes = [int(size) for _, size, _ in seen]
-    assert sizes[0] == 2, sizes
-    assert 3 in sizes, sizes
-    assert sizes[-1] == 2, sizes
-    assert int(seen[-1][0]) == STEPS
-    result = ast.literal_eval((tmp_path / "result").read_text())
-    calm = tmp_path / "calm"
-    calm.mkdir()
-    (calm / "calm").touch()
-    assert run_elastic(method, calm)[0] == 0
-    undisturbed = ast.literal_eval((calm / "result").read_text())["loss"]
-    assert result["loss"] == pytest.approx(undisturbed, rel=0.1)
-    if method == "topk":
-        assert result["report"]["lost_residuals"] == 1
+    seen = [line.split()[:2] for line in (tmp_path / "seen.localhost.0").read_text().splitlines()]
+    by_step = {int(step): int(size) for step, size in seen}  # the last word on a step that was repeated
+    assert [by_step[step] for step in (5, 11, 17, 23, 24, STEPS)] == [2, 3, 2, 3, 2, 2]
+    disturbed = ast.literal_eval((tmp_path / "result").read_text())
+    calm = ranks(2).run(train_all)[0]
+    assert disturbed.keys() == calm.keys() == METHODS.keys()
+    for method, result in disturbed.items():
+        # With other ranks the steps see other batches, 64 samples each: losses differ by chance.
+        assert result["loss"] == pytest.approx(calm[method]["loss"], rel=0.15), (method, disturbed, calm)
+        feedback = method.startswith(("topk", "powersgd"))
+        assert result["lost_residuals"] == (1 if feedback else None), method
 
 
 def join_later():
@@ -93,3 +95,66 @@ def join_later():
 
 def test_rank_that_joins_takes_over_the_step(ranks):
     assert ranks(2).run(join_later) == [6, 6]
+
+
+def hand_on():
+    """Rank 2 of three goes in good order and comes back as a new one; what the ranks had not sent."""
+    parameters = make_parameters([(6, 5), (4, 3)])
+    found = {}
+    for compression in (hvd.Compression.topk(0.3, min_size=0),
+                        hvd.Compression.powersgd(1, min_compression=1.0)):
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+        def make(compression=compression, scaler=scaler):
+            return hvd.DistributedOptimizer(
+                torch.optim.SGD(parameters, lr=0.1), named_parameters=named(parameters),
+                compression=compression, grad_scaler=scaler)
+
+        optimizer = make()
+        state = hvd.elastic.TorchState(optimizer=optimizer)
+        state.sync()
+        for step in range(3):
+            gradients = worker_gradients([p.shape for p in parameters], worker=hvd.rank(), step=step)
+            backward(parameters, [1024.0 * gradient for gradient in gradients])
+            optimizer.step()
+            optimizer.zero_grad()
+        before = flat(optimizer._hvd_ext.reducer.residual.values()) / 1024.0
+        steps = optimizer.report()["steps"]
+        if hvd.rank() == 0:
+            state.on_hosts_updated(time.time(), HostUpdateResult.mixed)
+        with pytest.raises(HostsUpdatedInterrupt) as raised:
+            state.commit()
+        assert not raised.value.skip_sync
+        if hvd.rank() == 2:
+            optimizer._hvd_ext.unhook()
+            optimizer = make()
+            state = hvd.elastic.TorchState(optimizer=optimizer)
+        state.sync()
+        assert optimizer.report()["steps"] == steps
+        assert optimizer.report()["lost_residuals"] == 0
+        reducer = optimizer._hvd_ext.reducer
+        found[type(reducer).__name__] = before, flat(reducer.residual.values()) / reducer._kept_scale
+        optimizer._hvd_ext.unhook()
+    return found
+
+
+def test_residuals_are_handed_on(ranks):
+    """With the mean of all residuals on every rank nothing is lost, whoever stays: the mean is the same."""
+    everyone = ranks(3).run(hand_on)
+    for name in everyone[0]:
+        mean = np.mean([one[name][0] for one in everyone], axis=0)
+        assert np.abs(mean).max() > 1e-2
+        for one in everyone:
+            assert np.abs(one[name][0] - mean).max() > 1e-2
+            np.testing.assert_allclose(one[name][1], mean, rtol=1e-5, atol=1e-7)
+
+
+def process_set():
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(make_parameters([(2, 2)]), lr=0.1))
+    optimizer._hvd_ext.collectives.process_set = SimpleNamespace(process_set_id=1)
+    with pytest.raises(ValueError, match="forgets process sets"):
+        hvd.elastic.TorchState(optimizer=optimizer)
+
+
+def test_process_sets_are_refused(ranks):
+    ranks(2).run(process_set)

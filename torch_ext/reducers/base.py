@@ -166,8 +166,29 @@ class Reducer(abc.ABC):
     def load_shared_state(self, state: dict[str, Any]) -> None:  # noqa: B027
         """Take over what another rank's ``shared_state()`` gave."""
 
-    def ranks_changed(self, before: int, now: int) -> None:  # noqa: B027
-        """The number of ranks has changed, under Horovod elastic."""
+    # Under Horovod elastic
+
+    def hand_on(self) -> None:  # noqa: B027
+        """Before ranks may leave: what each rank keeps alone becomes the mean over all; a collective."""
+
+    def committed(self) -> dict[str, Any]:
+        """What is needed to go on among any number of ranks; a collective."""
+        return {**self.state_dict(), **self.shared_state()}
+
+    def take_back(self, committed: dict[str, Any], own: dict[str, Any] | None) -> None:
+        """Go on from what ``committed()`` gave, on however many ranks there are now.
+
+        Args:
+            committed: the same commit on all ranks.
+            own: that to take from what a rank keeps alone; None to begin with nothing.
+        """
+        self.reset_per_rank_state()
+        if own is not None:
+            self.load_state_dict(own)
+        self.load_shared_state(committed)
+
+    def lost(self, ranks: int) -> None:  # noqa: B027
+        """So many ranks have left with what they kept alone."""
 
     def report(self) -> dict[str, Any]:
         """Figures of the last step, for people and programs to read."""

@@ -247,6 +247,23 @@ class DelayReducer(BucketReducer):
     def load_shared_state(self, state: dict[str, Any]) -> None:
         self.steps, self.unusable_steps = state["steps"], state["unusable_steps"]
 
+    def committed(self) -> dict[str, Any]:
+        """Also MeanSquare of whole buckets: it is the same quantity whoever owns the slice."""
+        state = self.state_dict()
+        if self.collectives.size > 1:
+            collectives = Collectives(self.collectives.process_set)  # no part of a step's bytes
+            gathering = {index: collectives.allgather_async(own, f"{self.prefix}/mean_square{index}",
+                                                            kind="mean squares")
+                         for index, own in sorted(state["mean_square"].items())}
+            state["mean_square"] = {index: one.wait() for index, one in gathering.items()}
+        return state
+
+    def take_back(self, committed: dict[str, Any], own: dict[str, Any] | None) -> None:
+        ranks = self._ranks = max(1, self.collectives.size)
+        slices = {index: ms.split(slice_sizes(ms.numel(), ranks))[self.collectives.rank]
+                  for index, ms in committed["mean_square"].items()}
+        self.load_state_dict({**committed, "mean_square": slices})
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         ranks = max(1, self.collectives.size)
         loaded = {}

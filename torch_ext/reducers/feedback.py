@@ -196,13 +196,42 @@ class FeedbackReducer(BucketReducer):
         }
 
     def shared_state(self) -> dict[str, Any]:
-        return {"steps": self.steps, "skipped_steps": self.skipped_steps}
+        return {"steps": self.steps, "skipped_steps": self.skipped_steps,
+                "lost_residuals": self.lost_residuals}
 
     def load_shared_state(self, state: dict[str, Any]) -> None:
         self.steps, self.skipped_steps = state["steps"], state["skipped_steps"]
+        self.lost_residuals = state["lost_residuals"]
 
-    def ranks_changed(self, before: int, now: int) -> None:
-        self.lost_residuals += max(0, before - now)
+    def hand_on(self) -> None:
+        """The mean over the ranks becomes everybody's residual.
+
+        The mean gradient lacks ``(1/M) sum_i e_i``; with that on each of M' ranks it is what it was,
+        whoever leaves or joins.
+        """
+        if not self.settings.error_feedback:
+            return
+        collectives = Collectives(self.collectives.process_set)  # no part of a step's bytes
+        handles = []
+        for bucket in self.buckets:
+            if bucket.kind.route == DENSE:
+                continue
+            kept = self.residual.get(bucket.index)
+            kept = torch.zeros_like(self.buffer(bucket)) if kept is None else kept.div_(self._kept_scale)
+            self.residual[bucket.index] = kept
+            handles.append(collectives.allreduce_async_(kept, f"{self.prefix}/residual{bucket.index}",
+                                                        kind="residuals"))
+        self._kept_scale = 1.0  # of a residual without the loss scale
+        for handle in handles:
+            handle.wait()
+
+    def take_back(self, committed: dict[str, Any], own: dict[str, Any] | None) -> None:
+        alone = {"residual": {}, "loss_scale": 1.0} if own is None else own
+        self.load_state_dict({**committed, **{key: alone[key] for key in ("residual", "loss_scale")}})
+        self.lost_residuals = committed["lost_residuals"]
+
+    def lost(self, ranks: int) -> None:
+        self.lost_residuals += ranks
 
     def _pieces(self, flats: dict[int, torch.Tensor]) -> list[tuple[Entry, torch.Tensor]]:
         return [(self.entries[slot.index], slot.of(flats[bucket.index])) for bucket in self.buckets

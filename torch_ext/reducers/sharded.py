@@ -224,13 +224,11 @@ class ShardedReducer(Reducer):
             mine += [gradient for gradient in everywhere if gradient is not None]
         return mine
 
-    def ranks_changed(self, before: int, now: int) -> None:
+    def load_shared_state(self, state: dict[str, Any]) -> None:
+        """Owners may be others now, and a rank that joins has no plan: the next step goes the plain way."""
         self._sparse = set()
         self._forget_plan()
         self._plain.build(self.entries)
-
-    def load_shared_state(self, state: dict[str, Any]) -> None:
-        self.ranks_changed(0, 0)  # a rank that joins has no plan yet
 
     def report(self) -> dict[str, Any]:
         held = sum(t.numel() * t.element_size() for t in (*self._buffers.values(), *self._received.values()))

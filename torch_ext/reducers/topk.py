@@ -147,6 +147,17 @@ class TopKReducer(FeedbackReducer):
         super().reset_per_rank_state()
         self.sparse.owned = {}
 
+    def hand_on(self) -> None:
+        for bucket in self.buckets:
+            if self.sparse.holds(bucket):
+                kept = self.residual.setdefault(bucket.index, torch.zeros_like(self.buffer(bucket)))
+                self.sparse.fold(bucket.index, kept)
+        self.sparse.owned = {}
+        super().hand_on()
+
+    def take_back(self, committed: dict[str, Any], own: dict[str, Any] | None) -> None:
+        super().take_back({**committed, "owned": {} if own is None else own["owned"]}, own)
+
     def figures(self) -> dict[str, Any]:
         compressed = self.elements(compressed=True)
         return {"ratio": self.settings.ratio_at(self.attempts),

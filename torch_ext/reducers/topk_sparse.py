@@ -178,8 +178,8 @@ class SparseAllreduce:
     # State and figures
 
     def state_dict(self) -> dict[int, dict[str, Any]]:
-        """By bucket: bounds, age and wait of its ranges, and this rank's residual as their owner."""
-        return {number: {"bounds": owned.ranges.bounds.tolist(), "age": owned.ranges.age,
+        """By bucket: its ranges, and this rank's residual as the owner of one."""
+        return {number: {"rank": owned.rank, "bounds": owned.ranges.bounds.tolist(), "age": owned.ranges.age,
                          "wait": owned.ranges.wait,
                          "residual": None if owned.residual is None else owned.residual.clone()}
                 for number, owned in self.owned.items()}
@@ -190,7 +190,7 @@ class SparseAllreduce:
         for number, one in state.items():
             kept = one["residual"]
             ranges = sparse.Ranges(np.array(one["bounds"], np.int64), one["age"], one["wait"])
-            self.owned[number] = Owned(ranges, self.collectives.rank,
+            self.owned[number] = Owned(ranges, one["rank"],
                                        None if kept is None else kept.to(devices[number], copy=True))
 
     def residuals(self) -> list[torch.Tensor]:

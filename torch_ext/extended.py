@@ -1,0 +1,152 @@
+"""The optimizer that a script holds: the wrapped one's class with Horovod's methods, and a step of its own.
+
+What it does at a step is in ``wrapper.py``.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from hvd_ext.torch.copies import reduce_wrapped
+from hvd_ext.torch.reducers.base import Reducer
+from hvd_ext.torch.wrapper import Wrapper
+
+
+def extend(optimizer: torch.optim.Optimizer, named_parameters: Any, reducer: Reducer,
+           preconditioner: Any, server: Any, grad_scaler: Any) -> Any:
+    """An instance of a subclass of the optimizer's class that shares everything it has."""
+    wrapped = type(optimizer)
+    # ``step`` is defined in the class itself, under Horovod's module name: Horovod's
+    # broadcast_optimizer_state then finds the wrapped optimizer's own step one class above.
+    members = {"step": ExtendedOptimizer._distributed_step, "__module__": "horovod.torch.optimizer"}
+    # torch would wrap it once more when a state is loaded, and run the user's step hooks twice.
+    ExtendedOptimizer._distributed_step.hooked = True  # type: ignore[attr-defined]
+    cls = type(wrapped.__name__, (ExtendedOptimizer, wrapped), members)
+    extended = cls.__new__(cls)
+    # A scheduler that already watches the optimizer has put a step of its own into the instance.
+    extended.__dict__.update({k: v for k, v in vars(optimizer).items() if k != "step"})
+    extended._synchronized = False
+    extended._should_synchronize = True
+    if preconditioner is not None and grad_scaler is not None:
+        preconditioner.set_grad_scaler(grad_scaler)
+    extended._hvd_ext = Wrapper(extended, named_parameters, reducer, preconditioner, server)
+    extended._hvd_ext.original = weakref.ref(optimizer)
+    extended._hvd_ext.grad_scaler = grad_scaler
+    return extended
+
+
+class ExtendedOptimizer(torch.optim.Optimizer):
+    """The methods of an extended optimizer beside its own class's; Horovod's names and meanings."""
+
+    _hvd_ext: Wrapper
+    _synchronized: bool
+    _should_synchronize: bool
+
+    @property
+    def backward_passes_per_step(self) -> int:
+        """Backward passes expected before ``step()``."""
+        return self._hvd_ext.reducer.passes
+
+    def set_backward_passes_per_step(self, passes: int) -> None:
+        """Change the number of backward passes before ``step()``; between steps only."""
+        if passes <= 0:
+            raise ValueError("backward_passes_per_step must be > 0")
+        self._hvd_ext.set_passes(passes)
+
+    def synchronize(self) -> None:
+        """Wait for the reduced gradients and precondition them; ``parameter.grad`` holds them after.
+
+        Under ``server="sharded"`` that takes another exchange, which ``step()`` alone does not need.
+        """
+        if not self._hvd_ext.reduced:
+            self._hvd_ext.synchronize()
+        self._hvd_ext.gather_gradients()
+        self._synchronized = True
+
+    @contextmanager
+    def skip_synchronize(self) -> Iterator[None]:
+        """``step()`` inside does not synchronize: for clipping between ``synchronize()`` and ``step()``."""
+        self._should_synchronize = False
+        try:
+            yield
+        finally:
+            self._should_synchronize = True
+
+    def _distributed_step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Synchronize, unless inside ``skip_synchronize()``, and take the wrapped optimizer's step.
+
+        A closure is evaluated once, before the gradients are synchronized.
+        """
+        loss = None
+        if closure is not None:
+            if self._hvd_ext.server is not None:
+                self._hvd_ext.server.refuse_closure()
+            with torch.enable_grad():
+                loss = closure()
+        if self._should_synchronize and not self._hvd_ext.reduced:
+            if self._synchronized:
+                warnings.warn(
+                    "optimizer.step() called without optimizer.skip_synchronize() context after "
+                    "optimizer.synchronize(). This can cause training slowdown. You may want to "
+                    "consider using optimizer.skip_synchronize() context if you use "
+                    "optimizer.synchronize() in your code.", stacklevel=2,
+                )
+            self._hvd_ext.synchronize()
+        self._synchronized = False
+        result = self._hvd_ext.update(super(type(self), self).step)
+        return loss if closure is not None else result
+
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """As the wrapped optimizer's; refused while gradients are on their way."""
+        if self._hvd_ext.begun() and not self._synchronized:
+            raise AssertionError(
+                "optimizer.zero_grad() was called after loss.backward() but before "
+                "optimizer.step() or optimizer.synchronize(). This is prohibited as it can cause "
+                "a race condition."
+            )
+        super().zero_grad(*args, **kwargs)
+
+    __reduce_ex__ = reduce_wrapped
+
+    def report(self) -> dict[str, Any]:
+        """Figures of the last step: bytes by kind, and those of each extension in use."""
+        return self._hvd_ext.report()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's state and, under "hvd_ext", this rank's of the extensions.
+
+        With ``server="sharded"`` (and with "rank0" on the other ranks) the moments of parameters
+        that another rank owns are not in it; see ``gather_state_dict``.
+        """
+        return self._hvd_ext.state_dict(super().state_dict(), gather=False)
+
+    def gather_state_dict(self) -> dict[str, Any]:
+        """As ``state_dict()``, with the moments of all parameters, whichever rank owns them.
+
+        A collective: call it on every rank. What it gives can be loaded under any ``server=``.
+        """
+        return self._hvd_ext.state_dict(super().state_dict(), gather=True)
+
+    def load_state_dict(self, state_dict: dict[str, Any], *,
+                        reset_per_rank_state: bool = False) -> None:
+        """Restore what ``state_dict()`` gave on this rank.
+
+        Args:
+            state_dict: of this rank, of as many ranks. One without extension state (plain
+                Horovod or torch) is taken too; the extensions then start anew.
+            reset_per_rank_state: take a state of another rank or number of ranks, and start
+                what is kept per rank anew.
+
+        Raises:
+            ValueError: the state is another rank's or of another number of ranks.
+        """
+        self._hvd_ext.load_state_dict(state_dict, super().load_state_dict,
+                                      reset_per_rank_state=reset_per_rank_state)
+        self._synchronized = False
+        self._should_synchronize = True

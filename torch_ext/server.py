@@ -45,10 +45,9 @@ class UpdateServer:
     """Runs the update where it belongs and brings the weights to all ranks.
 
     Args:
-        where: "replicated": every rank updates every parameter, nothing is sent. "rank0": rank 0
-            updates all. "sharded": every rank updates what it owns. With an elementwise optimizer that
-            is an equal slice of each bucket, cut through parameters; with any other whole parameters,
-            balanced by their bytes, with Muon by the cost of orthogonalising them.
+        where: "replicated": every rank updates every parameter. "rank0": rank 0 updates all. "sharded":
+            every rank updates what it owns, with an elementwise optimizer an equal slice of each bucket,
+            with any other whole parameters, balanced by bytes (Muon: by the cost of orthogonalising).
     """
 
     def __init__(self, where: str) -> None:
@@ -66,10 +65,9 @@ class UpdateServer:
 
     def attach(self, collectives: Collectives, optimizer: torch.optim.Optimizer,
                groups: Any = None) -> None:
-        """Serve ``optimizer`` over the ranks of ``collectives``; its parameters decide the owners.
+        """Serve ``optimizer`` over the ranks of ``collectives``; called again when these have changed.
 
-        Called again when the ranks have changed: owners are planned anew. ``groups`` is Horovod's
-        ``groups=``: which parameters share a message under "sharded".
+        ``groups`` is Horovod's ``groups=``: which parameters share a message under "sharded".
         """
         self.collectives = collectives
         self._forget_plan()

@@ -41,6 +41,7 @@ BENCHMARKS = {
                                   "seng_autoencoder"),
     "seng_autoencoder_tensorflow": Benchmark("the same, TensorFlow", "seng_autoencoder",
                                              ("--framework", "tensorflow")),
+    "topk_sparse": Benchmark("words of a TopK exchange by number of ranks", "topk_sparse", plots=False),
     "topk_exchange": Benchmark("time and bytes of a TopK exchange", "topk_exchange", plots=False),
     "topk_digits": Benchmark("accuracy of TopK with and without feedback", "topk_digits"),
     "bandwidth_model": Benchmark("when TopK pays off, and measured bytes", "bandwidth_model"),

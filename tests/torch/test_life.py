@@ -129,7 +129,7 @@ def expert_without_tokens():
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def no_layer_with_a_rule():
+def only_spectral_norm():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.utils.spectral_norm(torch.nn.Linear(4, 3)))
     with warnings.catch_warnings(record=True) as caught:
@@ -137,18 +137,16 @@ def no_layer_with_a_rule():
         seng = hvd.SENG(model, damping=0.5)
         optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1),
                                              named_parameters=model.named_parameters(), preconditioner=seng)
-        before = [p.detach().clone() for p in model.parameters()]
-        for _ in range(2):
+        for step in range(3):
+            before = [p.detach().clone() for p in model.parameters()]
             optimizer.zero_grad()
-            model(torch.ones(8, 4)).square().mean().backward()
-            plain = [p.grad.clone() for p in model.parameters()]
-            optimizer.synchronize()
-            with optimizer.skip_synchronize():
-                optimizer.step()
-    assert sum("no rule" in str(one.message) for one in caught) == 1
-    assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
-    for p, g in zip(model.parameters(), plain, strict=True):  # the same batch on both ranks
-        torch.testing.assert_close(p.grad, g / 1.5)
+            model(torch.randn(8, 4, generator=torch.Generator().manual_seed(10 * step + hvd.rank()))
+                  ).square().mean().backward()
+            optimizer.step()
+            assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert sum("SENG" in str(one.message) for one in caught) <= 1
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    hvd.assert_replicas_equal(model.named_parameters())
 
 
 def plain_path():
@@ -167,7 +165,7 @@ def plain_path():
 
 
 @pytest.mark.parametrize("case", [other_rate, uneven_passes, too_large, expert_without_tokens,
-                                  no_layer_with_a_rule, plain_path])
+                                  only_spectral_norm, plain_path])
 def test_on_two_ranks(ranks, case):
     ranks(2).run(case, *([2] if case is uneven_passes else []))
 

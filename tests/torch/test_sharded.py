@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import hvd_ext.torch as hvd
+from tests.ranks import run_ranks
 from tests.torch.problems import UNEVEN, backward, bits, flat, make_parameters, named, worker_gradients
 
 pytestmark = pytest.mark.ranks
@@ -407,7 +408,7 @@ def in_a_process_set():
     return bits(parameters) == bits(plain), bits(parameters)
 
 
-def test_process_sets(ranks):
-    results = ranks(3).run(in_a_process_set)
+def test_process_sets():
+    results = run_ranks(in_a_process_set, 3, env={"HOROVOD_DYNAMIC_PROCESS_SETS": "1"})
     assert [one[0] for one in results] == [True] * 3
     assert results[0][1] == results[2][1]

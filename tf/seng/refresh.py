@@ -56,6 +56,8 @@ def refresh(systems: Sequence[LayerSystem], number: tf.Variable, at: tf.Tensor, 
     Returns:
         Whether there is one of any layer, 0-D bool.
     """
+    if not systems:
+        return tf.constant(True)  # no layer has a rule
     apart = [system for system in systems if context.joined or system.has_columns]
     taken = {system: system.take(number) for system in apart}
     _equal_columns(apart, [blocks for blocks, _ in taken.values()], context)

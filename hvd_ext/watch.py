@@ -181,17 +181,19 @@ class Watch:
             threading.Thread(target=self._abort, daemon=True).start()
         self._end_unless_over(wait)
 
-    def failed(self, kind: type[BaseException], error: BaseException) -> None:
-        """This process ends with an exception: tell the others, unless it is of their making."""
+    def failed(self, kind: type[BaseException], error: BaseException) -> bool:
+        """This process ends with an exception; whether the others must hear of it: it is its own."""
         theirs = self.verdict is not None or kind.__name__ == "HorovodInternalError"
         if theirs or _elastic() or hasattr(sys, "ps1"):
-            return
+            return False
         self.verdict = f"rank {self.rank} failed: {kind.__name__}: {error}"
         print(f"hvd_ext: {self.verdict}; its traceback:", file=sys.stderr, flush=True)
-        others = [address for rank, address in self.others.items() if rank != self.rank]
-        told = [threading.Thread(target=tell, daemon=True,
-                                 args=(address, self.rank, f"{kind.__name__}: {error}"))
-                for address in others]
+        return True
+
+    def tell_the_others(self, what: str) -> None:
+        """Have the other processes end too, with ``what`` happened here in their errors."""
+        told = [threading.Thread(target=tell, daemon=True, args=(address, self.rank, what))
+                for rank, address in self.others.items() if rank != self.rank]
         for thread in told:
             thread.start()
         for thread in told:
@@ -254,10 +256,12 @@ def _bound_the_end_after_errors(watch: Watch) -> None:
     before = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        watch.failed(kind, error)
-        before(kind, error, trace)
+        must_tell = watch.failed(kind, error)
+        before(kind, error, trace)  # first: once another rank has ended, the launcher may kill this one
         if not hasattr(sys, "ps1"):
             sys.stderr.flush()
+            if must_tell:
+                watch.tell_the_others(f"{kind.__name__}: {error}")
             timer = threading.Timer(GRACE, os._exit, [EXIT_STATUS])
             timer.daemon = True
             timer.start()

@@ -76,8 +76,8 @@ class ServerSettings:
             checks.whole("updates_per_epoch", self.updates_per_epoch, low=1)
             if not callable(self.lr):
                 raise ValueError(
-                    f"updates_per_epoch needs lr to be a function of the epoch, got {self.lr!r}; "
-                    "pass such a function or leave updates_per_epoch out"
+                    f"updates_per_epoch={self.updates_per_epoch} needs lr to be a function of the epoch, got "
+                    f"lr={self.lr!r}; pass such a function or leave updates_per_epoch out"
                 )
         if isinstance(self.momentum, str):
             checks.choice("momentum", self.momentum, ["auto"],

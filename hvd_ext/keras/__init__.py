@@ -3,10 +3,10 @@
 It is :mod:`hvd_ext.tensorflow.keras`, module by module, and what ``horovod.keras`` has beyond that.
 """
 
-from horovod.keras import *  # type: ignore[import-untyped]  # noqa: F403
+from horovod.keras import *  # noqa: F403
 
 from hvd_ext import aliases
-from hvd_ext.tensorflow.keras import *  # type: ignore[import-not-found]  # noqa: F403
+from hvd_ext.tensorflow.keras import *  # noqa: F403
 from hvd_ext.tensorflow.keras import callbacks, elastic  # noqa: F401
 
 aliases.offer(__name__, "hvd_ext.tensorflow.keras")

@@ -10,6 +10,7 @@ pytest.importorskip("horovod.tensorflow", reason="Horovod is not built for Tenso
 
 import keras  # noqa: E402
 
+import hvd_ext.tensorflow as horovod_tf  # noqa: E402
 import hvd_ext.tensorflow.keras as hvd  # noqa: E402
 from tests.tensorflow import training  # noqa: E402
 
@@ -96,3 +97,37 @@ def test_another_backend_is_refused_with_the_way_out(monkeypatch, backend):
                 lambda: hvd.callbacks.BroadcastGlobalVariablesCallback(0)):
         with pytest.raises(RuntimeError, match=f"runs on '{backend}': set KERAS_BACKEND=tensorflow"):
             use()
+
+
+def broadcast_under_other_names(inplace):
+    for _ in range(hvd.rank()):  # Keras numbers layers by how many this process has made
+        keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2), keras.layers.Dense(1)])
+    for number, weight in enumerate(model.weights):
+        weight.assign(weight * 0 + 10 * number + hvd.rank())
+    horovod_tf.broadcast_variables(model.weights, root_rank=1, inplace=inplace)
+    for number, weight in enumerate(model.weights):
+        np.testing.assert_array_equal(weight, np.full(weight.shape, 10 * number + 1, "float32"))
+    return [layer.name for layer in model.layers]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("inplace", [False, True])
+def test_variables_are_broadcast_whatever_their_names(ranks, inplace):
+    names = ranks(2, init="tensorflow").run(broadcast_under_other_names, inplace)
+    assert names[0] != names[1]
+
+
+def broadcast_of_other_variables(how):
+    variables = {"number": [tf.Variable(1.0)] * (1 + hvd.rank()),
+                 "shape": [tf.Variable(tf.zeros(2 + hvd.rank()))],
+                 "order": [tf.Variable(tf.zeros(3), name=name)
+                           for name in ("kernel", "momentum")[:: 1 - 2 * hvd.rank()]]}[how]
+    with pytest.raises(ValueError, match=r"do not .* the same variables.*rank 1 .* variable"):
+        horovod_tf.broadcast_variables(variables, root_rank=0)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("how", ["number", "shape", "order"])
+def test_a_broadcast_of_other_variables_is_an_error_on_every_rank(ranks, how):
+    ranks(2, init="tensorflow").run(broadcast_of_other_variables, how)

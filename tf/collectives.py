@@ -202,21 +202,23 @@ class Collectives:
             lambda: tf.cast(flag, tf.bool),
         )
 
-    def meet(self, mine: Fingerprint) -> tf.Tensor:
+    def meet(self, mine: Fingerprint, what: str = "train the same variables in the same way",
+             remedy: str = "Give every rank the same model, optimizer and settings") -> tf.Tensor:
         """Compare what must be the same on all ranks, whatever else they were given; 0-D True.
 
         A failed comparison is an ``InvalidArgumentError`` on every rank when the function runs.
         """
         WATCH.start(horovod.rank(), horovod.shutdown)
-        words = tf.constant(meeting.words(mine.number, asks=not self._know_each_other()))
+        known = meeting.words(mine.number, asks=not self._know_each_other())
+        # No tf.constant: Horovod's operations are not marked as stateful, and on constants alone TensorFlow
+        # runs them while it prepares the graph, on this rank alone and also where the condition is false.
+        words = tf.ensure_shape(tf.numpy_function(lambda: known, [], known.dtype), known.shape)
         total = self.allreduce(words, meeting.NAME, op=horovod.Sum, kind="agreement")
 
         def compare(total: Any) -> Any:
             if not meeting.same(total):
                 raise ValueError(disagreement(
-                    "the ranks do not train the same variables in the same way",
-                    self.allgather_object(mine.lines, meeting.DIFFER),
-                    "Give every rank the same model, optimizer and settings"))
+                    f"the ranks do not {what}", self.allgather_object(mine.lines, meeting.DIFFER), remedy))
             if meeting.asked(total, self.size):
                 self._introduce()
             return np.True_

@@ -1,22 +1,144 @@
-"""Horovod elastic for TensorFlow, with a Keras state that takes Keras 3 models."""
+"""Horovod elastic for TensorFlow, with states that carry Keras 3 models and the extensions' state.
+
+A commit brings together what the ranks keep in pieces (moments under ``server=``, MeanSquare), so that any
+number of ranks can go on from it: it is a collective then. Before ranks leave or join in good order all
+share what each of them keeps alone (residuals). After a change every function that the exchange was traced
+into is traced again.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
-from horovod.common.elastic import ObjectState
+import numpy as np
+import tensorflow as tf
+from horovod.common.elastic import ObjectState, run_fn
+from horovod.common.exceptions import HorovodInternalError, HostsUpdatedInterrupt
 from horovod.tensorflow.elastic import *  # noqa: F403
-from horovod.tensorflow.elastic import TensorFlowState, run
 from horovod.tensorflow.functions import broadcast_object
-from horovod.tensorflow.mpi_ops import rank
+from horovod.tensorflow.mpi_ops import init, rank, shutdown
 
 from hvd_ext import aliases
+from hvd_ext.elastic import Place, Reunion
+from hvd_ext.tensorflow import keras_hooks
+from hvd_ext.tensorflow.carried import Carried, optimizers_of
+from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.variables import as_tf, broadcast_variables
 
 __all__ = ["TensorFlowKerasState", "TensorFlowState", "run"]
 
 
-class TensorFlowKerasState(ObjectState):
+def run(func: Callable[..., Any]) -> Callable[..., Any]:
+    """Horovod's decorator: run ``func(state, ...)`` again, from the last commit, when ranks come and go.
+
+    Also of an exchange inside a traced function that failed because a rank has left; any other error of
+    TensorFlow's is raised.
+    """
+    @functools.wraps(func)
+    def training(state: Any, *args: Any, **kwargs: Any) -> Any:
+        with _horovods_errors():
+            return func(state, *args, **kwargs)
+
+    def reset() -> None:
+        shutdown()
+        init()
+
+    return run_fn(training, reset)
+
+
+@contextlib.contextmanager
+def _horovods_errors() -> Iterator[None]:
+    """TensorFlow's errors of a collective that failed, as Horovod's elastic loop knows them."""
+    try:
+        yield
+    except (tf.errors.UnknownError, tf.errors.AbortedError) as error:
+        if "Horovod" in str(error):
+            raise HorovodInternalError(str(error)) from error
+        raise
+
+
+class _VariablesState(ObjectState):  # type: ignore[misc]
+    """Variables that are committed and restored together, and what optimizers among them need.
+
+    ``commit()``, ``save()``, ``sync()`` and ``check_host_updates()`` are to be called by all ranks
+    together; making a state is no collective, as a rank that joins stands alone then.
+    """
+
+    def __init__(self, optimizers: Iterable[Any], **kwargs: Any) -> None:
+        self._carried = [Carried(optimizer) for optimizer in optimizers]
+        self._place: Place | None = None  # of the last commit
+        self._commit = 0
+        self._made_on = _here()
+        self._saved: list[np.ndarray] = []
+        self._keep()
+        super().__init__(bcast_object=broadcast_object, get_rank=rank, **kwargs)
+
+    def _variables(self) -> list[tf.Variable]:
+        raise NotImplementedError
+
+    def save(self) -> None:
+        """Keep everything in host memory, complete on every rank. A collective."""
+        for one in self._carried:
+            one.gather()
+        self._keep()
+        self._commit += 1
+        self._place = replace(_here(), commit=self._commit)
+        super().save()
+
+    def restore(self) -> None:
+        """Take back the last commit."""
+        for variable, value in zip(self._variables(), self._saved, strict=True):
+            variable.assign(value)
+        for one in self._carried:
+            one.restore()
+        super().restore()
+
+    def sync(self) -> None:
+        """Bring all ranks to rank 0's step, whoever has left or joined. A collective.
+
+        Raises:
+            ValueError: on every rank, when their variables differ in number, order, shape or dtype.
+        """
+        with _horovods_errors():
+            self._meet()
+            super().sync()
+            self.save()
+
+    def _meet(self) -> None:
+        broadcast_variables(self._variables(), root_rank=0)
+        reunion = Reunion.of(Collectives().allgather_object(self._place, "hvd_ext.places"))
+        if reunion.first and self._made_on != _here():  # the ranks changed before training began
+            for one in self._carried:
+                one.regroup()
+        elif reunion.changed and not reunion.first:
+            for one in self._carried:
+                one.rejoin(reunion)
+        self._commit = reunion.commit
+
+    def check_host_updates(self) -> None:
+        """Raise ``HostsUpdatedInterrupt`` on all ranks when hosts were added or will be removed."""
+        try:
+            super().check_host_updates()
+        except HostsUpdatedInterrupt:
+            for one in self._carried:
+                one.hand_on()
+            self.save()
+            assert self._place is not None
+            self._place = replace(self._place, handed_on=True)
+            # Horovod skips sync() where ranks only leave; owners and slices have moved then, too.
+            raise HostsUpdatedInterrupt(False) from None
+
+    def _keep(self) -> None:
+        self._saved = [variable.numpy() for variable in self._variables()]
+        for one in self._carried:
+            one.keep()
+
+
+class TensorFlowKerasState(_VariablesState):
     """A Keras model, its optimizer and further attributes, committed and restored together.
 
     Args:
@@ -41,29 +163,51 @@ class TensorFlowKerasState(ObjectState):
             raise ValueError("give optimizer=, or compile the model first")
         if not self.optimizer.built:
             self.optimizer.build(model.trainable_variables)
-        self._saved: list[Any] = []
-        self._save_model()
-        super().__init__(bcast_object=broadcast_object, get_rank=rank, **kwargs)
+        inner = keras_hooks.distributed_part(self.optimizer)
+        super().__init__([] if inner is None or keras_hooks.wrapper_of(inner) is None else [inner],
+                         **kwargs)
 
-    def save(self) -> None:
-        self._save_model()
-        super().save()
-
-    def restore(self) -> None:
-        for variable, value in zip(self._variables(), self._saved, strict=True):
-            variable.assign(value)
-        super().restore()
-
-    def sync(self) -> None:
-        broadcast_variables(self._variables(), root_rank=0)
-        self._save_model()
-        super().sync()
-
-    def _variables(self) -> list[Any]:
+    def _variables(self) -> list[tf.Variable]:
         return [as_tf(one) for one in [*self.model.variables, *self.optimizer.variables]]
 
-    def _save_model(self) -> None:
-        self._saved = [variable.numpy() for variable in self._variables()]
+
+class TensorFlowState(_VariablesState):
+    """Variables and further attributes, committed and restored together.
+
+    Of a distributed optimizer some of whose variables are among them, all are carried.
+
+    Args:
+        variables: tf.Variables and Keras variables, such as those of models and of their optimizers, which
+            must be built.
+        session: refused; for TensorFlow 1.
+        kwargs: further attributes to keep.
+
+    Raises:
+        ValueError: no variables are given.
+        NotImplementedError: a session is.
+    """
+
+    def __init__(self, variables: Any = None, session: Any = None, **kwargs: Any) -> None:
+        if session is not None:
+            raise NotImplementedError("session= is TensorFlow 1's: train eagerly or in a tf.function, or "
+                                      "use horovod.tensorflow.elastic.TensorFlowState")
+        if not variables:
+            raise ValueError("give variables=: those of the model and of its optimizer, once both are built")
+        self.variables = list(variables)
+        given = [as_tf(one) for one in self.variables]
+        optimizers = optimizers_of(given)
+        known = {id(one) for one in given}
+        self._all = given + [as_tf(one) for optimizer in optimizers for one in optimizer.variables
+                             if id(as_tf(one)) not in known]
+        super().__init__(optimizers, **kwargs)
+
+    def _variables(self) -> list[tf.Variable]:
+        return self._all
+
+
+def _here() -> Place:
+    collectives = Collectives()
+    return Place(collectives.rank, collectives.size)
 
 
 __getattr__ = aliases.names_of(__name__, "horovod.tensorflow.elastic")

@@ -45,19 +45,17 @@ class UpdateServer:
     """``server="rank0"`` or ``"sharded"`` of a distributed optimizer."""
 
     def __init__(self, kind: str, collectives: Collectives) -> None:
-        if collectives.elastic:
-            raise NotImplementedError(
-                f"server={kind!r} cannot follow a change of the number of ranks in the TensorFlow "
-                "front end; run without Horovod elastic, or leave server= out")
         EXTENDED[self] = f"server={kind!r}"
         self.kind = kind
         self.collectives = collectives
         self.owners: dict[int, int] = {}
         self.numels: dict[int, int] = {}
         self._zero = Cell(1)
+        self._planned_for: tuple[list[Any], set[int]] = [], set()
 
     def build(self, variables: Sequence[Any], local: set[int]) -> None:
         """Give each variable an owner, the same on every rank; ``local`` ones belong to every rank."""
+        self._planned_for = list(variables), set(local)
         served = [variable for variable in variables if id(as_tf(variable)) not in local]
         numels = [int(tf.TensorShape(variable.shape).num_elements()) for variable in served]
         assigned = owners(self.kind, numels, self.collectives.size)
@@ -65,6 +63,14 @@ class UpdateServer:
         for variable, owner, numel in zip(served, assigned, numels, strict=True):
             self.owners[id(as_tf(variable))] = owner
             self.numels[id(as_tf(variable))] = numel
+
+    def replan(self) -> None:
+        """Plan owners anew when the ranks have changed; none were planned before the optimizer is built."""
+        self.build(*self._planned_for)
+
+    def has_room(self, variable: Any) -> bool:
+        """Whether this rank makes the variable's part of the state: under elastic it may own it later."""
+        return self.collectives.elastic or self.owns(variable)
 
     def owns(self, variable: Any) -> bool:
         """Whether this rank keeps the variable's part of the optimizer's state."""

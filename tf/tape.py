@@ -149,10 +149,15 @@ def distributed_tape(gradtape: tf.GradientTape, device_dense: str = "", device_s
         raise ValueError("the tape is distributed already: its gradients would be reduced twice; "
                          "call hvd.DistributedGradientTape once")
     check_preconditioner(preconditioner)
+    method = method_of(REDUCERS, op, compression)
+    if (method or preconditioner) is not None and Collectives(process_set).elastic:
+        what = "SENG" if method is None else public_name(method)
+        raise NotImplementedError(
+            f"a tape with {what} cannot be carried by an elastic state, which finds extensions with their "
+            "optimizer: use tf.GradientTape, and give the extension to hvd.DistributedOptimizer")
     if preconditioner is not None:
         preconditioner.scaled_by(optimizer, still=True)
     groups = (num_groups or None) if groups is None else groups
-    method = method_of(REDUCERS, op, compression)
     settings = TapeSettings(op, compression, sparse_as_dense, gradient_predivide_factor, process_set,
                         device_dense, device_sparse,
                         _Groups(groups) if isinstance(groups, list) else groups, method is not None)

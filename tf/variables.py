@@ -97,7 +97,8 @@ def _must_be_alike(variables: Sequence[tf.Variable], collectives: Collectives) -
         f"variable {number}: {variable.name.split(':')[0].split('/')[-1]} {tuple(variable.shape)} "
         f"{variable.dtype.base_dtype.name}" for number, variable in enumerate(variables)))
     try:
-        collectives.meet(mine)
+        collectives.meet(mine, "broadcast the same variables", "Make the same model and optimizer on every "
+                         "rank, and build both before their variables are broadcast")
     except tf.errors.InvalidArgumentError as error:
         raise ValueError(str(error)) from None
 

@@ -45,6 +45,11 @@ class Waiting:
         if self._ended is not None:
             self._mark(self._ended, results)
 
+    def forget(self) -> None:
+        """Outside of any graph: what was waited for has failed."""
+        if self._ended is not None:
+            self._ended.assign(tf.timestamp())
+
     def _mark(self, variable: tf.Variable, after: Sequence[Any]) -> None:
         tensors = [part for one in after if one is not None
                    for part in ((one.values,) if isinstance(one, tf.IndexedSlices) else (one,))]

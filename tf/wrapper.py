@@ -20,7 +20,7 @@ import horovod.tensorflow as horovod
 import keras
 import tensorflow as tf
 
-from hvd_ext.tensorflow import keras_hooks, keras_store
+from hvd_ext.tensorflow import carried, keras_hooks, keras_store
 from hvd_ext.tensorflow.reducers.base import Reducer, before_reduce, divide_by_ranks, precondition, report
 from hvd_ext.tensorflow.server import UpdateServer, state_bytes
 from hvd_ext.tensorflow.uneven_data import EXTENDED
@@ -239,6 +239,7 @@ class Wrapper:
             for number, variable in enumerate(variables):
                 self.sums[optimizer._var_key(variable)] = make(
                     (*parts, *variable.shape), variable.dtype, f"passes_{number}", True)
+        carried.mark_owner(optimizer)
 
     def forget_passes(self) -> None:
         """Start the sums over passes anew."""
@@ -342,9 +343,8 @@ class Distributed:
         super().build(variables)
         if server is not None and self.use_ema:
             averages = self._model_variables_moving_average
-            for index, variable in enumerate(variables):
-                if not server.owns(variable):
-                    averages[index] = None  # Keras leaves these out
+            for index in [k for k, variable in enumerate(variables) if not server.has_room(variable)]:
+                averages[index] = None  # Keras leaves these out
         self._hvd_ext.build(self, list(variables))
 
     def add_variable_from_reference(self, reference_variable: Any, name: str | None = None,
@@ -352,7 +352,7 @@ class Distributed:
         """A variable of the optimizer; an empty one for what another rank keeps."""
         server = self._hvd_ext.server
         accumulator = name == keras_store.ACCUMULATOR
-        if server is None or accumulator or server.owns(reference_variable):
+        if server is None or accumulator or server.has_room(reference_variable):
             made = super().add_variable_from_reference(reference_variable, name=name,
                                                        initializer=initializer)
         else:

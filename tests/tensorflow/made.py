@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tests.torch.problems import worker_gradients
+from tests.problems import worker_gradients
 
 
 def make_variables(shapes: Sequence[tuple[int, ...]], seed: int = 0) -> list[tf.Variable]:

@@ -12,8 +12,8 @@ pytest.importorskip("torch", reason="the shared problems and the cross-check nee
 import keras  # noqa: E402
 
 import hvd_ext.tensorflow.keras as hvd  # noqa: E402
+from tests.problems import UNEVEN  # noqa: E402
 from tests.tensorflow import made, training  # noqa: E402
-from tests.torch.problems import UNEVEN  # noqa: E402
 
 LR = 0.2
 

@@ -199,3 +199,29 @@ def test_what_is_kept_for_a_traced_function_goes_with_it():
         trace()
         gc.collect()
     assert len(traffic._notes) < 5
+
+
+def one_rank_traces_again(name):
+    """TensorFlow runs what depends on constants alone while it prepares a graph, on that rank alone."""
+    ours = [*variables(), tf.Variable(np.ones(5), name="unused", dtype="float64")]  # a bucket of its own
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1), **method(name))
+    traces = []
+
+    @tf.function
+    def step(x):
+        traces.append(x.shape)
+        with tf.GradientTape() as tape:
+            loss = sum(tf.reduce_sum(one) * tf.reduce_mean(x) for one in ours[:2])
+        optimizer.apply_gradients(list(zip(tape.gradient(loss, ours), ours, strict=True)))
+
+    for number in range(4):
+        rows = 3 + hvd.rank() * number  # the last batches are shorter on one rank
+        step(tf.fill((rows, 2), float(1 + hvd.rank())))
+    hvd.assert_replicas_equal(ours)
+    return len(traces)
+
+
+@pytest.mark.parametrize("name", ["delay", "topk", "powersgd"])
+def test_a_rank_that_traces_its_step_again_holds_nobody_up(ranks, name):
+    traced = ranks(2, init="tensorflow").run(one_rank_traces_again, name, timeout=60)
+    assert traced[0] < traced[1]

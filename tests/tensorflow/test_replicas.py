@@ -123,7 +123,7 @@ def broadcast_of_other_variables(how):
                  "shape": [tf.Variable(tf.zeros(2 + hvd.rank()))],
                  "order": [tf.Variable(tf.zeros(3), name=name)
                            for name in ("kernel", "momentum")[:: 1 - 2 * hvd.rank()]]}[how]
-    with pytest.raises(ValueError, match=r"do not .* the same variables.*rank 1 .* variable"):
+    with pytest.raises(ValueError, match=r"do not broadcast the same variables.*rank 1 .* variable"):
         horovod_tf.broadcast_variables(variables, root_rank=0)
 
 

@@ -18,9 +18,9 @@ import hvd_ext.tensorflow.keras as hvd  # noqa: E402
 from hvd_ext.tensorflow.reducers import topk_kernels as kernels  # noqa: E402
 from hvd_ext.topk import Layout, TopK, keep_count, warm_up  # noqa: E402
 from hvd_ext.topk.plan import Segment  # noqa: E402
+from tests.problems import worker_gradients  # noqa: E402
 from tests.reference import spars_ams  # noqa: E402
 from tests.tensorflow import made, training  # noqa: E402
-from tests.torch.problems import worker_gradients  # noqa: E402
 
 SHAPES = [(37, 11), (50,), (9, 9)]
 TOTAL = 37 * 11 + 50 + 81

@@ -13,9 +13,9 @@ import keras  # noqa: E402
 
 import hvd_ext.tensorflow.keras as hvd  # noqa: E402
 from hvd_ext.topk import keep_count  # noqa: E402
+from tests.problems import worker_gradients  # noqa: E402
 from tests.reference.sparse_allreduce import SparseAllreduce  # noqa: E402
 from tests.tensorflow import made  # noqa: E402
-from tests.torch.problems import worker_gradients  # noqa: E402
 
 pytestmark = pytest.mark.ranks
 

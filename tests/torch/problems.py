@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-# No size divides by 2 or 4; a scalar, an empty tensor, tensors smaller than the number of ranks.
-UNEVEN = [(7, 3), (5,), (), (1,), (0, 4), (33, 11), (3,), (2, 3, 5)]
+from tests.problems import UNEVEN, worker_gradients
 
+__all__ = ["UNEVEN", "worker_gradients"]
 
 def make_parameters(shapes=UNEVEN, *, seed=0, dtype=torch.float32):
     """Parameters with values that are alike on every rank."""
@@ -19,12 +19,6 @@ def make_parameters(shapes=UNEVEN, *, seed=0, dtype=torch.float32):
 def named(parameters):
     """Names p0, p1, ..."""
     return [(f"p{i}", p) for i, p in enumerate(parameters)]
-
-
-def worker_gradients(shapes, *, worker, step, seed=0, scale=1.0):
-    """The made gradients of one worker at one step, float64; workers differ in size and direction."""
-    rng = np.random.default_rng([seed, worker, step])
-    return [scale * (0.3 + rng.random()) * rng.standard_normal(shape) for shape in shapes]
 
 
 def backward(parameters, gradients, *, reverse=False, skip=()):

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import ast
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,33 +13,11 @@ from horovod.common.exceptions import HostsUpdatedInterrupt
 from horovod.runner.elastic.worker import HostUpdateResult
 
 import hvd_ext.torch as hvd
-from tests.ranks import ROOT, kill_tree
-from tests.torch.elastic_program import METHODS, STEPS, TWO, train_all
+from tests.elastic_runs import run_elastic
+from tests.torch.elastic_program import METHODS, STEPS, train_all
 from tests.torch.problems import backward, flat, make_parameters, named, worker_gradients
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow]
-
-
-def run_elastic(program, folder, seconds=240):
-    """Run a program under horovodrun, whose hosts are what ``folder / "hosts"`` says."""
-    script = folder / "discover"
-    (folder / "hosts").write_text(TWO)
-    script.write_text(f"#!/bin/sh\ncat {folder}/hosts\n")
-    script.chmod(0o755)
-    command = [str(Path(sys.executable).parent / "horovodrun"), "--gloo", "-np", "2", "--min-np", "1",
-               "--max-np", "3", "--host-discovery-script", str(script), "--network-interface", "lo",
-               sys.executable, "-m", program, str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-                   "HOROVOD_GLOO_TIMEOUT_SECONDS": "5"}
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
-                                   stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        status = process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        kill_tree(process.pid)
-        status = None
-    return status, (folder / "log").read_text(errors="replace")
 
 
 def test_ranks_come_and_go(ranks, tmp_path):

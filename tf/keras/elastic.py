@@ -4,11 +4,11 @@ from horovod.tensorflow.keras.elastic import (
     CommitStateCallback,
     UpdateBatchStateCallback,
     UpdateEpochStateCallback,
-    run,
 )
 
 from hvd_ext import aliases
 from hvd_ext.tensorflow.elastic import TensorFlowKerasState as KerasState
+from hvd_ext.tensorflow.elastic import run
 
 __all__ = ["CommitStateCallback", "KerasState", "UpdateBatchStateCallback",
            "UpdateEpochStateCallback", "run"]

@@ -17,6 +17,7 @@ from hvd_ext.agreement import Fingerprint
 from hvd_ext.composition import describe_settings
 from hvd_ext.options import Options
 from hvd_ext.tensorflow.collectives import Collectives
+from hvd_ext.tensorflow.retracing import Traces
 from hvd_ext.tensorflow.traffic import Cell
 from hvd_ext.tensorflow.variables import as_tf, made_apart, name_of
 from hvd_ext.tensorflow.waiting import Waiting
@@ -37,6 +38,7 @@ class Reducer(abc.ABC):
 
     extensions: tuple[str, ...] = ()  # lines about what comes after the reduction, to be compared
     stamp: Any = None  # a variable (rank, ranks) beside state that belongs to one rank
+    lost_ranks = 0  # under Horovod elastic: how many left with what they kept alone
 
     def __init__(self, collectives: Collectives, settings: Any, options: Options) -> None:
         self.collectives = collectives
@@ -48,6 +50,7 @@ class Reducer(abc.ABC):
         self._checked: Any = None
         self._waiting = Waiting(f"the exchange of gradients of {options.prefix}")
         self._functions: dict[tuple[str, ...], Any] = {}
+        self._traces = Traces()
         self._taken: Cell | None = None
 
     def build(self, variables: Sequence[Any], make_variable: MakeVariable) -> None:
@@ -117,6 +120,27 @@ class Reducer(abc.ABC):
         """Start what this rank keeps between steps anew. Here there is nothing."""
         return
 
+    # Under Horovod elastic
+
+    def kept_alone(self) -> list[tf.Variable]:
+        """What each rank keeps for itself, whoever the others are; the mean over ranks has its meaning."""
+        return self.per_rank_state()
+
+    def gather(self, collectives: Collectives) -> None:  # noqa: B027
+        """Give every rank the pieces that others keep of one whole; a collective."""
+
+    def forget(self) -> None:
+        """After an error: nothing is under way any more."""
+        self._waiting.forget()
+
+    def regroup(self) -> None:
+        """The ranks are others: they meet anew, and what was traced for the old ones is traced again."""
+        self.forget()
+        self._traces.forget()
+        self._functions.clear()
+        if self._checked is not None:
+            self._checked.assign(False)
+
     def inputs(self, optimizer: Any) -> dict[str, tf.Tensor]:
         """What ``reduce`` needs to know about an optimizer at this step, as tensors."""
         del optimizer
@@ -151,8 +175,9 @@ class Reducer(abc.ABC):
 
     def _counted(self, gradients: list[Gradient], variables: Sequence[Any],
                  inputs: dict[str, tf.Tensor]) -> tuple[list[Gradient], Any]:
+        fresh = [self._traces.note()] if self.collectives.elastic else []
         self._waiting.begin(gradients)
-        with self.collectives.traffic.section():
+        with tf.control_dependencies(fresh), self.collectives.traffic.section():
             reduced, good = self.reduce(gradients, variables, **inputs)
         self._waiting.end(reduced)
         if good is not None:

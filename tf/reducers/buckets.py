@@ -41,11 +41,6 @@ class BucketReducer(Reducer):
 
     def __init__(self, collectives: Collectives, settings: Any, options: Options) -> None:
         super().__init__(collectives, settings, options)
-        if collectives.elastic:
-            raise NotImplementedError(
-                f"{composition.public_name(settings)} cannot follow a change of the number of ranks "
-                "in the TensorFlow front end; run without Horovod elastic, or leave the extension "
-                "out")
         EXTENDED[self] = composition.public_name(settings)
         self.bucket_bytes = getattr(settings, "bucket_bytes", DEFAULT_BUCKET_BYTES)
         self.specs: list[TensorSpec] = []
@@ -101,8 +96,14 @@ class BucketReducer(Reducer):
             raise ValueError(
                 f"{composition.public_name(self.settings)} was given gradients of {len(variables)} "
                 f"variables and was built for {len(self.variables)}; give it the same ones at every step")
-        return [tf.zeros((*self.parts_shape(), *variable.shape), as_tf(variable).dtype)
-                if gradient is None else gradient
+        self._make_own()
+
+        def zeros(variable: Any) -> tf.Tensor:
+            # No constant, on which TensorFlow would run a collective while it prepares the graph.
+            zero = tf.minimum(tf.cast(self._checked, as_tf(variable).dtype), 0)
+            return tf.fill((*self.parts_shape(), *variable.shape), zero)
+
+        return [zeros(variable) if gradient is None else gradient
                 for gradient, variable in zip(gradients, variables, strict=True)]
 
     def __call__(self, gradients: Sequence[Gradient | None], variables: Sequence[Any],

@@ -64,12 +64,31 @@ class DelayReducer(BucketReducer):
             return
         for bucket in self.buckets:
             dtype = accumulation_dtype(tf.as_dtype(bucket.kind.dtype))
-            own = slice_sizes(bucket.numel, self.collectives.size)[self.collectives.rank]
+            first, end = self._own(bucket)
+            # Under elastic the slice changes with the ranks: there is room for all of it then.
+            numel = bucket.numel if self.collectives.elastic else end - first
             self.mean_square[bucket.index] = make_variable(
-                (own,), dtype, f"mean_square_{bucket.index}", True)
+                (numel,), dtype, f"mean_square_{bucket.index}", True)
+
+    def _own(self, bucket: Bucket) -> tuple[int, int]:
+        """Where this rank's slice of the bucket begins and ends."""
+        sizes = slice_sizes(bucket.numel, self.collectives.size)
+        first = sum(sizes[:self.collectives.rank])
+        return first, first + sizes[self.collectives.rank]
 
     def per_rank_state(self) -> list[tf.Variable]:
         return list(self.mean_square.values())
+
+    def kept_alone(self) -> list[tf.Variable]:
+        return []  # MeanSquare is one whole: see ``gather``
+
+    def gather(self, collectives: Collectives) -> None:
+        for bucket in self.buckets:
+            whole = self.mean_square.get(bucket.index)
+            if whole is not None:
+                first, end = self._own(bucket)
+                name = f"{self.prefix}/mean_square{bucket.index}"
+                whole.assign(collectives.allgather(whole[first:end], name, rows=bucket.numel))
 
     def inputs(self, optimizer: Any) -> dict[str, tf.Tensor]:
         return {"lr": tf.cast(optimizer.learning_rate, tf.float32)}
@@ -125,15 +144,19 @@ class DelayReducer(BucketReducer):
         rows = by_part[0]
         if self.parts > 1:  # by rank and then by part
             rows = tf.reshape(tf.stack(by_part, axis=1), (-1, by_part[0].shape[1]))
-        before = self.mean_square.get(bucket.index)
+        kept = self.mean_square.get(bucket.index)
+        first, end = self._own(bucket) if self.collectives.elastic else (0, None)
+        before = None if kept is None else kept.read_value()[first:end]
         mean_of_parts = self.options.average_passes and self.parts > 1
         divisor = self.collectives.size * (self.parts if mean_of_parts else 1)
         total, after = reduced_slice(
             rows, order, good, lr / (self.collectives.size * self.parts),
-            None if before is None else before.read_value(), self.settings,
+            before, self.settings,
             1.0 if mean_of_parts else float(self.parts), divisor)
-        if before is not None:
-            before.assign(after)
+        if kept is not None and self.collectives.elastic:
+            kept[first:end].assign(after)
+        elif kept is not None:
+            kept.assign(after)
         return tf.cast(total, tf.as_dtype(bucket.kind.dtype))
 
     def _gather(self, own: tf.Tensor, bucket: Bucket) -> tf.Tensor:

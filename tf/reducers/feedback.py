@@ -158,7 +158,7 @@ class FeedbackReducer(BucketReducer):
                  for residual in self.residual.values()]
         figures = {} if taken is None else {"step_taken": taken, **self.figures()}
         return {**super().report(), **figures, "skipped_steps": count(self.skipped_steps),
-                "residual_norm": math.hypot(*norms),
+                "residual_norm": math.hypot(*norms), "lost_residuals": self.lost_ranks,
                 "compressed_elements": self.elements(compressed=True),
                 "dense_elements": self.elements(compressed=False)}
 

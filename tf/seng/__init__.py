@@ -315,6 +315,17 @@ class SENG(tf.Module):
                 variable.assign(value)
         self._ranks = 0
 
+    def shared_state(self) -> list[int]:
+        """The counters, which are the same on every rank."""
+        return [int(self.steps), int(self.skipped)]
+
+    def load_shared_state(self, state: Sequence[int]) -> None:
+        """Take over other counters; the curvature is taken anew at the next step."""
+        self.reset_state()
+        self.steps.assign(state[0])
+        self.skipped.assign(state[1])
+        self._functions.clear()
+
     def report(self) -> CurvatureReport:
         """Per layer: kind, sizes, bytes, coefficient norm, jitter, age; prints as a table.
 

@@ -45,7 +45,7 @@ setup(
         "examples": ["scikit-learn", "matplotlib"],
         "zoo": ["timm", "transformers", "torchvision==0.28.*"],  # the torchvision of this torch
         "dev": [f"mpi4py=={VERSIONS['MPI4PY']}", "hypothesis", "pytest", "pytest-timeout", "ruff", "mypy",
-                "scikit-learn", "matplotlib"],
+                "scikit-learn", "matplotlib", "tensorboard"],
     },
     entry_points={"console_scripts": ["hvd-ext = hvd_ext.cli.main:main"]},
 )

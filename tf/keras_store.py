@@ -19,6 +19,7 @@ from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.variables import as_tf, is_per_rank, name_of
 
 IN_PLACE = "_hvd_ext_saved"
+WAITING = "_hvd_ext_waiting"  # values given before there were variables to hold them
 ACCUMULATOR = "gradient_accumulator"  # Keras' sums of this rank's gradients, not yet reduced
 
 
@@ -102,6 +103,9 @@ def set_weights(optimizer: Any, weights: Sequence[Any], set_all: Callable[[Any],
             reason to go on without the state, on this rank alone.
     """
     wrapper = optimizer._hvd_ext
+    if not optimizer.built:
+        optimizer.__dict__[WAITING] = [np.array(weight) for weight in weights]  # the file is closed soon
+        return
     if wrapper.plain_count in (None, len(optimizer.variables)):
         set_all(weights)
         return
@@ -110,6 +114,13 @@ def set_weights(optimizer: Any, weights: Sequence[Any], set_all: Callable[[Any],
         load(optimizer, store, lambda values: set_all([values[key] for key in store]))
     except ValueError as error:
         raise RuntimeError(str(error)) from error
+
+
+def set_waiting_weights(optimizer: Any) -> None:
+    """Set what ``set_weights`` was given before the optimizer was built."""
+    weights = optimizer.__dict__.pop(WAITING, None)
+    if weights is not None:
+        optimizer.set_weights(weights)
 
 
 def save(optimizer: Any, store: Any, save_all: Callable[[Any], None]) -> None:

@@ -31,7 +31,7 @@ from hvd_ext.tensorflow.reducers import (
     make_reducer,
 )
 from hvd_ext.tensorflow.reducers.base import Reducer, before_reduce, divide_by_ranks, precondition, report
-from hvd_ext.tensorflow.variables import as_tf, make_state
+from hvd_ext.tensorflow.variables import as_tf, made_apart, make_state
 
 KEPT = "_hvd_ext_tape"
 MOST_KEPT = 4  # settings per model; who changes them each step has a new reducer each step
@@ -67,6 +67,7 @@ class _DistributedGradientTape(tf.GradientTape):
                if id(as_tf(source)) not in self._local_sources]
         variables = [flat_sources[index] for index in far]
         reducer = kept_reducer(self._optimizer or (variables or flat_sources)[0], self._settings)
+        self.build(flat_sources)
         before_reduce(self._preconditioner, [flat[index] for index in far], variables)
         reduced, good = self._reduce(reducer, [flat[index] for index in far], variables)
         if good is not None:  # as after a plain allreduce, what is not finite reaches every rank
@@ -91,16 +92,19 @@ class _DistributedGradientTape(tf.GradientTape):
         reducer = kept_reducer(self._optimizer, self._settings)
         if reducer.variables:
             return
-        with tf.init_scope():
+
+        def make() -> None:
             if not self._optimizer.built:
                 self._optimizer.build(list(sources))
-            reducer.build(sources, functools.partial(make_state, self._optimizer))
+            reducer.build([source for source in sources if id(as_tf(source)) not in self._local_sources],
+                          functools.partial(make_state, self._optimizer))
+
+        made_apart(make)
 
     def _reduce(self, reducer: Reducer, gradients: list[Any], variables: list[Any]
                 ) -> tuple[list[Any], Any]:
         if not self._settings.keeps_state:
             return reducer(gradients, variables)
-        self.build(variables)
         # What is not linear in the gradient must see it without the loss's scale.
         scale = tf.convert_to_tensor(loss_scale(self._optimizer), tf.float32)
         reduced, good = reducer([_times(gradient, 1.0 / scale) for gradient in gradients], variables,

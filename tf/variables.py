@@ -12,7 +12,7 @@ import tensorflow as tf
 from horovod.tensorflow.mpi_ops import MPI_LIB
 
 from hvd_ext.agreement import Fingerprint
-from hvd_ext.tensorflow.collectives import NARROW, Collectives
+from hvd_ext.tensorflow.collectives import NARROW, Collectives, in_session_graphs, unique
 
 PER_RANK = "_hvd_ext_per_rank"
 
@@ -65,31 +65,23 @@ def broadcast_variables(variables: Iterable[Any], root_rank: int,
     """Copy variables from rank ``root_rank`` to all, as ``horovod.tensorflow.broadcast_variables``.
 
     Takes Keras 3 variables as well as tf.Variables. State that belongs to one rank (residuals of
-    a compression, gradients accumulated so far) is left alone. Outside a graph the order counts, not
-    the names, which Keras numbers by how many layers this rank made before.
+    a compression, gradients accumulated so far) is left alone. The order counts, not the names,
+    which Keras numbers by how many layers this rank made before.
 
     Raises:
-        ValueError: the ranks' variables differ in number, shape, dtype or order; on every rank.
+        ValueError: outside of a graph, on every rank: the ranks' variables differ in number, shape,
+            dtype or order.
     """
-    shared = [as_tf(variable) for variable in variables if not is_per_rank(variable)]
-    narrow = [variable for variable in shared if variable.dtype.base_dtype in NARROW]
-    others = [variable for variable in shared if variable.dtype.base_dtype not in NARROW]
-    ranks = process_set.ranks
-    collectives = Collectives(process_set, counted=False)
-    if tf.executing_eagerly() and collectives.size > 1:
-        _must_be_alike(shared, collectives)
-        _broadcast_in_order(others, root_rank, process_set, inplace)
-        sent = None
-    else:
-        sent = horovod.broadcast_variables(others, root_rank, process_set=process_set,
-                                           inplace=inplace) if others else None
-    if not narrow:
-        return sent
-    root = root_rank if ranks is None else list(ranks).index(root_rank)
-    assigned = [variable.assign(collectives.broadcast(
-        tf.convert_to_tensor(variable), root, f"broadcast_variables/{number}"))
-        for number, variable in enumerate(narrow)]
-    return None if tf.executing_eagerly() else tf.group(*assigned, *([] if sent is None else [sent]))
+    shared = tuple(as_tf(variable) for variable in variables if not is_per_rank(variable))
+    if in_session_graphs():
+        return tf.group(*_assigned(shared, root_rank, process_set, inplace))
+    if tf.executing_eagerly():
+        _must_be_alike(shared, Collectives(process_set, counted=False))
+        if not inplace:
+            _assign_all(shared, root_rank, process_set)
+            return None
+    _assigned(shared, root_rank, process_set, inplace)
+    return None
 
 
 def _must_be_alike(variables: Sequence[tf.Variable], collectives: Collectives) -> None:
@@ -103,26 +95,30 @@ def _must_be_alike(variables: Sequence[tf.Variable], collectives: Collectives) -
         raise ValueError(str(error)) from None
 
 
-def _broadcast_in_order(variables: Sequence[tf.Variable], root_rank: int, process_set: Any,
-                        inplace: bool) -> None:
-    if inplace:
-        by_device: dict[str, list[tf.Variable]] = {}
-        for variable in variables:
+def _assigned(variables: Sequence[tf.Variable], root_rank: int, process_set: Any,
+              inplace: bool = False) -> list[Any]:
+    collectives = Collectives(process_set, counted=False)
+    ranks = process_set.ranks
+    root = root_rank if ranks is None else list(ranks).index(root_rank)
+    by_device: dict[str, list[tf.Variable]] = {}
+    assigned = []
+    for number, variable in enumerate(variables):
+        if inplace and variable.dtype.base_dtype not in NARROW:
             by_device.setdefault(variable.device, []).append(variable)
-        for number, group in enumerate(by_device.values()):
-            MPI_LIB.horovod_broadcast_inplace_resource(  # broadcast_ takes the variables' own names
-                [variable.handle for variable in group], name=f"broadcast_variables/{number}",
-                variable_names=[str(place) for place in range(len(group))], root_rank=root_rank,
-                process_set_id=process_set.process_set_id)
-    elif variables:
-        _assign_all(tuple(variables), root_rank, process_set)
+        else:
+            assigned.append(variable.assign(collectives.broadcast(
+                tf.convert_to_tensor(variable), root, f"broadcast_variables.{number}")))
+    for number, group in enumerate(by_device.values()):
+        assigned.append(MPI_LIB.horovod_broadcast_inplace_resource(  # broadcast_ takes the variables' names
+            [variable.handle for variable in group], name=unique(f"broadcast_variables_in_place.{number}"),
+            variable_names=[str(place) for place in range(len(group))], root_rank=root_rank,
+            process_set_id=process_set.process_set_id))
+    return assigned
 
 
 @tf.function(autograph=False)
 def _assign_all(variables: tuple[tf.Variable, ...], root_rank: int, process_set: Any) -> None:
-    for number, variable in enumerate(variables):  # in one graph they travel side by side
-        variable.assign(horovod.broadcast(variable, root_rank, name=f"broadcast_variables/{number}",
-                                          process_set=process_set))
+    _assigned(variables, root_rank, process_set)  # in one graph they travel side by side
 
 
 class CallableList(list):

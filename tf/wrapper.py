@@ -319,8 +319,7 @@ class Distributed:
         return super()._clip_gradients(self._hvd_ext.step.reduce_accumulated(grads))
 
     def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
-        decay = super()._apply_weight_decay
-        self._hvd_ext.step.if_good(lambda: decay(variables))
+        self._hvd_ext.step.if_good(functools.partial(super()._apply_weight_decay, variables))
 
     def _backend_update_step(self, grads: Sequence[Any], trainable_variables: Sequence[Any],
                              learning_rate: Any) -> None:
@@ -335,7 +334,7 @@ class Distributed:
     # State
 
     def build(self, variables: Sequence[Any]) -> None:
-        if self.built:
+        if self.built or not variables:  # Keras gives none when it reads an .h5 file
             return
         server = self._hvd_ext.server
         if server is not None:
@@ -346,6 +345,7 @@ class Distributed:
             for index in [k for k, variable in enumerate(variables) if not server.has_room(variable)]:
                 averages[index] = None  # Keras leaves these out
         self._hvd_ext.build(self, list(variables))
+        keras_store.set_waiting_weights(self)
 
     def add_variable_from_reference(self, reference_variable: Any, name: str | None = None,
                                     initializer: Any = "zeros") -> Any:

@@ -186,3 +186,45 @@ def test_bad_input(monkeypatch):
     monkeypatch.setattr(keras.backend, "backend", lambda: "torch")
     with pytest.raises(RuntimeError, match=r"or train with hvd_ext\.torch"):
         hvd.callbacks.MetricAverageCallback()
+
+
+def reports(folder):
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1), server="sharded",
+                                         compression=hvd.Compression.topk(0.5, min_size=1))
+    shown = []
+
+    class Writer:
+        def add_scalar(self, name, value, step):
+            shown.append((name, value, step))
+
+    training.fit(training.dense_model(), optimizer, hvd.rank(), hvd.size(), callbacks=[
+        hvd.callbacks.ReportCallback(folder), hvd.callbacks.ReportCallback(Writer(), batches=3)])
+    return shown, optimizer.report()
+
+
+@pytest.mark.ranks
+def test_reports_for_tensorboard(ranks, tmp_path):
+    by_rank = ranks(2, init="tensorflow").run(reports, str(tmp_path))
+    for rank, (shown, report) in enumerate(by_rank):
+        last = {name: value for name, value, step in shown if step == 2 * training.STEPS}
+        assert sorted({step for _, _, step in shown}) == [3, 6, 9, 12]
+        assert last["hvd_ext/sent/values"] == report["sent"]["values"] > 0
+        assert last["hvd_ext/server/owned_elements"] == report["server"]["owned_elements"]
+        (file,) = (tmp_path / f"rank{rank}").iterdir()
+        written = {}
+        for record in tf.data.TFRecordDataset(str(file)):
+            event = tf.compat.v1.Event.FromString(record.numpy())
+            for value in event.summary.value:
+                written[event.step, value.tag] = float(tf.make_ndarray(value.tensor))
+        assert {step for step, _ in written} == {6, 12}
+        assert {tag: value for (step, tag), value in written.items() if step == 12} == pytest.approx(last)
+
+
+def test_a_report_that_nobody_can_write():
+    with pytest.raises(TypeError, match="writer must be a folder"):
+        hvd.callbacks.ReportCallback(7)
+    with pytest.raises(ValueError, match="batches"):
+        hvd.callbacks.ReportCallback("folder", batches=0)
+    with pytest.raises(TypeError, match=r"has no report\(\)"):
+        training.fit(training.dense_model(), keras.optimizers.SGD(0.1), 0, 1,
+                     callbacks=[hvd.callbacks.ReportCallback("folder")])

@@ -79,6 +79,13 @@ def variables_are_broadcast(dtype):
                                   np.array(rounded(numbers(0), dtype), "float64"))
 
 
+@pytest.mark.ranks
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_operations_and_broadcasts(ranks, dtype):
+    ranks(2, init="tensorflow").run(operations, dtype)
+    ranks(2, init="tensorflow").run(variables_are_broadcast, dtype)
+
+
 def narrow_model(dtype):
     keras.utils.set_random_seed(7)
     return keras.Sequential([keras.Input((5,), dtype=dtype), keras.layers.Dense(8, dtype=dtype),
@@ -149,3 +156,16 @@ def fit_mixed(name):
 
 def fit_mixed_all(names):
     return {name: fit_mixed(name) for name in names}
+
+
+@pytest.mark.ranks
+def test_mixed_bfloat16(ranks):
+    names = ("plain", "topk", "delay", "sharded")
+    by_rank = ranks(2, init="tensorflow").run(fit_mixed_all, names, timeout=200)
+    one = training.weights(training.fit_joined(training.dense_model(), keras.optimizers.SGD(0.05), 2))
+    for name in names:
+        for mine, other, reference in zip(by_rank[0][name], by_rank[1][name], one, strict=True):
+            assert mine.dtype == np.float32
+            np.testing.assert_array_equal(mine, other)
+            if name in ("plain", "sharded"):
+                np.testing.assert_allclose(mine, reference, atol=0.02)

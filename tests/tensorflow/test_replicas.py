@@ -99,22 +99,28 @@ def test_another_backend_is_refused_with_the_way_out(monkeypatch, backend):
             use()
 
 
-def broadcast_under_other_names(inplace):
+def broadcast_under_other_names(inplace, in_graph):
     for _ in range(hvd.rank()):  # Keras numbers layers by how many this process has made
         keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2), keras.layers.Dense(1)])
     for number, weight in enumerate(model.weights):
         weight.assign(weight * 0 + 10 * number + hvd.rank())
-    horovod_tf.broadcast_variables(model.weights, root_rank=1, inplace=inplace)
+
+    def broadcast():
+        horovod_tf.broadcast_variables(model.weights[:2], root_rank=1, inplace=inplace)
+        horovod_tf.broadcast_variables(model.weights[2:], root_rank=1, inplace=inplace)
+
+    (tf.function(broadcast) if in_graph else broadcast)()
     for number, weight in enumerate(model.weights):
         np.testing.assert_array_equal(weight, np.full(weight.shape, 10 * number + 1, "float32"))
     return [layer.name for layer in model.layers]
 
 
 @pytest.mark.ranks
+@pytest.mark.parametrize("in_graph", [False, True])
 @pytest.mark.parametrize("inplace", [False, True])
-def test_variables_are_broadcast_whatever_their_names(ranks, inplace):
-    names = ranks(2, init="tensorflow").run(broadcast_under_other_names, inplace)
+def test_variables_are_broadcast_whatever_their_names(ranks, inplace, in_graph):
+    names = ranks(2, init="tensorflow").run(broadcast_under_other_names, inplace, in_graph)
     assert names[0] != names[1]
 
 

@@ -14,7 +14,7 @@ import hvd_ext.tensorflow.keras as hvd  # noqa: E402
 from tests.tensorflow import training  # noqa: E402
 
 BATCHES = {"two and five": ((2, 4), (5, 2)), "one has none": ((3, 4), (0, 4))}  # rank: (batches, rows)
-RATE = 0.125  # Keras keeps it in float32: a number that float32 has
+RATE, MOMENTUM = 0.125, 0.875  # Keras takes both to float32: numbers that float32 has
 OPTIONS = {
     "plain": dict,
     "rank0": lambda: {"server": "rank0"},
@@ -53,7 +53,7 @@ def by_numpy(name, weigh):
         sizes = [len(x) for x, _ in now]
         divisors = {"ranks": [2] * len(now), "active": [len(now)] * len(now),
                     "samples": [sum(sizes) / size for size in sizes]}[weigh]
-        momentum = 0.9 * momentum - RATE * sum(g / by for g, by in zip(gradients, divisors, strict=True))
+        momentum = MOMENTUM * momentum - RATE * sum(g / by for g, by in zip(gradients, divisors, strict=True))
         w = w + momentum
     return w
 
@@ -79,7 +79,7 @@ def dataset(name):
 def trained(name, option, weigh, graph):
     model = model_of()
     options = {**OPTIONS, **OTHERS}[option]()
-    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(RATE, momentum=0.9), **options)
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(RATE, momentum=MOMENTUM), **options)
     step, seen = stepper(model, optimizer, graph), 0
     with hvd.uneven(optimizer, weigh) as data:
         for x, y in data.batches(dataset(name)):
@@ -93,7 +93,7 @@ def trained(name, option, weigh, graph):
 def with_zeros(name, option):
     """The same by gradients of zero, given by hand on the rank that has run out."""
     model = model_of()
-    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(RATE, momentum=0.9),
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(RATE, momentum=MOMENTUM),
                                          **{**OPTIONS, **OTHERS}[option]())
     step, batches = stepper(model, optimizer, False), rows(name, hvd.rank())
     for number in range(max(count for count, _ in BATCHES[name])):
@@ -107,6 +107,19 @@ def with_zeros(name, option):
 
 def against_numpy(cases):
     return [trained(*case) for case in cases]
+
+
+@pytest.mark.ranks
+def test_equals_numpy_for_every_weighing(ranks):
+    cases = [(name, option, "ranks", True) for name in BATCHES for option in OPTIONS]
+    cases += [("two and five", "plain", weigh, graph) for weigh in ("active", "samples") for graph in (0, 1)]
+    cases += [("two and five", option, "active", True) for option in OPTIONS if option != "plain"]
+    cases += [("two and five", option, "samples", True) for option in ("sharded", "topk of everything")]
+    first, second = ranks(2, init="tensorflow").run(against_numpy, cases, timeout=300)
+    for case, mine, other in zip(cases, first, second, strict=True):
+        np.testing.assert_array_equal(mine, other, err_msg=str(case))
+        loose = 1e-5 if case[1].startswith(("topk", "delay")) else 1e-12  # these send float32
+        np.testing.assert_allclose(mine, by_numpy(case[0], case[2]), atol=loose, err_msg=str(case))
 
 
 def against_zeros(names):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -262,6 +263,7 @@ class ReportCallback(keras.callbacks.Callback):
 
     Raises:
         TypeError: ``writer`` is nothing of that, or the model's optimizer is not distributed.
+        ModuleNotFoundError: TensorFlow cannot write without TensorBoard, which is not installed.
     """
 
     def __init__(self, writer: Any, *, batches: int | None = None, prefix: str = "hvd_ext") -> None:
@@ -274,6 +276,11 @@ class ReportCallback(keras.callbacks.Callback):
                 or callable(getattr(writer, "add_scalar", None))):
             raise TypeError("writer must be a folder, a writer of tf.summary, or have add_scalar(tag, "
                             f"value, step); got {writer!r}")
+        if (self._own or isinstance(writer, tf.summary.SummaryWriter)) \
+                and importlib.util.find_spec("tensorboard") is None:
+            raise ModuleNotFoundError("ReportCallback writes for TensorBoard, which is not installed: "
+                                      "pip install tensorboard, or pass a writer with add_scalar(tag, "
+                                      "value, step)")
         self._writer = writer
 
     def on_train_begin(self, logs: Any = None) -> None:

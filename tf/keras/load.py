@@ -41,16 +41,19 @@ def load_model(filepath: Any, custom_optimizers: Iterable[type] | None = None,
                   for kind in (AMSGrad, *(custom_optimizers or ()))})
     wrapped = {name: _distributing(kind, {"compression": compression, **options})
                for name, kind in known.items()}
+    wrapped.update({name.lower(): kind for name, kind in wrapped.items()})  # as Keras reads .h5 files
     # Classes that are registered come before custom_objects: theirs are exchanged while loading.
     registered = keras.saving.get_custom_objects()
     before = dict(registered)
     registered.update({name: kind for name, kind in wrapped.items() if name in before})
     try:
-        return keras.models.load_model(filepath,
-                                       custom_objects={**wrapped, **(custom_objects or {})})
+        model = keras.models.load_model(filepath, custom_objects={**wrapped, **(custom_objects or {})})
     finally:
         registered.clear()
         registered.update(before)
+    if getattr(model.optimizer, "built", True) is False:  # an .h5 file: Keras built it without variables
+        model.optimizer.build(model.trainable_variables)
+    return model
 
 
 def _distributing(kind: type, options: dict[str, Any]) -> type:

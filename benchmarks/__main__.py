@@ -51,6 +51,7 @@ BENCHMARKS = {
     "async_digits_momentum": Benchmark("best momentum by number of workers", "async_digits",
                                        ("momentum",)),
     "tf_speed": Benchmark("what the extensions cost under TensorFlow", "tf_speed", plots=False),
+    "cluster": Benchmark("exchange and step over 4 hosts at 1 Gbit/s; as root", "cluster", plots=False),
     "streaming_pca": Benchmark("momentum against delay, streaming PCA", "streaming_pca"),
 }
 

@@ -41,8 +41,12 @@ _NUMBERS = itertools.count()
 
 ENTER = """#!/bin/sh
 # HOST COMMAND...: a shell's command line on a host of the cluster, as rsh runs it; ssh's options are skipped.
-while :; do case $1 in -o|-p|-i|-l) shift 2;; -*) shift;; *) break;; esac; done
-host=$1; shift
+host=
+while :; do case $1 in
+    -o|-p|-i|-l) shift 2;;
+    -*) shift;;
+    *) if [ -n "$host" ]; then break; fi; host=$1; shift;;  # Horovod has options before and after the host
+esac; done
 exec ip netns exec {namespace}-"$host" unshare --uts sh -c 'hostname "$0" && exec sh -c "$1"' "$host" "$*"
 """
 

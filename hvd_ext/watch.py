@@ -78,6 +78,7 @@ class Watch:
         self._now: Wait | None = None
         self._steps = 0
         self._abort: Callable[[], None] = lambda: None
+        self._running: Callable[[], bool] = lambda: True
         self._thread: threading.Thread | None = None
 
     @property
@@ -107,18 +108,20 @@ class Watch:
         """Look at this too: what is waited for where ``begin`` cannot be called."""
         self._sources.append(source)
 
-    def start(self, rank: int, abort: Callable[[], None]) -> None:
+    def start(self, rank: int, abort: Callable[[], None],
+              running: Callable[[], bool] = lambda: True) -> None:
         """Start to look; once per process.
 
         Args:
             rank: this process's.
             abort: ends all pending collectives with an error.
+            running: whether this process still takes part; when it no longer does, it does not answer.
 
         Raises:
             ValueError: ``HVD_EXT_TIMEOUT`` is not as it should be.
         """
         limits()
-        self.rank, self._abort = rank, abort
+        self.rank, self._abort, self._running = rank, abort, running
         if self._thread is None:
             _bound_the_end_after_errors(self)
         if self._thread is None or not self._thread.is_alive():
@@ -144,6 +147,9 @@ class Watch:
             time.sleep(min(1.0, self.limit() / 8))
             if self.verdict is not None:
                 return
+            if not (_elastic() or self._running()):
+                self._leave()
+                return
             wait, now = self.waiting(), time.monotonic()
             if self.listener is not None:
                 self.listener.sample(None if wait is None else (wait.what, now - wait.since))
@@ -161,6 +167,12 @@ class Watch:
                 self._give_up(wait, now, answers)
                 return
             until, moves = now + patience, None
+
+    def _leave(self) -> None:
+        """This process has left the others, who may still wait for it. It may come back as another."""
+        listener, self.listener, self.others = self.listener, None, {}
+        if listener is not None:
+            listener.close()
 
     def _ask(self) -> dict[int, Answer | None]:
         return {rank: ask(address) for rank, address in self.others.items() if rank != self.rank}

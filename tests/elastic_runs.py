@@ -22,7 +22,7 @@ def run_elastic(program, folder, *arguments, seconds=240):
                "--max-np", "3", "--host-discovery-script", str(script), "--network-interface", "lo",
                sys.executable, "-m", program, str(folder), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-                   "HOROVOD_GLOO_TIMEOUT_SECONDS": "5"}
+                   "HOROVOD_GLOO_TIMEOUT_SECONDS": "10"}
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
                                    stdout=log, stderr=subprocess.STDOUT, start_new_session=True)

@@ -104,6 +104,8 @@ class Carried:
     def restore(self) -> None:
         """After the variables were restored: nothing is under way, and curvature is taken anew."""
         self.wrapper.reducer.forget()
+        if self.wrapper.server is not None:
+            self.wrapper.server.forget()
         if self.wrapper.preconditioner is not None:
             self.wrapper.preconditioner.load_shared_state(self._seng)
 

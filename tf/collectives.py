@@ -208,7 +208,7 @@ class Collectives:
 
         A failed comparison is an ``InvalidArgumentError`` on every rank when the function runs.
         """
-        WATCH.start(horovod.rank(), horovod.shutdown)
+        WATCH.start(horovod.rank(), horovod.shutdown, horovod.is_initialized)
         known = meeting.words(mine.number, asks=not self._know_each_other())
         # No tf.constant: Horovod's operations are not marked as stateful, and on constants alone TensorFlow
         # runs them while it prepares the graph, on this rank alone and also where the condition is false.

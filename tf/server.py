@@ -19,6 +19,7 @@ from hvd_ext.tensorflow.collectives import Collectives, refuse_session_graphs
 from hvd_ext.tensorflow.traffic import Cell
 from hvd_ext.tensorflow.uneven_data import EXTENDED
 from hvd_ext.tensorflow.variables import as_tf
+from hvd_ext.tensorflow.waiting import Waiting
 
 SMALL_BYTES = 2**16  # weights of at most so many bytes travel together; larger ones are not copied
 
@@ -51,11 +52,15 @@ class UpdateServer:
         self.owners: dict[int, int] = {}
         self.numels: dict[int, int] = {}
         self._zero = Cell(1)
+        self._waiting = Waiting(f"the weights under server={kind!r}")
+        self._functions: dict[tuple[Any, ...], Any] = {}
         self._planned_for: tuple[list[Any], set[int]] = [], set()
 
     def build(self, variables: Sequence[Any], local: set[int]) -> None:
         """Give each variable an owner, the same on every rank; ``local`` ones belong to every rank."""
         self._planned_for = list(variables), set(local)
+        self._waiting.build()
+        self._functions.clear()
         served = [variable for variable in variables if id(as_tf(variable)) not in local]
         numels = [int(tf.TensorShape(variable.shape).num_elements()) for variable in served]
         assigned = owners(self.kind, numels, self.collectives.size)
@@ -67,6 +72,10 @@ class UpdateServer:
     def replan(self) -> None:
         """Plan owners anew when the ranks have changed; none were planned before the optimizer is built."""
         self.build(*self._planned_for)
+
+    def forget(self) -> None:
+        """After an error: nothing is under way any more."""
+        self._waiting.forget()
 
     def has_room(self, variable: Any) -> bool:
         """Whether this rank makes the variable's part of the state: under elastic it may own it later."""
@@ -125,12 +134,9 @@ class UpdateServer:
         rank = self.collectives.rank
         if self.collectives.size == 1:
             return
-        with self.collectives.traffic.section():
-            plan = self._messages(variables)
-            given = [self._outgoing(message, failure is not None) for message in plan]
-            # All are under way together before the first one is waited for.
-            sent = [self.collectives.broadcast(value, message.owner, f"{name}/{number}")
-                    for number, (message, value) in enumerate(zip(plan, given, strict=True))]
+        plan = self._messages(variables)
+        given = [self._outgoing(message, failure is not None) for message in plan]
+        sent = self._sent([message.owner for message in plan], given, name)
         self._raise_failure(plan, sent, failure)
         for message, value in zip(plan, sent, strict=True):
             if message.owner == rank and message.packed:
@@ -138,6 +144,23 @@ class UpdateServer:
             pieces = tf.split(value, message.numels)[:-1] if message.packed else [value]
             for variable, piece in zip(message.inside, pieces, strict=True):
                 as_tf(variable).assign(tf.reshape(piece, variable.shape))
+
+    def _sent(self, senders: list[int], given: list[tf.Tensor], name: str) -> list[tf.Tensor]:
+        """What the owners gave; all messages are under way together before the first is waited for."""
+        def send(given: list[tf.Tensor]) -> list[tf.Tensor]:
+            self._waiting.begin(given)
+            with self.collectives.traffic.section():
+                sent = [self.collectives.broadcast(value, owner, f"{name}/{number}")
+                        for number, (owner, value) in enumerate(zip(senders, given, strict=True))]
+            self._waiting.end(sent)
+            return sent
+
+        if not tf.executing_eagerly():
+            return send(given)
+        key = (name, *senders)  # in a graph also here: outside of one collectives have no names
+        if key not in self._functions:
+            self._functions[key] = tf.function(send, autograph=False)
+        return list(self._functions[key](given))
 
     def _messages(self, variables: Sequence[Any]) -> list[Message]:
         """Every owner's messages, in the same order on all ranks."""

@@ -154,7 +154,7 @@ class Uneven:
         """How many ranks have a batch, and the samples of all."""
         by = WEIGHTS.index(self._weighing.by)
         words = [active, samples, left, left * self._collectives.rank, *(by == one for one in range(3))]
-        WATCH.start(horovod.rank(), horovod.shutdown)
+        WATCH.start(horovod.rank(), horovod.shutdown, horovod.is_initialized)
         WATCH.begin("the ranks that have a batch (hvd.uneven)")
         try:
             total = self._collectives.allreduce(tf.constant([float(one) for one in words], tf.float64),

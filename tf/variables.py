@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,6 +16,7 @@ from hvd_ext.agreement import Fingerprint
 from hvd_ext.tensorflow.collectives import NARROW, Collectives, in_session_graphs, unique
 
 PER_RANK = "_hvd_ext_per_rank"
+NUMBERS = re.compile(r"_?\d+")  # in names: Keras counts the layers of a kind that a process has made
 
 
 def as_tf(variable: Any) -> tf.Variable:
@@ -86,8 +88,9 @@ def broadcast_variables(variables: Iterable[Any], root_rank: int,
 
 def _must_be_alike(variables: Sequence[tf.Variable], collectives: Collectives) -> None:
     mine = Fingerprint(tuple(
-        f"variable {number}: {variable.name.split(':')[0].split('/')[-1]} {tuple(variable.shape)} "
-        f"{variable.dtype.base_dtype.name}" for number, variable in enumerate(variables)))
+        f"variable {number}: {NUMBERS.sub('', variable.name.split(':')[0].split('/')[-1])} "
+        f"{tuple(variable.shape)} {variable.dtype.base_dtype.name}"
+        for number, variable in enumerate(variables)))
     try:
         collectives.meet(mine, "broadcast the same variables", "Make the same model and optimizer on every "
                          "rank, and build both before their variables are broadcast")

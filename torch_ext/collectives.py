@@ -173,7 +173,7 @@ class Collectives:
         Raises:
             ValueError: on every rank, when they differ.
         """
-        WATCH.start(horovod.rank(), horovod.shutdown)
+        WATCH.start(horovod.rank(), horovod.shutdown, horovod.is_initialized)
         total = torch.from_numpy(meeting.words(mine.number, asks=not self._know_each_other()))
         self.allreduce_async_(total, meeting.NAME, op=horovod.Sum, kind="agreement").wait()
         if not meeting.same(total.numpy()):

@@ -204,3 +204,16 @@ def test_nobody_is_told_without_the_token():
     assert tell(listener.address, 1, "x" * 10_000)
     assert told == [1]
     listener.close()
+
+
+def test_a_rank_that_has_left_does_not_answer():
+    gone, running = Watch(), [True]
+    gone.listener = Listener(local=True)
+    address = gone.listener.address
+    gone.start(1, lambda: None, lambda: running[0])
+    assert ask(address) is not None
+    running[0] = False
+    gone._thread.join(20)
+    assert ask(address) is None
+    assert gone.listener is None
+    assert gone.others == {}

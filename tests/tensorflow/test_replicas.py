@@ -103,12 +103,15 @@ def broadcast_under_other_names(inplace, in_graph):
     for _ in range(hvd.rank()):  # Keras numbers layers by how many this process has made
         keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2), keras.layers.Dense(1)])
+    optimizer = keras.optimizers.Adam()
+    optimizer.build(model.trainable_variables)  # variables named after the layers'
     for number, weight in enumerate(model.weights):
         weight.assign(weight * 0 + 10 * number + hvd.rank())
 
     def broadcast():
         horovod_tf.broadcast_variables(model.weights[:2], root_rank=1, inplace=inplace)
         horovod_tf.broadcast_variables(model.weights[2:], root_rank=1, inplace=inplace)
+        horovod_tf.broadcast_variables(optimizer.variables, root_rank=1, inplace=inplace)
 
     (tf.function(broadcast) if in_graph else broadcast)()
     for number, weight in enumerate(model.weights):

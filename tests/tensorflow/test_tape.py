@@ -319,3 +319,22 @@ def test_the_loss_scale_does_not_reach_what_is_not_linear(ranks, op, compression
     scaled = pool.run(scaled_steps, 256.0, op, compression)
     np.testing.assert_allclose(scaled[0], plain[0], rtol=1e-5)
     np.testing.assert_array_equal(scaled[0], scaled[1])
+
+
+def after_other_models():
+    """Rank 1 has made models that rank 0 has not: Keras' names have other numbers there."""
+    for _ in range(hvd.rank()):
+        training.dense_model()
+    names = [one.path for one in training.dense_model().trainable_variables]
+    found = [train(hvd.DistributedGradientTape, hvd.rank(), hvd.size(), compiled, sparse)[0]
+             for compiled in (False, True) for sparse in (False, True)]
+    return names, found
+
+
+@pytest.mark.ranks
+def test_names_of_layers_may_differ_between_ranks(ranks):
+    (names, found), (other_names, other) = ranks(2, init="tensorflow").run(after_other_models)
+    assert names != other_names
+    for mine, theirs in zip(found, other, strict=True):
+        for one, same in zip(mine, theirs, strict=True):
+            np.testing.assert_array_equal(one, same)

@@ -8,6 +8,7 @@ still runs; in eager mode they start together.
 from __future__ import annotations
 
 import abc
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from hvd_ext.versions import HVD_EXT
 
 Gradient = tf.Tensor | tf.IndexedSlices
 MakeVariable = Callable[..., tf.Variable]
+COUNTER = re.compile(r"_\d+(?=/|$)")  # Keras counts the layers of a kind that a process has made
 
 
 class Reducer(abc.ABC):
@@ -47,6 +49,7 @@ class Reducer(abc.ABC):
         self.prefix = options.prefix
         self.variables: list[Any] = []
         self._number: dict[int, int] = {}
+        self._places: dict[int, int] = {}  # in this call, where no variables were planned for
         self._checked: Any = None
         self._waiting = Waiting(f"the exchange of gradients of {options.prefix}")
         self._functions: dict[tuple[str, ...], Any] = {}
@@ -78,7 +81,10 @@ class Reducer(abc.ABC):
         """
         number = self._number.get(id(as_tf(variable)))
         name = name_of(variable)
-        return name if number is None else f"{number}.{name.rpartition('/')[2]}"
+        if number is not None:
+            return f"{number}.{name.rpartition('/')[2]}"
+        place = self._places.get(id(as_tf(variable)))
+        return name if place is None else f"{place}.{COUNTER.sub('', name)}"
 
     def fill_missing(self, gradients: Sequence[Gradient | None], variables: Sequence[Any]
                      ) -> list[Gradient | None]:
@@ -152,6 +158,8 @@ class Reducer(abc.ABC):
 
         ``inputs`` are tensors. The second result is None when it always may.
         """
+        if not self.variables:
+            self._places = {id(as_tf(variable)): place for place, variable in enumerate(variables)}
         present = [index for index, gradient in enumerate(gradients) if gradient is not None]
         self.collectives.traffic.begin()
         if not present:

@@ -14,8 +14,10 @@ import pytest
 from tests.cluster.hosts import missing
 from tests.ranks import Ranks
 
-hypothesis.settings.register_profile("any machine", deadline=None)  # slow is not wrong
-hypothesis.settings.load_profile("any machine")
+# The same examples each time, as of any test; new ones with --hypothesis-profile=new. Slow is not wrong.
+hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("new", deadline=None)
+hypothesis.settings.load_profile("same")
 
 # Markers of tests that run only when ``-m`` names them; each has a target of its own in the Makefile.
 ON_REQUEST = {"soak", "cluster", "zoo", "gpu_build"}

@@ -57,7 +57,7 @@ class AutoMomentum:
         momentum_for_delay(0.0, momentum=momentum, reference_delay=reference_delay)
         self.momentum = float(momentum)
         self.reference_delay = float(reference_delay)
-        self.window = checks.whole("window", window, low=1)
+        self.window = checks.whole("window", window, low=1, high=2**31 - 1)
         self._recent: deque[int] = deque(maxlen=self.window)
 
     def after(self, delay: int) -> float:

@@ -298,3 +298,8 @@ def test_accepted_rules_reach_the_oracles_weights(name, lam, decay, eps, momentu
     expected = trajectory(gradient, start, taus, lr=0.05, momentum=momentum, rule=name, lam=rule.lam,
                           decay=decay, eps=eps)
     np.testing.assert_allclose(reached.weights, expected[-1], rtol=1e-10, atol=1e-12)
+
+
+def test_a_window_longer_than_any_memory():
+    with pytest.raises(ValueError, match="window must be in"):
+        AutoMomentum(window=2**63)

@@ -3,8 +3,6 @@
 It is :mod:`hvd_ext.tensorflow.keras`, module by module, and what ``horovod.keras`` has beyond that.
 """
 
-from horovod.keras import *  # noqa: F403
-
 from hvd_ext import aliases
 from hvd_ext.tensorflow.keras import *  # noqa: F403
 from hvd_ext.tensorflow.keras import callbacks, elastic  # noqa: F401

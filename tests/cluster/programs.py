@@ -13,6 +13,7 @@ import numpy as np
 METHODS = ("plain", "fp16", "delay", "topk", "powersgd", "seng")
 SERVERS = (None, "replicated", "rank0", "sharded")
 STEPS = 4
+HOSTS = 3
 
 
 def extensions(hvd: Any, method: str, model: Any) -> dict[str, Any]:

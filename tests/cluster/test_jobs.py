@@ -7,17 +7,10 @@ import pytest
 
 from tests.cluster import programs
 from tests.cluster.hosts import Cluster
-from tests.cluster.programs import cut_when_asked
+from tests.cluster.programs import HOSTS, cut_when_asked
 from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.cluster, pytest.mark.ranks]
-HOSTS = 3
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    with Cluster(HOSTS, rate="1gbit") as made:
-        yield made
 
 
 def test_every_extension_and_server_gives_what_it_gives_on_one_host(cluster):

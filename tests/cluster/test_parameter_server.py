@@ -8,16 +8,9 @@ import pytest
 from tests.async_ps.runs import flat, start
 from tests.cluster import programs
 from tests.cluster.hosts import Cluster
-from tests.cluster.programs import cut_when_asked
+from tests.cluster.programs import HOSTS, cut_when_asked
 
 pytestmark = [pytest.mark.cluster, pytest.mark.ranks]
-HOSTS = 3
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    with Cluster(HOSTS, rate="1gbit") as made:
-        yield made
 
 
 def test_a_worker_that_is_cut_off_is_left_out(tmp_path):

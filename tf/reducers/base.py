@@ -8,7 +8,6 @@ still runs; in eager mode they start together.
 from __future__ import annotations
 
 import abc
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,13 +19,12 @@ from hvd_ext.options import Options
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.retracing import Traces
 from hvd_ext.tensorflow.traffic import Cell
-from hvd_ext.tensorflow.variables import as_tf, made_apart, name_of
+from hvd_ext.tensorflow.variables import NUMBERS, as_tf, made_apart, name_of
 from hvd_ext.tensorflow.waiting import Waiting
 from hvd_ext.versions import HVD_EXT
 
 Gradient = tf.Tensor | tf.IndexedSlices
 MakeVariable = Callable[..., tf.Variable]
-COUNTER = re.compile(r"_\d+(?=/|$)")  # Keras counts the layers of a kind that a process has made
 
 
 class Reducer(abc.ABC):
@@ -84,7 +82,7 @@ class Reducer(abc.ABC):
         if number is not None:
             return f"{number}.{name.rpartition('/')[2]}"
         place = self._places.get(id(as_tf(variable)))
-        return name if place is None else f"{place}.{COUNTER.sub('', name)}"
+        return name if place is None else f"{place}.{NUMBERS.sub('', name)}"
 
     def fill_missing(self, gradients: Sequence[Gradient | None], variables: Sequence[Any]
                      ) -> list[Gradient | None]:

@@ -36,10 +36,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.forks import RANK_VARIABLES, Servers
+
 ROOT = Path(__file__).resolve().parent.parent
-RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK")
 START_SECONDS = 90.0
 Launcher = Callable[[int, Sequence[str]], list[str]]
+command_of = Servers().command  # of a rank, forked from a process that has imported its framework
 
 
 class RankFailure(AssertionError):
@@ -77,10 +79,9 @@ class Ranks:
         self.folder = Path(tempfile.mkdtemp(prefix="ranks-"))
         self.tasks = 0
         self.log = self.folder / "log"
-        worker = [sys.executable, "-m", "tests.ranks", str(self.folder), init or "none", str(os.getpid())]
-        # Idle ranks negotiate once a cycle; the default of 1 ms keeps the cores busy with nothing.
-        environment = {"HOROVOD_CYCLE_TIME": "3", **os.environ, "OMP_NUM_THREADS": "1",
-                       "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3", **(env or {})}
+        environment = environment_of_ranks(**(env or {}))
+        worker = command_of(None if callable(launcher) else init, "tests.ranks", str(self.folder),
+                            init or "none", str(os.getpid()), environment=environment)
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 launcher(size, worker) if callable(launcher)
@@ -180,6 +181,13 @@ def run_ranks(function: Callable[..., Any], size: int = 2, *args: Any, timeout: 
         return ranks.run(function, *args, timeout=timeout, check=check)
     finally:
         ranks.close(kill=not check)
+
+
+def environment_of_ranks(**more: str) -> dict[str, str]:
+    """This process's environment with what ranks of the tests need, and ``more``."""
+    # Idle ranks negotiate once a cycle; the default of 1 ms keeps the cores busy with nothing.
+    return {"HOROVOD_CYCLE_TIME": "3", **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+            "TF_CPP_MIN_LOG_LEVEL": "3", **more}
 
 
 def launch_command(size: int, command: Sequence[str], launcher: str = "mpirun",

@@ -6,11 +6,10 @@ import itertools
 import os
 import random
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 
-from tests.ranks import ROOT, kill_tree, launch_command
+from tests.ranks import ROOT, command_of, environment_of_ranks, kill_tree, launch_command
 
 FRONT_ENDS = ("torch", "tensorflow")
 METHODS = ("plain", "fp16", "delay", "topk", "powersgd", "seng")
@@ -81,10 +80,9 @@ def quick_cases() -> list[Case]:
 
 def run(case: Case) -> Ended:
     """Run a case on two ranks of its own."""
-    command = [sys.executable, "-m", "tests.matrix.program", case.front_end, case.method, case.server,
-               case.fault]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-                   "TF_CPP_MIN_LOG_LEVEL": "3", "HVD_EXT_TIMEOUT": LIMITS, "HOROVOD_CYCLE_TIME": "3"}
+    environment = environment_of_ranks(HVD_EXT_TIMEOUT=LIMITS)
+    command = command_of(case.front_end, "tests.matrix.program", case.front_end, case.method, case.server,
+                         case.fault, environment=environment)
     began = time.monotonic()
     process = subprocess.Popen(launch_command(2, command), cwd=ROOT, env=environment,
                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,

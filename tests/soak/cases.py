@@ -20,7 +20,7 @@ from hvd_ext import checkpoints
 from hvd_ext.async_ps import Checkpoint
 from tests.async_ps.program import run_program
 from tests.async_ps.runs import flat
-from tests.ranks import ROOT, kill_tree, launch_command
+from tests.ranks import ROOT, command_of, environment_of_ranks, kill_tree, launch_command
 from tests.soak.sync import EVERY, STEPS
 
 METHODS = ("plain", "delay", "topk", "powersgd", "seng", "sharded")
@@ -119,8 +119,7 @@ def run(command: list[str], **environment: str) -> tuple[int | None, str]:
     process = subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, errors="replace", start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HOROVOD_CYCLE_TIME": "3",
-             "TF_CPP_MIN_LOG_LEVEL": "3", **environment})
+        env=environment_of_ranks(**environment))
     try:
         output, _ = process.communicate(timeout=SECONDS)
         return process.returncode, output
@@ -135,8 +134,8 @@ _WHOLE: dict[tuple[str, str], dict[int, str]] = {}  # the ends of undisturbed ru
 
 
 def _sync_command(strike: Strike, place: Path, *struck: object) -> list[str]:
-    return launch_command(2, [sys.executable, "-m", "tests.soak.sync", strike.kind, strike.method,
-                              str(place), *map(str, struck)])
+    return launch_command(2, command_of(strike.kind, "tests.soak.sync", strike.kind, strike.method,
+                                        str(place), *map(str, struck), environment=environment_of_ranks()))
 
 
 def _ends(output: str) -> dict[int, tuple[int, str]]:

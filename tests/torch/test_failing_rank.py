@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 
 import pytest
 
-from tests.ranks import ROOT, kill_tree, launch_command
+from tests.ranks import ROOT, command_of, environment_of_ranks, kill_tree, launch_command
 
 pytestmark = pytest.mark.ranks
 
 
 def run(how, method, launcher):
-    command = [sys.executable, "-m", "tests.torch.failing_program", how, method]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HVD_EXT_TIMEOUT": "600"}
+    environment = environment_of_ranks(HVD_EXT_TIMEOUT="600")
+    command = command_of("torch", "tests.torch.failing_program", how, method, environment=environment)
     process = subprocess.Popen(launch_command(2, command, launcher), cwd=ROOT, env=environment, text=True,
                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                start_new_session=True)

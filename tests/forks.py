@@ -33,7 +33,7 @@ from collections.abc import Mapping
 
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK")
 MODULES = {
-    "torch": ("numpy", "pytest", "torch", "hvd_ext.torch"),
+    "torch": ("numpy", "pytest", "torch", "torch._dynamo", "hvd_ext.torch"),  # an optimizer imports dynamo
     "tensorflow": ("numpy", "pytest", "tensorflow", "keras", "hvd_ext.tensorflow.keras"),
 }
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

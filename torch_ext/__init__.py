@@ -10,7 +10,7 @@ from horovod.torch import *  # noqa: F403
 
 from hvd_ext import aliases, openmpi
 from hvd_ext.checkpoints import DamagedCheckpointError
-from hvd_ext.delay import DelayCompensated
+from hvd_ext.delay import DelayCompensated, Late
 from hvd_ext.delay.momentum import AutoMomentum, momentum_for_delay
 from hvd_ext.replicas import ReplicasDifferError
 from hvd_ext.run_checkpoints import CheckpointNotWrittenError
@@ -48,6 +48,7 @@ __all__ = [
     "DamagedCheckpointError",
     "DelayCompensated",
     "DistributedOptimizer",
+    "Late",
     "ParameterServer",
     "ReplicasDifferError",
     "SENG",

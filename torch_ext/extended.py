@@ -112,6 +112,17 @@ class ExtendedOptimizer(torch.optim.Optimizer):
             )
         super().zero_grad(*args, **kwargs)
 
+    def flush(self) -> None:
+        """Take the update that is still to come with ``late=``; without, nothing.
+
+        A collective: call it on every rank after the last step, and before weights are used otherwise.
+
+        Raises:
+            RuntimeError: a step has begun.
+        """
+        self._hvd_ext.flush(super(type(self), self).step)
+        self._synchronized = False
+
     __reduce_ex__ = reduce_wrapped
 
     def report(self) -> dict[str, Any]:

@@ -15,6 +15,8 @@ import torch
 
 from hvd_ext import aliases, composition
 from hvd_ext.agreement import digest
+from hvd_ext.delay import Late
+from hvd_ext.delay.late import check_late
 from hvd_ext.options import Options
 from hvd_ext.torch.collectives import Collectives
 from hvd_ext.torch.compression import WideCompressor
@@ -42,6 +44,7 @@ def DistributedOptimizer(
     preconditioner: Any = None,
     server: str | None = None,
     grad_scaler: Any = None,
+    late: Late | None = None,
 ) -> Any:
     """Wrap an optimizer so that gradients are reduced over the ranks before its update.
 
@@ -62,14 +65,20 @@ def DistributedOptimizer(
         server: where the update runs: "replicated", "rank0" or "sharded".
         grad_scaler: the ``torch.amp.GradScaler`` in use, so that extensions which are not linear
             in the gradient can undo its scale.
+        late: ``Late(...)``: exchange gradients beside the next step's compute and apply them then.
+            The first ``step()`` changes nothing; after the last one call ``flush()``.
 
     Raises:
+        TypeError: ``late`` is something else.
         ValueError: an argument is outside its limits, or extensions cannot be combined.
     """
     if hasattr(optimizer, "_hvd_ext") or "horovod" in type(optimizer).__module__:
         raise ValueError("the optimizer is a DistributedOptimizer already; wrap it once")
     method = composition.method_of(REDUCERS, op, compression)
-    alone = method is None and preconditioner is None and server is None
+    check_late(late, preconditioner=preconditioner,
+               passes_apart=getattr(method, "virtual_workers", "rank") != "rank",
+               multiple_evaluations=isinstance(optimizer, torch.optim.LBFGS))
+    alone = method is None and preconditioner is None and server is None and late is None
     if alone and (op == horovod.Adasum or isinstance(optimizer, torch.optim.LBFGS)):
         if compression is horovod.Compression.none:
             compression = WideCompressor
@@ -93,7 +102,7 @@ def DistributedOptimizer(
         Collectives(process_set), options, op=op, compression=compression,
         predivide=gradient_predivide_factor, server=server,
         multiple_evaluations=isinstance(optimizer, torch.optim.LBFGS),
-        owners=placed if server == "sharded" and preconditioner is None else None,
+        owners=placed if server == "sharded" and preconditioner is None else None, late=late,
     )
     return extend(optimizer, named_parameters, reducer, preconditioner, placed, grad_scaler)
 

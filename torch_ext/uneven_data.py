@@ -91,6 +91,9 @@ class Uneven:
         self._optimizer = optimizer
         self._wrapper = optimizer._hvd_ext
         reducer = self._wrapper.reducer
+        if reducer.staleness:
+            raise ValueError("hvd.uneven cannot be combined with late=: a gradient would be weighed by "
+                             "another step's samples; give all ranks as many batches, or drop late=")
         reduction = describe_settings(reducer.settings)[0].removeprefix("reduction: ")
         self.weigh = check(weigh, reduction=reduction, weighable=reducer.averages, whole=reducer.linear)
         self._on_shadow_step = on_shadow_step

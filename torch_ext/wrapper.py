@@ -124,6 +124,19 @@ class Wrapper:
         self.collectives.traffic.step(same=True)
         return result
 
+    def flush(self, inner_step: Callable[[], Any]) -> None:
+        """Take the update of gradients that are late, if there is one.
+
+        Raises:
+            RuntimeError: a step has begun.
+        """
+        if not self.collectives.included or not self.reducer.staleness:
+            return
+        if self.begun():
+            raise RuntimeError("flush() was called between backward() and step(); call it after step()")
+        self._good = self.reducer.flush()
+        self.update(inner_step)
+
     def begun(self) -> bool:
         """Whether gradients of this step are on their way."""
         return bool(self._passes.done)
@@ -252,6 +265,10 @@ class Wrapper:
         """Restore the extensions, and with ``load`` the wrapped optimizer."""
         state_dict = dict(state_dict)
         own = state_dict.pop(STATE_KEY, None)
+        if own is not None and not (reset_per_rank_state or self.reducer.staleness) \
+                and own.get("reducer", {}).get("late"):
+            raise ValueError("this state was saved with late= and may hold a gradient that is still to be "
+                             "applied; pass late= here too, or reset_per_rank_state=True to drop it")
         here = (self.collectives.rank, self.collectives.size)
         per_rank = own is not None and any(own.get(key) for key in ("reducer", "preconditioner"))
         if per_rank and not reset_per_rank_state and (own["rank"], own["size"]) != here:

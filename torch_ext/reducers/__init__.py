@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import horovod.torch as horovod
@@ -9,7 +10,7 @@ import torch
 
 from hvd_ext import composition
 from hvd_ext.buckets import check_groups
-from hvd_ext.delay import DelayCompensated
+from hvd_ext.delay import DelayCompensated, Late
 from hvd_ext.options import Options, Plain
 from hvd_ext.powersgd import PowerSGD
 from hvd_ext.topk import TopK
@@ -17,6 +18,7 @@ from hvd_ext.torch.collectives import Collectives
 from hvd_ext.torch.compression import Compression
 from hvd_ext.torch.reducers.base import Reducer
 from hvd_ext.torch.reducers.delay import DelayReducer
+from hvd_ext.torch.reducers.late import LateReducer
 from hvd_ext.torch.reducers.plain import PlainReducer
 from hvd_ext.torch.reducers.powersgd import PowerSGDReducer
 from hvd_ext.torch.reducers.sharded import ShardedReducer
@@ -53,11 +55,12 @@ register_reducer(PowerSGD, PowerSGDReducer)
 
 def make_reducer(collectives: Collectives, options: Options, *, op: Any, compression: Any,
                  predivide: float = 1.0, server: str | None = None,
-                 multiple_evaluations: bool = False, owners: Any = None) -> Reducer:
+                 multiple_evaluations: bool = False, owners: Any = None, late: Late | None = None) -> Reducer:
     """The reducer that ``op`` and ``compression`` ask for.
 
     Args:
         owners: the ``UpdateServer`` whose owners need their own gradients only, if any.
+        late: how gradients are applied one step late, if they are; owners then get all of them.
 
     Raises:
         ValueError: arguments that cannot be combined.
@@ -69,6 +72,16 @@ def make_reducer(collectives: Collectives, options: Options, *, op: Any, compres
         REDUCERS, op=op, compression=compression, op_name=names.get(plain, str(plain)),
         casts=(Compression.none, Compression.fp16), predivide=predivide, server=server,
         multiple_evaluations=multiple_evaluations)
+    if late is not None:
+        make = functools.partial(_make, collectives, settings, op=op, compression=compression,
+                                 predivide=predivide, owners=None)
+        return LateReducer(make, late, options)
+    return _make(collectives, settings, options, op=op, compression=compression, predivide=predivide,
+                 owners=owners)
+
+
+def _make(collectives: Collectives, settings: Any, options: Options, *, op: Any, compression: Any,
+          predivide: float, owners: Any) -> Reducer:
     if settings is None:
         to_owners = (owners is not None and op in (horovod.Average, horovod.Sum) and predivide == 1.0
                      and compression in (Compression.none, Compression.fp16))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,13 @@ class Entry:
         return self.groups()[self.group_index]
 
 
+def measured(gradients: Sequence[torch.Tensor]) -> tuple[float, bool]:
+    """The 2-norm of all, and whether all their elements are finite."""
+    norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+    # The norm of huge but finite gradients overflows: only then look at every element.
+    return norm, math.isfinite(norm) or all(bool(one.isfinite().all()) for one in gradients)
+
+
 class Reducer(abc.ABC):
     """Turns each rank's local gradients into the reduced gradient, the same bits on every rank.
 
@@ -62,6 +70,9 @@ class Reducer(abc.ABC):
     def build(self, entries: Sequence[Entry]) -> None:
         """Take the parameters whose gradients are to be reduced; called again when there are more."""
         self.entries = list(entries)
+
+    staleness = 0
+    """Steps by which the gradients that ``finish()`` gives are late."""
 
     @property
     def parts(self) -> int:
@@ -90,6 +101,17 @@ class Reducer(abc.ABC):
         ``pass_number`` counts the step's backward passes from 1, also those that the parameter took no
         part in; it is kept only where ``parts`` is above 1.
         """
+
+    def start_all(self) -> None:
+        """Start all of this step's exchange that is not started yet, also for missing gradients.
+
+        What a reducer needs for ``late=``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be used with late=: it has no start_all()")
+
+    def flush(self) -> bool:
+        """Put gradients that are late, if any, into ``parameter.grad``; whether there are, to be applied."""
+        return False
 
     @abc.abstractmethod
     def finish(self) -> bool:

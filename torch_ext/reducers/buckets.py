@@ -163,7 +163,7 @@ class BucketReducer(Reducer):
             self._claim_prefix()
         self._started[bucket.index, part] = self.start(bucket, part, self.buffer(bucket, part))
 
-    def _start_rest(self) -> None:
+    def start_all(self) -> None:
         """Start what the hooks did not: buckets with gradients missing, which count as zeros."""
         for bucket in self.buckets:
             for part in range(self.parts):
@@ -197,7 +197,7 @@ class BucketReducer(Reducer):
     # At the end of the step
 
     def finish(self) -> bool:
-        self._start_rest()
+        self.start_all()
         reduced, good = self.complete(self._started)
         if good:
             for bucket, flat in zip(self.buckets, reduced, strict=True):

@@ -119,6 +119,10 @@ class DelayReducer(BucketReducer):
 
     # At the end of the step
 
+    def start_all(self) -> None:
+        if not self._alone:
+            super().start_all()
+
     def finish(self) -> bool:
         self._check_ranks()
         if self._alone:

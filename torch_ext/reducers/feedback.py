@@ -18,7 +18,7 @@ from hvd_ext.buckets import DENSE, Bucket, Kind, Slot
 from hvd_ext.exclude import check_names
 from hvd_ext.options import Options
 from hvd_ext.torch.collectives import Collectives, Handle
-from hvd_ext.torch.reducers.base import Entry
+from hvd_ext.torch.reducers.base import Entry, measured
 from hvd_ext.torch.reducers.buckets import BucketReducer, Started
 
 
@@ -132,10 +132,9 @@ class FeedbackReducer(BucketReducer):
         """Whether the bucket's gradients are finite; their norm goes into the report."""
         gradients = [g for g in (self.dense(self.entries[slot.index]) for slot in bucket.slots)
                      if g is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        norm, finite = measured(gradients)
         self._square += norm * norm
-        # The norm of huge but finite gradients overflows: only then look at every element.
-        return math.isfinite(norm) or all(bool(g.isfinite().all()) for g in gradients)
+        return finite
 
     def complete(self, started: Started) -> tuple[list[torch.Tensor], bool]:
         good = self._agree_to_go_on()

@@ -78,10 +78,13 @@ class PlainReducer(Reducer):
             self._started.append(([group[number] for number in numbers], handle,
                                   [contexts[number] for number in numbers]))
 
-    def finish(self) -> bool:
+    def start_all(self) -> None:
         for entry in self.entries:
             if entry not in self._ready:
                 self._take(entry)
+
+    def finish(self) -> bool:
+        self.start_all()
         started, self._started = self._started, []
         self.forget()
         for group, handle, contexts in started:

@@ -1,0 +1,304 @@
+"""Gradients that are exchanged beside the next step's compute, over any reducer: ``late=hvd.Late(...)``.
+
+take what the last step sent -> send this step's -> compensate what was taken -> hand it out
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from hvd_ext.agreement import Fingerprint, describe
+from hvd_ext.delay import Late
+from hvd_ext.options import Options
+from hvd_ext.torch.collectives import Handle
+from hvd_ext.torch.reducers.base import Entry, Reducer, measured
+from hvd_ext.torch.reducers.delay_kernels import accumulation_dtype
+from hvd_ext.torch.reducers.late_kernels import compensate
+
+KEY = "late"
+
+
+class HeldScale:
+    """The loss scale that what is on its way carries, whatever it is by now."""
+
+    def __init__(self, now: Callable[[], Any]) -> None:
+        self.now = now
+        self.held: float | None = None
+
+    def __call__(self) -> float:
+        return float(self.now()) if self.held is None else self.held
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """What a step has sent, once it is reduced: the same on every rank.
+
+    Attributes:
+        good: whether it may be applied.
+        gradients: by entry, ``scale`` times the reduced gradient.
+        scale: the loss scale.
+    """
+
+    good: bool
+    gradients: dict[Entry, torch.Tensor]
+    scale: float
+
+
+class LateReducer(Reducer):
+    """Hands out what the reducer ``inner`` was given one step before.
+
+    At a step the exchange of the last step's gradients ends and that of this step's begins, so that at
+    most one is on its way. ``parameter.grad`` of the step is the memory that its exchange ends in; the
+    next backward pass gets other memory. The first step hands out nothing, and is not taken.
+
+    Args:
+        make: makes the inner reducer from options.
+        late: the strength of the compensation.
+        options: what every way to reduce is given.
+    """
+
+    staleness = 1
+
+    def __init__(self, make: Callable[[Options], Reducer], late: Late, options: Options) -> None:
+        self._scale = HeldScale(options.loss_scale)
+        self.inner = make(replace(options, loss_scale=self._scale))
+        super().__init__(self.inner.collectives, self.inner.settings, options)
+        self.late = late
+        self.updates = 0
+        self.mean_square: dict[Entry, torch.Tensor] = {}
+        self._before: dict[Entry, torch.Tensor] = {}  # the weights at which what was sent was taken
+        self._flying: dict[Entry, torch.Tensor | None] | None = None  # parameter.grad of what was sent
+        self._arrived: Arrived | None = None
+
+    @property
+    def passes(self) -> int:
+        """Backward passes per step."""
+        return self.inner.passes
+
+    @passes.setter
+    def passes(self, passes: int) -> None:
+        self.inner.passes = passes
+
+    @property
+    def averages(self) -> bool:
+        return self.inner.averages
+
+    @property
+    def linear(self) -> bool:
+        return False
+
+    def build(self, entries: Sequence[Entry]) -> None:
+        super().build(entries)
+        self.inner.build(entries)
+
+    def gradient_ready(self, entry: Entry, passes_done: int, pass_number: int) -> None:
+        """What is on its way has the inner reducer's memory until the step."""
+
+    # The step
+
+    def finish(self) -> bool:
+        self._arrive()
+        arrived = self._arrived
+        try:
+            self._send()
+            good = self._hand_out(arrived)
+        except BaseException:
+            self.forget()
+            raise
+        self._arrived = None
+        self._keep_weights()
+        return good
+
+    def flush(self) -> bool:
+        """Hand out what the last step has sent, and send nothing; whether there is an update to make."""
+        self._arrive()
+        arrived, self._arrived = self._arrived, None
+        return arrived is not None and self._hand_out(arrived)
+
+    def _arrive(self) -> None:
+        """Wait for what the last step has sent, if it has not been waited for."""
+        if self._flying is None:
+            return
+        own = [entry.parameter.grad for entry in self.entries]
+        try:
+            for entry in self.entries:
+                entry.parameter.grad = self._flying.get(entry)
+            good = self.inner.finish()
+            gradients = {entry: entry.parameter.grad for entry in self.entries}
+        finally:
+            self._flying = None
+            for entry, gradient in zip(self.entries, own, strict=True):
+                entry.parameter.grad = gradient
+        self._arrived = Arrived(good, gradients, self._scale())
+        self._scale.held = None
+
+    def _send(self) -> None:
+        """Start the exchange of this step's gradients, all of it."""
+        self._scale.held = self._scale()
+        for entry in self.entries:
+            gradient = entry.parameter.grad
+            if gradient is not None:
+                if gradient.is_sparse and not self.options.sparse_as_dense:
+                    raise ValueError(f"{entry.name} has a sparse gradient, which late= cannot take; pass "
+                                     "sparse_as_dense=True to DistributedOptimizer, or make the layer's "
+                                     "gradient dense")
+                self.inner.gradient_ready(entry, self.passes, 1)
+        self.inner.start_all()
+        self._flying = {entry: entry.parameter.grad for entry in self.entries}
+
+    def _hand_out(self, arrived: Arrived | None) -> bool:
+        """Put what was reduced into ``parameter.grad``, compensated; whether it may be applied."""
+        if arrived is None:
+            for entry in self.entries:
+                entry.parameter.grad = torch.zeros_like(entry.parameter)
+            return False
+        rescale = self._now() / arrived.scale
+        correct = arrived.good and self.late.lam > 0 and measured(list(arrived.gradients.values()))[1]
+        for entry in self.entries:
+            parameter = entry.parameter
+            gradient = arrived.gradients.get(entry)
+            if gradient is None:  # of a parameter that has joined since
+                parameter.grad = torch.zeros_like(parameter)
+                continue
+            if correct and entry in self._before:
+                with torch.no_grad():
+                    compensate(gradient, parameter, self._before[entry], self._mean_square(entry),
+                               self.late, arrived.scale)
+            parameter.grad = gradient.mul_(rescale) if rescale != 1.0 else gradient
+        self.updates += arrived.good
+        return arrived.good
+
+    def _now(self) -> float:
+        """The loss scale of this step."""
+        return float(self._scale.now())
+
+    def _mean_square(self, entry: Entry) -> torch.Tensor | None:
+        if not self.late.keeps_mean_square:
+            return None
+        if entry not in self.mean_square:
+            self.mean_square[entry] = torch.zeros_like(
+                entry.parameter, dtype=accumulation_dtype(entry.parameter.dtype), requires_grad=False)
+        return self.mean_square[entry]
+
+    def _keep_weights(self) -> None:
+        """Keep the weights of this step: those at which what it has sent was taken."""
+        if self.late.lam == 0:
+            return
+        for entry in self.entries:
+            if entry not in self._before:
+                self._before[entry] = torch.empty_like(entry.parameter, requires_grad=False)
+        with torch.no_grad():
+            torch._foreach_copy_([self._before[entry] for entry in self.entries],
+                                 [entry.parameter for entry in self.entries])
+
+    # After errors, and between steps
+
+    def forget(self) -> None:
+        self.inner.forget()
+        self._flying = self._arrived = None
+        self._scale.held = None
+
+    def drain(self) -> None:
+        """Nothing of a step under way has been sent; what the last one has sent goes on."""
+
+    def _drop(self) -> None:
+        """Drop also what the last step has sent, on all ranks alike."""
+        self.inner.drain()
+        self.forget()
+
+    def under_way(self) -> list[Handle]:
+        return self.inner.under_way()
+
+    # What must be the same on every rank
+
+    def fingerprint(self) -> Fingerprint:
+        waits = self._flying is not None or self._arrived is not None
+        mine = (*describe(self.late), f"{self.updates} updates", f"one waits: {waits}")
+        return Fingerprint((*self.inner.fingerprint().lines, *(f"late: {line}" for line in mine)))
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """Also what the last step has sent, for which this waits: all ranks must be at this step."""
+        self._arrive()
+        return {**self.inner.state_dict(), KEY: self._state()}
+
+    def _state(self) -> dict[str, Any]:
+        def by_name(tensors: dict[Entry, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {entry.name: tensor.detach().clone() for entry, tensor in tensors.items()}
+
+        state: dict[str, Any] = {"updates": self.updates, "mean_square": by_name(self.mean_square),
+                                 "arrived": None}
+        if self._arrived is not None:
+            state["arrived"] = {"good": self._arrived.good, "scale": self._arrived.scale,
+                                "gradients": by_name(self._arrived.gradients),
+                                "before": by_name(self._before)}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._drop()
+        self.inner.load_state_dict({key: value for key, value in state.items() if key != KEY})
+        self._load(state.get(KEY))
+
+    def _load(self, state: dict[str, Any] | None) -> None:
+        self.met = None  # the ranks compare whether a gradient waits
+        self._before, self.mean_square, self.updates = {}, {}, 0
+        if state is None:
+            return
+        self.updates = state["updates"]
+        self.mean_square = self._by_entry(state["mean_square"])
+        arrived = state["arrived"]
+        if arrived is not None:
+            self._arrived = Arrived(arrived["good"], self._by_entry(arrived["gradients"]), arrived["scale"])
+            self._before = self._by_entry(arrived["before"])
+
+    def _by_entry(self, tensors: dict[str, torch.Tensor]) -> dict[Entry, torch.Tensor]:
+        entries = {entry.name: entry for entry in self.entries}
+        wrong = sorted(name for name, tensor in tensors.items()
+                       if name not in entries or entries[name].parameter.shape != tensor.shape)
+        if wrong:
+            raise ValueError(
+                f"the checkpoint's late gradients do not fit this model: {', '.join(wrong[:4])} differ "
+                f"({len(wrong)} in all). Use the model that it was saved with, or pass "
+                "reset_per_rank_state=True to drop them")
+        return {entries[name]: tensor.to(entries[name].parameter.device, copy=True)
+                for name, tensor in tensors.items()}
+
+    def reset_per_rank_state(self) -> None:
+        self._drop()
+        self.inner.reset_per_rank_state()
+        self._load(None)
+
+    def shared_state(self) -> dict[str, Any]:
+        self._arrive()
+        return {**self.inner.shared_state(), KEY: self._state()}
+
+    def load_shared_state(self, state: dict[str, Any]) -> None:
+        self._drop()
+        self.inner.load_shared_state({key: value for key, value in state.items() if key != KEY})
+        self._load(state[KEY])
+
+    def hand_on(self) -> None:
+        self._arrive()
+        self.inner.hand_on()
+
+    def committed(self) -> dict[str, Any]:
+        self._arrive()
+        return {**self.inner.committed(), KEY: self._state()}
+
+    def take_back(self, committed: dict[str, Any], own: dict[str, Any] | None) -> None:
+        self._drop()
+        self.inner.take_back(committed, own)
+        self._load(committed[KEY])
+
+    def lost(self, ranks: int) -> None:
+        self.inner.lost(ranks)
+
+    def report(self) -> dict[str, Any]:
+        kept = [*self.mean_square.values(), *self._before.values()]
+        held = sum(tensor.numel() * tensor.element_size() for tensor in kept)
+        return {**self.inner.report(), KEY: {"updates": self.updates, "bytes_held": held}}

@@ -39,8 +39,9 @@ MODULES = {
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SERVERS = 2  # rank modulo this
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-# What is read while a framework is imported has to be the server's own; the rest may differ.
-FREE = ("HOROVOD_", "HVD_EXT_", "OMPI_", "PMIX_", "PYTEST_", "TF_CPP_MIN_LOG_LEVEL")
+# What is read while a framework is imported; the rest of the environment may differ from the server's.
+FIXED = ("PATH", "PYTHON", "LD_", "OMP_", "MKL_", "CUDA_", "NCCL_", "TORCH_", "PYTORCH_", "TF_ENABLE_", "XLA_",
+         "KERAS_")
 
 
 def stub(address: str, module: str, *arguments: str) -> None:
@@ -168,8 +169,8 @@ class Servers:
             front_end: "torch", "tensorflow", or something else for a process of its own.
             module: what the rank runs, as ``python -m`` does.
             arguments: the module's.
-            environment: the rank's. Where it differs from the servers' in more than launchers and Horovod
-                read, the rank gets a process of its own, as what is imported may depend on it.
+            environment: the rank's. Where it differs from the servers' in what is read while a
+                framework is imported, the rank gets a process of its own.
         """
         if front_end not in MODULES or not self._start(front_end, environment):
             return [sys.executable, "-m", module, *arguments]
@@ -178,7 +179,7 @@ class Servers:
     def _start(self, front_end: str, environment: Mapping[str, str]) -> bool:
         if not self.environment:
             self.environment = dict(environment)
-        if any(self.environment.get(name) != environment.get(name) and not name.startswith(FREE)
+        if any(self.environment.get(name) != environment.get(name) and name.startswith(FIXED)
                for name in {*self.environment, *environment}):
             return False
         if front_end in self.addresses:

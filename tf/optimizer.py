@@ -64,7 +64,7 @@ def KerasDistributedOptimizer(
                average_aggregated_gradients: bool = False, num_groups: int = 0, groups: Any = None,
                process_set: Any = horovod.global_process_set, scale_local_gradients: bool = True,
                *, preconditioner: Any = None, server: str | None = None,
-               reset_per_rank_state: bool = False) -> Any:
+               reset_per_rank_state: bool = False, late: Any = None) -> Any:
     """Make a Keras optimizer reduce gradients over all ranks before it applies them.
 
     The optimizer given is changed in place and returned: its class (by ``isinstance`` and by
@@ -80,6 +80,7 @@ def KerasDistributedOptimizer(
             variable's on its owner; a rank keeps the optimizer's state of what it owns.
         reset_per_rank_state: when the optimizer's variables are loaded from a file, start anew
             the state that belongs to one rank (TopK's residuals, MeanSquare).
+        late: not here yet; ``hvd_ext.torch`` has it.
 
     The other arguments are those of ``horovod.tensorflow.keras.DistributedOptimizer``.
 
@@ -90,6 +91,8 @@ def KerasDistributedOptimizer(
         NotImplementedError: an extension that the TensorFlow front end does not have.
     """
     keras_hooks.require_tensorflow_backend("hvd.DistributedOptimizer")
+    if late is not None:
+        raise NotImplementedError("late= is in hvd_ext.torch only; leave it out in TensorFlow")
     if not isinstance(optimizer, keras.Optimizer):
         raise TypeError(f"optimizer must be a keras.optimizers.Optimizer, got {optimizer!r}")
     if keras_hooks.wrapper_of(optimizer) is not None:

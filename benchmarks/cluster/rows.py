@@ -30,6 +30,10 @@ def ways() -> dict[str, dict[str, Any]]:
         "TopK 1 %": {"compression": topk},
         "TopK 1 %, sparse allreduce": {
             "compression": hvd.Compression.topk(0.01, exchange="sparse_allreduce")},
+        "late": {"late": hvd.Late()},
+        "late, fp16": {"late": hvd.Late(), "compression": hvd.Compression.fp16},
+        "late, delay compensation": {"late": hvd.Late(), "op": hvd.DelayCompensated()},
+        "late, TopK 1 %": {"late": hvd.Late(), "compression": topk},
         "rank0": {"server": "rank0"},
         "sharded": {"server": "sharded"},
         "sharded, fp16": {"server": "sharded", "compression": hvd.Compression.fp16},
@@ -57,7 +61,7 @@ class Way:
     """One row: the parameters of a ResNet-18 under an optimizer of its own."""
 
     def __init__(self, number: int, options: dict[str, Any], gradients: Sequence[torch.Tensor]) -> None:
-        self.gradients = gradients
+        self.gradients, self.options = gradients, options
         self.parameters = [torch.nn.Parameter(torch.zeros_like(g)) for g in gradients]
         self.numel = sum(g.numel() for g in gradients)
         self.optimizer = hvd.DistributedOptimizer(
@@ -75,6 +79,21 @@ class Way:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def prepare(self) -> int:
+        """Before a step is timed: with ``late=`` have an exchange on its way that the step will wait for.
+
+        Returns how many exchanges there will have been.
+        """
+        if "late" not in self.options:
+            return 1
+        self.step(0.0)
+        return 2
+
+    def settle(self) -> None:
+        """After it: let no exchange run beside what is measured next."""
+        if "late" in self.options:
+            self.optimizer.flush()
+
 
 def measure(turns: int, steps: int, only: Sequence[str]) -> dict[str, Any]:
     """Seconds and bytes sent of every turn, by row; called on all ranks.
@@ -91,7 +110,7 @@ def measure(turns: int, steps: int, only: Sequence[str]) -> dict[str, Any]:
     exchange: dict[str, list[tuple[float, int]]] = {name: [] for name in calls}
     for turn in range(turns + 2):  # the first ones are for memory and plans
         for name, call in calls.items():
-            figure = _timed(call, 0.0)
+            figure = _timed(call, 0.0, rows.get(name))
             if turn >= 2:
                 exchange[name].append(figure)
     slowest = hvd.allreduce(torch.tensor([s for s, _ in exchange[DENSE]]), op=hvd.Max, name="slowest")
@@ -99,7 +118,7 @@ def measure(turns: int, steps: int, only: Sequence[str]) -> dict[str, Any]:
     step: dict[str, list[tuple[float, int]]] = {name: [] for name in rows}
     for turn in range(steps + 1):
         for name, row in rows.items():
-            figure = _timed(row.step, compute)
+            figure = _timed(row.step, compute, row)
             if turn:
                 step[name].append(figure)
     return {"exchange": exchange, "step": step, "compute": compute,
@@ -114,11 +133,16 @@ def _plain_mpi(gradients: Sequence[torch.Tensor]) -> Callable[[float], None]:
     return lambda compute: MPI.COMM_WORLD.Allreduce(flat, result)
 
 
-def _timed(call: Callable[[float], Any], compute: float) -> tuple[float, int]:
+def _timed(call: Callable[[float], Any], compute: float, row: Way | None) -> tuple[float, int]:
     """Seconds, and bytes that this host sent until all ranks were through."""
     hvd.barrier()
-    sent, began = sent_bytes(), time.perf_counter()
+    sent = sent_bytes()
+    exchanges = 1 if row is None else row.prepare()
+    began = time.perf_counter()
     call(compute)
     seconds = time.perf_counter() - began
     hvd.barrier()
-    return seconds, sent_bytes() - sent
+    moved = sent_bytes() - sent
+    if row is not None:
+        row.settle()
+    return seconds, moved // exchanges

@@ -39,6 +39,7 @@ METHODS = {
     "rank0": lambda model: {"server": "rank0"},
     "sharded": lambda model: {"server": "sharded"},
     "topk_sharded": lambda model: {"server": "sharded", "compression": topk()},
+    "topk_late": lambda model: {"late": hvd.Late(1.0), "compression": topk()},
     "delay_rank0": lambda model: {"server": "rank0", "op": hvd.DelayCompensated(0.5)},
 }
 

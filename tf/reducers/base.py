@@ -112,6 +112,12 @@ class Reducer(abc.ABC):
 
         return tf.cond(self._checked, lambda: tf.constant(True), meet)
 
+    def meet_at_once(self) -> None:
+        """As :meth:`met`, outside of the graph being traced: before something else is exchanged there."""
+        if self.variables and self.collectives.size > 1 and not self.collectives.elastic:
+            self._make_own()
+            made_apart(lambda: bool(self._checked) or tf.function(self.met, autograph=False)())
+
     def parts_shape(self) -> tuple[int, ...]:
         """Leading shape of the gradients taken: (micro-batches,) or ()."""
         return ()
@@ -245,6 +251,8 @@ def precondition(preconditioner: Any, gradients: list[Any], variables: Sequence[
     if preconditioner is None:
         return gradients
     collectives = reducer.collectives.counted_as("curvature")
+
+    reducer.meet_at_once()  # SENG compares its layers while it is traced, with ranks that have SENG too
 
     def run() -> list[Any]:
         with collectives.traffic.section():

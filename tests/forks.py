@@ -40,8 +40,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SERVERS = 2  # rank modulo this
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 # What is read while a framework is imported; the rest of the environment may differ from the server's.
-FIXED = ("PATH", "PYTHON", "LD_", "OMP_", "MKL_", "CUDA_", "NCCL_", "TORCH_", "PYTORCH_", "TF_ENABLE_", "XLA_",
-         "KERAS_")
+FIXED = ("PATH", "PYTHON", "LD_", "OMP_", "MKL_", "CUDA_", "NCCL_", "TORCH_", "PYTORCH_", "TF_ENABLE_",
+         "XLA_", "KERAS_")
 
 
 def stub(address: str, module: str, *arguments: str) -> None:

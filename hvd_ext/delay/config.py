@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar
 
 from hvd_ext import checks
 
 
-class Rule(Protocol):
-    """The strength of a compensation: what :class:`DelayCompensated` and :class:`Late` have in common."""
-
-    lam: float
-    adaptive: bool
-    decay: float
-    eps: float
-
-
-def check_rule(rule: Rule) -> None:
-    """Refuse a strength outside its limits.
+def check_rule(lam: Any, adaptive: Any, decay: Any, eps: Any) -> None:
+    """Refuse a strength of compensation outside its limits; the settings of each kind of it explain them.
 
     Raises:
         TypeError, ValueError: a setting is of the wrong type or outside its limits.
     """
-    checks.number("lam", rule.lam, low=0, hint="lam=0 is the plain average, lam=2 the paper's")
-    checks.flag("adaptive", rule.adaptive)
-    checks.number("decay", rule.decay, low=0, high=1, open_high=True,
+    checks.number("lam", lam, low=0, hint="lam=0 is the plain average, lam=2 the paper's")
+    checks.flag("adaptive", adaptive)
+    checks.number("decay", decay, low=0, high=1, open_high=True,
                   hint="0 forgets at once, 0.95 is the paper's setting on CIFAR-10")
-    checks.number("eps", rule.eps, low=0, open_low=True, hint="the paper's is 1e-7")
+    checks.number("eps", eps, low=0, open_low=True, hint="the paper's is 1e-7")
 
 
 @dataclass(frozen=True)
@@ -70,7 +61,7 @@ class DelayCompensated:
     virtual_workers: str = field(default="rank", kw_only=True)
 
     def __post_init__(self) -> None:
-        check_rule(self)
+        check_rule(self.lam, self.adaptive, self.decay, self.eps)
         checks.choice("order", self.order, ("norm", "rank"))
         checks.choice("displacement", self.displacement, ("cumulative", "local"))
         checks.choice("virtual_workers", self.virtual_workers, ("rank", "microbatch"))

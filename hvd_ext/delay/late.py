@@ -35,7 +35,7 @@ class Late:
     eps: float = field(default=1e-7, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_rule(self)
+        check_rule(self.lam, self.adaptive, self.decay, self.eps)
 
     @property
     def keeps_mean_square(self) -> bool:

@@ -261,17 +261,20 @@ def test_a_resumed_run_is_the_same_bit_for_bit(ranks, method):
     assert ranks(2).run(resumed, method) == [(True, 9)] * 2
 
 
+def error_of(call, *args):
+    """What the ValueError says that the call raises."""
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        call(*args)
+    return str(caught.value)
+
+
 def states_that_do_not_fit():
     parameters, optimizer = build()
     go_on(parameters, optimizer, 0, 3)
     with_late = optimizer.state_dict()
     optimizer.flush()
     _, without = build(late=False)
-    said = []
-    try:
-        without.load_state_dict(with_late)
-    except ValueError as error:
-        said.append(str(error))
+    said = [error_of(without.load_state_dict, with_late)]
     without.load_state_dict(with_late, reset_per_rank_state=True)
     parameters, optimizer = build()
     go_on(parameters, optimizer, 0, 2)
@@ -279,11 +282,7 @@ def states_that_do_not_fit():
         optimizer.load_state_dict(with_late)  # on one rank alone
     else:
         optimizer.load_state_dict(with_late, reset_per_rank_state=True)
-    try:
-        go_on(parameters, optimizer, 2, 4)
-    except ValueError as error:
-        said.append(str(error))
-    return said
+    return [*said, error_of(go_on, parameters, optimizer, 2, 4)]
 
 
 @pytest.mark.ranks
@@ -303,10 +302,7 @@ def begun_and_other_settings():
     parameters = make_parameters(SHAPES)
     optimizer = hvd.DistributedOptimizer(torch.optim.SGD(parameters, 0.05), named(parameters),
                                          late=hvd.Late(1.0 + hvd.rank()))
-    try:
-        go_on(parameters, optimizer, 0, 1)
-    except ValueError as error:
-        return str(error)
+    return error_of(go_on, parameters, optimizer, 0, 1)
 
 
 @pytest.mark.ranks
@@ -343,24 +339,42 @@ def test_settings_outside_their_limits(settings, said):
         hvd.Late(**settings)
 
 
+def with_an_embedding(sparse=True, **options):
+    torch.manual_seed(0)
+    embedding = torch.nn.Embedding(5, 2, sparse=sparse)
+    return embedding, hvd.DistributedOptimizer(torch.optim.SGD(embedding.parameters(), 0.1),
+                                               embedding.named_parameters(), late=hvd.Late(), **options)
+
+
+def made_dense(method):
+    """The weights when sparse gradients are made dense, and when they are dense to begin with."""
+    found = []
+    for sparse in (True, False):
+        embedding, optimizer = with_an_embedding(sparse, sparse_as_dense=True, **REDUCERS[method]())
+        for step in range(4):
+            optimizer.zero_grad()
+            (embedding(torch.tensor([step, 1 + hvd.rank()])) ** 2).sum().backward()
+            optimizer.step()
+        optimizer.flush()
+        found.append(embedding.weight.detach().tolist())
+    return found
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("method", ["plain", "topk"])
+def test_sparse_gradients_made_dense(ranks, method):
+    (sparse, dense), other = ranks(2).run(made_dense, method)
+    assert sparse == dense
+    assert [sparse, dense] == other
+
+
 def refused():
     optimizer = make(late=hvd.Late())
-    said = []
-    try:
-        with hvd.uneven(optimizer):
-            pass
-    except ValueError as error:
-        said.append(str(error))
-    embedding = torch.nn.Embedding(5, 2, sparse=True)
-    sparse = hvd.DistributedOptimizer(torch.optim.SGD(embedding.parameters(), 0.1),
-                                      embedding.named_parameters(), late=hvd.Late())
+    said = error_of(hvd.uneven(optimizer).__enter__)
+    embedding, sparse = with_an_embedding()
     embedding(torch.tensor([1, 3])).sum().backward()
-    try:
-        sparse.step()
-    except ValueError as error:
-        said.append(str(error))
     make().flush()  # without late= there is nothing to do
-    return said
+    return said, error_of(sparse.step)
 
 
 @pytest.mark.ranks

@@ -128,7 +128,8 @@ class LateReducer(Reducer):
             for entry in self.entries:
                 entry.parameter.grad = self._flying.get(entry)
             good = self.inner.finish()
-            gradients = {entry: entry.parameter.grad for entry in self.entries}
+            # Those that were made dense on their way (sparse_as_dense) come back sparse.
+            gradients = {entry: entry.parameter.grad.to_dense() for entry in self.entries}
         finally:
             self._flying = None
             for entry, gradient in zip(self.entries, own, strict=True):

@@ -13,6 +13,8 @@ from hvd_ext import checks
 WEIGHTS = ("ranks", "active", "samples")
 JOIN = ("hvd.join() knows allreduce only, and {what} uses other collectives too: the ranks that go on would "
         "wait for this one; put the loop over the batches into `with hvd.uneven(optimizer):` instead")
+LATE = ("hvd.uneven cannot be combined with late=: a gradient would be weighed by another step's samples; "
+        "give all ranks as many batches, or drop late=")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from horovod.tensorflow import *  # noqa: F403
 
 from hvd_ext import aliases, openmpi
 from hvd_ext.checkpoints import DamagedCheckpointError
-from hvd_ext.delay import DelayCompensated
+from hvd_ext.delay import DelayCompensated, Late
 from hvd_ext.delay.momentum import AutoMomentum, momentum_for_delay
 from hvd_ext.replicas import ReplicasDifferError
 from hvd_ext.run_checkpoints import CheckpointNotWrittenError

@@ -14,13 +14,16 @@ import keras
 import tensorflow as tf
 
 from hvd_ext import checks
+from hvd_ext.delay.late import check_late
 from hvd_ext.options import Options
 from hvd_ext.tensorflow import keras_hooks
 from hvd_ext.tensorflow.collectives import Collectives
+from hvd_ext.tensorflow.extended import Distributed
 from hvd_ext.tensorflow.reducers import check_preconditioner, make_reducer
+from hvd_ext.tensorflow.reducers.late import LateReducer
 from hvd_ext.tensorflow.reducers.plain import PlainReducer
 from hvd_ext.tensorflow.server import make_server
-from hvd_ext.tensorflow.wrapper import Distributed, Wrapper
+from hvd_ext.tensorflow.wrapper import Wrapper
 
 # What a class must not override for its gradients to be met between accumulation and clipping.
 PASSED_THROUGH = ("apply", "_backend_apply_gradients", "_clip_gradients")
@@ -80,7 +83,8 @@ def KerasDistributedOptimizer(
             variable's on its owner; a rank keeps the optimizer's state of what it owns.
         reset_per_rank_state: when the optimizer's variables are loaded from a file, start anew
             the state that belongs to one rank (TopK's residuals, MeanSquare).
-        late: not here yet; ``hvd_ext.torch`` has it.
+        late: ``Late(...)``: exchange gradients beside the next step's compute and apply them then.
+            ``optimizer.flush()`` takes the last update.
 
     The other arguments are those of ``horovod.tensorflow.keras.DistributedOptimizer``.
 
@@ -91,8 +95,6 @@ def KerasDistributedOptimizer(
         NotImplementedError: an extension that the TensorFlow front end does not have.
     """
     keras_hooks.require_tensorflow_backend("hvd.DistributedOptimizer")
-    if late is not None:
-        raise NotImplementedError("late= is in hvd_ext.torch only; leave it out in TensorFlow")
     if not isinstance(optimizer, keras.Optimizer):
         raise TypeError(f"optimizer must be a keras.optimizers.Optimizer, got {optimizer!r}")
     if keras_hooks.wrapper_of(optimizer) is not None:
@@ -106,8 +108,9 @@ def KerasDistributedOptimizer(
             sparse_as_dense, gradient_predivide_factor, op, backward_passes_per_step,
             average_aggregated_gradients, num_groups, groups, process_set, scale_local_gradients,
             preconditioner=preconditioner, server=server,
-            reset_per_rank_state=reset_per_rank_state)
+            reset_per_rank_state=reset_per_rank_state, late=late)
         object.__setattr__(optimizer, "report", optimizer.inner_optimizer.report)
+        object.__setattr__(optimizer, "flush", optimizer.inner_optimizer.flush)
         return optimizer
     passes = checks.whole("backward_passes_per_step", backward_passes_per_step, low=1)
     if passes > 1 and optimizer.gradient_accumulation_steps:
@@ -122,12 +125,22 @@ def KerasDistributedOptimizer(
     placed = make_server(server, optimizer, collectives)
     if placed is not None:
         check_extension(optimizer, f"server={server!r}")
-    reducer = make_reducer(
-        collectives, Options(
-            prefix=name or type(optimizer).__name__, passes=passes, groups=groups,
-            average_passes=average_aggregated_gradients, sparse_as_dense=sparse_as_dense,
-            half=compression is horovod.Compression.fp16),
-        op=op, compression=compression, predivide=gradient_predivide_factor)
+    options = Options(
+        prefix=name or type(optimizer).__name__, passes=passes, groups=groups,
+        average_passes=average_aggregated_gradients, sparse_as_dense=sparse_as_dense,
+        half=compression is horovod.Compression.fp16)
+    reducer = make_reducer(collectives, options, op=op, compression=compression,
+                           predivide=gradient_predivide_factor)
+    check_late(late, preconditioner=preconditioner, passes_apart=bool(reducer.parts_shape()),
+               multiple_evaluations=False)
+    if late is not None:
+        check_extension(optimizer, "late=")
+        if optimizer.gradient_accumulation_steps:
+            raise ValueError(
+                "late= cannot be combined with the optimizer's gradient_accumulation_steps="
+                f"{optimizer.gradient_accumulation_steps}, which would count flush() as a batch; use "
+                "backward_passes_per_step")
+        reducer = LateReducer(reducer, late, options)
     reducer.extensions = (f"preconditioner: {type(preconditioner).__name__}", f"server: {server!r}")
     if not isinstance(reducer, PlainReducer):
         check_extension(optimizer, type(reducer).__name__.removesuffix("Reducer"))

@@ -23,7 +23,7 @@ from hvd_ext.powersgd import PowerSGD
 from hvd_ext.tensorflow import keras_hooks
 from hvd_ext.tensorflow.traffic import Cell
 from hvd_ext.topk import TopK
-from hvd_ext.uneven import JOIN, WEIGHTS, Weighing, check
+from hvd_ext.uneven import JOIN, LATE, WEIGHTS, Weighing, check
 from hvd_ext.watch import WATCH
 
 EXTENDED: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()  # what join cannot serve
@@ -74,6 +74,8 @@ class Uneven:
         if self._collectives.elastic:
             raise NotImplementedError("hvd.uneven cannot follow a change of the number of ranks in the "
                                       "TensorFlow front end; run without Horovod elastic")
+        if wrapper.reducer.staleness:
+            raise ValueError(LATE)
         settings, passes = wrapper.reducer.settings, wrapper.options.passes
         plain = isinstance(settings, Plain)
         linear = plain or isinstance(settings, (TopK, PowerSGD))

@@ -1,12 +1,12 @@
-"""A Keras optimizer whose gradients are reduced over the ranks: the step, state, and what Keras calls.
+"""A Keras optimizer whose gradients are reduced over the ranks: the step, and the state around it.
 
 Keras 3 hands gradients to ``optimizer.apply`` and nowhere else, whether they come from
 ``model.fit``, a ``train_step`` or ``apply_gradients``. They are reduced at the last moment before
 they are clipped: after Keras has unscaled them, dropped missing ones and accumulated
 ``gradient_accumulation_steps`` of them, so that each of these works as in one process.
 
-The way of a gradient is :class:`Step`, from top to bottom; :class:`Distributed` only connects it to
-Keras' methods.
+The way of a gradient is :class:`Step`, from top to bottom; ``extended.py`` only connects it to Keras'
+methods.
 """
 
 from __future__ import annotations
@@ -24,10 +24,7 @@ from hvd_ext.tensorflow import carried, keras_hooks, keras_store
 from hvd_ext.tensorflow.reducers.base import Reducer, before_reduce, divide_by_ranks, precondition, report
 from hvd_ext.tensorflow.server import UpdateServer, state_bytes
 from hvd_ext.tensorflow.uneven_data import EXTENDED
-from hvd_ext.tensorflow.variables import CallableList, as_tf, make_state, mark_per_rank, name_of
-
-# AutoGraph has nothing to translate here, and would take seconds to find out.
-as_it_is = tf.autograph.experimental.do_not_convert
+from hvd_ext.tensorflow.variables import as_tf, make_state, name_of
 
 
 class Step:
@@ -156,7 +153,8 @@ class Step:
         good, self.good = self.good, None  # decided here, for the whole of it
 
         def skip() -> None:
-            self.optimizer._iterations.assign_sub(1)  # a step not taken is not counted
+            # A step that is not taken is not counted, nor are its passes.
+            self.optimizer._iterations.assign_sub(self.wrapper.options.passes)
 
         keras.ops.cond(good, lambda: apply(reduced, self.variables), skip)
 
@@ -165,6 +163,16 @@ class Step:
         if self.wrapper.standard and self.optimizer.gradient_accumulation_steps:
             return self.reduce(gradients)
         return gradients
+
+    def flush(self, apply: Callable[..., None]) -> None:
+        """A step without a gradient of its own: takes the update of those that are late."""
+        reducer = self.wrapper.reducer
+        self.optimizer._iterations.assign_add(self.wrapper.options.passes - 1)  # as many as a step's
+        reducer.flushing = True
+        try:
+            self._apply([reducer.zeros(variable) for variable in self.variables], apply)
+        finally:
+            reducer.flushing = False
 
     def update(self, update: Callable[..., None], gradients: Sequence[Any], variables: Sequence[Any],
                learning_rate: Any) -> None:
@@ -278,123 +286,3 @@ class Wrapper:
         return {**found, "server": {"where": self.where, "owned_elements": elements,
                                     "elements": elements, "largest_share": elements,
                                     **state_bytes(held)}}
-
-
-class Distributed:
-    """What the class of a distributed optimizer overrides in the wrapped one."""
-
-    _hvd_ext: Wrapper
-
-    @property
-    def variables(self) -> CallableList:
-        """All variables; also ``optimizer.variables()``, as Horovod's elastic states call it."""
-        return CallableList(keras_store.in_place(self, super().variables))
-
-    # The step, in the order in which Keras calls
-
-    @as_it_is
-    def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
-        if len(grads) == 0:
-            return
-        if trainable_variables is not None:
-            trainable_variables = list(trainable_variables)
-            if not self.built:
-                with tf.init_scope(), keras.name_scope(self.name, caller=self):
-                    self.build(trainable_variables)
-                self.built = True
-        variables = self._trainable_variables if trainable_variables is None else trainable_variables
-        if len(grads) != len(variables):
-            raise ValueError(f"got {len(grads)} gradients for {len(variables)} variables; pass one "
-                             "gradient, or None, for each variable")
-        with self._hvd_ext.new_step(self, variables) as step:
-            step.run(grads, super().apply)
-
-    def _backend_apply_gradients(self, grads: Sequence[Any],
-                                 trainable_variables: Sequence[Any]) -> None:
-        step = self._hvd_ext.step
-        step.variables = list(trainable_variables)  # Keras leaves out those without a gradient
-        step.reduce_and_apply(grads, super()._backend_apply_gradients)
-
-    def _clip_gradients(self, grads: Sequence[Any]) -> Any:
-        return super()._clip_gradients(self._hvd_ext.step.reduce_accumulated(grads))
-
-    def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
-        self._hvd_ext.step.if_good(functools.partial(super()._apply_weight_decay, variables))
-
-    def _backend_update_step(self, grads: Sequence[Any], trainable_variables: Sequence[Any],
-                             learning_rate: Any) -> None:
-        self._hvd_ext.step.update(super()._backend_update_step, grads, trainable_variables,
-                                  learning_rate)
-
-    def scale_loss(self, loss: Any) -> Any:
-        """The loss times ``loss_scale_factor``."""
-        self._hvd_ext.loss_scaled_by(self)
-        return super().scale_loss(loss)
-
-    # State
-
-    def build(self, variables: Sequence[Any]) -> None:
-        if self.built or not variables:  # Keras gives none when it reads an .h5 file
-            return
-        server = self._hvd_ext.server
-        if server is not None:
-            server.build(list(variables), self._hvd_ext.local)
-        super().build(variables)
-        if server is not None and self.use_ema:
-            averages = self._model_variables_moving_average
-            for index in [k for k, variable in enumerate(variables) if not server.has_room(variable)]:
-                averages[index] = None  # Keras leaves these out
-        self._hvd_ext.build(self, list(variables))
-        keras_store.set_waiting_weights(self)
-
-    def add_variable_from_reference(self, reference_variable: Any, name: str | None = None,
-                                    initializer: Any = "zeros") -> Any:
-        """A variable of the optimizer; an empty one for what another rank keeps."""
-        server = self._hvd_ext.server
-        accumulator = name == keras_store.ACCUMULATOR
-        if server is None or accumulator or server.has_room(reference_variable):
-            made = super().add_variable_from_reference(reference_variable, name=name,
-                                                       initializer=initializer)
-        else:
-            made = self.add_variable(shape=(0,), dtype=reference_variable.dtype,  # .h5: names are unique
-                                     name=f"{name_of(reference_variable).replace('/', '_')}_{name}_elsewhere")
-        self._hvd_ext.references[id(as_tf(made))] = reference_variable, name
-        return mark_per_rank(made) if accumulator or server is not None else made
-
-    def _overwrite_model_variables_with_average_value(self, trainable_variables: Any) -> None:
-        server = self._hvd_ext.server
-        if server is None:
-            super()._overwrite_model_variables_with_average_value(trainable_variables)
-            return
-        for variable, average in zip(trainable_variables, self._model_variables_moving_average,
-                                     strict=True):
-            if average is not None:
-                as_tf(variable).assign(average)
-        server.send(trainable_variables, f"{self._hvd_ext.options.prefix}/averages")
-
-    def load_own_variables(self, store: Any) -> None:
-        keras_store.load(self, store, super().load_own_variables)
-
-    def set_weights(self, weights: Sequence[Any]) -> None:
-        """Take back the values of ``variables``, as files in the .h5 format hold them."""
-        keras_store.set_weights(self, weights, super().set_weights)
-
-    def save_own_variables(self, store: Any) -> None:
-        keras_store.save(self, store, super().save_own_variables)
-
-    def report(self) -> dict[str, Any]:
-        """Figures of the last step: bytes by kind, and those of each extension in use."""
-        return self._hvd_ext.report(self)
-
-    def reset_per_rank_state(self) -> None:
-        """Start anew what belongs to this rank: residuals, MeanSquare, gradients accumulated."""
-        self._hvd_ext.reducer.reset_per_rank_state()
-        for total in self._hvd_ext.sums.values():
-            total.assign(tf.zeros_like(total))
-
-    def register_local_var(self, variable: Any) -> None:
-        """Keep a variable's gradient on this rank: it is not reduced."""
-        if self.built:
-            raise ValueError(f"register_local_var({name_of(variable)}) after the optimizer was "
-                             "built; call it before the first step")
-        self._hvd_ext.local.add(id(as_tf(variable)))

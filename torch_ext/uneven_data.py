@@ -18,7 +18,7 @@ from hvd_ext.agreement import digest
 from hvd_ext.composition import describe_settings
 from hvd_ext.torch.collectives import SHARED_ERRORS, Handle, abandon
 from hvd_ext.torch.wrapper import LIVE
-from hvd_ext.uneven import JOIN, Weighing, check, check_samples, missing_samples
+from hvd_ext.uneven import JOIN, LATE, Weighing, check, check_samples, missing_samples
 
 _OPEN: list[Uneven] = []
 
@@ -92,8 +92,7 @@ class Uneven:
         self._wrapper = optimizer._hvd_ext
         reducer = self._wrapper.reducer
         if reducer.staleness:
-            raise ValueError("hvd.uneven cannot be combined with late=: a gradient would be weighed by "
-                             "another step's samples; give all ranks as many batches, or drop late=")
+            raise ValueError(LATE)
         reduction = describe_settings(reducer.settings)[0].removeprefix("reduction: ")
         self.weigh = check(weigh, reduction=reduction, weighable=reducer.averages, whole=reducer.linear)
         self._on_shadow_step = on_shadow_step

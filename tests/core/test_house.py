@@ -58,8 +58,8 @@ FRONT_ENDS = {"torch": ROOT / "torch_ext", "tensorflow": ROOT / "tf"}
 TENSORFLOW_ALONE = {"tape", "traffic", "variables", "keras_store", "keras_hooks", "keras2", "narrow",
                     "waiting", "retracing",
                     *(f"seng/{name}" for name in ("traces", "start", "einsum", "table"))}
-TORCH_ALONE = {"passes", "extended", "mpi_ops", "copies", "lightning", "clipping", "pieces",
-               "reducers/sharded", "reducers/late", "reducers/late_kernels",
+TORCH_ALONE = {"passes", "mpi_ops", "copies", "lightning", "clipping", "pieces",
+               "reducers/sharded",
                *(f"seng/{name}" for name in ("attention", "eager", "functions", "lookup", "notices",
                                              "per_sample", "probe", "tied"))}
 LONGEST = 400  # lines
@@ -83,7 +83,7 @@ def test_reducers_have_the_same_classes_and_hooks():
         return {node.name for node in ast.parse(path.read_text()).body
                 if isinstance(node, ast.ClassDef) and not node.name.startswith("_")}
 
-    for name in ("base", "plain", "buckets", "feedback", "delay", "topk", "powersgd"):
+    for name in ("base", "plain", "buckets", "feedback", "delay", "topk", "powersgd", "late"):
         here, there = (classes(folder / "reducers" / f"{name}.py") for folder in FRONT_ENDS.values())
         shared = {one for one in here | there if one.endswith("Reducer")}
         assert shared, name

@@ -133,14 +133,15 @@ def test_indexed_slices(ranks, sparse_as_dense):
     assert_alike(by_rank, training.weights(one))
 
 
-def fit_mixed(outer):
+def fit_mixed(outer, topk):
     keras.config.set_dtype_policy("mixed_float16")
     try:
         model = training.dense_model()
         optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
         if outer:
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
-        optimizer = hvd.DistributedOptimizer(optimizer)
+        optimizer = hvd.DistributedOptimizer(optimizer, compression=hvd.Compression.topk(1.0, min_size=0)
+                                             if topk else hvd.Compression.none)
         if hvd.rank() == 1:  # an overflow on one rank only, in one step
             training_data = training.data
             training.data = lambda: _spoiled(training_data())
@@ -166,9 +167,9 @@ def _spoiled(arrays):
 
 
 @ranked
-@pytest.mark.parametrize("outer", [False, True])
-def test_loss_scale_backs_off_on_all_ranks_alike(ranks, outer):
-    by_rank = ranks(2, init="tensorflow").run(fit_mixed, outer)
+@pytest.mark.parametrize(("outer", "topk"), [(False, False), (True, False), (True, True)])
+def test_loss_scale_backs_off_on_all_ranks_alike(ranks, outer, topk):
+    by_rank = ranks(2, init="tensorflow").run(fit_mixed, outer, topk)
     assert [rank[1] for rank in by_rank] == [2.0**13] * 2  # one bad step in each of two epochs
     assert [rank[2] for rank in by_rank] == [2 * training.STEPS - 2] * 2
     for mine, first in zip(by_rank[1][0], by_rank[0][0], strict=True):

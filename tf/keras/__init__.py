@@ -13,7 +13,7 @@ from horovod.tensorflow.keras import *  # noqa: F403
 
 from hvd_ext import aliases
 from hvd_ext.checkpoints import DamagedCheckpointError
-from hvd_ext.delay import DelayCompensated
+from hvd_ext.delay import DelayCompensated, Late
 from hvd_ext.replicas import ReplicasDifferError
 from hvd_ext.run_checkpoints import CheckpointNotWrittenError
 from hvd_ext.tensorflow.amsgrad import AMSGrad

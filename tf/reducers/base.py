@@ -39,6 +39,7 @@ class Reducer(abc.ABC):
     extensions: tuple[str, ...] = ()  # lines about what comes after the reduction, to be compared
     stamp: Any = None  # a variable (rank, ranks) beside state that belongs to one rank
     lost_ranks = 0  # under Horovod elastic: how many left with what they kept alone
+    staleness = 0  # by how many steps what is handed out is late
 
     def __init__(self, collectives: Collectives, settings: Any, options: Options) -> None:
         self.collectives = collectives
@@ -89,6 +90,23 @@ class Reducer(abc.ABC):
         """The gradients, with zeros for missing ones where a reducer must have all of them."""
         del variables
         return list(gradients)
+
+    def expect(self, variables: Sequence[Any], what: str) -> None:
+        """Refuse other variables than the exchange was planned for, if it was.
+
+        Raises:
+            ValueError: ``what`` was given them.
+        """
+        if self.variables and {id(as_tf(one)) for one in variables} != set(self._number):
+            raise ValueError(f"{what} was given gradients of {len(variables)} variables and was built for "
+                             f"{len(self.variables)}; give it the same ones at every step")
+
+    def zeros(self, variable: Any) -> tf.Tensor:
+        """A gradient of zeros, for one that is missing."""
+        self._make_own()
+        # No constant, on which TensorFlow would run a collective while it prepares the graph.
+        zero = tf.minimum(tf.cast(self._checked, as_tf(variable).dtype), 0)
+        return tf.fill((*self.parts_shape(), *variable.shape), zero)
 
     def fingerprint(self) -> Fingerprint:
         """What must be the same on every rank."""

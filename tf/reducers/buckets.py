@@ -92,18 +92,8 @@ class BucketReducer(Reducer):
         Raises:
             ValueError: these are not the variables that the exchange was planned for.
         """
-        if self.variables and {id(as_tf(one)) for one in variables} != set(self._number):
-            raise ValueError(
-                f"{composition.public_name(self.settings)} was given gradients of {len(variables)} "
-                f"variables and was built for {len(self.variables)}; give it the same ones at every step")
-        self._make_own()
-
-        def zeros(variable: Any) -> tf.Tensor:
-            # No constant, on which TensorFlow would run a collective while it prepares the graph.
-            zero = tf.minimum(tf.cast(self._checked, as_tf(variable).dtype), 0)
-            return tf.fill((*self.parts_shape(), *variable.shape), zero)
-
-        return [zeros(variable) if gradient is None else gradient
+        self.expect(variables, composition.public_name(self.settings))
+        return [self.zeros(variable) if gradient is None else gradient
                 for gradient, variable in zip(gradients, variables, strict=True)]
 
     def __call__(self, gradients: Sequence[Gradient | None], variables: Sequence[Any],

@@ -1,0 +1,161 @@
+"""What the class of a distributed optimizer has beyond the wrapped one: Keras' methods, and ours."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from hvd_ext.tensorflow import keras_store
+from hvd_ext.tensorflow.variables import CallableList, as_tf, mark_per_rank, name_of
+from hvd_ext.tensorflow.wrapper import Wrapper
+
+# AutoGraph has nothing to translate here, and would take seconds to find out.
+as_it_is = tf.autograph.experimental.do_not_convert
+
+
+class Distributed:
+    """What the class of a distributed optimizer overrides in the wrapped one."""
+
+    _hvd_ext: Wrapper
+
+    @property
+    def variables(self) -> CallableList:
+        """All variables; also ``optimizer.variables()``, as Horovod's elastic states call it."""
+        return CallableList(keras_store.in_place(self, super().variables))
+
+    # The step, in the order in which Keras calls
+
+    @as_it_is
+    def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
+        if len(grads) == 0:
+            return
+        if trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
+            if not self.built:
+                with tf.init_scope(), keras.name_scope(self.name, caller=self):
+                    self.build(trainable_variables)
+                self.built = True
+        variables = self._trainable_variables if trainable_variables is None else trainable_variables
+        if len(grads) != len(variables):
+            raise ValueError(f"got {len(grads)} gradients for {len(variables)} variables; pass one "
+                             "gradient, or None, for each variable")
+        with self._hvd_ext.new_step(self, variables) as step:
+            step.run(grads, super().apply)
+
+    def _backend_apply_gradients(self, grads: Sequence[Any],
+                                 trainable_variables: Sequence[Any]) -> None:
+        step = self._hvd_ext.step
+        step.variables = list(trainable_variables)  # Keras leaves out those without a gradient
+        step.reduce_and_apply(grads, super()._backend_apply_gradients)
+
+    def _clip_gradients(self, grads: Sequence[Any]) -> Any:
+        return super()._clip_gradients(self._hvd_ext.step.reduce_accumulated(grads))
+
+    def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
+        self._hvd_ext.step.if_good(functools.partial(super()._apply_weight_decay, variables))
+
+    def _backend_update_step(self, grads: Sequence[Any], trainable_variables: Sequence[Any],
+                             learning_rate: Any) -> None:
+        self._hvd_ext.step.update(super()._backend_update_step, grads, trainable_variables,
+                                  learning_rate)
+
+    def scale_loss(self, loss: Any) -> Any:
+        """The loss times ``loss_scale_factor``."""
+        self._hvd_ext.loss_scaled_by(self)
+        return super().scale_loss(loss)
+
+    # State
+
+    def build(self, variables: Sequence[Any]) -> None:
+        if self.built or not variables:  # Keras gives none when it reads an .h5 file
+            return
+        with tf.init_scope():  # LossScaleOptimizer builds it while a step is traced
+            self._build(variables)
+
+    def _build(self, variables: Sequence[Any]) -> None:
+        server = self._hvd_ext.server
+        if server is not None:
+            server.build(list(variables), self._hvd_ext.local)
+        super().build(variables)
+        if server is not None and self.use_ema:
+            averages = self._model_variables_moving_average
+            for index in [k for k, variable in enumerate(variables) if not server.has_room(variable)]:
+                averages[index] = None  # Keras leaves these out
+        self._hvd_ext.build(self, list(variables))
+        keras_store.set_waiting_weights(self)
+
+    def add_variable_from_reference(self, reference_variable: Any, name: str | None = None,
+                                    initializer: Any = "zeros") -> Any:
+        """A variable of the optimizer; an empty one for what another rank keeps."""
+        server = self._hvd_ext.server
+        accumulator = name == keras_store.ACCUMULATOR
+        if server is None or accumulator or server.has_room(reference_variable):
+            made = super().add_variable_from_reference(reference_variable, name=name,
+                                                       initializer=initializer)
+        else:
+            made = self.add_variable(shape=(0,), dtype=reference_variable.dtype,  # .h5: names are unique
+                                     name=f"{name_of(reference_variable).replace('/', '_')}_{name}_elsewhere")
+        self._hvd_ext.references[id(as_tf(made))] = reference_variable, name
+        return mark_per_rank(made) if accumulator or server is not None else made
+
+    def _overwrite_model_variables_with_average_value(self, trainable_variables: Any) -> None:
+        server = self._hvd_ext.server
+        if server is None:
+            super()._overwrite_model_variables_with_average_value(trainable_variables)
+            return
+        for variable, average in zip(trainable_variables, self._model_variables_moving_average,
+                                     strict=True):
+            if average is not None:
+                as_tf(variable).assign(average)
+        server.send(trainable_variables, f"{self._hvd_ext.options.prefix}/averages")
+
+    def load_own_variables(self, store: Any) -> None:
+        keras_store.load(self, store, super().load_own_variables)
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Take back the values of ``variables``, as files in the .h5 format hold them."""
+        keras_store.set_weights(self, weights, super().set_weights)
+
+    def save_own_variables(self, store: Any) -> None:
+        keras_store.save(self, store, super().save_own_variables)
+
+    def report(self) -> dict[str, Any]:
+        """Figures of the last step: bytes by kind, and those of each extension in use."""
+        return self._hvd_ext.report(self)
+
+    def reset_per_rank_state(self) -> None:
+        """Start anew what belongs to this rank: residuals, MeanSquare, gradients accumulated."""
+        self._hvd_ext.reducer.reset_per_rank_state()
+        for total in self._hvd_ext.sums.values():
+            total.assign(tf.zeros_like(total))
+
+    def flush(self) -> None:
+        """Take the update that is still to come with ``late=``; without, nothing. On all ranks alike.
+
+        Call it after the last step, and before an evaluation that must include all of them.
+
+        Raises:
+            RuntimeError: in the midst of ``backward_passes_per_step``.
+        """
+        wrapper = self._hvd_ext
+        if not wrapper.reducer.staleness or not self.built:
+            return
+        if wrapper.counter is not None and int(wrapper.counter):
+            raise RuntimeError(f"flush() after {int(wrapper.counter)} of backward_passes_per_step="
+                               f"{wrapper.options.passes} passes; call it after a whole step")
+        with wrapper.new_step(self, self._trainable_variables) as step:
+            step.flush(super().apply)
+
+    def register_local_var(self, variable: Any) -> None:
+        """Keep a variable's gradient on this rank: it is not reduced."""
+        if self._hvd_ext.reducer.staleness:
+            raise ValueError(f"register_local_var({name_of(variable)}) with late=: a local gradient is not "
+                             "late, and would be lost in the first step; drop one of them")
+        if self.built:
+            raise ValueError(f"register_local_var({name_of(variable)}) after the optimizer was "
+                             "built; call it before the first step")
+        self._hvd_ext.local.add(id(as_tf(variable)))

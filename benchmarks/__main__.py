@@ -44,6 +44,8 @@ BENCHMARKS = {
     "topk_sparse": Benchmark("words of a TopK exchange by number of ranks", "topk_sparse", plots=False),
     "topk_exchange": Benchmark("time and bytes of a TopK exchange", "topk_exchange", plots=False),
     "topk_digits": Benchmark("accuracy of TopK with and without feedback", "topk_digits"),
+    "late_accuracy": Benchmark("what a gradient that is one step late costs, two problems", "late_accuracy",
+                               plots=False),
     "bandwidth_model": Benchmark("when TopK pays off, and measured bytes", "bandwidth_model"),
     "async_speed": Benchmark("throughput of the parameter server", "async_speed"),
     "async_digits_table": Benchmark("asynchronous methods on the digits", "async_digits", ("table",)),

@@ -43,7 +43,8 @@ class Strike:
         method: its extension; "" for parameter servers.
         fault: "kill", "stop" or "full" (the disk, while a checkpoint is written).
         rank, step: who and when; ``share`` is the moment within the step, in [0, 1).
-        room: bytes that the disk has.
+        room: bytes that the disk of parameter servers has. That of synchronous training has room for
+            ``share`` of its checkpoints.
     """
 
     number: int
@@ -58,7 +59,7 @@ class Strike:
     def __str__(self) -> str:
         where = f"rank{self.rank}-{self.step}+{self.share:.3f}"
         if self.fault == "full":
-            where = f"room{self.room}"
+            where = f"room{self.share:.3f}" if self.method else f"room{self.room}"
         return f"{self.number}-{self.kind.replace(' ', '')}-{self.method or 'async'}-{self.fault}-{where}"
 
 
@@ -78,7 +79,7 @@ def _draw(number: int, rng: random.Random) -> Strike:
         return Strike(number, kind, "", rng.choice(faults), rng.randrange(int(kind[-1]) + 2), 0,
                       rng.random(), rng.randrange(40_000, 160_000))
     return Strike(number, kind, METHODS[turn % len(METHODS)], rng.choice(faults), rng.randrange(2),
-                  rng.randrange(1, STEPS - 2), rng.random(), rng.randrange(60_000, 220_000))
+                  rng.randrange(1, STEPS - 2), rng.random(), 0)
 
 
 @contextlib.contextmanager
@@ -100,14 +101,16 @@ def carry_out(strike: Strike) -> None:
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     place = folder / "checkpoints"
     place.mkdir()
-    small = disk(place, strike.room) if strike.fault == "full" else contextlib.nullcontext()
+    full = strike.fault == "full"
     try:
         if strike.kind == "elastic":
             _elastic(strike, folder)
         elif strike.method:
-            _synchronous(strike, place, small)
+            whole = _undisturbed(strike)
+            small = disk(place, whole.part(strike.share)) if full else contextlib.nullcontext()
+            _synchronous(strike, place, small, whole.ends)
         else:
-            _servers(strike, folder, place, small)
+            _servers(strike, folder, place, disk(place, strike.room) if full else contextlib.nullcontext())
     finally:
         if strike.fault == "full":
             subprocess.run(["umount", "--lazy", str(place)], check=True)
@@ -130,7 +133,20 @@ def run(command: list[str], **environment: str) -> tuple[int | None, str]:
 
 # Synchronous training
 
-_WHOLE: dict[tuple[str, str], dict[int, str]] = {}  # the ends of undisturbed runs
+PAGE = 4096  # what a tmpfs gives a file is a multiple of it
+_WHOLE: dict[tuple[str, str], Whole] = {}
+
+
+@dataclass(frozen=True)
+class Whole:
+    """An undisturbed run: what each rank ended with, and the bytes that its checkpoints took."""
+
+    ends: dict[int, str]
+    room: int
+
+    def part(self, share: float) -> int:
+        """Bytes of a disk for ``share`` of them; never for all, and not 0, which would be without a limit."""
+        return max(PAGE, int(share * (self.room - PAGE)))
 
 
 def _sync_command(strike: Strike, place: Path, *struck: object) -> list[str]:
@@ -148,19 +164,22 @@ def _ends(output: str) -> dict[int, tuple[int, str]]:
     return found
 
 
-def _undisturbed(strike: Strike, place: Path) -> dict[int, str]:
+def _undisturbed(strike: Strike) -> Whole:
     key = strike.kind, strike.method
     if key not in _WHOLE:
         with tempfile.TemporaryDirectory() as other:
             status, output = run(_sync_command(strike, Path(other)))
+            files = [one for one in Path(other).rglob("*") if one.is_file()]
+            room = sum(-(-one.stat().st_size // PAGE) * PAGE for one in files)
         assert status == 0, output[-4000:]
-        _WHOLE[key] = {rank: digest for rank, (_, digest) in _ends(output).items()}
-        assert len(_WHOLE[key]) == 2, output[-4000:]
+        ends = {rank: digest for rank, (_, digest) in _ends(output).items()}
+        assert len(ends) == 2, output[-4000:]
+        _WHOLE[key] = Whole(ends, room)
     return _WHOLE[key]
 
 
-def _synchronous(strike: Strike, place: Path, small: contextlib.AbstractContextManager[None]) -> None:
-    whole = _undisturbed(strike, place)
+def _synchronous(strike: Strike, place: Path, small: contextlib.AbstractContextManager[None],
+                 whole: dict[int, str]) -> None:
     struck = [] if strike.fault == "full" else [strike.rank, strike.step, strike.share,
                                                 int(SIGNALS[strike.fault])]
     with small:

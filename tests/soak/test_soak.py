@@ -28,7 +28,7 @@ def strike_at(strike):
 
 @pytest.mark.parametrize("strike", [
     Strike(0, "torch", "topk", "kill", 1, 5, 0.9, 0),
-    Strike(1, "torch", "topk", "full", 0, 0, 0.0, 100_000),
+    Strike(1, "torch", "topk", "full", 0, 0, 0.5, 0),
     Strike(2, "servers 2", "", "kill", 1, 0, 0.9, 0),
 ], ids=str)
 def test_three_strikes(strike):

@@ -41,6 +41,7 @@ METHODS = {
     "rank0": lambda model: {"server": "rank0"},
     "sharded": lambda model: {"server": "sharded"},
     "topk_sharded": lambda model: {"server": "sharded", "compression": topk()},
+    "topk_late": lambda model: {"late": hvd.Late(1.0), "compression": topk()},
 }
 
 

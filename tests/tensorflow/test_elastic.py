@@ -43,7 +43,7 @@ def test_ranks_come_and_go(ranks, tmp_path):
     assert disturbed.keys() == calm.keys() == METHODS.keys()
     for method, result in disturbed.items():
         assert result["loss"] == pytest.approx(calm[method]["loss"], rel=0.15), (method, calm)
-        feedback = method in ("topk", "powersgd", "topk_sharded")
+        feedback = method in ("topk", "powersgd", "topk_sharded", "topk_late")
         assert result["lost_residuals"] == (1 if feedback else None), method
 
 

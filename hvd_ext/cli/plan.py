@@ -262,7 +262,7 @@ def show(figures: dict[str, Any]) -> None:
     console = out()
     compute = figures["compute_seconds"]
     several = figures["hosts"] != figures["ranks"]
-    columns = ["method", "MB per rank", *(["MB per host's link"] if several else []), "exchange, ms",
+    columns = ["method", "MB per rank", *(["MB per link"] if several else []), "exchange, ms",
                *(["step, ms"] if compute else []), "of dense"]
     table = Table(*columns, title=(
         f"{figures['params']:,} parameters, {figures['ranks']} ranks on {figures['hosts']} hosts, "

@@ -44,8 +44,8 @@ def test_late_is_recommended_only_beside_a_compute():
     assert advice(1.0, 0.0, names=names) is None
     found = advice(1.0, 1.0, names=("dense", "late"))
     assert found is not None
-    assert found.method == "late"
-    assert found.argument == "late=hvd.Late()"
+    assert found.method == "late, fp16"
+    assert found.argument == "late=hvd.Late(), compression=hvd.Compression.fp16"
 
 
 def test_what_is_chosen_for_its_result_is_not_recommended_for_its_speed():

@@ -14,7 +14,7 @@ from rich.table import Table
 from hvd_ext import checks
 from hvd_ext.cli.console import Failure, err, out
 from hvd_ext.composition import SERVERS
-from hvd_ext.planning import Cluster, Link, Stragglers, Work, Workload, simulate
+from hvd_ext.planning import Cluster, Link, Stragglers, Work, Workload, seconds, simulate
 from hvd_ext.planning.measure import Measured, measure
 from hvd_ext.planning.methods import Setup, exchanges
 from hvd_ext.planning.payoff import (
@@ -231,14 +231,18 @@ def plan(args: argparse.Namespace, numel: int, place: Place) -> dict[str, Any]:
                              for name, size in AGAINST.items()},
         "break_even_gbps": {name: None if math.isinf(speed) else speed
                             for name, speed in gbps.items()},
-        "servers": _servers(numel, cluster.ranks, args.moments),
+        "servers": _servers(numel, cluster, args.moments),
     }
 
 
-def _servers(numel: int, ranks: int, moments: int) -> dict[str, dict[str, float]]:
+def _servers(numel: int, cluster: Cluster, moments: int) -> dict[str, dict[str, float]]:
     checks.whole("--moments", moments, low=0)
+    ranks = cluster.ranks
+    weights = {"rank0": seconds("broadcast", 4 * numel, cluster),
+               "sharded": seconds("allgather", 4 * numel / ranks, cluster)}
     return {server: {"state_bytes": 4 * moment_elements(numel, ranks, server, moments),
-                     "weight_bytes": weight_bytes(numel, ranks, server)} for server in SERVERS}
+                     "weight_bytes": weight_bytes(numel, ranks, server),
+                     "seconds": weights.get(server, 0.0)} for server in SERVERS}
 
 
 def _show_measured(found: Measured) -> None:
@@ -248,9 +252,9 @@ def _show_measured(found: Measured) -> None:
         f"measured on {cluster.hosts} hosts with {cluster.per_host} ranks each; "
         f"{cluster.fixed_us:.0f} us for each collective"))
     for name, link in cluster.measured.items():
-        size, seconds = found.points[name][-1]
+        size, took = found.points[name][-1]
         table.add_row(name, f"{link.gbps:.3g}", f"{link.latency_us:.0f}", f"{size / 1e6:.3g}",
-                      f"{seconds * 1e3:.1f}")
+                      f"{took * 1e3:.1f}")
     out().print(table)
     figures: Mapping[str, float] = found.work.to_dict()
     out().print("ns an element, all ranks at work: "
@@ -276,9 +280,10 @@ def show(figures: dict[str, Any]) -> None:
         row += [f"{cost['seconds'] * 1e3:.1f}"] + ([f"{cost['step_seconds'] * 1e3:.1f}"] if compute else [])
         table.add_row(*row, f"{cost[what] / dense:.2f}" if dense else "-")
     console.print(table)
-    servers = Table("server", "MB of state, fullest rank", "MB of weights in")
+    servers = Table("server", "MB of state, fullest rank", "MB of weights in", "ms")
     for name, cost in figures["servers"].items():
-        servers.add_row(name, f"{cost['state_bytes'] / 1e6:.0f}", f"{cost['weight_bytes'] / 1e6:.0f}")
+        servers.add_row(name, f"{cost['state_bytes'] / 1e6:.0f}", f"{cost['weight_bytes'] / 1e6:.0f}",
+                        f"{cost['seconds'] * 1e3:.1f}")
     console.print(servers)
     console.print(f"Quickest here: {figures['best']}.")
     advice = figures["recommendation"]

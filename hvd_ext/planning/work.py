@@ -10,7 +10,7 @@ from hvd_ext import checks
 
 @dataclass(frozen=True)
 class Work:
-    """Nanoseconds an element of float32; the defaults are one CPU core, by ``hvd-ext plan --measure``.
+    """Nanoseconds an element of float32; the defaults are about what one CPU core takes.
 
     Args:
         pass_ns: one pass of an elementwise operation: a copy into a bucket, an addition, a division.
@@ -26,14 +26,14 @@ class Work:
         TypeError, ValueError: no number, or one below 0.
     """
 
-    pass_ns: float = 0.5
-    cast_ns: float = 0.5
-    select_ns: float = 3.0
-    scatter_ns: float = 3.0
-    recursion_ns: float = 2.0
-    product_ns: float = 0.3
-    compensate_ns: float = 5.0
-    update_ns: float = 0.5
+    pass_ns: float = 0.6
+    cast_ns: float = 0.4
+    select_ns: float = 5.5
+    scatter_ns: float = 5.0
+    recursion_ns: float = 2.4
+    product_ns: float = 1.0
+    compensate_ns: float = 3.5
+    update_ns: float = 0.6
 
     def __post_init__(self) -> None:
         for one in fields(self):

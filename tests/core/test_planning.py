@@ -182,7 +182,7 @@ CLUSTERS = st.builds(
     st.integers(1, 9), st.integers(1, 4), st.floats(0.01, 10), st.floats(0.01, 10), st.booleans())
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(shapes=SHAPES, cluster=CLUSTERS, faster=st.floats(1.0, 10.0), compute=st.floats(0.0, 0.1),
        outer=st.booleans())
 def test_more_bandwidth_is_never_slower(shapes, cluster, faster, compute, outer):
@@ -204,7 +204,8 @@ def test_more_bytes_hosts_or_latency_are_never_faster(collective, cluster, size,
                    inner=replace(cluster.inner, latency_us=latency))
     assert seconds(collective, size * more, cluster) >= took
     assert seconds(collective, size, slow) >= took
-    if cluster.hosts > 1:
+    # More hosts leave less of an alltoall inside of each, where the link may be the slower one.
+    if cluster.hosts > 1 and (collective != "alltoall" or cluster.per_host == 1):
         assert seconds(collective, size, cluster.of_hosts(cluster.hosts + 1)) >= took * (1 - 1e-12)
 
 

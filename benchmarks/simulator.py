@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -107,14 +109,18 @@ def curves() -> dict[str, dict[str, dict[str, list[float]]]]:
         for ranks in RANKS:
             cluster = host.of_hosts(ranks // host.per_host)
             setup = Setup(workload, ranks, Work.of_memory(DEVICE))
-            for one in exchanges(setup, DRAWN):
-                if one.name not in DRAWN:
-                    continue
-                result = simulate(one, workload, cluster, stragglers)
-                line = lines.setdefault(one.name, {"step_ms": [], "exchange_ms": [], "link_mb": []})
+            ways = {one.name: (one, cluster) for one in exchanges(setup, DRAWN) if one.name in DRAWN}
+            if cluster.per_host > 1:
+                ways["dense, hierarchical"] = ways["dense"][0], replace(cluster, hierarchical=True)
+            for name, (one, where) in ways.items():
+                result = simulate(one, workload, where, stragglers)
+                line = lines.setdefault(name, {"step_ms": [], "exchange_ms": [], "link_mb": []})
                 line["step_ms"].append(1e3 * result.step)
                 line["exchange_ms"].append(1e3 * result.exchange)
-                line["link_mb"].append(one.link_bytes(cluster) / 1e6)
+                line["link_mb"].append(one.link_bytes(where) / 1e6)
+            lines.setdefault("compute of the slowest rank", {"step_ms": []})["step_ms"].append(
+                1e3 * workload.compute * float(
+                    stragglers.draw(np.random.default_rng(0), 400, ranks).max(axis=1).mean()))
     return found
 
 
@@ -142,12 +148,15 @@ def plot(path: Path, found: dict[str, dict[str, dict[str, list[float]]]]) -> Non
 
 
 def show_curves(found: dict[str, dict[str, dict[str, list[float]]]]) -> None:
-    """The curves as tables."""
+    """The curves as tables: steps, exchanges without compute, bytes through a host's link."""
     for title, lines in found.items():
-        table = Table("step, ms", *map(str, RANKS), title=title)
-        for name, line in lines.items():
-            table.add_row(name, *(f"{value:.0f}" for value in line["step_ms"]))
-        Console(highlight=False, width=130).print(table)
+        for key, heading in (("step_ms", "step, ms"), ("exchange_ms", "exchange, ms"),
+                             ("link_mb", "MB through a host's link")):
+            table = Table(heading, *map(str, RANKS), title=title)
+            for name, line in lines.items():
+                if key in line:
+                    table.add_row(name, *(f"{value:.0f}" for value in line[key]))
+            Console(highlight=False, width=130).print(table)
 
 
 def main() -> None:

@@ -160,7 +160,7 @@ def show(figures: dict[str, Any]) -> None:
     console.print(f"sent: bytes per rank, of the {figures['dense_bytes']:,.0f} of a dense allreduce")
     console.print("a whole step took "
                   + ", ".join(f"{name} {value:.1f}" for name, value in figures["ns_per_element"].items())
-                  + " ns per element (hvd-ext plan --select-ns)")
+                  + " ns per element")
 
 
 if __name__ == "__main__":

@@ -82,8 +82,3 @@ class Exchange:
         each = sum(moved(one.collective, one.size, cluster).outer for one in self.messages() if one.counted)
         return each + sum(moved(one.collective, one.size, cluster).outer
                           for one in self.refresh) / self.update_freq
-
-    def hops(self, cluster: Cluster) -> int:
-        """Hops of all messages, if none is fused."""
-        found = [moved(one.collective, one.size, cluster) for one in self.messages()]
-        return sum(one.outer_hops + one.inner_hops for one in found)

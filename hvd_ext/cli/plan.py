@@ -192,7 +192,7 @@ def _measured(args: argparse.Namespace, numel: int) -> Place | None:
     try:
         found = measure(numel, args.ratio, rank=args.rank)
     except ImportError as error:
-        raise Failure(f"--measure goes through Horovod: {error}", "hvd-ext install-horovod") from error
+        raise Failure(f"nothing to measure with: {error}", "hvd-ext install-horovod") from error
     if not found.first:
         return None
     if args.save is not None:

@@ -1,7 +1,7 @@
 """Links and work as they are where the ranks run now: ``hvd-ext plan --measure``.
 
-Every rank calls :func:`measure`. Collectives go through Horovod, under whichever framework it was built for;
-what is computed is timed on all ranks at once, so that ranks which share cores are measured sharing them.
+Every rank calls :func:`measure`. Collectives go through Horovod where it is installed, else through mpi4py.
+What is computed is timed on all ranks at once, so that ranks which share cores are measured sharing them.
 """
 
 from __future__ import annotations
@@ -12,40 +12,21 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from hvd_ext import checks
 from hvd_ext.planning.links import Cluster, Link
 from hvd_ext.planning.messages import moved
 from hvd_ext.planning.timed_work import timed_work
+from hvd_ext.planning.voices import Voice, find_voice
 from hvd_ext.planning.work import Work
 
-FRAMEWORKS = ("torch", "tensorflow")
 SIZES = (2**16, 2**19, 2**21, 2**23)  # bytes that move through a rank, about
 REPEATS = 5
 LONGEST = 4.0  # seconds for one size of one collective, after the first two
 SMALL = 30  # collectives of a few bytes
-TENSORS = 8  # of which a measured allreduce consists, as Horovod fuses them
-
-
-class Voice(Protocol):
-    """Horovod's collectives under one framework, on NumPy arrays, each waited for."""
-
-    rank: int
-    size: int
-    local_size: int
-
-    def prepare(self, collective: str, nbytes: int) -> Callable[[], Any]:
-        """What runs a collective in which this rank hands over about so many bytes."""
-
-    def gather(self, values: Sequence[float]) -> npt.NDArray[Any]:
-        """All ranks' numbers, (M, numbers)."""
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
 
 
 @dataclass(frozen=True)
@@ -65,68 +46,6 @@ class Measured:
     first: bool
 
 
-class HorovodVoice:
-    """Horovod under PyTorch or TensorFlow.
-
-    Raises:
-        ImportError: there is no Horovod for either.
-    """
-
-    def __init__(self) -> None:
-        self.framework, self.horovod = _horovod()
-        if not self.horovod.is_initialized():
-            self.horovod.init()
-        self.rank, self.size = int(self.horovod.rank()), int(self.horovod.size())
-        self.local_size = int(self.horovod.local_size())
-        self._number = 0
-
-    def _name(self, what: str) -> str:
-        self._number += 1
-        return f"hvd_ext/measure/{what}{self._number}"
-
-    def _tensor(self, numel: int, half: bool = False) -> Any:
-        array = np.ones(max(1, numel), np.float16 if half else np.float32)
-        library = importlib.import_module(self.framework)
-        return library.from_numpy(array) if self.framework == "torch" else library.constant(array)
-
-    def prepare(self, collective: str, nbytes: int) -> Callable[[], Any]:
-        """See :class:`Voice`. The name is the same each time: Horovod knows the collective by then."""
-        name, hvd = self._name(collective), self.horovod
-        if collective.startswith("allreduce"):
-            half = collective == "allreduce_half"
-            count = TENSORS if nbytes >= 2**16 else 1
-            tensors = [self._tensor(nbytes // (2 if half else 4) // count, half) for _ in range(count)]
-            return lambda: hvd.grouped_allreduce(tensors, name=name, op=hvd.Sum)
-        tensor = self._tensor(nbytes // 4 // self.size * self.size)  # an alltoall cuts it evenly
-        if collective == "alltoall":
-            return lambda: hvd.alltoall(tensor, name=name)
-        if collective == "broadcast":
-            return lambda: hvd.broadcast(tensor, 0, name=name)
-        return lambda: hvd.allgather(tensor, name=name)
-
-    def gather(self, values: Sequence[float]) -> npt.NDArray[Any]:
-        """See :class:`Voice`."""
-        row = np.asarray(values, np.float64)[None]
-        library = importlib.import_module(self.framework)
-        mine = library.from_numpy(row) if self.framework == "torch" else library.constant(row)
-        return np.asarray(self.horovod.allgather(mine, name=self._name("figures")))
-
-    def barrier(self) -> None:
-        """See :class:`Voice`."""
-        self.horovod.barrier()
-
-
-def _horovod() -> tuple[str, Any]:
-    """The framework that Horovod is there for, and Horovod under it."""
-    for framework in FRAMEWORKS:
-        if importlib.util.find_spec(framework) and importlib.util.find_spec("horovod"):
-            try:
-                return framework, importlib.import_module(f"horovod.{framework}")
-            except ImportError:
-                continue
-    raise ImportError("no Horovod for PyTorch or TensorFlow is installed here")
-
-
 def measure(numel: int, ratio: float = 0.01, *, rank: int = 4, voice: Voice | None = None) -> Measured:
     """Measure links and work; called on all ranks, all of which get the same figures.
 
@@ -134,14 +53,14 @@ def measure(numel: int, ratio: float = 0.01, *, rank: int = 4, voice: Voice | No
         numel: parameters of the model that is planned for; no message is larger than its gradient.
         ratio: TopK's kept fraction.
         rank: of PowerSGD.
-        voice: the collectives; Horovod's unless given.
+        voice: the collectives; unless given Horovod's, or mpi4py's without Horovod.
 
     Raises:
         ValueError: a single rank, or ranks that are not evenly spread over the hosts.
-        ImportError: no Horovod.
+        ImportError: neither is installed.
     """
     checks.whole("params", numel, low=1)
-    voice = voice or HorovodVoice()
+    voice = voice or find_voice()
     if voice.size == 1:
         raise ValueError("one rank has no link to measure; start two or more")
     local = {int(one) for one in voice.gather([float(voice.local_size)]).ravel()}
@@ -226,7 +145,7 @@ def _hop(voice: Voice) -> float | None:
 
 def _work(voice: Voice, numel: int, ratio: float, rank: int) -> Work:
     """The slowest rank's figures, all ranks at work at once."""
-    mine = timed_work(numel, ratio, rank, _horovod()[0], voice.barrier)
+    mine = timed_work(numel, ratio, rank, voice.framework, voice.barrier)
     names = list(mine.to_dict())
     slowest = voice.gather(list(mine.to_dict().values())).max(axis=0)
     return Work(**dict(zip(names, map(float, slowest), strict=True)))

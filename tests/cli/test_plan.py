@@ -13,7 +13,9 @@ import pytest
 from hvd_ext.cli import plan
 from hvd_ext.cli.main import main
 from hvd_ext.planning import Cluster, Link, Work, Workload
+from hvd_ext.planning.measure import Measured, measure
 from hvd_ext.planning.methods import METHODS, Setup, exchanges
+from hvd_ext.planning.voices import MpiVoice
 from tests.ranks import ROOT, environment_of_ranks, launch_command
 
 COMMAND = ["plan", "--params", "25e6", "--ranks", "64", "--gbps", "10", "--ratio", "0.01"]
@@ -132,6 +134,19 @@ def test_two_ranks_measure_and_plan(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert all(0 < value < 1e6 for value in Work(**saved["work"]).to_dict().values())
     again = figures(capsys, command=["plan", "--params", "3e5", "--cluster", str(path)])
     assert again["exchange"]["dense"]["seconds"] > 0
+
+
+def measured_by_mpi() -> Measured:
+    return measure(100_000, voice=MpiVoice())
+
+
+@pytest.mark.ranks
+def test_mpi_measures_where_there_is_no_horovod(ranks) -> None:
+    first, second = ranks(2).run(measured_by_mpi, timeout=120)
+    assert (first.first, second.first) == (True, False)
+    assert first.cluster == second.cluster  # all ranks have the same figures
+    assert first.work == second.work
+    assert first.cluster.ranks == 2
 
 
 def sent() -> dict[str, float]:

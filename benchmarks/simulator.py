@@ -35,6 +35,8 @@ CLOSE = 0.20
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 DRAWN = ("dense", "fp16", "powersgd rank 4", "topk", "topk sparse_allreduce", "delay", "rank0", "sharded",
          "late")
+SLOWEST = "compute of the slowest rank"
+TICKS = (100, 150, 200, 300, 500, 700, 1000, 1500, 2000, 3000)
 DEVICE = 3000.0  # gigabytes per second of a GPU's memory, for what is computed: an assumption
 
 
@@ -118,7 +120,7 @@ def curves() -> dict[str, dict[str, dict[str, list[float]]]]:
                 line["step_ms"].append(1e3 * result.step)
                 line["exchange_ms"].append(1e3 * result.exchange)
                 line["link_mb"].append(one.link_bytes(where) / 1e6)
-            lines.setdefault("compute of the slowest rank", {"step_ms": []})["step_ms"].append(
+            lines.setdefault(SLOWEST, {"step_ms": []})["step_ms"].append(
                 1e3 * workload.compute * float(
                     stragglers.draw(np.random.default_rng(0), 400, ranks).max(axis=1).mean()))
     return found
@@ -132,17 +134,23 @@ def plot(path: Path, found: dict[str, dict[str, dict[str, list[float]]]]) -> Non
     matplotlib.rcParams["svg.hashsalt"] = "hvd-ext"
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(found), figsize=(11, 4.2), layout="constrained")
+    names = list(dict.fromkeys(name for lines in found.values() for name in lines))
+    figure, panels = pyplot.subplots(1, len(found), figsize=(11, 4.6), layout="constrained")
     for axes, (title, lines) in zip(panels, found.items(), strict=True):
-        for number, (name, line) in enumerate(lines.items()):
-            axes.plot(RANKS, line["step_ms"], "-o" if number < 5 else "--s", markersize=3, label=name)
-        axes.set(xscale="log", yscale="log", xlabel="ranks", ylabel="step, ms",
-                 title=title.replace("; ", ";\n"))
-        axes.title.set_fontsize(9)
+        for name, line in lines.items():
+            number = names.index(name)
+            style = "k:" if name == SLOWEST else f"C{number % 10}-o" if number < 5 else f"C{number % 10}--s"
+            axes.plot(RANKS, line["step_ms"], style, markersize=3, label=name)
+        axes.set(xscale="log", yscale="log", xlabel="ranks", ylabel="step, ms")
+        axes.set_title(title.replace("; ", ";\n"), fontsize=9)
         axes.set_xticks(RANKS, [str(ranks) for ranks in RANKS], minor=False)
+        low, high = axes.get_ylim()
+        ticks = [tick for tick in TICKS if low <= tick <= high]
+        axes.set_yticks(ticks, [f"{tick:,}" for tick in ticks], minor=False)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    panels[0].legend(fontsize=8)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 

@@ -6,7 +6,6 @@ import importlib
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,8 +27,8 @@ def timed_work(numel: int, ratio: float, rank: int, framework: str,
                together: Callable[[], None] = lambda: None) -> Work:
     """What computing takes on this rank.
 
-    PyTorch's kernels are timed themselves. Without PyTorch passes and casts are NumPy's, and the other
-    figures are the defaults in proportion to these passes.
+    PyTorch's kernels are timed themselves. Without PyTorch passes are NumPy's, and the other figures are
+    the defaults in proportion to them.
 
     Args:
         numel: of the model; at most four million elements are taken.
@@ -53,12 +52,9 @@ def timed_work(numel: int, ratio: float, rank: int, framework: str,
     if framework == "torch":
         return _torch(ns, numel, ratio, rank)
     one, other = np.ones(numel, np.float32), np.ones(numel, np.float32)
-    half = np.ones(numel, np.float16)
     passes = (ns(lambda: np.copyto(one, other)) + ns(lambda: np.add(one, other, out=other))) / 2
-    cast = (ns(lambda: np.copyto(half, one, casting="same_kind")) + ns(lambda: np.copyto(one, half))) / 2
     usual = Work()
-    scaled = {name: value * passes / usual.pass_ns for name, value in usual.to_dict().items()}
-    return replace(Work(**scaled), cast_ns=cast)
+    return Work(**{name: value * passes / usual.pass_ns for name, value in usual.to_dict().items()})
 
 
 def _torch(ns: Callable[..., float], numel: int, ratio: float, rank: int) -> Work:

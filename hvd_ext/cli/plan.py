@@ -65,7 +65,7 @@ def register(subcommands: Any) -> None:
     parser.add_argument("--select-ns", type=float,
                         help="nanoseconds an element that TopK's selection takes (default: "
                         f"{Work().select_ns:g}, one CPU core; --measure measures it)")
-    parser.add_argument("--memory-gbps", type=float, metavar="GIGABYTES",
+    parser.add_argument("--memory-bandwidth", type=float, metavar="GB_PER_S",
                         help="estimate what computing takes from the device's memory bandwidth, in gigabytes "
                         "per second (an H100 has about 3000), in place of one CPU core's figures")
     parser.add_argument("--moments", type=int, default=3,
@@ -150,8 +150,8 @@ def _hosts(args: argparse.Namespace, per_host: int) -> int:
 
 
 def _work(args: argparse.Namespace, work: Work) -> Work:
-    if args.memory_gbps is not None:
-        work = Work.of_memory(args.memory_gbps)
+    if args.memory_bandwidth is not None:
+        work = Work.of_memory(args.memory_bandwidth)
     return work if args.select_ns is None else replace(work, select_ns=args.select_ns)
 
 

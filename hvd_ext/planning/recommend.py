@@ -93,8 +93,8 @@ def _reason(chosen: Row, best: Row, dense: Row, compute: float) -> str:
         if compute and plain <= CLOSE * compute:
             return (f"its exchange ({_ms(dense.result.exchange)}) is hidden behind the backward pass: "
                     f"{took} takes {_ms(plain)}, the compute alone {_ms(compute)}")
-        return (f"no way that sends less is faster by more than {CLOSE - 1:.0%}: {took} takes {_ms(plain)}, "
-                f"with {best.exchange.name} {_ms(best.result.step)}")
+        said = f"no way that sends less is faster by more than {CLOSE - 1:.0%}: {took} takes {_ms(plain)}"
+        return said if best is dense else f"{said}, with {best.exchange.name} {_ms(best.result.step)}"
     said = (f"{took} takes {_ms(mine)}, {mine / plain:.2f} of dense, for "
             f"{chosen.rank_bytes / 1e6:.3g} MB in and out of a rank in place of {dense.rank_bytes / 1e6:.3g}")
     if chosen is not best:

@@ -1,18 +1,25 @@
 """The simulator of ``hvd-ext plan`` against steps measured on an emulated cluster, and its curves.
 
     python -m benchmarks.simulator --hosts 2 4 8 --rates 100mbit 1gbit --json out/simulator.json
+    python -m benchmarks.simulator --against out/cluster.json --cores 2
     python -m benchmarks.simulator --curves docs/scaling.svg
 
-The check makes clusters of network namespaces (as root, with iproute2) and, on each, measures links and
+The first check makes clusters of network namespaces (as root, with iproute2) and, on each, measures links and
 computing as ``hvd-ext plan --measure`` does and the rows of ``benchmarks.cluster``, in the same run. The
 simulator gets the former, the model's shapes and the compute of a step, nothing of the rows but that
-compute, which is the time of the dense exchange. All ranks share this machine's cores, with what else runs.
+compute, which is the time of the dense exchange. All ranks share this machine's cores, with what else runs;
+the load at the beginning is printed, and above the number of cores the figures are of other processes too.
+
+``--against`` compares with what ``benchmarks.cluster --json`` has written, without measuring: all links get
+the one speed at which the dense exchange takes its time (which is left out of the comparison), and computing
+takes what the defaults of ``hvd_ext.planning.Work`` say, times the ranks on a core.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +28,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from hvd_ext.planning import Cluster, Link, Stragglers, Work, Workload, simulate
+from hvd_ext.planning import Cluster, Link, Stragglers, Work, Workload, moved, simulate
 from hvd_ext.planning.measure import Measured, measure
 from hvd_ext.planning.methods import Setup, exchanges
 from tests.cluster.hosts import Cluster as Emulated
@@ -31,6 +38,10 @@ from tests.cluster.hosts import bits_per_second, missing
 ROWS = {"dense": "dense", "fp16": "fp16", "TopK 1 %": "topk",
         "TopK 1 %, sparse allreduce": "topk sparse_allreduce", "delay compensation": "delay",
         "sharded": "sharded", "rank0": "rank0", "late": "late"}
+MORE_ROWS = {"PowerSGD, rank 4": "powersgd rank 4", "sharded, fp16": "sharded, fp16",
+             "TopK 1 %, rank0": "topk, rank0", "TopK 1 %, sharded": "topk, sharded",
+             "late, fp16": "late, fp16", "late, TopK 1 %": "late, topk",
+             "late, delay compensation": "late, delay"}
 CLOSE = 0.20
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 DRAWN = ("dense", "fp16", "powersgd rank 4", "topk", "topk sparse_allreduce", "delay", "rank0", "sharded",
@@ -62,21 +73,51 @@ def check(hosts: int, rate: str, parameters: float, turns: int, steps: int) -> d
     from benchmarks.cluster.__main__ import summary
 
     shapes = tuple(map(tuple, rows.shapes_of(parameters)))
+    load = os.getloadavg()[0]
     with Emulated(hosts, rate=rate) as cluster, cluster.ranks(env={"HOROVOD_CYCLE_TIME": "1"}) as ranks:
         found: Measured = ranks.run(links_of, Workload(shapes).numel, timeout=300)[0]
         results = ranks.run(rows.measure, turns, steps, list(ROWS), parameters, timeout=900)
     table = {row["name"]: row for row in summary(results, rate) if row["name"] in ROWS}
     workload = Workload(shapes, results[0]["compute"])
-    by_name = {one.name: one for one in exchanges(Setup(workload, hosts, found.work))}
-    compared = []
-    for name, row in table.items():
-        result = simulate(by_name[ROWS[name]], workload, found.cluster)
-        compared.append({"row": name, "exchange_ms": row["exchange_ms"], "step_ms": row["step_ms"],
-                         "simulated_exchange_ms": 1e3 * result.exchange,
-                         "simulated_step_ms": 1e3 * result.step})
     return {"hosts": hosts, "rate": rate, "parameters": workload.numel, "compute_ms": 1e3 * workload.compute,
-            "cluster": found.cluster.to_dict(), "work": found.work.to_dict(), "points": dict(found.points),
-            "rows": compared}
+            "load": load, "cluster": found.cluster.to_dict(), "work": found.work.to_dict(),
+            "points": dict(found.points),
+            "rows": compared(list(table.values()), workload, found.cluster, found.work)}
+
+
+def compared(table: list[dict[str, Any]], workload: Workload, cluster: Cluster,
+             work: Work) -> list[dict[str, Any]]:
+    """The rows of ``benchmarks.cluster``, with what is simulated for each."""
+    by_name = {one.name: one for one in exchanges(Setup(workload, cluster.ranks, work))}
+    result = []
+    for row in table:
+        name = {**ROWS, **MORE_ROWS}.get(row["name"])
+        if name is None:
+            continue
+        found = simulate(by_name[name], workload, cluster)
+        result.append({"row": row["name"],
+                       "exchange_ms": row.get("exchange_ms"), "step_ms": row.get("step_ms"),
+                       "simulated_exchange_ms": 1e3 * found.exchange, "simulated_step_ms": 1e3 * found.step})
+    return result
+
+
+def against(path: Path, cores: int) -> dict[str, Any]:
+    """The rows of a file of ``benchmarks.cluster``, with one link speed, that of its dense exchange."""
+    from benchmarks.cluster import rows
+
+    figures = json.loads(path.read_text())
+    hosts = figures["hosts"]
+    shapes = tuple(map(tuple, rows.shapes_of(figures["parameters"])))
+    workload = Workload(shapes, figures["compute_ms"] / 1e3)
+    usual = Work().to_dict()
+    work = Work(**{name: value * max(1.0, hosts / cores) for name, value in usual.items()})
+    dense = next(row["exchange_ms"] for row in figures["rows"] if row["name"] == rows.DENSE) / 1e3
+    bits = 8 * moved("allreduce", 4 * workload.numel, Cluster.flat(hosts, Link(1.0))).rank
+    cluster = Cluster.flat(hosts, Link(bits / (dense - 1e-9 * workload.numel * work.update_ns) / 1e9, 0.0))
+    table = [{**row, "exchange_ms": None} if row["name"] == rows.DENSE else row for row in figures["rows"]]
+    return {"hosts": hosts, "rate": figures["rate"], "parameters": workload.numel,
+            "compute_ms": figures["compute_ms"], "cluster": cluster.to_dict(), "work": work.to_dict(),
+            "rows": compared(table, workload, cluster, work)}
 
 
 def show(results: list[dict[str, Any]]) -> None:
@@ -91,15 +132,21 @@ def show(results: list[dict[str, Any]]) -> None:
             cells = [row["row"]]
             for what in ("exchange", "step"):
                 took, said = row[f"{what}_ms"], row[f"simulated_{what}_ms"]
+                if took is None:
+                    cells += ["", f"{said:.0f}", ""]
+                    continue
                 near = abs(said / took - 1) <= CLOSE
                 inside, total = inside + near, total + 1
                 cells += [f"{took:.0f}", f"{said:.0f}", f"{said / took:.2f}" + ("" if near else " off")]
             table.add_row(*cells)
         console.print(table)
-        links = {name: f"{link['gbps'] * 1e3:.0f} Mbit/s"
-                 for name, link in result["cluster"]["measured"].items()}
-        console.print(f"measured links: {links}; {result['cluster']['fixed_us'] / 1e3:.1f} ms a collective")
-        console.print("measured work, ns: " + ", ".join(f"{n} {v:.1f}" for n, v in result["work"].items()))
+        cluster = result["cluster"]
+        links = {name: f"{link['gbps'] * 1e3:.0f} Mbit/s" for name, link in
+                 (cluster["measured"] or {"all": cluster["outer"]}).items()}
+        console.print(f"links: {links}; {cluster['fixed_us'] / 1e3:.1f} ms a collective"
+                      + (f"; load {result['load']:.1f} at the beginning" if "load" in result else ""))
+        console.print("work, ns: "
+                      + ", ".join(f"{name} {value:.1f}" for name, value in result["work"].items()))
     console.print(f"{inside} of {total} within {CLOSE:.0%}")
 
 
@@ -176,6 +223,10 @@ def main() -> None:
     parser.add_argument("--params", type=float, default=2.8e6, help="of the model (default: %(default)g)")
     parser.add_argument("--turns", type=int, default=3, help="exchanges measured of each row")
     parser.add_argument("--steps", type=int, default=2, help="steps measured of each row")
+    parser.add_argument("--against", type=Path, nargs="+", metavar="FILE",
+                        help="compare with files of python -m benchmarks.cluster --json, and measure nothing")
+    parser.add_argument("--cores", type=int, default=os.cpu_count() or 1,
+                        help="of the machine that they come from (default: %(default)s)")
     parser.add_argument("--curves", "--plot", type=Path, metavar="FILE",
                         help="draw step times up to 1,024 ranks, and check nothing")
     parser.add_argument("--json", type=Path)
@@ -185,6 +236,11 @@ def main() -> None:
         show_curves(found)
         plot(args.curves, found)
         _write(args.json, {"ranks": RANKS, "curves": found})
+        return
+    if args.against:
+        results = [against(path, args.cores) for path in args.against]
+        show(results)
+        _write(args.json, {"checks": results})
         return
     for rate in args.rates:
         bits_per_second(rate)

@@ -136,6 +136,21 @@ def test_two_ranks_measure_and_plan(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert again["exchange"]["dense"]["seconds"] > 0
 
 
+def test_the_benchmark_takes_one_speed_from_a_file(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from benchmarks.simulator import against
+
+    path = tmp_path / "cluster.json"
+    path.write_text(json.dumps({"hosts": 4, "rate": "1gbit", "parameters": 2e5, "compute_ms": 30.0, "rows": [
+        {"name": "mpi4py Allreduce", "exchange_ms": 1.0}, {"name": "late", "step_ms": 40.0},
+        {"name": "dense", "exchange_ms": 25.0, "step_ms": 50.0}]}))
+    late, dense = against(path, cores=8)["rows"]
+    assert dense["simulated_exchange_ms"] == pytest.approx(25.0)
+    assert (dense["exchange_ms"], late["exchange_ms"]) == (None, None)  # what was fitted is no check
+    assert (dense["step_ms"], late["step_ms"]) == (50.0, 40.0)
+    assert 30.0 < late["simulated_step_ms"] < dense["simulated_step_ms"]
+
+
 def measured_by_mpi() -> Measured:
     return measure(100_000, voice=MpiVoice())
 

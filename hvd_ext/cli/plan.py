@@ -215,7 +215,7 @@ def plan(args: argparse.Namespace, numel: int, place: Place) -> dict[str, Any]:
     advice = recommend(rows, compute)
     gbps = {name: break_even_gbps(setup, cluster, name) for name in AGAINST}
     return {
-        "params": numel, "ranks": cluster.ranks, "hosts": cluster.hosts, "gbps": cluster.outer.gbps,
+        "params": numel, "ranks": cluster.ranks, "hosts": cluster.hosts, "gbps": getattr(cluster, cluster.narrow).gbps,
         "ratio": args.ratio, "values": args.values, "compute_seconds": compute,
         "straggler": args.straggler,
         "exchange": {row.exchange.name: {

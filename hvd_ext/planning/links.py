@@ -87,6 +87,15 @@ class Cluster:
         """The same with another number of hosts."""
         return replace(self, hosts=hosts)
 
+    @property
+    def narrow(self) -> str:
+        """The link that decides: "outer", or "inner" on a single host."""
+        return "outer" if self.hosts > 1 or self.per_host == 1 else "inner"
+
+    def at_speed(self, gbps: float) -> Cluster:
+        """The same with another speed of the link that decides, whatever was measured."""
+        return replace(self, measured={}, **{self.narrow: replace(getattr(self, self.narrow), gbps=gbps)})
+
     def to_dict(self) -> dict[str, Any]:
         """For a file; :meth:`from_dict` reads it."""
         return asdict(self)

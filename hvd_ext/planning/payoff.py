@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 from hvd_ext.planning.links import Cluster
 from hvd_ext.planning.methods import FLOAT, Setup, plain, topk
@@ -30,16 +29,15 @@ def break_even_ratio(ranks: int, itemsize: int, values: str = "float32") -> floa
 
 
 def break_even_gbps(setup: Setup, cluster: Cluster, against: str) -> float:
-    """The speed of the outer link above which an exchange by TopK takes longer than ``against``.
+    """The speed of the link between hosts above which an exchange by TopK takes longer than ``against``.
 
-    0 where TopK never pays, infinite where it always does.
+    Of a single host that of the link inside. 0 where TopK never pays, infinite where it always does.
     """
     still = Workload(setup.workload.shapes)
     ways = topk(setup), plain(setup, half=against == "fp16")
 
     def pays(gbps: float) -> bool:
-        link = replace(cluster.outer, gbps=gbps)
-        there = replace(cluster, outer=link, measured={})
+        there = cluster.at_speed(gbps)
         ours, theirs = (synchronous(way, still, there) for way in ways)
         return ours < theirs
 

@@ -8,6 +8,7 @@ import pytest
 from hvd_ext.planning import Cluster, Link, Work, Workload, moved, simulate
 from hvd_ext.planning.measure import fitted, measure
 from hvd_ext.planning.methods import Setup, exchanges
+from hvd_ext.planning.payoff import break_even_gbps
 from hvd_ext.planning.recommend import BY_CHANGE, Row, recommend
 
 
@@ -51,6 +52,14 @@ def test_late_is_recommended_only_beside_a_compute():
 def test_what_is_chosen_for_its_result_is_not_recommended_for_its_speed():
     assert advice(1.0, 0.1, names=("delay", "seng", "rank0")) is None
     assert not {"delay", "seng block", "rank0"} & set(BY_CHANGE)
+
+
+def test_on_one_host_the_link_inside_decides_when_topk_pays():
+    setup = Setup(Workload.of_size(25_000_000), 8)
+    inside = break_even_gbps(setup, Cluster(1, Link(1.0), 8, Link(1.0, 20.0)), "dense")
+    between = break_even_gbps(setup, Cluster(8, Link(1.0, 20.0)), "dense")
+    assert inside == pytest.approx(between)
+    assert 0 < inside < 100
 
 
 def points(collective, cluster, link, fixed, sizes=(2**16, 2**20, 2**23)):

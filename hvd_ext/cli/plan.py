@@ -216,8 +216,8 @@ def plan(args: argparse.Namespace, numel: int, place: Place) -> dict[str, Any]:
     gbps = {name: break_even_gbps(setup, cluster, name) for name in AGAINST}
     return {
         "params": numel, "ranks": cluster.ranks, "hosts": cluster.hosts,
-        "gbps": getattr(cluster, cluster.narrow).gbps, "ratio": args.ratio, "values": args.values, "compute_seconds": compute,
-        "straggler": args.straggler,
+        "gbps": getattr(cluster, cluster.narrow).gbps, "ratio": args.ratio, "values": args.values,
+        "compute_seconds": compute, "straggler": args.straggler,
         "exchange": {row.exchange.name: {
             "bytes": round(row.rank_bytes), "link_bytes": round(row.link_bytes),
             "seconds": row.result.exchange, "step_seconds": row.result.step,

@@ -54,6 +54,8 @@ BENCHMARKS = {
                                        ("momentum",)),
     "tf_speed": Benchmark("what the extensions cost under TensorFlow", "tf_speed", plots=False),
     "cluster": Benchmark("exchange and step over 4 hosts at 1 Gbit/s; as root", "cluster", plots=False),
+    "simulator": Benchmark("simulated steps on up to 1,024 ranks", "simulator"),
+    "simulator_check": Benchmark("the simulator against 2, 4 and 8 hosts; as root", "simulator", plots=False),
     "streaming_pca": Benchmark("momentum against delay, streaming PCA", "streaming_pca"),
 }
 

@@ -21,7 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.launch import mpirun
-from hvd_ext.topk import payoff
+from hvd_ext.planning import Cluster, Link, moved
+from hvd_ext.planning.payoff import AGAINST, break_even_ranks
+from hvd_ext.topk import Layout, keep_count
 
 COUNTER = Path("/sys/class/net/lo/statistics/tx_bytes")
 RATIOS = (0.001, 0.01, 0.05)
@@ -69,10 +71,11 @@ def measure(numel: int, steps: int) -> dict[str, Any]:
 
 def model(way: str, numel: int, ranks: int) -> int:
     """The model's bytes out of a rank."""
+    cluster = Cluster.flat(ranks, Link(10.0))  # bytes do not depend on the link
     if way.startswith("topk"):
-        return payoff.topk_bytes(numel, ranks, float(way.split()[1]))
-    return payoff.ring_bytes(numel, ranks,
-                             payoff.DENSE_BYTES if way == "dense" else payoff.HALF_BYTES)
+        entries = 4 * Layout(keep_count(numel, float(way.split()[1])), "float32").words
+        return round(moved("allgather", entries, cluster).rank)
+    return round(moved("allreduce", numel * AGAINST[way], cluster).rank)
 
 
 def start(ranks: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -136,8 +139,8 @@ def main(argv: list[str] | None = None) -> None:
     Console().print(table)
     for ratio in RATIOS:
         print(f"ratio {ratio:g}: TopK moves fewer bytes than dense below "
-              f"{payoff.break_even_ranks(ratio, 4)} ranks, than fp16 below "
-              f"{payoff.break_even_ranks(ratio, 2)}")
+              f"{break_even_ranks(ratio, 4)} ranks, than fp16 below "
+              f"{break_even_ranks(ratio, 2)}")
     if args.json:
         args.json.write_text(json.dumps(measured, indent=1))
     if args.plot:

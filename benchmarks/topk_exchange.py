@@ -30,7 +30,8 @@ import hvd_ext.torch as hvd
 from benchmarks.launch import mpirun, under_mpirun
 from examples.resnet import resnet18
 from hvd_ext.options import Options
-from hvd_ext.topk import TopK, keep_count, payoff
+from hvd_ext.planning import Cluster, Link, moved
+from hvd_ext.topk import TopK, keep_count
 from hvd_ext.torch.collectives import Collectives
 from hvd_ext.torch.reducers import make_reducer
 from hvd_ext.torch.reducers.base import Entry
@@ -128,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     sent = {name: sum(variant.reducer.collectives.traffic.sent[kind] for kind in
                       ("values", "indices", "factors", "dense", "gradients")) / (args.repeats + 2)
             for name, variant in ours.items()}
-    dense = payoff.ring_bytes(numel, hvd.size(), payoff.DENSE_BYTES)
+    dense = moved("allreduce", 4 * numel, Cluster.flat(hvd.size(), Link(10.0))).rank
     figures = {
         "parameters": numel, "ranks": hvd.size(), "ratio": args.ratio,
         "milliseconds": medians,
@@ -156,10 +157,10 @@ def show(figures: dict[str, Any]) -> None:
                       "" if sent is None else f"{100 * sent:.2f} %")
     console = Console(highlight=False)
     console.print(table)
-    console.print(f"sent: bytes per rank, of the {figures['dense_bytes']:,} of a dense allreduce")
+    console.print(f"sent: bytes per rank, of the {figures['dense_bytes']:,.0f} of a dense allreduce")
     console.print("a whole step took "
                   + ", ".join(f"{name} {value:.1f}" for name, value in figures["ns_per_element"].items())
-                  + " ns per element (hvd-ext plan --select-ns)")
+                  + " ns per element")
 
 
 if __name__ == "__main__":

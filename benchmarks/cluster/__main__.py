@@ -3,11 +3,11 @@
     python -m benchmarks.cluster --hosts 4 --rate 1gbit --json out/cluster.json
 
 Hosts are network namespaces (as root, with iproute2), one rank on each. "exchange" is a step without
-compute, of the 11.2 million parameters of a ResNet-18 under SGD: its time ends when the weights are
-updated. "step" is one whose forward and backward pass sleep together for as long as the dense exchange
-takes, as a GPU would compute beside the CPU: the ranks share this machine's cores, and on them the compute
-of one rank would hold up the exchange of another. Rows with ``late=`` wait for the exchange that the step
-before began. What the cores must do for an exchange (sums,
+compute, of the 11.2 million parameters of a ResNet-18 (``--params``: of a narrower or wider one) under
+SGD: its time ends when the weights are updated. "step" is one whose forward and backward pass sleep
+together for as long as the dense exchange takes, as a GPU would compute beside the CPU: the ranks share
+this machine's cores, and on them the compute of one rank would hold up the exchange of another. Rows with
+``late=`` wait for the exchange that the step before began. What the cores must do for an exchange (sums,
 selection, copies, the network itself) is shared too: on hosts with cores of their own it takes less.
 
 All rows take turns in one run; a row's time is the median over turns of the slowest rank. "sent" is what
@@ -72,6 +72,8 @@ def main() -> None:
     parser.add_argument("--rate", default="1gbit", help="of each link, such as 100mbit, 1gbit, 10gbit")
     parser.add_argument("--turns", type=int, default=7, help="exchanges measured of each row")
     parser.add_argument("--steps", type=int, default=4, help="steps measured of each row")
+    parser.add_argument("--params", type=float, default=rows.PARAMETERS,
+                        help="make the ResNet-18 as wide as gives about so many (default: %(default)g)")
     parser.add_argument("--only", nargs="*", default=[], metavar="ROW", help=", ".join(rows.ways()))
     parser.add_argument("--json", type=Path, default=Path("out/cluster.json"))
     args = parser.parse_args()
@@ -84,7 +86,7 @@ def main() -> None:
         return
     with Cluster(args.hosts, rate=args.rate) as cluster, \
             cluster.ranks(env={"HOROVOD_CYCLE_TIME": "1"}) as ranks:  # Horovod's default
-        results = ranks.run(rows.measure, args.turns, args.steps, args.only, timeout=1500)
+        results = ranks.run(rows.measure, args.turns, args.steps, args.only, args.params, timeout=1500)
     table = summary(results, args.rate)
     figures = {"hosts": args.hosts, "rate": args.rate, "parameters": results[0]["parameters"],
                "compute_ms": 1e3 * results[0]["compute"], "rows": table}

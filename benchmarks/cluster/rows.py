@@ -12,11 +12,12 @@ import torch
 
 import hvd_ext.torch as hvd
 from examples.resnet import resnet18
+from hvd_ext.planning.workload import FORWARD
 from tests.cluster.hosts import sent_bytes
 
 PLAIN_MPI = "mpi4py Allreduce"
 DENSE = "dense"
-FORWARD = 1 / 3  # of a step's compute
+WIDTH, PARAMETERS = 64, 11.2e6  # of a ResNet-18 for ten classes
 
 
 def ways() -> dict[str, dict[str, Any]]:
@@ -95,13 +96,19 @@ class Way:
             self.optimizer.flush()
 
 
-def measure(turns: int, steps: int, only: Sequence[str]) -> dict[str, Any]:
+def shapes_of(parameters: float) -> list[torch.Size]:
+    """Of a ResNet-18 that is made as wide as gives about so many parameters."""
+    width = max(1, round(WIDTH * (parameters / PARAMETERS) ** 0.5))
+    return [p.shape for p in resnet18(classes=10, width=width).parameters()]
+
+
+def measure(turns: int, steps: int, only: Sequence[str], parameters: float = PARAMETERS) -> dict[str, Any]:
     """Seconds and bytes sent of every turn, by row; called on all ranks.
 
     An exchange is a step without compute: all gradients there at once, then the weights updated.
     """
     generator = torch.Generator().manual_seed(hvd.rank())
-    shapes = [p.shape for p in resnet18(classes=10).parameters()]
+    shapes = shapes_of(parameters)
     gradients = [torch.randn(shape, generator=generator) * 0.01 for shape in shapes]
     rows = {name: Way(number, options, gradients) for number, (name, options) in enumerate(ways().items())
             if not only or name in only or name == DENSE}

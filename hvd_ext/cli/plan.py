@@ -1,107 +1,295 @@
-"""``hvd-ext plan``: when TopK pays off on a cluster, and what each server costs."""
+"""``hvd-ext plan``: what each way to exchange gradients costs on a cluster, and which one to take."""
 
 import argparse
 import json
 import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from hvd_ext.cli.console import Failure, out
+from hvd_ext import checks
+from hvd_ext.cli.console import Failure, err, out
 from hvd_ext.composition import SERVERS
-from hvd_ext.topk import payoff
+from hvd_ext.planning import Cluster, Link, Stragglers, Work, Workload, seconds, simulate
+from hvd_ext.planning.measure import Measured, measure
+from hvd_ext.planning.methods import Setup, exchanges
+from hvd_ext.planning.payoff import (
+    AGAINST,
+    break_even_gbps,
+    break_even_ranks,
+    break_even_ratio,
+    moment_elements,
+    weight_bytes,
+)
+from hvd_ext.planning.recommend import Row, quickest, recommend
+from hvd_ext.topk import TopK
 from hvd_ext.topk.wire import VALUE_BYTES
+
+RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "HOROVOD_RANK", "SLURM_PROCID")
+START = ("mpirun -np 4 hvd-ext plan --measure --params 25e6, or "
+         "hvd-ext launch --hosts h1:2,h2:2 -- hvd-ext plan --measure --params 25e6")
 
 
 def register(subcommands: Any) -> None:
     """Add the subcommand to ``hvd-ext``."""
     parser = subcommands.add_parser(
-        "plan", help="say when TopK pays off, and what each server costs",
-        description="Bytes and seconds of one step's exchange on bandwidth-optimal rings: dense, "
-        "in half precision, and with TopK; then the memory and bytes of each server.",
+        "plan", help="say what each way to exchange gradients costs on a cluster, and which one to take",
+        description="Bytes and milliseconds of one step under every way to exchange gradients, from links, "
+        "ranks and compute; a recommendation; when TopK pays off; memory and bytes of each server.",
     )
     parser.add_argument("--params", type=float, required=True, help="parameters of the model: 25e6")
-    parser.add_argument("--ranks", type=int, required=True, help="number of ranks, M")
-    parser.add_argument("--gbps", type=float, required=True,
-                        help="gigabits per second of each rank's link, each way")
-    parser.add_argument("--ratio", type=float, default=payoff.default_ratio(),
-                        help="kept fraction (default: %(default)g)")
+    parser.add_argument("--ranks", type=int, help="number of ranks, M")
+    parser.add_argument("--hosts", type=int, help="number of hosts, in place of --ranks")
+    parser.add_argument("--ranks-per-host", type=int, help="ranks that share a host's link (default: 1)")
+    parser.add_argument("--gbps", type=float,
+                        help="gigabits per second of each host's link, each way")
+    parser.add_argument("--latency-us", type=float, help="microseconds of one hop (default: 20)")
+    parser.add_argument("--inner-gbps", type=float,
+                        help="the same inside of a host, for each rank (default: 400)")
+    parser.add_argument("--inner-latency-us", type=float, help="(default: 5)")
+    parser.add_argument("--hierarchical", action="store_true",
+                        help="collectives go inside of the hosts first (HOROVOD_HIERARCHICAL_ALLREDUCE)")
+    parser.add_argument("--compute-ms", type=float, default=0.0,
+                        help="forward and backward pass of a rank; without it only exchanges are compared")
+    parser.add_argument("--straggler", default="none",
+                        help="how the ranks' compute differs: lognormal:0.1, exponential:0.1 (default: none)")
+    parser.add_argument("--ratio", type=float, default=TopK().ratio,
+                        help="TopK's kept fraction (default: %(default)g)")
     parser.add_argument("--values", default="float32", choices=sorted(VALUE_BYTES),
-                        help="type of the values on the wire (default: %(default)s)")
-    parser.add_argument("--latency-us", type=float, default=20.0,
-                        help="microseconds of one hop (default: %(default)g)")
-    parser.add_argument("--select-ns", type=float, default=6.0,
-                        help="nanoseconds an element that TopK computes; python -m "
-                        "benchmarks.topk_exchange measures it (default: %(default)g, one CPU core)")
+                        help="type of TopK's values on the wire (default: %(default)s)")
+    parser.add_argument("--rank", type=int, default=4, help="PowerSGD's (default: %(default)s)")
+    parser.add_argument("--select-ns", type=float,
+                        help="nanoseconds an element that TopK's selection takes (default: "
+                        f"{Work().select_ns:g}, one CPU core; --measure measures it)")
+    parser.add_argument("--memory-bandwidth", type=float, metavar="GB_PER_S",
+                        help="estimate what computing takes from the device's memory bandwidth, in gigabytes "
+                        "per second (an H100 has about 3000), in place of one CPU core's figures")
     parser.add_argument("--moments", type=int, default=3,
                         help="elements of optimizer state per parameter: 1 momentum, 2 Adam, 3 AMSGrad "
                         "(default: %(default)s)")
+    parser.add_argument("--method", nargs="+", default=[], metavar="NAME",
+                        help="only methods whose name contains one of these: topk, late, rank0, ...")
+    parser.add_argument("--measure", action="store_true",
+                        help="measure links and computing on the ranks that this is started on")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write what was measured")
+    parser.add_argument("--cluster", type=Path, metavar="FILE",
+                        help="plan with what was measured; --ranks, --hosts: for another number of them")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.set_defaults(run=run)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a step runs: the cluster, what computing takes, and what was measured of them."""
+
+    cluster: Cluster
+    work: Work
+    measured: Measured | None = None
+
+
 def run(args: argparse.Namespace) -> int:
-    """Print the plan."""
+    """Print the plan; under ``--measure`` rank 0 does."""
     try:
-        figures = plan(args)
+        numel = _params(args.params)
+        place = _measured(args, numel) if args.measure else _place(args)
+        if place is None:
+            return 0  # another rank than the first
+        figures = plan(args, numel, place)
     except (TypeError, ValueError) as error:
         raise Failure(str(error), "see hvd-ext plan --help") from error
     if args.json:
         out().print_json(json.dumps(figures))
-    else:
-        show(figures)
+        return 0
+    if place.measured is not None:
+        _show_measured(place.measured)
+    show(figures)
     return 0
 
 
-def plan(args: argparse.Namespace) -> dict[str, Any]:
-    """Every figure of the two tables and the sentence below them."""
-    if not (math.isfinite(args.params) and args.params >= 1):
-        raise ValueError(f"--params must be at least 1, got {args.params:g}; for 25 million: 25e6")
-    numel = round(args.params)
-    link = payoff.Link(args.gbps, args.latency_us, args.select_ns)
-    found = payoff.costs(numel, args.ranks, args.ratio, link, values=args.values)
-    against = {"dense": payoff.DENSE_BYTES, "fp16": payoff.HALF_BYTES}
-    gbps = {name: payoff.break_even_gbps(numel, args.ranks, args.ratio, link, name,
-                                         values=args.values) for name in against}
+def _params(params: float) -> int:
+    if not (math.isfinite(params) and params >= 1):
+        raise ValueError(f"--params must be at least 1, got {params:g}; for 25 million: 25e6")
+    return round(params)
+
+
+def _place(args: argparse.Namespace) -> Place:
+    """From the arguments, or from a file."""
+    if args.save is not None:
+        raise ValueError("--save writes what --measure has measured; pass both")
+    if args.cluster is not None:
+        return _loaded(args)
+    if args.gbps is None:
+        raise ValueError("--gbps is missing: the speed of each host's link; or measure it with --measure")
+    per_host = 1 if args.ranks_per_host is None else args.ranks_per_host
+    inner = Cluster(1, Link(1.0)).inner
+    cluster = Cluster(
+        _hosts(args, per_host), Link(args.gbps, 20.0 if args.latency_us is None else args.latency_us),
+        per_host, Link(inner.gbps if args.inner_gbps is None else args.inner_gbps,
+                       inner.latency_us if args.inner_latency_us is None else args.inner_latency_us),
+        args.hierarchical)
+    return Place(cluster, _work(args, Work()))
+
+
+def _hosts(args: argparse.Namespace, per_host: int) -> int:
+    checks.whole("--ranks-per-host", per_host, low=1)
+    if args.hosts is None and args.ranks is None:
+        raise ValueError("--ranks is missing: how many there are; or --hosts with --ranks-per-host")
+    if args.hosts is not None and args.ranks not in (None, args.hosts * per_host):
+        raise ValueError(f"{args.hosts} hosts with {per_host} ranks are {args.hosts * per_host}, not "
+                         f"--ranks {args.ranks}; leave one of them out")
+    if args.hosts is not None:
+        return checks.whole("--hosts", args.hosts, low=1)
+    ranks = checks.whole("ranks", args.ranks, low=1)
+    if ranks % per_host:
+        raise ValueError(f"--ranks must be a multiple of --ranks-per-host {per_host}, got {ranks}")
+    return ranks // per_host
+
+
+def _work(args: argparse.Namespace, work: Work) -> Work:
+    if args.memory_bandwidth is not None:
+        work = Work.of_memory(args.memory_bandwidth)
+    return work if args.select_ns is None else replace(work, select_ns=args.select_ns)
+
+
+def _refuse_links(args: argparse.Namespace, source: str) -> None:
+    given = [f"--{name.replace('_', '-')}" for name in
+             ("gbps", "latency_us", "inner_gbps", "inner_latency_us", "ranks_per_host")
+             if getattr(args, name) is not None]
+    given += ["--hierarchical"] * args.hierarchical
+    if given:
+        raise ValueError(f"{', '.join(given)} cannot be used with {source}, which says what the links are")
+
+
+def _loaded(args: argparse.Namespace) -> Place:
+    _refuse_links(args, "--cluster")
+    try:
+        saved = json.loads(args.cluster.read_text())
+        cluster, work = Cluster.from_dict(saved["cluster"]), Work(**saved["work"])
+    except OSError as error:
+        raise ValueError(f"--cluster {args.cluster}: {error.strerror}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"--cluster {args.cluster} is no file of hvd-ext plan --measure --save: "
+                         f"{type(error).__name__}: {error}") from error
+    if args.hosts is not None or args.ranks is not None:
+        cluster = cluster.of_hosts(_hosts(args, cluster.per_host))
+    return Place(cluster, _work(args, work))
+
+
+def _measured(args: argparse.Namespace, numel: int) -> Place | None:
+    """What all ranks measure together; None on other ranks than the first."""
+    _refuse_links(args, "--measure")
+    if args.cluster is not None or args.hosts is not None or args.ranks is not None:
+        raise ValueError("--measure takes the ranks that it is started on; save what it measures (--save) "
+                         "and plan for others with --cluster")
+    if not any(name in os.environ for name in RANK_VARIABLES):
+        raise Failure("--measure runs on all ranks of an allocation, and this is one process",
+                      f"start it as {START}")
+    Setup(Workload.of_size(numel), 2, ratio=args.ratio, values=args.values, rank=args.rank)
+    try:
+        found = measure(numel, args.ratio, rank=args.rank)
+    except ImportError as error:
+        raise Failure(f"nothing to measure with: {error}", "hvd-ext install-horovod") from error
+    if not found.first:
+        return None
+    if args.save is not None:
+        args.save.write_text(json.dumps({"cluster": found.cluster.to_dict(), "work": found.work.to_dict()},
+                                        indent=1))
+        err().print(f"written: {args.save}", soft_wrap=True)
+    return Place(found.cluster, _work(args, found.work), found)
+
+
+def plan(args: argparse.Namespace, numel: int, place: Place) -> dict[str, Any]:
+    """Every figure of the tables and the sentences below them."""
+    cluster = place.cluster
+    checks.number("--compute-ms", args.compute_ms, low=0.0)
+    compute = args.compute_ms / 1e3
+    workload = Workload.of_size(numel, compute)
+    stragglers = Stragglers.parse(args.straggler)
+    setup = Setup(workload, cluster.ranks, place.work, args.ratio, args.values, args.rank)
+    rows = [Row(one, simulate(one, workload, cluster, stragglers), one.rank_bytes(cluster),
+                one.link_bytes(cluster)) for one in exchanges(setup, tuple(args.method))]
+    advice = recommend(rows, compute)
+    gbps = {name: break_even_gbps(setup, cluster, name) for name in AGAINST}
     return {
-        "params": numel, "ranks": args.ranks, "gbps": args.gbps, "ratio": args.ratio,
-        "values": args.values,
-        "exchange": {name: {"bytes": cost.moved, "seconds": cost.seconds}
-                     for name, cost in found.items()},
-        "best": min(found.values(), key=lambda cost: cost.seconds).name,
-        "break_even_ranks": {name: payoff.break_even_ranks(args.ratio, size, args.values)
-                             for name, size in against.items()},
-        "break_even_ratio": {name: payoff.break_even_ratio(args.ranks, size, args.values)
-                             for name, size in against.items()},
+        "params": numel, "ranks": cluster.ranks, "hosts": cluster.hosts,
+        "gbps": getattr(cluster, cluster.narrow).gbps, "ratio": args.ratio, "values": args.values,
+        "compute_seconds": compute, "straggler": args.straggler,
+        "exchange": {row.exchange.name: {
+            "bytes": round(row.rank_bytes), "link_bytes": round(row.link_bytes),
+            "seconds": row.result.exchange, "step_seconds": row.result.step,
+            "step_seconds_95": row.result.slowest} for row in rows},
+        "best": quickest(rows, compute).exchange.name,
+        "recommendation": None if advice is None else {
+            "method": advice.method, "argument": advice.argument, "reason": advice.reason},
+        "break_even_ranks": {name: break_even_ranks(args.ratio, size, args.values)
+                             for name, size in AGAINST.items()},
+        "break_even_ratio": {name: break_even_ratio(cluster.ranks, size, args.values)
+                             for name, size in AGAINST.items()},
         "break_even_gbps": {name: None if math.isinf(speed) else speed
                             for name, speed in gbps.items()},
-        "servers": {server: {
-            "state_bytes": 4 * payoff.moment_elements(numel, args.ranks, server, args.moments),
-            "weight_bytes": payoff.weight_bytes(numel, args.ranks, server),
-            "seconds": link.seconds(payoff.weight_bytes(numel, args.ranks, server),
-                                    args.ranks - 1 if server != "replicated" else 0),
-        } for server in SERVERS},
+        "servers": _servers(numel, cluster, args.moments),
     }
+
+
+def _servers(numel: int, cluster: Cluster, moments: int) -> dict[str, dict[str, float]]:
+    checks.whole("--moments", moments, low=0)
+    ranks = cluster.ranks
+    weights = {"rank0": seconds("broadcast", 4 * numel, cluster),
+               "sharded": seconds("allgather", 4 * numel / ranks, cluster)}
+    return {server: {"state_bytes": 4 * moment_elements(numel, ranks, server, moments),
+                     "weight_bytes": weight_bytes(numel, ranks, server),
+                     "seconds": weights.get(server, 0.0)} for server in SERVERS}
+
+
+def _show_measured(found: Measured) -> None:
+    """The fitted figures."""
+    cluster = found.cluster
+    table = Table("collective", "Gbit/s", "us per hop", "largest message, MB", "ms", title=(
+        f"measured on {cluster.hosts} hosts with {cluster.per_host} ranks each; "
+        f"{cluster.fixed_us:.0f} us for each collective"))
+    for name, link in cluster.measured.items():
+        size, took = found.points[name][-1]
+        table.add_row(name, f"{link.gbps:.3g}", f"{link.latency_us:.0f}", f"{size / 1e6:.3g}",
+                      f"{took * 1e3:.1f}")
+    out().print(table)
+    figures: Mapping[str, float] = found.work.to_dict()
+    out().print("ns an element, all ranks at work: "
+                + ", ".join(f"{name.removesuffix('_ns')} {value:.2f}" for name, value in figures.items()))
 
 
 def show(figures: dict[str, Any]) -> None:
     """The figures for people."""
     console = out()
-    table = Table("exchange", "MB per rank", "ms", "against dense", title=(
-        f"{figures['params']:,} parameters, {figures['ranks']} ranks, {figures['gbps']:g} Gbit/s, "
-        f"ratio {figures['ratio']:g} in {figures['values']}"))
-    dense = figures["exchange"]["dense"]["seconds"]
+    compute = figures["compute_seconds"]
+    several = figures["hosts"] != figures["ranks"]
+    columns = ["method", "MB per rank", *(["MB per link"] if several else []), "exchange, ms",
+               *(["step, ms"] if compute else []), "of dense"]
+    table = Table(*columns, title=(
+        f"{figures['params']:,} parameters, {figures['ranks']} ranks on {figures['hosts']} hosts, "
+        f"{figures['gbps']:.3g} Gbit/s, TopK {figures['ratio']:g} in {figures['values']}"
+        + (f", compute {compute * 1e3:g} ms, straggler {figures['straggler']}" if compute else "")))
+    what = "step_seconds" if compute else "seconds"
+    dense = figures["exchange"].get("dense", {}).get(what)
     for name, cost in figures["exchange"].items():
-        ratio = f"{cost['seconds'] / dense:.2f}" if dense else "-"
-        table.add_row(name, f"{cost['bytes'] / 1e6:.1f}", f"{cost['seconds'] * 1e3:.1f}", ratio)
+        row = [name, f"{cost['bytes'] / 1e6:.1f}"]
+        row += [f"{cost['link_bytes'] / 1e6:.1f}"] if several else []
+        row += [f"{cost['seconds'] * 1e3:.1f}"] + ([f"{cost['step_seconds'] * 1e3:.1f}"] if compute else [])
+        table.add_row(*row, f"{cost[what] / dense:.2f}" if dense else "-")
     console.print(table)
     servers = Table("server", "MB of state, fullest rank", "MB of weights in", "ms")
     for name, cost in figures["servers"].items():
-        servers.add_row(name, f"{cost['state_bytes'] / 1e6:.0f}",
-                        f"{cost['weight_bytes'] / 1e6:.0f}", f"{cost['seconds'] * 1e3:.1f}")
+        servers.add_row(name, f"{cost['state_bytes'] / 1e6:.0f}", f"{cost['weight_bytes'] / 1e6:.0f}",
+                        f"{cost['seconds'] * 1e3:.1f}")
     console.print(servers)
-    ranks, gbps = figures["break_even_ranks"], figures["break_even_gbps"]
     console.print(f"Quickest here: {figures['best']}.")
+    advice = figures["recommendation"]
+    if advice is not None:
+        console.print(f"Take {advice['method']} ({advice['argument']}): {advice['reason']}.", markup=False)
+    ranks, gbps = figures["break_even_ranks"], figures["break_even_gbps"]
     for name in ranks:
         console.print(
             f"Against {name}: TopK moves fewer bytes below {ranks[name]} ranks at this ratio, or "

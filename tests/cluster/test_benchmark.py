@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from benchmarks.simulator import ROWS
 from tests.ranks import ROOT
 
 pytestmark = [pytest.mark.cluster, pytest.mark.ranks]
@@ -24,3 +25,15 @@ def test_sharded_sends_what_an_allreduce_sends(tmp_path):
     assert rows["sharded"]["sent_mb"] <= 1.02 * rows["dense"]["sent_mb"]
     assert rows["TopK 1 %"]["sent_mb"] < 0.1 * rows["dense"]["sent_mb"]
     assert "step_ms" in rows["sharded"]
+
+
+def test_the_simulator_is_compared_with_every_row(tmp_path):
+    out = tmp_path / "simulator.json"
+    command = [sys.executable, "-m", "benchmarks.simulator", "--hosts", "2", "--rates", "10gbit",
+               "--turns", "1", "--steps", "1", "--params", "2e5", "--json", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (result,) = json.loads(out.read_text())["checks"]
+    assert {row["row"] for row in result["rows"]} == set(ROWS)
+    assert all(row["simulated_step_ms"] >= result["compute_ms"] > 0 for row in result["rows"])
+    assert f"of {2 * len(ROWS)} within 20%" in done.stdout

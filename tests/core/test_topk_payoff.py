@@ -1,45 +1,65 @@
-"""The bandwidth model against counting by hand, and the command that shows it."""
+"""When TopK pays off, against counting by hand, and the exchange that "auto" takes."""
 
 from __future__ import annotations
 
-import json
 import math
+from dataclasses import replace
 
 import pytest
 
-from hvd_ext.cli.main import main
-from hvd_ext.topk import payoff
-from hvd_ext.topk.payoff import Link
+from hvd_ext.planning import Cluster, Link, Work, Workload, simulate
+from hvd_ext.planning.methods import Setup, plain, topk, topk_sparse
+from hvd_ext.planning.payoff import (
+    break_even_gbps,
+    break_even_ranks,
+    break_even_ratio,
+    moment_elements,
+    weight_bytes,
+)
+from hvd_ext.topk.payoff import chosen_exchange
 
-FREE = Link(10.0, latency_us=0.0, select_ns=0.0)
+FREE = Link(10.0, latency_us=0.0)
+
+
+def setup(numel, ranks, ratio, **more):
+    return Setup(Workload.of_size(numel), ranks, Work.none(), ratio, **more)
+
+
+def rank_bytes(way, numel, ranks, ratio, **more):
+    return way(setup(numel, ranks, ratio, **more)).rank_bytes(Cluster.flat(ranks, FREE))
+
+
+def half(setup):
+    return plain(setup, half=True)
 
 
 def test_bytes_of_each_exchange():
-    found = payoff.costs(25_000_000, 64, 0.01, FREE)
-    assert found["dense"].moved == 2 * 63 * 25_000_000 * 4 // 64
-    assert found["fp16"].moved == found["dense"].moved // 2
-    assert found["topk"].moved == 63 * (8 + 8 * 250_000)
-    assert found["dense"].seconds == pytest.approx(found["dense"].moved * 8 / 10e9)
-    assert payoff.costs(1000, 1, 0.01, FREE)["topk"].moved == 0
+    given = (25_000_000, 64, 0.01)
+    assert rank_bytes(plain, *given) == 2 * 63 * 25_000_000 * 4 / 64
+    assert rank_bytes(half, *given) == rank_bytes(plain, *given) / 2
+    assert rank_bytes(topk, *given) == 63 * (8 + 8 * 250_000)
+    dense = simulate(plain(setup(*given)), setup(*given).workload, Cluster.flat(64, FREE))
+    assert dense.exchange == pytest.approx(rank_bytes(plain, *given) * 8 / 10e9)
+    assert rank_bytes(topk, 100_000, 1, 0.01) == 0
 
 
 def test_two_ranks_move_two_percent_of_dense():
-    found = payoff.costs(11_200_000, 2, 0.01, FREE)
-    assert found["topk"].moved / found["dense"].moved == pytest.approx(0.02, rel=1e-3)
+    given = (11_200_000, 2, 0.01)
+    assert rank_bytes(topk, *given) / rank_bytes(plain, *given) == pytest.approx(0.02, rel=1e-3)
 
 
 def test_a_sparse_allreduce_does_not_grow_with_the_ranks():
-    few, many = (payoff.costs(25_000_000, ranks, 0.001, FREE)[payoff.SPARSE].moved for ranks in (16, 64))
+    few, many = (rank_bytes(topk_sparse, 25_000_000, ranks, 0.001) for ranks in (16, 64))
     entries = 4 * 2 * 25_000
     assert few == pytest.approx(2 * 15 / 16 * entries, rel=0.07)
     assert many == pytest.approx(2 * 63 / 64 * entries, rel=0.14)  # what owners tell grows with the ranks
-    gather = payoff.costs(25_000_000, 64, 0.001, FREE)["topk"].moved
+    gather = rank_bytes(topk, 25_000_000, 64, 0.001)
     assert many < gather / 20
 
 
 def test_auto_takes_the_quicker_exchange():
     def chosen(ranks, k, exchange="auto"):
-        return payoff.chosen_exchange(exchange, ranks, k, "float32")
+        return chosen_exchange(exchange, ranks, k, "float32")
 
     assert chosen(1, 10**6, "sparse_allreduce") == "allgather"
     assert chosen(2, 10**6) == "allgather"  # as many bytes, more hops
@@ -49,42 +69,50 @@ def test_auto_takes_the_quicker_exchange():
 
 
 @pytest.mark.parametrize(("ratio", "values"), [(0.01, "float32"), (0.02, "float16"), (0.001, "float64")])
-@pytest.mark.parametrize(("name", "itemsize"), [("dense", 4), ("fp16", 2)])
-def test_break_even_is_where_the_bytes_cross(ratio, values, name, itemsize):
+@pytest.mark.parametrize(("way", "itemsize"), [(plain, 4), (half, 2)])
+def test_break_even_is_where_the_bytes_cross(ratio, values, way, itemsize):
     numel = 10_000_000
-    ranks = payoff.break_even_ranks(ratio, itemsize, values)
+    ranks = break_even_ranks(ratio, itemsize, values)
 
     def saves(ranks):
-        found = payoff.costs(numel, ranks, ratio, FREE, values=values)
-        return found["topk"].moved < found[name].moved
+        given = (numel, ranks, ratio)
+        return rank_bytes(topk, *given, values=values) < rank_bytes(way, *given, values=values)
 
     assert saves(ranks - 1)
     assert not saves(ranks + 1)
-    at = payoff.break_even_ratio(ranks, itemsize, values)
+    at = break_even_ratio(ranks, itemsize, values)
     assert at == pytest.approx(ratio, rel=1 / ranks + 1e-9)
 
 
 def test_one_over_ratio():
-    assert payoff.break_even_ranks(0.01, 4) == 100
-    assert payoff.break_even_ranks(0.001, 4) == 1000
+    assert break_even_ranks(0.01, 4) == 100
+    assert break_even_ranks(0.001, 4) == 1000
 
 
 def test_break_even_speed_is_where_the_seconds_cross():
-    link = Link(10.0)
-    speed = payoff.break_even_gbps(25_000_000, 16, 0.01, link, "dense")
-    slower, faster = (payoff.costs(25_000_000, 16, 0.01, Link(speed * f)) for f in (0.99, 1.01))
-    assert slower["topk"].seconds < slower["dense"].seconds
-    assert faster["topk"].seconds > faster["dense"].seconds
-    assert payoff.break_even_gbps(25_000_000, 200, 0.01, link, "dense") == 0.0
-    assert math.isinf(payoff.break_even_gbps(25_000_000, 16, 0.01, FREE, "dense"))
+    def here(ranks, work):
+        return replace(setup(25_000_000, ranks, 0.01), work=work), Cluster.flat(ranks, Link(10.0))
+
+    given, cluster = here(16, Work())
+    speed = break_even_gbps(given, cluster, "dense")
+
+    def pays(gbps):
+        at = replace(cluster, outer=Link(gbps))
+        return (simulate(topk(given), given.workload, at).exchange
+                < simulate(plain(given), given.workload, at).exchange)
+
+    assert pays(0.99 * speed)
+    assert not pays(1.01 * speed)
+    assert break_even_gbps(*here(200, Work()), "dense") == 0.0
+    assert math.isinf(break_even_gbps(*here(16, Work.none()), "dense"))
 
 
 def test_servers():
-    assert payoff.moment_elements(1000, 4, "sharded", 3) == 750
-    assert payoff.moment_elements(1000, 4, "rank0", 3) == 3000
-    assert payoff.weight_bytes(1000, 4, "replicated") == 0
-    assert payoff.weight_bytes(1000, 4, "rank0") == 4000
-    assert payoff.weight_bytes(1000, 4, "sharded") == 3000
+    assert moment_elements(1000, 4, "sharded", 3) == 750
+    assert moment_elements(1000, 4, "rank0", 3) == 3000
+    assert weight_bytes(1000, 4, "replicated") == 0
+    assert weight_bytes(1000, 4, "rank0") == 4000
+    assert weight_bytes(1000, 4, "sharded") == 3000
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
@@ -92,26 +120,8 @@ def test_servers():
     ({"ratio": 0}, r"ratio must be in \(0, 1\]"), ({"values": "int8"}, "values must be one of"),
 ])
 def test_bad_arguments(arguments, said):
-    good = {"numel": 1000, "ranks": 2, "ratio": 0.1, "link": FREE}
+    good = {"numel": 1000, "ranks": 2, "ratio": 0.1}
     with pytest.raises(ValueError, match=said):
-        payoff.costs(**{**good, **arguments})
+        setup(**{**good, **arguments})
     with pytest.raises(ValueError, match="gbps must be in"):
         Link(0)
-
-
-COMMAND = ["plan", "--params", "25e6", "--ranks", "64", "--gbps", "10", "--ratio", "0.01"]
-
-
-def test_command(capsys):
-    assert main([*COMMAND, "--json"]) == 0
-    figures = json.loads(capsys.readouterr().out)
-    assert figures["exchange"]["topk"]["bytes"] == 63 * (8 + 8 * 250_000)
-    assert figures["break_even_ranks"] == {"dense": 100, "fp16": 50}
-    assert figures["best"] == "fp16"
-    assert main(COMMAND) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "Quickest here: fp16." in said
-    assert "TopK moves fewer bytes below 100 ranks" in said
-    assert main([*COMMAND[:-1], "1.5"]) == 1
-    assert "pass ratio=0.01" in " ".join(capsys.readouterr().err.split())
-    assert main(["plan", "--params", "0", "--ranks", "2", "--gbps", "1"]) == 1

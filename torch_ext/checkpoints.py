@@ -2,7 +2,8 @@
 
 ``folder/update-000000001000/`` holds ``model.pt`` (the model and the user's values, of rank 0) and
 ``rank0003.pt`` of each rank: its optimizer's state with that of the extensions, and the model's buffers,
-which differ by rank. :mod:`hvd_ext.run_checkpoints` says when one counts.
+which differ by rank. Where a server's replies are compressed the model is w, the exact weights, and what the
+ranks held of it, w^, lies beside it. :mod:`hvd_ext.run_checkpoints` says when one counts.
 """
 
 from __future__ import annotations
@@ -44,16 +45,21 @@ def save_checkpoint(folder: str | os.PathLike[str], step: int, *, model: torch.n
         CheckpointNotWrittenError: on all ranks, when one cannot write its file, with its reason.
     """
     ranks = _ranks(optimizer)
+    exact = _exact(optimizer)
 
     def contents() -> Contents:
         _refuse_begun(optimizer)
+        held = {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)
+                if id(parameter) in exact}
         state = model.state_dict()
+        state.update({name: exact[id(parameter)].view(parameter.shape)
+                      for name, parameter in model.named_parameters(remove_duplicate=False) if name in held})
         trained = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         own = {"optimizer": optimizer.state_dict(),
                "buffers": {name: value for name, value in state.items() if name not in trained}}
         things: dict[str, Any] = {rank_file(ranks.rank, "pt"): own}
         if ranks.rank == 0:
-            things[MODEL] = {"model": state, "more": more}
+            things[MODEL] = {"model": state, "more": more, **({"held": held} if held else {})}
         for name, thing in things.items():
             _refuse_unreadable(name, thing)
         return Contents({name: lambda file, thing=thing: _write(thing, file)  # type: ignore[misc]
@@ -90,12 +96,18 @@ def load_checkpoint(folder: str | os.PathLike[str], *, model: torch.nn.Module,
         return None
     names = [MODEL, *_rank_files(ranks, found, optimizer)]
 
+    same_owners = len(names) == 2 and found.ranks == ranks.size
+
     def parse(paths: dict[str, Path]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         read = {name: torch.load(path, map_location="cpu", weights_only=True)
                 for name, path in paths.items()}
         own = read[rank_file(ranks.rank, "pt") if ranks.size == found.ranks else names[1]]
         state = {**read[MODEL]["model"], **(own["buffers"] if ranks.size == found.ranks else {})}
         _check_model(model, state)
+        if same_owners and _replies(optimizer) is not None:
+            state.update(read[MODEL].get("held", {}))
+        else:  # the model is w, and no rank holds anything else
+            own["optimizer"].get(STATE_KEY, {}).get("server", {}).pop("reply", None)
         saved = own["optimizer"] if len(names) == 2 else _joined([read[name]["optimizer"]
                                                                   for name in names[1:]], own["optimizer"])
         return state, saved, read[MODEL]["more"]
@@ -117,6 +129,18 @@ def load_checkpoint(folder: str | os.PathLike[str], *, model: torch.nn.Module,
 def _ranks(optimizer: Any) -> Collectives:
     wrapper = getattr(optimizer, "_hvd_ext", None)
     return Collectives(None if wrapper is None else wrapper.collectives.process_set)
+
+
+def _replies(optimizer: Any) -> Any:
+    return getattr(getattr(getattr(optimizer, "_hvd_ext", None), "server", None), "replies", None)
+
+
+def _exact(optimizer: Any) -> dict[int, torch.Tensor]:
+    """The exact weights where replies are compressed, 1-D, by the parameter's ``id``; a collective there."""
+    wrapper = getattr(optimizer, "_hvd_ext", None)
+    if _replies(optimizer) is None or not wrapper.collectives.included:
+        return {}
+    return dict(wrapper.server.exact())
 
 
 def _describe(optimizer: Any) -> dict[str, Any]:

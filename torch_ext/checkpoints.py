@@ -20,6 +20,7 @@ import torch
 from hvd_ext import run_checkpoints
 from hvd_ext.run_checkpoints import Contents, Found, Loaded, rank_file
 from hvd_ext.torch.collectives import Collectives
+from hvd_ext.torch.pieces import join_states
 from hvd_ext.torch.wrapper import STATE_KEY
 
 MODEL = "model.pt"
@@ -108,8 +109,8 @@ def load_checkpoint(folder: str | os.PathLike[str], *, model: torch.nn.Module,
             state.update(read[MODEL].get("held", {}))
         else:  # the model is w, and no rank holds anything else
             own["optimizer"].get(STATE_KEY, {}).get("server", {}).pop("reply", None)
-        saved = own["optimizer"] if len(names) == 2 else _joined([read[name]["optimizer"]
-                                                                  for name in names[1:]], own["optimizer"])
+        saved = own["optimizer"] if len(names) == 2 else _joined(
+            [read[name]["optimizer"] for name in names[1:]], own["optimizer"], optimizer)
         return state, saved, read[MODEL]["more"]
 
     state, saved, more = run_checkpoints.read(ranks, found, names, parse)
@@ -165,15 +166,25 @@ def _rank_files(ranks: Collectives, found: Found, optimizer: Any) -> list[str]:
     return everyone
 
 
-def _joined(states: list[dict[str, Any]], own: dict[str, Any]) -> dict[str, Any]:
-    """One rank's optimizer state with the moments of all."""
+def _joined(states: list[dict[str, Any]], own: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+    """One rank's optimizer state with the moments of all: whole ones, and those of pieces put together."""
+    shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
     moments: dict[int, Any] = {}
+    pieces: dict[int, dict[int, Any]] = {}
     for state in states:
-        moments.update(state["state"])
+        mark = state.get(STATE_KEY, {}).get("server") or {}
+        starts = {number: start for number, start, _ in mark.get("cut", ())}
+        for number, one in state["state"].items():
+            if number in starts:
+                pieces.setdefault(number, {})[starts[number]] = one
+            else:
+                moments[number] = one
+    moments.update({number: join_states([by_start[start] for start in sorted(by_start)], shapes[number])
+                    for number, by_start in pieces.items()})
     joined = {**own, "state": moments}
     extensions = own.get(STATE_KEY)
     if extensions is not None and "server" in extensions:
-        joined[STATE_KEY] = {**extensions, "server": {**extensions["server"], "owned": None}}
+        joined[STATE_KEY] = {**extensions, "server": {**extensions["server"], "owned": None, "cut": ()}}
     return joined
 
 

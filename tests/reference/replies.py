@@ -58,8 +58,8 @@ def topk_reply(parts: Sequence[npt.NDArray[np.int64]], whole: npt.NDArray[np.int
 
 
 def half_reply(difference: Vector) -> Vector:
-    """All of it, rounded to float16."""
-    return difference.astype(np.float16).astype(np.float64)
+    """All of it, rounded to float16; by way of float32, as frameworks turn one into the other."""
+    return difference.astype(np.float32).astype(np.float16).astype(np.float64)
 
 
 def momentum(lr: float, mu: float) -> Update:

@@ -92,7 +92,8 @@ def places(optimizer):
     for message in server.messages:
         for part in message.parts:
             own = [np.arange(start[p.index] + p.start, start[p.index] + p.stop) for p in part]
-            by_route[message.kind.route].append(np.concatenate([np.zeros(0, np.int64), *own]))
+            route = message.kind.route or "dense"
+            by_route[route].append(np.concatenate([np.zeros(0, np.int64), *own]))
     return by_route["reply"], np.concatenate([np.zeros(0, np.int64), *by_route["dense"]])
 
 
@@ -118,7 +119,7 @@ WIDE, SINGLE, HALF = torch.float64, torch.float32, torch.bfloat16
 
 def falling(step):
     """A ratio that is a function of the step."""
-    return 0.5 / (1 + step)
+    return max(0.2, 1 / (1 + step))
 
 
 CASES = {
@@ -238,14 +239,11 @@ def broken(what):
     try:
         train(parameters, optimizer, range(steps))
         if what == "not finite":
-            for p in parameters[:3]:
-                p.grad = None
+            optimizer.zero_grad()
             pull(parameters, 1, WIDE)
             optimizer.synchronize()
             with optimizer.skip_synchronize():
-                for p in parameters:
-                    if p.numel():
-                        p.grad.view(-1)[-1] = math.inf  # of the last owner's piece
+                parameters[0].grad.view(-1)[-1] = math.inf  # one owner's
                 optimizer.step()
         elif what == "inside":
             with optimizer.exact_weights():
@@ -281,8 +279,8 @@ def set_by_hand():
     optimizer.param_groups[0]["lr"] = 0.0
     train(parameters, optimizer, [3])
     with optimizer.exact_weights():
-        exact = [float(p.min()) == float(p.max()) == 2.0 for p in parameters[:3]]
-    return exact, [float(p.min()) == float(p.max()) == 2.0 for p in parameters[:3]]
+        exact = [bool((p == 2.0).all()) for p in parameters[:3]]
+    return exact, [bool((p == 2.0).all()) for p in parameters[:3]]
 
 
 @pytest.mark.ranks
@@ -315,12 +313,8 @@ def saved_and_gone_on(server, optimizer, folder):
     model, distributed = made(server, optimizer)
     train(list(model.parameters()), distributed, range(5))
     hvd.save_checkpoint(folder, 5, model=model, optimizer=distributed)
-    own = {"model": model.state_dict(), "optimizer": distributed.state_dict()}
-    own = {key: {**value} for key, value in own.items()}
-    own["model"] = {name: value.clone() for name, value in own["model"].items()}
-
-    own, whole = copy.deepcopy(own), copy.deepcopy(distributed.gather_state_dict())
-
+    own = copy.deepcopy({"model": model.state_dict(), "optimizer": distributed.state_dict()})
+    whole = copy.deepcopy(distributed.gather_state_dict())
     commit = Carried(distributed).gather()
     then = both_weights(model, distributed)
     train(list(model.parameters()), distributed, range(5, 8))
@@ -337,7 +331,7 @@ def saved_and_gone_on(server, optimizer, folder):
             if way == "commit":
                 Carried(distributed).take_back(commit, commit["reducer"], same_ranks=True)
             else:
-                distributed.load_state_dict(whole if way == "whole" else own["optimizer"])
+                distributed.load_state_dict(copy.deepcopy(whole if way == "whole" else own["optimizer"]))
             model.load_state_dict(own["model"])
         ends[way] = [both_weights(model, distributed)]
         train(list(model.parameters()), distributed, range(5, 8))
@@ -370,7 +364,7 @@ def loaded_elsewhere(server, folder, model_state, whole):
 @pytest.mark.ranks
 @pytest.mark.parametrize(("kind", "reply", "optimizer"), [
     ("sharded", topk(selection="sampled"), "adam"), ("rank0", hvd.Compression.fp16, "adam"),
-    ("sharded", topk(), "rprop")])
+    ("sharded", topk(0.02), "rprop")])
 def test_checkpoints_go_on_bit_for_bit(ranks, kind, reply, optimizer):
     with tempfile.TemporaryDirectory() as folder:
         server = hvd.Server(kind, reply=reply)

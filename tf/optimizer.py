@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from hvd_ext import checks
 from hvd_ext.options import Options
+from hvd_ext.servers import Server, settings_of
 from hvd_ext.tensorflow import keras_hooks
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.reducers import check_preconditioner, make_reducer
@@ -63,7 +64,7 @@ def KerasDistributedOptimizer(
                op: Any = horovod.Average, backward_passes_per_step: int = 1,
                average_aggregated_gradients: bool = False, num_groups: int = 0, groups: Any = None,
                process_set: Any = horovod.global_process_set, scale_local_gradients: bool = True,
-               *, preconditioner: Any = None, server: str | None = None,
+               *, preconditioner: Any = None, server: str | Server | None = None,
                reset_per_rank_state: bool = False, late: Any = None) -> Any:
     """Make a Keras optimizer reduce gradients over all ranks before it applies them.
 
@@ -78,6 +79,7 @@ def KerasDistributedOptimizer(
         preconditioner: ``SENG(model, ...)``: what the reduced gradient is turned into.
         server: where the update runs: "replicated" (as without it), "rank0", or "sharded", each
             variable's on its owner; a rank keeps the optimizer's state of what it owns.
+            ``Server("sharded", reply=...)`` where the new weights are to come back compressed.
         reset_per_rank_state: when the optimizer's variables are loaded from a file, start anew
             the state that belongs to one rank (TopK's residuals, MeanSquare).
         late: not here yet; ``hvd_ext.torch`` has it.
@@ -119,16 +121,19 @@ def KerasDistributedOptimizer(
         groups = num_groups if groups is None else groups
     check_preconditioner(preconditioner)
     collectives = Collectives(process_set, device_dense=device_dense, device_sparse=device_sparse)
-    placed = make_server(server, optimizer, collectives)
+    settings = None if server is None else settings_of(server)
+    where = None if settings is None else settings.kind
+    placed = make_server(settings, optimizer, collectives)
     if placed is not None:
-        check_extension(optimizer, f"server={server!r}")
+        check_extension(optimizer, f"server={where!r}")
     reducer = make_reducer(
         collectives, Options(
             prefix=name or type(optimizer).__name__, passes=passes, groups=groups,
             average_passes=average_aggregated_gradients, sparse_as_dense=sparse_as_dense,
             half=compression is horovod.Compression.fp16),
         op=op, compression=compression, predivide=gradient_predivide_factor)
-    reducer.extensions = (f"preconditioner: {type(preconditioner).__name__}", f"server: {server!r}")
+    reducer.extensions = (f"preconditioner: {type(preconditioner).__name__}",
+                          *(["server: None"] if settings is None else settings.lines()))
     if not isinstance(reducer, PlainReducer):
         check_extension(optimizer, type(reducer).__name__.removesuffix("Reducer"))
     if preconditioner is not None:
@@ -136,7 +141,7 @@ def KerasDistributedOptimizer(
     keras_hooks.install()
     wrapper = Wrapper(reducer, standard=passes_through(optimizer),
                       scale_local=scale_local_gradients, preconditioner=preconditioner,
-                      server=placed, where=server, reset_per_rank_state=reset_per_rank_state)
+                      server=placed, where=where, reset_per_rank_state=reset_per_rank_state)
     object.__setattr__(optimizer, keras_hooks.ATTRIBUTE, wrapper)
     object.__setattr__(optimizer, "__class__", distributed_class(type(optimizer)))
     if optimizer.built:

@@ -22,7 +22,8 @@ import tensorflow as tf
 
 from hvd_ext.tensorflow import carried, keras_hooks, keras_store
 from hvd_ext.tensorflow.reducers.base import Reducer, before_reduce, divide_by_ranks, precondition, report
-from hvd_ext.tensorflow.server import UpdateServer, state_bytes
+from hvd_ext.tensorflow.replies import exact_weights
+from hvd_ext.tensorflow.server import UpdateServer, server_report
 from hvd_ext.tensorflow.uneven_data import EXTENDED
 from hvd_ext.tensorflow.variables import CallableList, as_tf, make_state, mark_per_rank, name_of
 
@@ -43,6 +44,7 @@ class Step:
         self.variables = variables
         self.reduced = False
         self.good: Any = None
+        self.decay: Any = None  # of weights, where the update is to do it
 
     def run(self, gradients: Sequence[Any], apply: Callable[..., None]) -> None:
         """The whole step; ``apply`` is the wrapped optimizer's."""
@@ -171,14 +173,13 @@ class Step:
         """The wrapped optimizer's update of the variables, on the ranks where it belongs."""
         server = self.wrapper.server
 
-        def run() -> None:
-            if server is None:
-                update(gradients, variables, learning_rate)
-            else:
-                server.update(lambda some, owned: update(some, owned, learning_rate), gradients,
-                              variables, self.wrapper.options.prefix)
+        def run(some: Sequence[Any], owned: Sequence[Any]) -> None:
+            if self.decay is not None:
+                self.decay(owned)
+            update(some, owned, learning_rate)
 
-        self.if_good(run)
+        self.if_good(lambda: run(gradients, variables) if server is None else server.update(
+            run, gradients, variables, self.wrapper.options.prefix))
 
     def if_good(self, change: Callable[[], None]) -> None:
         """Change weights, unless this step is to be skipped."""
@@ -228,7 +229,7 @@ class Wrapper:
         make = functools.partial(make_state, optimizer)
         self.reducer.build([one for one in variables if id(as_tf(one)) not in self.local], make)
         if self.server is not None:
-            self.server_stamp = make((2,), "int64", "rank_and_ranks_of_server", True)
+            self.server_stamp = self.server.make_state(optimizer, make, self.references)
         self.stamp_rank()
         accumulated = getattr(optimizer, "_accumulated_gradients", ())
         for total, variable in zip(accumulated, variables, strict=False):
@@ -269,15 +270,8 @@ class Wrapper:
         found = report(self.reducer, self.preconditioner)
         if self.where is None:
             return found
-        held = [as_tf(variable) for variable in optimizer.variables
-                if id(as_tf(variable)) in self.references]
-        if self.server is not None:
-            return {**found, "server": self.server.report(held)}
-        elements = sum(int(tf.TensorShape(variable.shape).num_elements())
-                       for variable in self.reducer.variables)
-        return {**found, "server": {"where": self.where, "owned_elements": elements,
-                                    "elements": elements, "largest_share": elements,
-                                    **state_bytes(held)}}
+        return {**found, "server": server_report(self.server, self.where, optimizer, self.references,
+                                                 self.reducer.variables)}
 
 
 class Distributed:
@@ -319,7 +313,11 @@ class Distributed:
         return super()._clip_gradients(self._hvd_ext.step.reduce_accumulated(grads))
 
     def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
-        self._hvd_ext.step.if_good(functools.partial(super()._apply_weight_decay, variables))
+        step, decay = self._hvd_ext.step, super()._apply_weight_decay
+        if getattr(self._hvd_ext.server, "replies", None) is not None:  # the owners' part
+            step.decay = decay
+        else:
+            step.if_good(functools.partial(decay, variables))
 
     def _backend_update_step(self, grads: Sequence[Any], trainable_variables: Sequence[Any],
                              learning_rate: Any) -> None:
@@ -385,6 +383,8 @@ class Distributed:
     def report(self) -> dict[str, Any]:
         """Figures of the last step: bytes by kind, and those of each extension in use."""
         return self._hvd_ext.report(self)
+
+    exact_weights = exact_weights
 
     def reset_per_rank_state(self) -> None:
         """Start anew what belongs to this rank: residuals, MeanSquare, gradients accumulated."""

@@ -208,6 +208,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for method in METHODS:
         gap = (final[method] - final["dense"]).mean()
         sent = 4 * elements if method == "dense" else message
+        if method == REPLIES:
+            sent += 4 * Layout(keep_count(elements // WORKERS, args.ratio), "float32").words
         table.add_row(method, f"{final[method].mean():.2f} +- {final[method].std():.2f}",
                       "" if method == "dense" else f"{gap:+.2f}", f"{sent} bytes")
     Console().print(table)

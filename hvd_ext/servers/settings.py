@@ -21,7 +21,7 @@ class Server:
     With a reply an owner keeps the exact weights w; all ranks hold w^, at which gradients are taken. After
     an update the owner sends ``compress(w - w^)``, and all ranks add to w^ what was sent; what is left of
     w - w^ is part of what is sent next. Replicas stay identical. That is error feedback on the way
-    back too (DoubleSqueeze, arXiv 1905.05957; EF21 with bidirectional compression, arXiv 2110.03294).
+    back too (DoubleSqueeze, arXiv 1905.05957), in the space of the weights ("EF21-P and Friends").
 
     Args:
         kind: "replicated", "rank0" or "sharded".

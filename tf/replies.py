@@ -110,8 +110,10 @@ class Replies:
 
     def build(self, optimizer: Any, make: Callable[..., tf.Variable], references: dict[int, tuple[Any, str]],
               has_room: Callable[[Any], bool]) -> None:
-        """Make the variables for w of what this rank owns, in the optimizer."""
+        """Make the variables for w of what this rank owns, in the optimizer; a rank alone needs none."""
         self._iterations = optimizer.iterations
+        if not (self.active or self.collectives.elastic):
+            return
         for number, one in enumerate(self.variables):
             if not has_room(one):
                 continue

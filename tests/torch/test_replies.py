@@ -13,6 +13,7 @@ import torch
 
 import hvd_ext.torch as hvd
 from hvd_ext.topk import keep_count
+from hvd_ext.torch import replies_kernels as kernels
 from hvd_ext.torch.carried import Carried
 from tests.reference import replies as oracle
 from tests.torch.problems import bits, flat, make_parameters, named
@@ -386,3 +387,16 @@ def test_checkpoints_go_on_bit_for_bit(ranks, kind, reply, optimizer):
                 assert from_gathered == (then if size > 1 else (then[0], then[1]))
                 assert plain == then[1]
                 assert "pass reply= here too" in said
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_sum_of_bits_depends_on_values_alone(dtype):
+    memory = torch.randn(40, dtype=dtype)
+    for size in (0, 1, 5, 12):
+        sums = {int(kernels.bit_sum(torch.cat([memory[:start], memory[20 : 20 + size]])[start:]))
+                for start in range(5)}
+        assert len(sums) == 1
+        if size:
+            changed = memory[20 : 20 + size].clone()
+            changed[-1] += 0.5
+            assert int(kernels.bit_sum(changed)) not in sums

@@ -69,5 +69,13 @@ def wide_dtype(dtype: tf.DType) -> tf.DType:
 
 
 def bit_sum(value: tf.Tensor) -> tf.Tensor:
-    """The sum of the elements' bit patterns as whole numbers, 0-D int64: another one, other bits."""
-    return tf.reduce_sum(tf.cast(tf.bitcast(value, WORDS[value.dtype.size]), tf.int64))
+    """A sum of the bits of a tensor, 8 bytes at a time, 0-D int64: where it is another one, bits are."""
+    flat, size = tf.reshape(value, [-1]), value.dtype.size
+    numel, together = int(value.shape.num_elements()), 8 // size
+    paired = numel - numel % together
+    rest = tf.reduce_sum(tf.cast(tf.bitcast(flat[paired:], WORDS[size]), tf.int64))
+    if not paired:
+        return rest
+    pairs = flat if paired == numel else flat[:paired]
+    shaped = pairs if together == 1 else tf.reshape(pairs, (-1, together))
+    return tf.reduce_sum(tf.bitcast(shaped, tf.int64)) + rest

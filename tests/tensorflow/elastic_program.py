@@ -41,6 +41,7 @@ METHODS = {
     "rank0": lambda model: {"server": "rank0"},
     "sharded": lambda model: {"server": "sharded"},
     "topk_sharded": lambda model: {"server": "sharded", "compression": topk()},
+    "reply": lambda model: {"server": hvd.Server("sharded", reply=topk())},
 }
 
 

@@ -5,7 +5,9 @@
 Handwritten digits, a perceptron with one hidden layer, 20 workers with a shard of the data each,
 one process. Every worker's gradient goes through the kernels that ranks use (select, split, pack,
 add_up), the sum into ``AMSGrad``; by sparse allreduce the workers are threads that run what ranks
-run. Four methods at the same learning rate and number of steps.
+run. With TopK replies each worker owns a slice of the weights and sends back the same ratio of what the
+others lack (``server=hvd.Server("sharded", reply=...)``); accuracy is that of the exact weights. All
+methods at the same learning rate and number of steps.
 With ``--split random`` (the default) all shards are random; with ``--split sorted`` they are cut from
 the digits sorted by class, so that each worker knows one or two classes.
 A run's accuracy is the mean of its last five evaluations.
@@ -28,14 +30,19 @@ from sklearn.datasets import load_digits
 
 from benchmarks.local_ranks import LocalRanks
 from hvd_ext.buckets import Bucket, Kind, Slot
+from hvd_ext.servers import cut_evenly
+from hvd_ext.servers.replies import layout as layout_of
+from hvd_ext.servers.replies import part_segments
 from hvd_ext.topk import Layout, TopK, keep_count
 from hvd_ext.topk.plan import Segment
+from hvd_ext.torch import replies_kernels
 from hvd_ext.torch.amsgrad import AMSGrad
 from hvd_ext.torch.reducers import topk_kernels as kernels
 from hvd_ext.torch.reducers.topk_sparse import SparseAllreduce
 
 SPARSE = "topk by sparse allreduce"
-METHODS = ("dense", "topk", SPARSE, "topk without feedback")
+REPLIES = "topk, sharded, reply topk"
+METHODS = ("dense", "topk", SPARSE, REPLIES, "topk without feedback")
 WORKERS = 20
 TEST = 597
 LAST = 5
@@ -90,6 +97,8 @@ def train(method: str, seed: int, args: argparse.Namespace) -> list[float]:
     count = keep_count(weights.numel(), args.ratio)
     layout, pieces = Layout(count, config.values), [Segment(0, weights.numel(), count)]
     residual = torch.zeros(WORKERS, weights.numel())
+    message = cut_evenly(bucket, WORKERS)
+    held = weights.detach().clone() if method == REPLIES else weights.detach()  # w^, where it is not w
 
     curve: list[float] = []
 
@@ -120,9 +129,20 @@ def train(method: str, seed: int, args: argparse.Namespace) -> list[float]:
 
         return ranks.run(on_worker)[0]
 
+    def reply(step: int) -> None:
+        for owner, part in enumerate(message.parts):
+            chosen = part_segments(part, args.ratio, per_tensor=False)
+            wire = layout_of(chosen, config.values)
+            place = slice(part[0].offset, part[-1].offset + part[-1].numel)
+            words = replies_kernels.pack_entries(weights.detach()[place] - held[place], chosen, wire, config,
+                                                 (seed, step, owner))
+            for _, positions, values in replies_kernels.entries_of_pieces(
+                    words, wire, torch.float32, int(words[0]), part):
+                replies_kernels.add_entries(held, positions, values)
+
     for step in range(args.steps):
         batch = np.stack([shard[rng.integers(0, len(shard), args.batch)] for shard in shards])
-        local = gradients(weights.detach(), torch.from_numpy(images[batch]),
+        local = gradients(held, torch.from_numpy(images[batch]),
                           torch.from_numpy(labels[batch]))
         if method == "dense":
             weights.grad = local.mean(0)
@@ -132,6 +152,8 @@ def train(method: str, seed: int, args: argparse.Namespace) -> list[float]:
             weights.grad = exchange(total, step)
             residual = total
         optimizer.step()
+        if method == REPLIES:
+            reply(step)
         evaluate(step)
     ranks.close()
     return curve
@@ -186,6 +208,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for method in METHODS:
         gap = (final[method] - final["dense"]).mean()
         sent = 4 * elements if method == "dense" else message
+        if method == REPLIES:
+            sent += 4 * Layout(keep_count(elements // WORKERS, args.ratio), "float32").words
         table.add_row(method, f"{final[method].mean():.2f} +- {final[method].std():.2f}",
                       "" if method == "dense" else f"{gap:+.2f}", f"{sent} bytes")
     Console().print(table)

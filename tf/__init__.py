@@ -17,6 +17,7 @@ from hvd_ext.delay import DelayCompensated, Late
 from hvd_ext.delay.momentum import AutoMomentum, momentum_for_delay
 from hvd_ext.replicas import ReplicasDifferError
 from hvd_ext.run_checkpoints import CheckpointNotWrittenError
+from hvd_ext.servers import Server
 from hvd_ext.tensorflow.amsgrad import AMSGrad
 from hvd_ext.tensorflow.async_ps import ParameterServer
 from hvd_ext.tensorflow.checkpoints import load_checkpoint, save_checkpoint

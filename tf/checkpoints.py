@@ -2,7 +2,8 @@
 
 ``folder/update-000000001000/`` holds ``model.npz`` (the model, of rank 0) and ``rank0003.npz`` of each
 rank: its optimizer's variables, those of the extensions, and the model's variables that no gradient changes,
-which differ by rank. The user's values are in the manifest.
+which differ by rank. The user's values are in the manifest. Where a server's replies are compressed the model
+is w, the exact weights, and what the ranks held of it, w^, lies beside it.
 :mod:`hvd_ext.run_checkpoints` says when a checkpoint counts.
 """
 
@@ -24,6 +25,7 @@ from hvd_ext.tensorflow.keras_hooks import distributed_part, require_tensorflow_
 from hvd_ext.tensorflow.variables import as_tf, name_of
 
 MODEL = "model.npz"
+HELD = "held/"  # before the name of what the ranks held of a variable
 
 
 def save_checkpoint(folder: str | os.PathLike[str], step: int, *, model: keras.Model, optimizer: Any,
@@ -47,6 +49,7 @@ def save_checkpoint(folder: str | os.PathLike[str], step: int, *, model: keras.M
     """
     require_tensorflow_backend("hvd.save_checkpoint")
     ranks = _ranks(optimizer)
+    exact = {} if _replies(optimizer) is None else _replies(optimizer).everywhere()
 
     def contents() -> Contents:
         _refuse_unbuilt(model, optimizer)
@@ -55,6 +58,10 @@ def save_checkpoint(folder: str | os.PathLike[str], step: int, *, model: keras.M
         arrays = {rank_file(ranks.rank, "npz"): _values(_own(model, optimizer))}
         if ranks.rank == 0:
             arrays[MODEL] = _values(_model(model))
+            for name, one in _model(model).items():
+                if id(as_tf(one)) in exact:
+                    arrays[MODEL][HELD + name] = arrays[MODEL][name]
+                    arrays[MODEL][name] = exact[id(as_tf(one))]
         return Contents({name: lambda file, one=one: _write(one, file)  # type: ignore[misc]
                          for name, one in arrays.items()}, {**_describe(optimizer), "more": more})
 
@@ -99,7 +106,10 @@ def load_checkpoint(folder: str | os.PathLike[str], *, model: keras.Model, optim
         _refuse_unbuilt(model, optimizer)
         read = {name: _read(path) for name, path in paths.items()}
         own = read[files[0]] if same else _joined(optimizer, found, [read[name] for name in files])
-        state = {**read[MODEL], **{k: v for k, v in own.items() if k in read[MODEL]}} if same else read[MODEL]
+        saved = {k: v for k, v in read[MODEL].items() if not k.startswith(HELD)}
+        if same:  # w is among the optimizer's variables
+            saved.update({k.removeprefix(HELD): v for k, v in read[MODEL].items() if k.startswith(HELD)})
+        state = {**saved, **{k: v for k, v in own.items() if k in saved}} if same else saved
         _check(_model(model), state)
         if same:
             _check(_own(model, optimizer), own)
@@ -134,7 +144,13 @@ def _describe(optimizer: Any) -> dict[str, Any]:
 
 def _server(optimizer: Any) -> str | None:
     server = getattr(wrapper_of(optimizer), "server", None)
-    return None if server is None else str(server.kind)
+    if server is None:
+        return None
+    return str(server.kind) if server.replies is None else f"{server.kind} with compressed replies"
+
+
+def _replies(optimizer: Any) -> Any:
+    return getattr(getattr(wrapper_of(optimizer), "server", None), "replies", None)
 
 
 # The variables, under the names that they have in the files

@@ -10,6 +10,7 @@ import keras
 import tensorflow as tf
 
 from hvd_ext.tensorflow import keras_store
+from hvd_ext.tensorflow.replies import exact_weights
 from hvd_ext.tensorflow.variables import CallableList, as_tf, mark_per_rank, name_of
 from hvd_ext.tensorflow.wrapper import Wrapper
 
@@ -56,7 +57,11 @@ class Distributed:
         return super()._clip_gradients(self._hvd_ext.step.reduce_accumulated(grads))
 
     def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
-        self._hvd_ext.step.if_good(functools.partial(super()._apply_weight_decay, variables))
+        step, decay = self._hvd_ext.step, super()._apply_weight_decay
+        if getattr(self._hvd_ext.server, "replies", None) is not None:  # the owners' part
+            step.decay = decay
+        else:
+            step.if_good(functools.partial(decay, variables))
 
     def _backend_update_step(self, grads: Sequence[Any], trainable_variables: Sequence[Any],
                              learning_rate: Any) -> None:
@@ -126,6 +131,8 @@ class Distributed:
     def report(self) -> dict[str, Any]:
         """Figures of the last step: bytes by kind, and those of each extension in use."""
         return self._hvd_ext.report(self)
+
+    exact_weights = exact_weights
 
     def reset_per_rank_state(self) -> None:
         """Start anew what belongs to this rank: residuals, MeanSquare, gradients accumulated."""

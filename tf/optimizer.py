@@ -16,6 +16,7 @@ import tensorflow as tf
 from hvd_ext import checks
 from hvd_ext.delay.late import check_late
 from hvd_ext.options import Options
+from hvd_ext.servers import Server, settings_of
 from hvd_ext.tensorflow import keras_hooks
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.extended import Distributed
@@ -66,7 +67,7 @@ def KerasDistributedOptimizer(
                op: Any = horovod.Average, backward_passes_per_step: int = 1,
                average_aggregated_gradients: bool = False, num_groups: int = 0, groups: Any = None,
                process_set: Any = horovod.global_process_set, scale_local_gradients: bool = True,
-               *, preconditioner: Any = None, server: str | None = None,
+               *, preconditioner: Any = None, server: str | Server | None = None,
                reset_per_rank_state: bool = False, late: Any = None) -> Any:
     """Make a Keras optimizer reduce gradients over all ranks before it applies them.
 
@@ -81,6 +82,7 @@ def KerasDistributedOptimizer(
         preconditioner: ``SENG(model, ...)``: what the reduced gradient is turned into.
         server: where the update runs: "replicated" (as without it), "rank0", or "sharded", each
             variable's on its owner; a rank keeps the optimizer's state of what it owns.
+            ``Server("sharded", reply=...)`` where the new weights are to come back compressed.
         reset_per_rank_state: when the optimizer's variables are loaded from a file, start anew
             the state that belongs to one rank (TopK's residuals, MeanSquare).
         late: ``Late(...)``: exchange gradients beside the next step's compute and apply them then.
@@ -122,9 +124,11 @@ def KerasDistributedOptimizer(
         groups = num_groups if groups is None else groups
     check_preconditioner(preconditioner)
     collectives = Collectives(process_set, device_dense=device_dense, device_sparse=device_sparse)
-    placed = make_server(server, optimizer, collectives)
+    settings = None if server is None else settings_of(server)
+    where = None if settings is None else settings.kind
+    placed = make_server(settings, optimizer, collectives)
     if placed is not None:
-        check_extension(optimizer, f"server={server!r}")
+        check_extension(optimizer, f"server={where!r}")
     options = Options(
         prefix=name or type(optimizer).__name__, passes=passes, groups=groups,
         average_passes=average_aggregated_gradients, sparse_as_dense=sparse_as_dense,
@@ -141,7 +145,8 @@ def KerasDistributedOptimizer(
                 f"{optimizer.gradient_accumulation_steps}, which would count flush() as a batch; use "
                 "backward_passes_per_step")
         reducer = LateReducer(reducer, late, options)
-    reducer.extensions = (f"preconditioner: {type(preconditioner).__name__}", f"server: {server!r}")
+    reducer.extensions = (f"preconditioner: {type(preconditioner).__name__}",
+                          *(["server: None"] if settings is None else settings.lines()))
     if not isinstance(reducer, PlainReducer):
         check_extension(optimizer, type(reducer).__name__.removesuffix("Reducer"))
     if preconditioner is not None:
@@ -149,7 +154,7 @@ def KerasDistributedOptimizer(
     keras_hooks.install()
     wrapper = Wrapper(reducer, standard=passes_through(optimizer),
                       scale_local=scale_local_gradients, preconditioner=preconditioner,
-                      server=placed, where=server, reset_per_rank_state=reset_per_rank_state)
+                      server=placed, where=where, reset_per_rank_state=reset_per_rank_state)
     object.__setattr__(optimizer, keras_hooks.ATTRIBUTE, wrapper)
     object.__setattr__(optimizer, "__class__", distributed_class(type(optimizer)))
     if optimizer.built:

@@ -12,10 +12,10 @@ from typing import Any
 
 import tensorflow as tf
 
-from hvd_ext import composition
-from hvd_ext.servers import owners, shares
+from hvd_ext.servers import Server, owners, shares
 from hvd_ext.servers.ownership import EVERY_RANK
 from hvd_ext.tensorflow.collectives import Collectives, refuse_session_graphs
+from hvd_ext.tensorflow.replies import EXACT, HELD, Replies, check_optimizer
 from hvd_ext.tensorflow.traffic import Cell
 from hvd_ext.tensorflow.uneven_data import EXTENDED
 from hvd_ext.tensorflow.variables import as_tf
@@ -45,9 +45,12 @@ class Message:
 class UpdateServer:
     """``server="rank0"`` or ``"sharded"`` of a distributed optimizer."""
 
-    def __init__(self, kind: str, collectives: Collectives) -> None:
+    def __init__(self, settings: Server, collectives: Collectives) -> None:
+        kind = settings.kind
         EXTENDED[self] = f"server={kind!r}"
+        self.settings = settings
         self.kind = kind
+        self.replies = None if settings.reply is None else Replies(settings, collectives)
         self.collectives = collectives
         self.owners: dict[int, int] = {}
         self.numels: dict[int, int] = {}
@@ -68,6 +71,16 @@ class UpdateServer:
         for variable, owner, numel in zip(served, assigned, numels, strict=True):
             self.owners[id(as_tf(variable))] = owner
             self.numels[id(as_tf(variable))] = numel
+        if self.replies is not None:
+            self.replies.plan(served, self.owner)
+
+    def make_state(self, optimizer: Any, make: Callable[..., tf.Variable],
+                   references: dict[int, tuple[Any, str]]) -> tf.Variable:
+        """The optimizer's variables that belong to the server; returns the one for (rank, ranks)."""
+        stamp = make((2,), "int64", "rank_and_ranks_of_server", True)
+        if self.replies is not None:
+            self.replies.build(optimizer, make, references, self.has_room)
+        return stamp
 
     def replan(self) -> None:
         """Plan owners anew when the ranks have changed; none were planned before the optimizer is built."""
@@ -99,8 +112,13 @@ class UpdateServer:
         """
         mine = [(gradient, variable) for gradient, variable in zip(gradients, variables, strict=True)
                 if self.owns(variable)]
-        failure = None
+        failure, replies, before = None, self.replies, {}
+        if replies is not None and not replies.active:
+            replies.land()
+            replies = None
         try:
+            if replies is not None:
+                before = replies.begin()
             if mine:
                 update([gradient for gradient, _ in mine], [variable for _, variable in mine])
         except Exception as error:  # the others wait for this rank's weights: tell them
@@ -110,7 +128,8 @@ class UpdateServer:
         if self.collectives.size > 1:
             self._use([gradient for gradient, variable in zip(gradients, variables, strict=True)
                        if failure is not None or not self.owns(variable)])
-            self.send(variables, f"{prefix}/weights", failure)
+            self.send(variables, f"{prefix}/weights", failure,
+                      [] if replies is None else replies.outgoing(before, failure is not None))
 
     def _use(self, gradients: Sequence[Any]) -> None:
         """Put gradients that are not applied here to some use: TensorFlow leaves out reductions
@@ -123,21 +142,32 @@ class UpdateServer:
         tf.raw_ops.Assert(condition=tf.equal(self._zero.read()[0], 0), summarize=1,
                           data=[tf.reshape(value, [-1])[:1] for value in seen] or [[0]])
 
-    def send(self, variables: Sequence[Any], name: str, failure: Exception | None = None) -> None:
+    def send(self, variables: Sequence[Any], name: str, failure: Exception | None = None,
+             replies: Sequence[tuple[int, tf.Tensor]] = ()) -> None:
         """Give every rank the owners' values of variables. A collective.
 
         Args:
             variables: the same on every rank.
             name: prefix of the names in the timeline.
             failure: what went wrong with those that this rank owns.
+            replies: owners and their compressed messages, in place of the variables that these are of.
         """
         rank = self.collectives.rank
         if self.collectives.size == 1:
             return
-        plan = self._messages(variables)
+        plan = self._messages([one for one in variables if not (replies and self.replies.carries(one))]
+                              if self.replies is not None else variables)
         given = [self._outgoing(message, failure is not None) for message in plan]
-        sent = self._sent([message.owner for message in plan], given, name)
-        self._raise_failure(plan, sent, failure)
+        sent = self._sent([*(message.owner for message in plan), *(owner for owner, _ in replies)],
+                          [*given, *(message for _, message in replies)], name)
+        sent, replied = sent[:len(plan)], sent[len(plan):]
+        statuses = [(message.owner, value[-1]) for message, value in zip(plan, sent, strict=True)
+                    if message.packed]
+        if self.replies is not None and replied:
+            statuses += self.replies.statuses(replied)
+        self._raise_failure(statuses, [*sent, *replied], failure)
+        if self.replies is not None and replied:
+            self.replies.apply(replied)
         for message, value in zip(plan, sent, strict=True):
             if message.owner == rank and message.packed:
                 continue  # one that is alone is assigned here too: without a use it would not be sent
@@ -191,10 +221,8 @@ class UpdateServer:
         status = tf.cast(self._zero.read() + int(failed), message.dtype)
         return tf.concat([*(tf.reshape(value, [-1]) for value in values), status], axis=0)
 
-    def _raise_failure(self, plan: list[Message], sent: list[tf.Tensor],
+    def _raise_failure(self, packed: list[tuple[int, tf.Tensor]], sent: list[tf.Tensor],
                        failure: Exception | None) -> None:
-        packed = [(message.owner, value[-1]) for message, value in zip(plan, sent, strict=True)
-                  if message.packed]
         if tf.executing_eagerly():
             if failure is not None:
                 raise failure
@@ -220,7 +248,21 @@ class UpdateServer:
             "elements": sum(numels),
             "largest_share": max(held, default=0),
             **state_bytes(kept),
+            **({} if self.replies is None else {"reply": self.replies.report()}),
         }
+
+
+def server_report(server: UpdateServer | None, where: str, optimizer: Any,
+                  references: dict[int, tuple[Any, str]], variables: Sequence[Any]) -> dict[str, Any]:
+    """Figures of ``server=``; ``references`` are those of the optimizer's variables, ``variables`` the
+    model's."""
+    held = [as_tf(one) for one in optimizer.variables
+            if references.get(id(as_tf(one)), (None, EXACT))[1] not in (EXACT, HELD)]
+    if server is not None:
+        return server.report(held)
+    elements = sum(map(_numel, variables))
+    return {"where": where, "owned_elements": elements, "elements": elements, "largest_share": elements,
+            **state_bytes(held)}
 
 
 def state_bytes(kept: Sequence[tf.Variable]) -> dict[str, int]:
@@ -233,17 +275,19 @@ def _numel(variable: Any) -> int:
     return int(tf.TensorShape(variable.shape).num_elements())
 
 
-def make_server(kind: str | None, optimizer: Any, collectives: Collectives) -> UpdateServer | None:
+def make_server(server: Server | None, optimizer: Any, collectives: Collectives) -> UpdateServer | None:
     """The server of a ``server=`` argument; None where every rank applies the update.
 
     Raises:
-        ValueError: an unknown one, or an optimizer that has state already.
+        ValueError: an optimizer that has state already.
+        NotImplementedError: an optimizer that compressed replies cannot serve.
     """
-    if kind in (None, "replicated"):
+    if server is None or server.kind == "replicated":
         return None
+    kind = server.kind
     refuse_session_graphs(f"server={kind!r}")
-    composition.check(op=None, compression=None, op_name="Average", predivide=1.0, server=kind)
+    check_optimizer(server, optimizer)
     if optimizer.built:
         raise ValueError(f"server={kind!r} with an optimizer that has state already: make a new "
                          "one, or load the model with hvd.load_model(..., server=...)")
-    return UpdateServer(kind, collectives)
+    return UpdateServer(server, collectives)

@@ -22,7 +22,7 @@ import tensorflow as tf
 
 from hvd_ext.tensorflow import carried, keras_hooks, keras_store
 from hvd_ext.tensorflow.reducers.base import Reducer, before_reduce, divide_by_ranks, precondition, report
-from hvd_ext.tensorflow.server import UpdateServer, state_bytes
+from hvd_ext.tensorflow.server import UpdateServer, server_report
 from hvd_ext.tensorflow.uneven_data import EXTENDED
 from hvd_ext.tensorflow.variables import as_tf, make_state, name_of
 
@@ -40,6 +40,7 @@ class Step:
         self.variables = variables
         self.reduced = False
         self.good: Any = None
+        self.decay: Any = None  # of weights, where the update is to do it
 
     def run(self, gradients: Sequence[Any], apply: Callable[..., None]) -> None:
         """The whole step; ``apply`` is the wrapped optimizer's."""
@@ -179,14 +180,13 @@ class Step:
         """The wrapped optimizer's update of the variables, on the ranks where it belongs."""
         server = self.wrapper.server
 
-        def run() -> None:
-            if server is None:
-                update(gradients, variables, learning_rate)
-            else:
-                server.update(lambda some, owned: update(some, owned, learning_rate), gradients,
-                              variables, self.wrapper.options.prefix)
+        def run(some: Sequence[Any], owned: Sequence[Any]) -> None:
+            if self.decay is not None:
+                self.decay(owned)
+            update(some, owned, learning_rate)
 
-        self.if_good(run)
+        self.if_good(lambda: run(gradients, variables) if server is None else server.update(
+            run, gradients, variables, self.wrapper.options.prefix))
 
     def if_good(self, change: Callable[[], None]) -> None:
         """Change weights, unless this step is to be skipped."""
@@ -236,7 +236,7 @@ class Wrapper:
         make = functools.partial(make_state, optimizer)
         self.reducer.build([one for one in variables if id(as_tf(one)) not in self.local], make)
         if self.server is not None:
-            self.server_stamp = make((2,), "int64", "rank_and_ranks_of_server", True)
+            self.server_stamp = self.server.make_state(optimizer, make, self.references)
         self.stamp_rank()
         accumulated = getattr(optimizer, "_accumulated_gradients", ())
         for total, variable in zip(accumulated, variables, strict=False):
@@ -277,12 +277,5 @@ class Wrapper:
         found = report(self.reducer, self.preconditioner)
         if self.where is None:
             return found
-        held = [as_tf(variable) for variable in optimizer.variables
-                if id(as_tf(variable)) in self.references]
-        if self.server is not None:
-            return {**found, "server": self.server.report(held)}
-        elements = sum(int(tf.TensorShape(variable.shape).num_elements())
-                       for variable in self.reducer.variables)
-        return {**found, "server": {"where": self.where, "owned_elements": elements,
-                                    "elements": elements, "largest_share": elements,
-                                    **state_bytes(held)}}
+        return {**found, "server": server_report(self.server, self.where, optimizer, self.references,
+                                                 self.reducer.variables)}

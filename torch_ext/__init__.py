@@ -15,6 +15,7 @@ from hvd_ext.delay.momentum import AutoMomentum, momentum_for_delay
 from hvd_ext.replicas import ReplicasDifferError
 from hvd_ext.run_checkpoints import CheckpointNotWrittenError
 from hvd_ext.scalars import log_report
+from hvd_ext.servers import Server
 from hvd_ext.torch.amsgrad import AMSGrad
 from hvd_ext.torch.async_ps import ParameterServer
 from hvd_ext.torch.checkpoints import load_checkpoint, save_checkpoint
@@ -52,6 +53,7 @@ __all__ = [
     "ParameterServer",
     "ReplicasDifferError",
     "SENG",
+    "Server",
     "SyncBatchNorm",
     "assert_replicas_equal",
     "broadcast_optimizer_state",

@@ -2,7 +2,8 @@
 
 ``folder/update-000000001000/`` holds ``model.pt`` (the model and the user's values, of rank 0) and
 ``rank0003.pt`` of each rank: its optimizer's state with that of the extensions, and the model's buffers,
-which differ by rank. :mod:`hvd_ext.run_checkpoints` says when one counts.
+which differ by rank. Where a server's replies are compressed the model is w, the exact weights, and what the
+ranks held of it, w^, lies beside it. :mod:`hvd_ext.run_checkpoints` says when one counts.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from hvd_ext import run_checkpoints
 from hvd_ext.run_checkpoints import Contents, Found, Loaded, rank_file
 from hvd_ext.torch.collectives import Collectives
+from hvd_ext.torch.pieces import join_states
 from hvd_ext.torch.wrapper import STATE_KEY
 
 MODEL = "model.pt"
@@ -44,16 +46,21 @@ def save_checkpoint(folder: str | os.PathLike[str], step: int, *, model: torch.n
         CheckpointNotWrittenError: on all ranks, when one cannot write its file, with its reason.
     """
     ranks = _ranks(optimizer)
+    exact = _exact(optimizer)
 
     def contents() -> Contents:
         _refuse_begun(optimizer)
+        held = {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)
+                if id(parameter) in exact}
         state = model.state_dict()
+        state.update({name: exact[id(parameter)].view(parameter.shape)
+                      for name, parameter in model.named_parameters(remove_duplicate=False) if name in held})
         trained = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         own = {"optimizer": optimizer.state_dict(),
                "buffers": {name: value for name, value in state.items() if name not in trained}}
         things: dict[str, Any] = {rank_file(ranks.rank, "pt"): own}
         if ranks.rank == 0:
-            things[MODEL] = {"model": state, "more": more}
+            things[MODEL] = {"model": state, "more": more, **({"held": held} if held else {})}
         for name, thing in things.items():
             _refuse_unreadable(name, thing)
         return Contents({name: lambda file, thing=thing: _write(thing, file)  # type: ignore[misc]
@@ -90,14 +97,20 @@ def load_checkpoint(folder: str | os.PathLike[str], *, model: torch.nn.Module,
         return None
     names = [MODEL, *_rank_files(ranks, found, optimizer)]
 
+    same_owners = len(names) == 2 and found.ranks == ranks.size
+
     def parse(paths: dict[str, Path]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         read = {name: torch.load(path, map_location="cpu", weights_only=True)
                 for name, path in paths.items()}
         own = read[rank_file(ranks.rank, "pt") if ranks.size == found.ranks else names[1]]
         state = {**read[MODEL]["model"], **(own["buffers"] if ranks.size == found.ranks else {})}
         _check_model(model, state)
-        saved = own["optimizer"] if len(names) == 2 else _joined([read[name]["optimizer"]
-                                                                  for name in names[1:]], own["optimizer"])
+        if same_owners and _replies(optimizer) is not None:
+            state.update(read[MODEL].get("held", {}))
+        else:  # the model is w, and no rank holds anything else
+            own["optimizer"].get(STATE_KEY, {}).get("server", {}).pop("reply", None)
+        saved = own["optimizer"] if len(names) == 2 else _joined(
+            [read[name]["optimizer"] for name in names[1:]], own["optimizer"], optimizer)
         return state, saved, read[MODEL]["more"]
 
     state, saved, more = run_checkpoints.read(ranks, found, names, parse)
@@ -117,6 +130,18 @@ def load_checkpoint(folder: str | os.PathLike[str], *, model: torch.nn.Module,
 def _ranks(optimizer: Any) -> Collectives:
     wrapper = getattr(optimizer, "_hvd_ext", None)
     return Collectives(None if wrapper is None else wrapper.collectives.process_set)
+
+
+def _replies(optimizer: Any) -> Any:
+    return getattr(getattr(getattr(optimizer, "_hvd_ext", None), "server", None), "replies", None)
+
+
+def _exact(optimizer: Any) -> dict[int, torch.Tensor]:
+    """The exact weights where replies are compressed, 1-D, by the parameter's ``id``; a collective there."""
+    wrapper = getattr(optimizer, "_hvd_ext", None)
+    if _replies(optimizer) is None or not wrapper.collectives.included:
+        return {}
+    return dict(wrapper.server.exact())
 
 
 def _describe(optimizer: Any) -> dict[str, Any]:
@@ -141,15 +166,25 @@ def _rank_files(ranks: Collectives, found: Found, optimizer: Any) -> list[str]:
     return everyone
 
 
-def _joined(states: list[dict[str, Any]], own: dict[str, Any]) -> dict[str, Any]:
-    """One rank's optimizer state with the moments of all."""
+def _joined(states: list[dict[str, Any]], own: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+    """One rank's optimizer state with the moments of all: whole ones, and those of pieces put together."""
+    shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
     moments: dict[int, Any] = {}
+    pieces: dict[int, dict[int, Any]] = {}
     for state in states:
-        moments.update(state["state"])
+        mark = state.get(STATE_KEY, {}).get("server") or {}
+        starts = {number: start for number, start, _ in mark.get("cut", ())}
+        for number, one in state["state"].items():
+            if number in starts:
+                pieces.setdefault(number, {})[starts[number]] = one
+            else:
+                moments[number] = one
+    moments.update({number: join_states([by_start[start] for start in sorted(by_start)], shapes[number])
+                    for number, by_start in pieces.items()})
     joined = {**own, "state": moments}
     extensions = own.get(STATE_KEY)
     if extensions is not None and "server" in extensions:
-        joined[STATE_KEY] = {**extensions, "server": {**extensions["server"], "owned": None}}
+        joined[STATE_KEY] = {**extensions, "server": {**extensions["server"], "owned": None, "cut": ()}}
     return joined
 
 

@@ -123,6 +123,19 @@ class ExtendedOptimizer(torch.optim.Optimizer):
         self._hvd_ext.flush(super(type(self), self).step)
         self._synchronized = False
 
+    @contextmanager
+    def exact_weights(self) -> Iterator[None]:
+        """Within the block the parameters hold the exact weights, where the server's replies are compressed.
+
+        After it they hold again what the ranks share and take gradients at. For evaluation and saving; a
+        collective: enter it on every rank, between two steps.
+
+        Raises:
+            RuntimeError: a step has begun, or is taken within.
+        """
+        with self._hvd_ext.exact_weights():
+            yield
+
     __reduce_ex__ = reduce_wrapped
 
     def report(self) -> dict[str, Any]:

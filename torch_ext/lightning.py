@@ -14,6 +14,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer  # type: ignore[
 from lightning.pytorch.strategies import ParallelStrategy  # type: ignore[import-not-found,unused-ignore]
 
 import hvd_ext.torch as hvd
+from hvd_ext.servers import settings_of
 from hvd_ext.torch.extended import ExtendedOptimizer
 from hvd_ext.torch.wrapper import STATE_KEY
 
@@ -42,7 +43,8 @@ class HorovodStrategy(ParallelStrategy):  # type: ignore[misc,unused-ignore]
     def __init__(self, *, preconditioner: Callable[[torch.nn.Module], Any] | None = None,
                  accelerator: Any = None, checkpoint_io: Any = None, precision_plugin: Any = None,
                  **options: Any) -> None:
-        if options.get("server") not in (None, "replicated"):
+        server = options.get("server")
+        if server is not None and settings_of(server).kind != "replicated":
             raise ValueError(f"server={options['server']!r} cannot be used with Lightning, which steps "
                              "with a closure; use server='replicated'")
         super().__init__(accelerator=accelerator, checkpoint_io=checkpoint_io,

@@ -18,6 +18,7 @@ from hvd_ext.agreement import digest
 from hvd_ext.delay import Late
 from hvd_ext.delay.late import check_late
 from hvd_ext.options import Options
+from hvd_ext.servers import Server
 from hvd_ext.torch.collectives import Collectives
 from hvd_ext.torch.compression import WideCompressor
 from hvd_ext.torch.copies import copy_as_wrapped
@@ -42,7 +43,7 @@ def DistributedOptimizer(
     process_set: Any = horovod.global_process_set,
     *,
     preconditioner: Any = None,
-    server: str | None = None,
+    server: str | Server | None = None,
     grad_scaler: Any = None,
     late: Late | None = None,
 ) -> Any:
@@ -62,7 +63,8 @@ def DistributedOptimizer(
             With DelayCompensated and compression with error feedback ``groups`` says which
             gradients share a bucket.
         preconditioner: ``SENG(...)``: what the reduced gradient is turned into.
-        server: where the update runs: "replicated", "rank0" or "sharded".
+        server: where the update runs: "replicated", "rank0" or "sharded"; ``Server("sharded", reply=...)``
+            where the new weights are to come back compressed.
         grad_scaler: the ``torch.amp.GradScaler`` in use, so that extensions which are not linear
             in the gradient can undo its scale.
         late: ``Late(...)``: exchange gradients beside the next step's compute and apply them then.
@@ -98,11 +100,12 @@ def DistributedOptimizer(
         loss_scale=functools.partial(loss_scale, grad_scaler),
     )
     placed = None if server is None else make_server(server)
+    where = None if placed is None else placed.where
     reducer = make_reducer(
         Collectives(process_set), options, op=op, compression=compression,
-        predivide=gradient_predivide_factor, server=server,
+        predivide=gradient_predivide_factor, server=where,
         multiple_evaluations=isinstance(optimizer, torch.optim.LBFGS),
-        owners=placed if server == "sharded" and preconditioner is None else None, late=late,
+        owners=placed if where == "sharded" and preconditioner is None else None, late=late,
     )
     return extend(optimizer, named_parameters, reducer, preconditioner, placed, grad_scaler)
 

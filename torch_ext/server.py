@@ -8,50 +8,55 @@ An owner needs the reduced gradient of what it owns only; see ``reducers/sharded
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from hvd_ext import checks
 from hvd_ext.buckets import DEFAULT_BUCKET_BYTES, Kind, TensorSpec, plan_buckets, split_groups
-from hvd_ext.composition import SERVERS
 from hvd_ext.servers import (
     Message,
     OwnedState,
     Piece,
+    Server,
     assign,
     by_owner,
     check_loadable,
     cut_evenly,
     held,
+    settings_of,
 )
-from hvd_ext.torch.collectives import Collectives, Handle
-from hvd_ext.torch.pieces import cut_state, flattened, is_elementwise, join_states, put_back, update_cost
+from hvd_ext.torch import owned_state
+from hvd_ext.torch.collectives import Collectives
+from hvd_ext.torch.pieces import cut_state, flattened, is_elementwise, update_cost
+from hvd_ext.torch.replies import Replies
+from hvd_ext.torch.whole_weights import WholeWeights
 
-STATUS_WORDS = 1  # behind an owner's weights: whether its update failed
 
-def make_server(where: str) -> UpdateServer:
+def make_server(server: str | Server) -> UpdateServer:
     """The server of ``server=``.
 
     Raises:
         ValueError: it is none of "rank0", "replicated", "sharded".
     """
-    return UpdateServer(checks.choice("server", where, SERVERS))
+    return UpdateServer(settings_of(server))
 
 
 class UpdateServer:
     """Runs the update where it belongs and brings the weights to all ranks.
 
     Args:
-        where: "replicated": every rank updates every parameter. "rank0": rank 0 updates all. "sharded":
-            every rank updates what it owns, with an elementwise optimizer an equal slice of each bucket,
-            with any other whole parameters, balanced by bytes (Muon: by the cost of orthogonalising).
+        settings: their kind is "replicated": every rank updates every parameter. "rank0": rank 0 updates
+            all. "sharded": every rank updates what it owns, with an elementwise optimizer an equal slice of
+            each bucket, with any other whole parameters, balanced by bytes (Muon: by the cost of
+            orthogonalising). With a reply the new weights come back as ``replies.py`` says.
     """
 
-    def __init__(self, where: str) -> None:
-        self.where = where
+    def __init__(self, settings: Server) -> None:
+        self.settings = settings
+        self.where = settings.kind
+        self.replies = None if settings.reply is None else Replies(settings, lambda: self.parameters)
         self._forget_plan()
 
     def _forget_plan(self) -> None:
@@ -59,21 +64,24 @@ class UpdateServer:
         self.parameters: list[torch.Tensor] = []
         self._loads: list[int] = []
         self._home: dict[int, Message] = {}  # of each parameter, by its number
-        self._pieces: dict[int, Piece] = {}  # this rank's of them
-        self._weights: dict[int, torch.Tensor] = {}  # of a message, behind them the status
-        self._gathered: dict[int, torch.Tensor] = {}
+        self.pieces: dict[int, Piece] = {}  # this rank's of them
+        self.whole_weights = WholeWeights(self.where, lambda: self.parameters)
 
     def attach(self, collectives: Collectives, optimizer: torch.optim.Optimizer,
-               groups: Any = None) -> None:
+               groups: Any = None, names: Mapping[torch.Tensor, str] | None = None) -> None:
         """Serve ``optimizer`` over the ranks of ``collectives``; called again when these have changed.
 
-        ``groups`` is Horovod's ``groups=``: which parameters share a message under "sharded".
+        ``groups`` is Horovod's ``groups=``: which parameters share a message under "sharded". ``names`` are
+        the parameters'.
         """
         self.collectives = collectives
         self._forget_plan()
         self._optimizer = weakref.ref(optimizer)
         self._groups = groups
-        self._label = "server"
+        self._names = {} if names is None else names
+        self.whole_weights.collectives = collectives
+        if self.replies is not None:
+            self.replies.attach(collectives)
         self._wrapped = type(optimizer).__bases__[-1]  # the class that was extended
         self.plan()
 
@@ -119,8 +127,9 @@ class UpdateServer:
         owners = [0] * len(fresh) if self.where == "rank0" else assign(costs, ranks, self._loads)
         for owner, cost in zip(owners, costs, strict=True):
             self._loads[owner] += cost
-        specs = [TensorSpec(str(i), tuple(p.shape), p.element_size(), Kind(str(p.dtype), str(p.device)))
-                 for i, p in enumerate(fresh)]
+        specs = [TensorSpec(str(i), tuple(p.shape), p.element_size(),
+                            Kind(str(p.dtype), str(p.device), route=route))
+                 for i, (p, route) in enumerate(zip(fresh, self._routes(fresh), strict=True))]
         cut = self.where == "sharded" and is_elementwise(self._wrapped)
         for bucket in plan_buckets(specs, bucket_bytes=DEFAULT_BUCKET_BYTES,
                                    groups=split_groups(self._groups, fresh)):
@@ -130,11 +139,22 @@ class UpdateServer:
                 self.messages.append(message.moved(len(self.messages), base))
         for message in self.messages[first:]:
             self._home.update({piece.index: message for piece in message.pieces})
-            self._pieces.update({piece.index: piece for piece in message.parts[self.collectives.rank]})
+            self.pieces.update({piece.index: piece for piece in message.parts[self.collectives.rank]})
         for i, parameter in enumerate(fresh):  # what travels in no message is owned too
             if not parameter.numel() and owners[i] == self.collectives.rank:
-                self._pieces[base + i] = Piece(base + i, 0, 0, 0)
+                self.pieces[base + i] = Piece(base + i, 0, 0, 0)
+        if self.replies is not None:
+            self.replies.plan(self.messages[first:])
         self._drop_state_of_others()
+
+    def _routes(self, fresh: Sequence[torch.Tensor]) -> list[str | None]:
+        """How the new weights of parameters travel."""
+        if self.replies is None:
+            return [None] * len(fresh)
+        names = [self._names.get(parameter, "") for parameter in fresh]
+        if len(fresh) == len(self.parameters):
+            self.replies.check_names(names)
+        return [self.replies.route(name, p) for name, p in zip(names, fresh, strict=True)]
 
     def is_whole(self, piece: Piece) -> bool:
         """Whether it is all of its parameter."""
@@ -146,7 +166,7 @@ class UpdateServer:
             state = self.optimizer.state.get(parameter)
             if not state:
                 continue
-            piece = self._pieces.get(number)
+            piece = self.pieces.get(number)
             if piece is None:
                 del self.optimizer.state[parameter]
             elif not self.is_whole(piece):
@@ -165,16 +185,20 @@ class UpdateServer:
                 own error.
         """
         if self.alone:
+            if self.replies is not None:
+                self.replies.land()
             return inner_step()
         self.plan()
+        if self.replies is not None:
+            self.replies.begin()
         result, failure = None, None
-        if self._pieces:
+        if self.pieces:
             try:
                 with self._only_owned():
                     result = inner_step()
             except Exception as error:
                 failure = error
-        failed = self._send_weights(failure is not None)
+        failed, failure = self._send_weights(failure)
         if failure is not None:
             raise failure
         if failed:
@@ -187,7 +211,8 @@ class UpdateServer:
         """Show the wrapped optimizer what this rank owns, and nothing else.
 
         A parameter owned in part is stood in for by a 1-D tensor of these elements, with their gradient
-        and state; its memory is the message's that will carry them.
+        and state; its memory is the message's that will carry them. Where replies are compressed the exact
+        weights stand in for it.
         """
         numbers = {id(p): number for number, p in enumerate(self.parameters)}
         state, groups = self.optimizer.state, self.optimizer.param_groups
@@ -197,13 +222,17 @@ class UpdateServer:
             for group in groups:
                 shown = []
                 for parameter in group["params"]:
-                    piece = self._pieces.get(numbers[id(parameter)])
+                    piece = self.pieces.get(numbers[id(parameter)])
                     if piece is None:
                         continue
-                    if self.is_whole(piece):
+                    stand_in = None if self.replies is None else self.replies.stand_in(piece)
+                    if stand_in is not None:
+                        stand_in.grad = self._gradient(parameter, piece)
+                    elif self.is_whole(piece):
                         shown.append(parameter)
                         continue
-                    stand_in = self._stand_in(parameter, piece)
+                    else:
+                        stand_in = self._stand_in(parameter, piece)
                     standing.append((parameter, stand_in))
                     if parameter in state:
                         state[stand_in] = state.pop(parameter)
@@ -214,6 +243,7 @@ class UpdateServer:
             for group, parameters in zip(groups, whole, strict=True):
                 group["params"] = parameters
             for parameter, stand_in in standing:
+                stand_in.grad = None
                 if stand_in in state:
                     state[parameter] = state.pop(stand_in)
 
@@ -221,62 +251,46 @@ class UpdateServer:
     def _stand_in(self, parameter: torch.Tensor, piece: Piece) -> torch.nn.Parameter:
         message = self._home[piece.index]
         begin = sum(message.splits[:self.collectives.rank])
-        own = self._memory(message)
+        own = self.whole_weights.memory(message)
         place = own[piece.offset - begin : piece.offset - begin + piece.numel]
         place.copy_(flattened(parameter)[piece.start : piece.stop])
         stand_in = torch.nn.Parameter(place, requires_grad=parameter.requires_grad)
-        if parameter.grad is not None:
-            gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
-            stand_in.grad = flattened(gradient)[piece.start : piece.stop]
+        stand_in.grad = self._gradient(parameter, piece)
         return stand_in
 
+    def _gradient(self, parameter: torch.Tensor, piece: Piece) -> torch.Tensor | None:
+        """The gradient of a piece: the parameter's own where that is all of it, else 1-D."""
+        if parameter.grad is None or self.is_whole(piece):
+            return parameter.grad
+        gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+        return flattened(gradient)[piece.start : piece.stop]
+
     @torch.no_grad()
-    def _send_weights(self, failed: bool) -> list[int]:
-        """Bring each owner's weights to all ranks; the owners whose update failed."""
-        started = [self._start(message, failed) for message in self.messages]
+    def _send_weights(self, failure: Exception | None) -> tuple[list[int], Exception | None]:
+        """Bring each owner's weights to all ranks.
+
+        Args:
+            failure: what went wrong here with the update.
+
+        Returns:
+            The owners whose update failed, and what went wrong here with it or with what it gave.
+        """
+        started = []
+        for message in self.messages:
+            way = self._way_of(message)
+            handle, wrong = way.start(message, failure is not None)
+            failure = failure or wrong
+            started.append((way, message, handle))
         failures: set[int] = set()
-        for message, handle in zip(self.messages, started, strict=True):
-            received, end = handle.wait(), 0
-            if self.where == "rank0":
-                received = self._memory(message)
-            flats: dict[int, torch.Tensor] = {}
-            for rank, pieces in enumerate(message.parts[:1] if self.where == "rank0" else message.parts):
-                end += message.splits[rank] + STATUS_WORDS
-                if received[end - STATUS_WORDS] != 0:
-                    failures.add(rank)
-                    continue
-                for piece in pieces:
-                    if rank == self.collectives.rank and self.is_whole(piece):
-                        continue
-                    flat = flats.setdefault(piece.index, flattened(self.parameters[piece.index]))
-                    at = piece.offset + rank * STATUS_WORDS
-                    flat[piece.start : piece.stop] = received[at : at + piece.numel]
-            for number, flat in flats.items():
-                put_back(self.parameters[number], flat)
-        return sorted(failures)
+        for way, message, handle in started:
+            failures.update(way.finish(message, handle.wait()))
+        if self.replies is not None:
+            self.replies.step_over()
+        return sorted(failures), failure
 
-    def _start(self, message: Message, failed: bool) -> Handle:
-        rank, flat = self.collectives.rank, self._memory(message)
-        begin = sum(message.splits[:rank])
-        for piece in message.parts[rank]:
-            if self.is_whole(piece):  # another one was updated in this memory
-                at = piece.offset - begin
-                flat[at : at + piece.numel] = flattened(self.parameters[piece.index])
-        flat[-1] = float(failed)
-        name = f"{self._label}/bucket{message.index}"
-        if self.where == "rank0":
-            return self.collectives.broadcast_async_(flat, 0, name, kind="weights")
-        memory = self._gathered.setdefault(message.index, flat.new_empty(0))
-        return self.collectives.allgather_async(flat, name, kind="weights", out=memory)
-
-    def _memory(self, message: Message) -> torch.Tensor:
-        """For what this rank owns of the weights of a message, under "rank0" for all of them."""
-        if message.index not in self._weights:
-            like = self.parameters[message.pieces[0].index]
-            numel = message.numel if self.where == "rank0" else message.splits[self.collectives.rank]
-            self._weights[message.index] = torch.zeros(numel + STATUS_WORDS, dtype=like.dtype,
-                                                       device=like.device)
-        return self._weights[message.index]
+    def _way_of(self, message: Message) -> WholeWeights | Replies:
+        carried = self.replies is not None and self.replies.carries(message)
+        return self.replies if carried else self.whole_weights  # type: ignore[return-value]
 
     # State
 
@@ -286,26 +300,15 @@ class UpdateServer:
         No collective: it may be called on one rank only. Under "rank0" it is complete on rank 0,
         under "sharded" nowhere; see :meth:`gather`.
         """
-        return state, self._shard().to_dict()
+        return state, {**owned_state.shard(self).to_dict(), **self._of_replies(gather=False)}
 
     def gather(self, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The complete state, on every rank; a collective, to be called by all of them."""
-        rank, size = self.collectives.rank, self.collectives.size
-        mark = OwnedState(self.where, rank, size, None).to_dict()
-        if self.alone:
-            return state, mark
-        self.plan()
-        numbers = self._numbers()
-        whole = dict(state["state"])
-        for number, parameter in enumerate(self.parameters):
-            saved, piece = numbers[id(parameter)], self._pieces.get(number)
-            mine = None if piece is None else (piece.start, state["state"].get(saved))
-            everyone = self.collectives.allgather_object(mine, f"{self._label}/state")
-            found = sorted((one for one in everyone if one is not None and one[1] is not None),
-                           key=lambda one: one[0])
-            if found:
-                whole[saved] = join_states([one for _, one in found], parameter.shape)
-        return {**state, "state": whole}, mark
+        mark = OwnedState(self.where, self.collectives.rank, self.collectives.size, None).to_dict()
+        if not self.alone:
+            self.plan()
+            state = owned_state.gather(self, state)
+        return state, {**mark, **self._of_replies(gather=True)}
 
     def load_state_dict(self, state: dict[str, Any],
                         saved: dict[str, Any] | None) -> dict[str, Any]:
@@ -319,26 +322,23 @@ class UpdateServer:
             ValueError: it lacks the state of a parameter that this rank owns.
         """
         mark = None if saved is None else OwnedState.from_dict(saved)
+        replied = (saved or {}).get("reply")
         if self.alone:
-            check_loadable(mark, self._shard())
+            check_loadable(mark, owned_state.shard(self))
+            if self.replies is not None:
+                self.replies.keep_for_landing(replied, owned_state.in_order(self))
             return state
         self.plan()
-        check_loadable(mark, OwnedState.from_dict({**self._shard().to_dict(), **self._owned()}))
-        numbers, kept = self._numbers(), {}
-        for number, piece in self._pieces.items():
-            parameter = self.parameters[number]
-            key = numbers[id(parameter)]
-            found = state["state"].get(key)
-            if found is None:
-                continue
-            inside = None if mark is None else mark.range_of(key)
-            if inside is not None:
-                found = cut_state(found, (inside[1] - inside[0],), piece.start - inside[0],
-                                  piece.stop - inside[0])
-            elif not self.is_whole(piece):
-                found = cut_state(found, parameter.shape, piece.start, piece.stop)
-            kept[key] = found
-        return {**state, "state": kept}
+        state = owned_state.cut_to(self, state, mark)
+        if self.replies is not None:
+            self.replies.load_state_dict(replied, owned_state.numbers(self))
+        return state
+
+    def _of_replies(self, *, gather: bool) -> dict[str, Any]:
+        if self.replies is None or self.alone:
+            return {}
+        numbers = owned_state.numbers(self)
+        return {"reply": self.replies.gather(numbers) if gather else self.replies.state_dict(numbers)}
 
     def broadcast_settings(self, root: int) -> None:
         """Give every rank the parameter groups' settings (learning rate, ...) of rank ``root``.
@@ -349,43 +349,33 @@ class UpdateServer:
             ValueError: on every rank, when some owners have state and others have none.
         """
         self.plan()
-        filled = [bool(self.optimizer.state.get(self.parameters[number])) for number in self._pieces]
-        settings = [{key: value for key, value in group.items() if key != "params"}
-                    for group in self.optimizer.param_groups]
-        everyone = self.collectives.allgather_object((any(filled) if filled else None, settings),
-                                                     f"{self._label}/settings")
-        if len({has for has, _ in everyone if has is not None}) > 1:
-            raise ValueError(
-                f"under server={self.where!r} some ranks have optimizer state and others have "
-                "none; call load_state_dict() with the checkpoint on every rank, then broadcast"
-            )
-        for group, values in zip(self.optimizer.param_groups, everyone[root][1], strict=True):
-            group.update(values)
+        owned_state.broadcast_settings(self, root)
 
-    def _numbers(self) -> dict[int, int]:
-        """The number of each parameter in ``state_dict()["param_groups"]``."""
-        every = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return {id(parameter): number for number, parameter in enumerate(every)}
+    def exact(self) -> dict[int, torch.Tensor]:
+        """The exact weights of what comes back compressed, 1-D, by the parameter's ``id``; a collective."""
+        if self.replies is None or self.alone:
+            return {}
+        self.plan()
+        return {id(self.parameters[number]): flat for number, flat in self.replies.everywhere().items()}
 
-    def _shard(self) -> OwnedState:
-        rank, size = self.collectives.rank, self.collectives.size
-        if self.alone or (self.where == "rank0" and rank == 0):
-            return OwnedState(self.where, rank, size, None)
-        return OwnedState.from_dict({"server": self.where, "rank": rank, "size": size, **self._owned()})
-
-    def _owned(self) -> dict[str, Any]:
-        numbers = self._numbers()
-        mine = {numbers[id(self.parameters[number])]: piece for number, piece in self._pieces.items()}
-        return {"owned": tuple(sorted(mine)),
-                "cut": tuple((number, piece.start, piece.stop) for number, piece in sorted(mine.items())
-                             if not self.is_whole(piece))}
+    @contextmanager
+    def exact_weights(self) -> Iterator[None]:
+        """Let the parameters hold the exact weights, where replies are compressed; a collective."""
+        if self.replies is None:
+            yield
+        elif self.alone:
+            self.replies.land()
+            yield
+        else:
+            self.plan()
+            with self.replies.exact_weights():
+                yield
 
     def report(self) -> dict[str, Any]:
         """Where the update runs, and what of it this rank keeps."""
         every = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
         ranks = self.collectives.size
         owned = [every] * ranks if self.alone else held(self.messages, ranks)
-        memory = [*self._weights.values(), *self._gathered.values()]
         return {
             "where": self.where,
             "owned_elements": owned[self.collectives.rank],
@@ -396,5 +386,6 @@ class UpdateServer:
                 for state in self.optimizer.state.values() for value in state.values()
                 if isinstance(value, torch.Tensor)
             ),
-            "buffer_bytes": sum(t.numel() * t.element_size() for t in memory),
+            "buffer_bytes": self.whole_weights.bytes_held(),
+            **({} if self.replies is None else {"reply": self.replies.report()}),
         }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class Wrapper:
         if preconditioner is not None:
             preconditioner.attach(self.collectives, optimizer)
         if server is not None:
-            server.attach(self.collectives, optimizer, reducer.options.groups)
+            server.attach(self.collectives, optimizer, reducer.options.groups, self._names)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -77,7 +78,7 @@ class Wrapper:
             self._watch()
             self._meet_ranks()
             self.reducer.meet(f"preconditioner: {type(self.preconditioner).__name__}",
-                              f"server: {None if self.server is None else self.server.where!r}")
+                              *(["server: None"] if self.server is None else self.server.settings.lines()))
             if self.preconditioner is not None:
                 self.preconditioner.before_reduce()
             if self.uneven is not None:
@@ -136,6 +137,22 @@ class Wrapper:
             raise RuntimeError("flush() was called between backward() and step(); call it after step()")
         self._good = self.reducer.flush()
         self.update(inner_step)
+
+    @contextmanager
+    def exact_weights(self) -> Iterator[None]:
+        """Let the parameters hold the owners' exact weights; a collective.
+
+        Raises:
+            RuntimeError: a step has begun.
+        """
+        if self.server is None or not self.collectives.included:
+            yield
+            return
+        if self.begun():
+            raise RuntimeError("exact_weights() was entered between backward() and step(); enter it after "
+                               "step()")
+        with self.server.exact_weights():
+            yield
 
     def begun(self) -> bool:
         """Whether gradients of this step are on their way."""
@@ -212,7 +229,7 @@ class Wrapper:
         self._ranks = self.collectives.size
         self.reducer.met = None
         if self.server is not None:
-            self.server.attach(self.collectives, self.optimizer, self.reducer.options.groups)
+            self.server.attach(self.collectives, self.optimizer, self.reducer.options.groups, self._names)
         if self.preconditioner is not None:
             self.preconditioner.attach(self.collectives, self.optimizer)
 
@@ -269,6 +286,11 @@ class Wrapper:
                 and own.get("reducer", {}).get("late"):
             raise ValueError("this state was saved with late= and may hold a gradient that is still to be "
                              "applied; pass late= here too, or reset_per_rank_state=True to drop it")
+        if own is not None and not (reset_per_rank_state or getattr(self.server, "replies", None)) \
+                and own.get("server", {}).get("reply"):
+            raise ValueError("this state was saved with Server(reply=...), and the weights that its ranks "
+                             "held lack what was still to be sent; pass reply= here too, or save the model "
+                             "within optimizer.exact_weights() and pass reset_per_rank_state=True")
         here = (self.collectives.rank, self.collectives.size)
         per_rank = own is not None and any(own.get(key) for key in ("reducer", "preconditioner"))
         if per_rank and not reset_per_rank_state and (own["rank"], own["size"]) != here:

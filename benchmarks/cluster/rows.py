@@ -40,6 +40,9 @@ def ways() -> dict[str, dict[str, Any]]:
         "sharded, fp16": {"server": "sharded", "compression": hvd.Compression.fp16},
         "TopK 1 %, rank0": {"server": "rank0", "compression": topk},
         "TopK 1 %, sharded": {"server": "sharded", "compression": topk},
+        "sharded, reply fp16": {"server": hvd.Server("sharded", reply=hvd.Compression.fp16)},
+        "TopK 1 %, rank0, reply TopK": {"server": hvd.Server("rank0", reply=topk), "compression": topk},
+        "TopK 1 %, sharded, reply TopK": {"server": hvd.Server("sharded", reply=topk), "compression": topk},
     }
 
 

@@ -58,8 +58,8 @@ FRONT_ENDS = {"torch": ROOT / "torch_ext", "tensorflow": ROOT / "tf"}
 TENSORFLOW_ALONE = {"tape", "traffic", "variables", "keras_store", "keras_hooks", "keras2", "narrow",
                     "waiting", "retracing",
                     *(f"seng/{name}" for name in ("traces", "start", "einsum", "table"))}
-TORCH_ALONE = {"passes", "mpi_ops", "copies", "lightning", "clipping", "pieces",
-               "reducers/sharded",
+TORCH_ALONE = {"passes", "mpi_ops", "copies", "lightning", "clipping", "pieces", "owned_state",
+               "whole_weights", "reducers/sharded",
                *(f"seng/{name}" for name in ("attention", "eager", "functions", "lookup", "notices",
                                              "per_sample", "probe", "tied"))}
 LONGEST = 400  # lines

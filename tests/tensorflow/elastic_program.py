@@ -42,6 +42,7 @@ METHODS = {
     "sharded": lambda model: {"server": "sharded"},
     "topk_sharded": lambda model: {"server": "sharded", "compression": topk()},
     "topk_late": lambda model: {"late": hvd.Late(1.0), "compression": topk()},
+    "reply": lambda model: {"server": hvd.Server("sharded", reply=topk())},
 }
 
 

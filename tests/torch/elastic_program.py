@@ -39,6 +39,7 @@ METHODS = {
     "rank0": lambda model: {"server": "rank0"},
     "sharded": lambda model: {"server": "sharded"},
     "topk_sharded": lambda model: {"server": "sharded", "compression": topk()},
+    "reply": lambda model: {"server": hvd.Server("sharded", reply=topk())},
     "topk_late": lambda model: {"late": hvd.Late(1.0), "compression": topk()},
     "delay_rank0": lambda model: {"server": "rank0", "op": hvd.DelayCompensated(0.5)},
 }
@@ -62,9 +63,9 @@ def loss_at(model, step, rank):
 
 
 def held(state, method):
-    """What a commit holds that must be the same whoever is there: moments, MeanSquare."""
+    """What a commit holds that must be the same whoever is there: moments, exact weights, MeanSquare."""
     committed = state._handlers[f"optimizer_{method}"].committed
-    return {"wrapped": committed["wrapped"]["state"],
+    return {"wrapped": committed["wrapped"]["state"], "reply": (committed["server"] or {}).get("reply"),
             "mean_square": committed["reducer"].get("mean_square", {})}
 
 

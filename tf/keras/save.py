@@ -43,8 +43,9 @@ def save_model(model: keras.Model, filepath: Any, *, reset_per_rank_state: bool 
         values = keras_store.gather(optimizer, reset_per_rank_state=reset_per_rank_state)
         saving = keras_store.saving(optimizer, values)
     failure = None
+    exact = contextlib.nullcontext() if optimizer is None else optimizer.exact_weights()
     try:
-        with saving:
+        with exact, saving:
             if collectives.rank == 0:
                 model.save(filepath, **options)
     except Exception as error:

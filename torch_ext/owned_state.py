@@ -1,0 +1,96 @@
+"""The wrapped optimizer's state where each rank holds that of what it owns: gathered, and cut again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hvd_ext.servers import OwnedState, check_loadable
+from hvd_ext.torch.pieces import cut_state, join_states
+from hvd_ext.torch.whole_weights import LABEL
+
+if TYPE_CHECKING:
+    from hvd_ext.torch.server import UpdateServer
+
+
+def in_order(server: UpdateServer) -> list[torch.Tensor]:
+    """The parameters by their number in ``state_dict()["param_groups"]``."""
+    return [p for group in server.optimizer.param_groups for p in group["params"]]
+
+
+def numbers(server: UpdateServer) -> dict[int, int]:
+    """The number of each parameter in ``state_dict()["param_groups"]``, by its ``id``."""
+    return {id(parameter): number for number, parameter in enumerate(in_order(server))}
+
+
+def shard(server: UpdateServer) -> OwnedState:
+    """What of the state this rank holds."""
+    rank, size = server.collectives.rank, server.collectives.size
+    if server.alone or (server.where == "rank0" and rank == 0):
+        return OwnedState(server.where, rank, size, None)
+    return owned(server)
+
+
+def owned(server: UpdateServer) -> OwnedState:
+    """What of the state this rank owns."""
+    known = numbers(server)
+    mine = {known[id(server.parameters[number])]: piece for number, piece in server.pieces.items()}
+    return OwnedState(server.where, server.collectives.rank, server.collectives.size, tuple(sorted(mine)),
+                      tuple((number, piece.start, piece.stop) for number, piece in sorted(mine.items())
+                            if not server.is_whole(piece)))
+
+
+def gather(server: UpdateServer, state: dict[str, Any]) -> dict[str, Any]:
+    """The complete state from what each rank holds; a collective."""
+    known = numbers(server)
+    whole = dict(state["state"])
+    for number, parameter in enumerate(server.parameters):
+        saved, piece = known[id(parameter)], server.pieces.get(number)
+        mine = None if piece is None else (piece.start, state["state"].get(saved))
+        everyone = server.collectives.allgather_object(mine, f"{LABEL}/state")
+        found = sorted((one for one in everyone if one is not None and one[1] is not None),
+                       key=lambda one: one[0])
+        if found:
+            whole[saved] = join_states([one for _, one in found], parameter.shape)
+    return {**state, "state": whole}
+
+
+def cut_to(server: UpdateServer, state: dict[str, Any], mark: OwnedState | None) -> dict[str, Any]:
+    """What of a saved state this rank owns.
+
+    Raises:
+        ValueError: it lacks the state of a parameter that this rank owns.
+    """
+    check_loadable(mark, owned(server))
+    known, kept = numbers(server), {}
+    for number, piece in server.pieces.items():
+        parameter = server.parameters[number]
+        key = known[id(parameter)]
+        found = state["state"].get(key)
+        if found is None:
+            continue
+        inside = None if mark is None else mark.range_of(key)
+        if inside is not None:
+            found = cut_state(found, (inside[1] - inside[0],), piece.start - inside[0],
+                              piece.stop - inside[0])
+        elif not server.is_whole(piece):
+            found = cut_state(found, parameter.shape, piece.start, piece.stop)
+        kept[key] = found
+    return {**state, "state": kept}
+
+
+def broadcast_settings(server: UpdateServer, root: int) -> None:
+    """What ``UpdateServer.broadcast_settings`` says."""
+    filled = [bool(server.optimizer.state.get(server.parameters[number])) for number in server.pieces]
+    settings = [{key: value for key, value in group.items() if key != "params"}
+                for group in server.optimizer.param_groups]
+    everyone = server.collectives.allgather_object((any(filled) if filled else None, settings),
+                                                   f"{LABEL}/settings")
+    if len({has for has, _ in everyone if has is not None}) > 1:
+        raise ValueError(
+            f"under server={server.where!r} some ranks have optimizer state and others have "
+            "none; call load_state_dict() with the checkpoint on every rank, then broadcast"
+        )
+    for group, values in zip(server.optimizer.param_groups, everyone[root][1], strict=True):
+        group.update(values)

@@ -59,6 +59,7 @@ TENSORFLOW_ALONE = {"tape", "traffic", "variables", "keras_store", "keras_hooks"
                     "waiting", "retracing",
                     *(f"seng/{name}" for name in ("traces", "start", "einsum", "table"))}
 TORCH_ALONE = {"passes", "extended", "mpi_ops", "copies", "lightning", "clipping", "pieces",
+               "kernels", "kernels_triton",
                "reducers/sharded", "reducers/late", "reducers/late_kernels",
                *(f"seng/{name}" for name in ("attention", "eager", "functions", "lookup", "notices",
                                              "per_sample", "probe", "tied"))}

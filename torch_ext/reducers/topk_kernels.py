@@ -12,6 +12,7 @@ from hvd_ext.topk import Layout, TopK
 from hvd_ext.topk.plan import Segment
 from hvd_ext.topk.selection import SAMPLE, enough, sample_ranks
 from hvd_ext.topk.wire import HEADER_WORDS
+from hvd_ext.torch import kernels
 
 CHUNK = 2**18  # elements that stay in a core's cache while they are compared
 
@@ -44,7 +45,7 @@ def _select_one(piece: torch.Tensor, k: int, config: TopK, seed: tuple[int, ...]
         sample = torch.topk(_sample(piece, seed), ranks[-1]).values
         for rank in ranks:
             threshold = float(sample[rank - 1])
-            found = _above(piece, threshold)
+            found = _above(piece, threshold, 2 * k)
             if found.numel() > k:
                 return found[largest(piece[found].abs(), k)]
             # A threshold of zero leaves out nothing that may be chosen.
@@ -71,16 +72,19 @@ def _sample(piece: torch.Tensor, seed: tuple[int, ...]) -> torch.Tensor:
     return piece[places.to(piece.device)].abs()
 
 
-def _above(piece: torch.Tensor, threshold: float) -> torch.Tensor:
+def _above(piece: torch.Tensor, threshold: float, expected: int) -> torch.Tensor:
     """Rising positions of magnitudes at or above the threshold, above it when it is zero."""
+    found = kernels.above(piece, threshold, expected)
+    if found is not None:
+        return found
     compare = torch.ge if threshold > 0 else torch.gt
     if piece.device.type != "cpu":
         return _positions(compare(piece.abs(), threshold))
-    found = []
+    parts = []
     for start in range(0, piece.numel(), CHUNK):
         part = piece[start : start + CHUNK]
-        found.append(np.flatnonzero(compare(part.abs(), threshold).numpy()) + start)
-    return torch.from_numpy(np.concatenate(found))
+        parts.append(np.flatnonzero(compare(part.abs(), threshold).numpy()) + start)
+    return torch.from_numpy(np.concatenate(parts))
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:
@@ -104,6 +108,9 @@ def split(flat: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> to
     Returns:
         The values to send, of ``dtype``, in the order of ``positions``; never infinite.
     """
+    done = kernels.split(flat, positions, dtype)
+    if done is not None:
+        return done
     exact = flat[positions]
     limit = min(torch.finfo(dtype).max, torch.finfo(flat.dtype).max)
     values = exact.clamp(-limit, limit).to(dtype)

@@ -59,7 +59,7 @@ def compensated_sum(rows: Sequence[torch.Tensor], rule: Recursion,
         rule: the recursion's settings.
         mean_square: MeanSquare of the slice, updated in place; float32 (float64 for float64 rows).
             None with a constant lam.
-        out: 1-D of the rows' length; any floating dtype. Half precision is computed in float32.
+        out: 1-D of the rows' length and dtype; may be one of them. Half precision is computed in float32.
 
     Returns:
         ``out``.
@@ -81,7 +81,8 @@ def compensated_sum(rows: Sequence[torch.Tensor], rule: Recursion,
 def _recursion(rows: Sequence[torch.Tensor], rule: Recursion, mean_square: torch.Tensor | None,
                out: torch.Tensor, scratch: torch.Tensor) -> None:
     correction, root, wide = scratch
-    total = out if out.dtype == wide.dtype else wide
+    needed = any(row.data_ptr() == out.data_ptr() for row in rows[1:])  # after the first has been written
+    total = out if out.dtype == wide.dtype and not needed else wide
     for number, row in enumerate(rows):
         gradient = row.to(wide.dtype)
         if mean_square is not None:

@@ -78,17 +78,20 @@ def compensated_sum(rows: Sequence[torch.Tensor], rule: Recursion, mean_square: 
     return True
 
 
-def above(flat: torch.Tensor, threshold: float, expected: int) -> torch.Tensor | None:
-    """``topk_kernels``' search for candidates; None to leave it to PyTorch."""
+def above(flat: torch.Tensor, threshold: float,
+          expected: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """``topk_kernels``' search for candidates and their magnitudes; None to leave it to PyTorch."""
     if on_cuda(flat):
         from hvd_ext.torch import kernels_triton
 
-        return kernels_triton.above(flat, threshold)
+        found = kernels_triton.above(flat, threshold)
+        return found, flat[found].abs()
     if not on_cpu(flat):
         return None
     from hvd_ext.kernels import topk
 
-    return torch.from_numpy(topk.above(array(flat), threshold, expected))
+    found, magnitudes = topk.above(array(flat), threshold, expected)
+    return torch.from_numpy(found), torch.from_numpy(magnitudes)
 
 
 def split(flat: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:

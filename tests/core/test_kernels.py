@@ -161,7 +161,9 @@ def test_entries_above_a_threshold_are_all_found(size, dtype, seed, expected, th
     threshold = float(dtype(threshold))
     with np.errstate(invalid="ignore"):
         positions = np.flatnonzero(magnitudes >= threshold if threshold else magnitudes > 0)
-    np.testing.assert_array_equal(topk.above(flat, threshold, expected), positions)
+    found, larger = topk.above(flat, threshold, expected)
+    np.testing.assert_array_equal(found, positions)
+    np.testing.assert_array_equal(larger, magnitudes[positions])
 
 
 @pytest.mark.parametrize("length", [0, 1, LEAST - 1, 2 * LEAST, 5 * LEAST + 7])

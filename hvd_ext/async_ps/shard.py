@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from hvd_ext.async_ps.config import ServerSettings
 from hvd_ext.async_ps.sequencer import Commit
-from hvd_ext.delay.async_rules import BLOCK, apply_in_blocks, prepare
+from hvd_ext.delay.async_rules import BLOCK, apply_in_blocks
 
 Array = NDArray[Any]
 
@@ -34,7 +34,6 @@ class Shard:
             np.zeros_like(self.w) if settings.rule.adaptive else None for _ in range(workers)
         ]
         size = min(BLOCK, self.w.size)
-        prepare(self.w.dtype)
         self._work = np.empty(size, self.w.dtype), np.empty(size, self.w.dtype)
 
     def commit(self, order: Commit, gradient: Array) -> Array:

@@ -40,6 +40,16 @@ def on_cuda(*tensors: torch.Tensor) -> bool:
     return _fit(tensors, "cuda") and kernels.choice() == "triton"
 
 
+def _as_in_memory(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Views that are contiguous, where all tensors are channels last."""
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensors[0].dim())
+    if layout is None or all(one.is_contiguous() for one in tensors):
+        return tensors
+    if not all(one.is_contiguous(memory_format=layout) for one in tensors):
+        return tensors
+    return [one.detach().movedim(1, -1) for one in tensors]
+
+
 def implementation() -> str:
     """What ranks must have in common: one that rounds otherwise would let replicas drift apart."""
     triton = " and Triton's" if kernels.choice() == "triton" else ""
@@ -109,7 +119,7 @@ def split(flat: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> to
 def amsgrad(parameter: torch.Tensor, gradient: torch.Tensor, state: Sequence[torch.Tensor],
             group: dict[str, Any]) -> bool:
     """One update of :class:`hvd_ext.torch.AMSGrad`; ``state`` is m, v and vhat of the parameter."""
-    tensors = (parameter, gradient, *state)
+    tensors = _as_in_memory([parameter, gradient, *state])
     cuda = on_cuda(*tensors)
     if not cuda and not on_cpu(*tensors):
         return False

@@ -18,7 +18,8 @@ def run(parameters, steps, **options):
     gradients = []
     for _ in range(steps):
         for p in parameters:
-            p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+            p.grad = torch.empty_like(p).copy_(  # which keeps the layout
+                torch.randn(p.shape, generator=generator, dtype=torch.float64))
         gradients.append([p.grad.double().numpy().copy() for p in parameters])
         optimizer.step()
     return optimizer, gradients
@@ -71,6 +72,7 @@ def test_the_update_goes_through_the_compiled_loop(monkeypatch):
     monkeypatch.setenv("HVD_EXT_KERNELS", "auto")
     monkeypatch.setattr("hvd_ext.kernels.amsgrad.update", lambda w, *args, **kwargs: w.fill(7.0))
     half, single = parameters_of(torch.float16), parameters_of(torch.float32)
+    single.append(torch.nn.Parameter(torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)))
     run([*half, *single], 1)
     assert all((one == 7.0).all() for one in single)
     assert not any((one == 7.0).any() for one in half)

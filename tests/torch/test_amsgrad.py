@@ -58,7 +58,7 @@ def test_the_compiled_update_is_pytorchs(monkeypatch, options):
     for way in ("plain", "auto"):
         monkeypatch.setenv("HVD_EXT_KERNELS", way)
         parameters = [*parameters_of(), torch.nn.Parameter(
-            torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(2)).to(
+            torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(
                 memory_format=torch.channels_last))]
         parameters[0].data[0, 0] = torch.inf
         optimizer, _ = run(parameters, 5, lr=0.1, **options)

@@ -40,7 +40,7 @@ SUM := $(shell cat $(SOURCES) | cksum | tr ' ' '-')
 TOOLS := $(VENV)/.tools-$(SUM)
 READY := $(VENV)/.ready-$(subst $(space),-,$(FRAMEWORKS))-$(SUM)
 
-.PHONY: setup demo test test-quick test-soak test-cluster test-zoo test-gpu-build lint bench doctor clean
+.PHONY: setup demo test test-quick test-soak test-cluster test-zoo test-gpu-build test-triton lint bench doctor clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -71,6 +71,11 @@ test-zoo: $(READY)
 	$(PY) -m pip install --quiet --no-build-isolation --editable '.[zoo]'
 	$(PY) -m pytest tests/zoo -m "zoo or not zoo" $(PYTEST_ARGS)
 	$(PY) -m tests.zoo
+
+# Kernels for GPUs, through Triton's interpreter: installs 200 MB.
+test-triton: $(READY)
+	$(PY) -m pip install --quiet --no-build-isolation --editable '.[triton]'
+	$(PY) -m pytest tests/torch/test_kernels_triton.py $(PYTEST_ARGS)
 
 bench: $(READY)
 	$(PY) -m benchmarks

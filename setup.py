@@ -41,11 +41,13 @@ setup(
         ],
         # For hvd_ext.async_ps. MPI itself is the system's, or comes with `hvd-ext install-horovod`.
         "mpi": [f"mpi4py=={VERSIONS['MPI4PY']}"],
+        "fast": ["numba"],  # hvd_ext.kernels: loops compiled for the CPU
+        "triton": ["triton"],  # comes with the CUDA build of torch; here to run its kernels without a GPU
         "lightning": ["lightning>=2.6"],
         "examples": ["scikit-learn", "matplotlib"],
         "zoo": ["timm", "transformers", "torchvision==0.28.*"],  # the torchvision of this torch
-        "dev": [f"mpi4py=={VERSIONS['MPI4PY']}", "hypothesis", "pytest", "pytest-timeout", "ruff", "mypy",
-                "scikit-learn", "matplotlib", "tensorboard"],
+        "dev": [f"mpi4py=={VERSIONS['MPI4PY']}", "numba", "hypothesis", "pytest", "pytest-timeout",
+                "ruff", "mypy", "scikit-learn", "matplotlib", "tensorboard"],
     },
     entry_points={"console_scripts": ["hvd-ext = hvd_ext.cli.main:main"]},
 )

@@ -33,6 +33,7 @@ BENCHMARKS = {
     "delay_speed": Benchmark("exchange, step and bytes of delay compensation against an allreduce",
                              "delay_speed", plots=False),
     "delay_digits": Benchmark("test error by rule and number of workers", "delay_digits"),
+    "kernels": Benchmark("fused kernels against the operations they stand for", "kernels", plots=False),
     "seng_step": Benchmark("cost of a SENG step, one rank", "seng_step", plots=False),
     "seng_step_ranks": Benchmark("cost of a SENG step, block and lagged on two ranks", "seng_step",
                                  ("--ranks", "2"), plots=False),

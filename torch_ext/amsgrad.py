@@ -8,6 +8,9 @@ from typing import Any
 import torch
 
 from hvd_ext import checks
+from hvd_ext.torch import kernels
+
+STATE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 class AMSGrad(torch.optim.Optimizer):
@@ -88,7 +91,7 @@ class AMSGrad(torch.optim.Optimizer):
     def _prepare(self, parameter: torch.Tensor) -> None:
         state = self.state[parameter]
         if not state:
-            for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+            for name in STATE:
                 state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format,
                                                dtype=_state_dtype(parameter))
 
@@ -103,9 +106,12 @@ class AMSGrad(torch.optim.Optimizer):
 
     def _update(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
         lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+        parameters = [one for one in parameters if not kernels.amsgrad(
+            one, one.grad, [self.state[one][name] for name in STATE], group)]
+        if not parameters:
+            return
         states = [self.state[parameter] for parameter in parameters]
-        moments, squares, largest = ([state[name] for state in states] for name in
-                                     ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
+        moments, squares, largest = ([state[name] for state in states] for name in STATE)
         gradients: Any = [parameter.grad for parameter in parameters]
         weights, dtype = parameters, _state_dtype(parameters[0])
         if dtype != parameters[0].dtype:

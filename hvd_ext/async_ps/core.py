@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from hvd_ext.async_ps.config import Schedule, ServerSettings
 from hvd_ext.async_ps.model import Array, FlatModel
 from hvd_ext.async_ps.report import Report
-from hvd_ext.delay.async_rules import AsyncRule
+from hvd_ext.delay.async_rules import AsyncRule, prepare
 from hvd_ext.delay.momentum import AutoMomentum
 from hvd_ext.delay.sequences import Recorded
 
@@ -80,12 +80,13 @@ class ParameterServer:
         from hvd_ext.async_ps.secondary import Secondary
         from hvd_ext.async_ps.worker import Worker
 
+        comm = MPI.COMM_WORLD if comm is None else comm
+        if isinstance(servers, int) and comm.rank < servers:
+            prepare(model.dtype)  # before anybody waits for this server with a time limit
         self._buffer = model.buffer()
         self._buffer.take_weights()
         weights = self._buffer.read()
-        self._plan, member = register(
-            MPI.COMM_WORLD if comm is None else comm, servers, model, weights, settings
-        )
+        self._plan, member = register(comm, servers, model, weights, settings)
         rank = member.comm.rank
         self._comm = member.comm
         self._report: Report | None = None

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hvd_ext import kernels
 from hvd_ext.cli import cuda, toolchain
 from hvd_ext.cli.horovod_edits import EDITS
 from hvd_ext.cli.horovod_source import digest
@@ -88,6 +89,9 @@ class Facts:
         distutils: whether horovodrun finds it where it wants it, as Horovod's release does and an edited one
             does not; Python 3.12 has none of its own.
         mpi4py: version, or None.
+        numba: version, or None.
+        numba_error: why it does not import; empty where it does.
+        kernels: what ``HVD_EXT_KERNELS`` says.
         gpu: whether the machine has an NVIDIA GPU, whatever the frameworks see.
         driver: the NVIDIA driver, or None.
         toolkit: the machine's CUDA toolkit, or None.
@@ -107,6 +111,9 @@ class Facts:
     horovodrun: str | None = None
     distutils: bool = True
     mpi4py: str | None = None
+    numba: str | None = None
+    numba_error: str = ""
+    kernels: str = kernels.CHOICES[0]
     gpu: bool = False
     driver: cuda.Driver | None = None
     toolkit: cuda.Toolkit | None = None
@@ -119,6 +126,8 @@ def collect(limit: float = 180.0) -> Facts:
     Args:
         limit: seconds for each import in its own process.
     """
+    from hvd_ext.kernels import compiler  # which imports Numba
+
     horovod = toolchain.distribution_version("horovod")
     folder = horovod_folder()
     names = tuple(_FRAMEWORK_PROBES)
@@ -139,6 +148,9 @@ def collect(limit: float = 180.0) -> Facts:
         horovodrun=find_program("horovodrun"),
         distutils=importlib.util.find_spec("distutils") is not None or not _wants_distutils(folder),
         mpi4py=toolchain.distribution_version("mpi4py"),
+        numba=toolchain.distribution_version("numba"),
+        numba_error=compiler.PROBLEM or "",
+        kernels=os.environ.get(kernels.VARIABLE) or kernels.CHOICES[0],
         gpu=cuda.gpu_visible(),
         driver=cuda.driver(),
         toolkit=cuda.machine_toolkit(),

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from hvd_ext import kernels
 from hvd_ext.cli.facts import Facts, Framework, open_mpi_major
 from hvd_ext.cli.finding import REBUILD, Finding, Level
 from hvd_ext.cli.gpu_findings import gpu_findings
@@ -16,7 +17,7 @@ def judge(facts: Facts) -> list[Finding]:
     rows = [_python(facts)]
     rows += [_framework(framework) for framework in facts.frameworks]
     rows += [_keras(facts), *_horovod(facts), _mpi(facts), _launcher(facts), _mpi4py(facts)]
-    rows += [*gpu_findings(facts), _cores(facts)]
+    rows += [_kernels(facts), *gpu_findings(facts), _cores(facts)]
     return rows
 
 
@@ -142,6 +143,23 @@ def _mpi4py(facts: Facts) -> Finding:
         value = "not installed; hvd_ext.async_ps needs it"
         return Finding("mpi4py", value, "note", "pip install 'hvd-ext[mpi]'")
     return Finding("mpi4py", facts.mpi4py)
+
+
+def _kernels(facts: Facts) -> Finding:
+    """How the loops of ``hvd_ext.kernels`` run here."""
+    if facts.kernels not in kernels.CHOICES:
+        return Finding("Kernels", f"{kernels.VARIABLE}={facts.kernels} is not known", "problem",
+                       f"unset it, or one of {', '.join(kernels.CHOICES)}")
+    if facts.kernels == "plain":
+        return Finding("Kernels", f"PyTorch's and NumPy's operations, as {kernels.VARIABLE}=plain says")
+    if facts.numba is None:
+        return Finding("Kernels", "PyTorch's and NumPy's operations; Numba's are faster", "note",
+                       "pip install 'hvd-ext[fast]'")
+    if facts.numba_error:
+        value = f"PyTorch's and NumPy's operations; Numba {facts.numba} does not import: {facts.numba_error}"
+        return Finding("Kernels", value, "note", "pip install --upgrade numba")
+    triton = "; Triton's for CUDA, not tested on a GPU" if facts.kernels == "triton" else ""
+    return Finding("Kernels", f"compiled by Numba {facts.numba}{triton}")
 
 
 def _cores(facts: Facts) -> Finding:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hvd_ext import checks
+from hvd_ext import checks, kernels
 
 Array = NDArray[Any]
 
@@ -124,9 +124,13 @@ def apply_in_blocks(rule: AsyncRule, w: Array, gradient: Array, *, lr: float, mo
                     work: tuple[Array, Array]) -> None:
     """:func:`apply_update` on flat arrays (n,), then ``w_bak`` is overwritten with the new weights.
 
-    It goes block by block so that each array passes through memory once; the result is the same
-    bit for bit, since every operation is elementwise. ``work``: two arrays of (BLOCK,).
+    It goes block by block, or through a compiled kernel where there is one, so that each array passes
+    through memory once; the result is the same bit for bit, since every operation is elementwise and
+    rounded by itself. ``work``: two arrays of (BLOCK,).
     """
+    if kernels.usable() and _fit(w, gradient, w_bak, mean_square, velocity):
+        _update(rule, w, gradient, w_bak, mean_square, velocity, lr, momentum)
+        return
     for start in range(0, w.size, BLOCK):
         part = slice(start, min(start + BLOCK, w.size))
         size = part.stop - start
@@ -137,3 +141,26 @@ def apply_in_blocks(rule: AsyncRule, w: Array, gradient: Array, *, lr: float, mo
             work=(work[0][:size], work[1][:size]),
         )
         w_bak[part] = w[part]
+
+
+def prepare(dtype: Any) -> None:
+    """Have the kernel of :func:`apply_in_blocks` compiled, so that no update waits for it."""
+    if kernels.usable():
+        none = np.empty(0, dtype)
+        _update(AsyncRule(), none, none, none, none, none, 0.0, 0.0)
+
+
+def _fit(w: Array, *others: Array | None) -> bool:
+    return w.dtype in (np.float32, np.float64) and w.flags.c_contiguous and all(
+        one is None or (one.dtype == w.dtype and one.flags.c_contiguous) for one in others)
+
+
+def _update(rule: AsyncRule, w: Array, gradient: Array, w_bak: Array, mean_square: Array | None,
+            velocity: Array | None, lr: float, momentum: float) -> None:
+    from hvd_ext.kernels.rules import update
+
+    scalar = w.dtype.type
+    update(w, gradient, w_bak, w if mean_square is None else mean_square, w if velocity is None else velocity,
+           compensates=rule.compensates, adaptive=rule.adaptive, moves=velocity is not None, lr=scalar(lr),
+           momentum=scalar(momentum), lam=scalar(rule.lam), decay=scalar(rule.decay),
+           fresh=scalar(1.0 - rule.decay), eps=scalar(rule.eps))

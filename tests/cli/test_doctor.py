@@ -34,6 +34,7 @@ GOOD = Facts(
     libmpi="/env/lib/libmpi.so.40",
     horovodrun="/env/bin/horovodrun",
     mpi4py="4.1.2",
+    numba="0.68.1",
 )
 WITH_CUDA = replace(TORCH_OK, cuda="13.0", nccl="2.29.7")
 GPU_MACHINE = replace(GOOD, gpu=True, frameworks=(replace(WITH_CUDA, gpus=1, horovod={
@@ -80,6 +81,7 @@ def test_a_good_machine_has_no_problem_and_no_note() -> None:
         (replace(GOOD, mpirun=None, frameworks=(
             replace(TORCH_OK, horovod={"mpi": True, "gloo": False}), ABSENT[1])),
          "MPI", "no mpirun", "hvd-ext install-horovod"),
+        (replace(GOOD, kernels="fast"), "Kernels", "HVD_EXT_KERNELS=fast", "auto, plain, triton"),
     ],
     ids=lambda value: value if isinstance(value, str) and " " not in value else "",
 )
@@ -99,6 +101,8 @@ def test_problem_names_the_mending_command(
         (replace(GOOD, built_for={"torch": TORCH}), "Horovod for TensorFlow", "not built"),
         (replace(GOOD, mpi4py=None), "mpi4py", "not installed"),
         (replace(GOOD, mpirun=None), "MPI", "no mpirun"),  # Gloo is there
+        (replace(GOOD, numba=None), "Kernels", "Numba's are faster"),
+        (replace(GOOD, numba_error="Numba needs NumPy 2.4 or less"), "Kernels", "NumPy 2.4 or less"),
         (replace(GOOD, gpu=True), "GPU operations", "not built in"),
         (replace(GOOD, mpirun_version="mpirun (Open MPI) 5.0.11"), "Launcher", "Open MPI 5"),
         (replace(GOOD, mpirun="/usr/bin/mpirun"), "MPI", "but Horovod loads /env/lib"),
@@ -113,6 +117,13 @@ def test_problem_names_the_mending_command(
 def test_note_is_no_problem(found: Facts, subject: str, value: str) -> None:
     assert of_level(found, "problem") == {}
     assert value in of_level(found, "note")[subject].value
+
+
+def test_which_kernels_are_used() -> None:
+    assert of_level(GOOD, "ok")["Kernels"].value == "compiled by Numba 0.68.1"
+    assert "not tested on a GPU" in of_level(replace(GOOD, kernels="triton"), "ok")["Kernels"].value
+    plain = of_level(replace(GOOD, kernels="plain", numba=None), "ok")["Kernels"]
+    assert "HVD_EXT_KERNELS=plain" in plain.value
 
 
 def test_a_good_gpu_machine_and_its_releases() -> None:

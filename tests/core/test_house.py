@@ -59,7 +59,7 @@ TENSORFLOW_ALONE = {"tape", "traffic", "variables", "keras_store", "keras_hooks"
                     "waiting", "retracing",
                     *(f"seng/{name}" for name in ("traces", "start", "einsum", "table"))}
 TORCH_ALONE = {"passes", "mpi_ops", "copies", "lightning", "clipping", "pieces", "owned_state",
-               "whole_weights", "reducers/sharded",
+               "whole_weights", "kernels", "kernels_triton", "reducers/sharded",
                *(f"seng/{name}" for name in ("attention", "eager", "functions", "lookup", "notices",
                                              "per_sample", "probe", "tied"))}
 LONGEST = 400  # lines

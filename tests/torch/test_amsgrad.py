@@ -18,7 +18,8 @@ def run(parameters, steps, **options):
     gradients = []
     for _ in range(steps):
         for p in parameters:
-            p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+            p.grad = torch.empty_like(p).copy_(  # which keeps the layout
+                torch.randn(p.shape, generator=generator, dtype=torch.float64))
         gradients.append([p.grad.double().numpy().copy() for p in parameters])
         optimizer.step()
     return optimizer, gradients
@@ -30,9 +31,11 @@ def parameters_of(dtype=torch.float64):
             for shape in ((7, 5), (5,), ())]
 
 
+@pytest.mark.parametrize("kernels", ["auto", "plain"])
 @pytest.mark.parametrize("foreach", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-5)])
-def test_against_the_oracle(foreach, dtype, tolerance):
+def test_against_the_oracle(monkeypatch, kernels, foreach, dtype, tolerance):
+    monkeypatch.setenv("HVD_EXT_KERNELS", kernels)
     parameters = parameters_of(dtype)
     before = [p.detach().double().numpy().copy() for p in parameters]
     settings = {"lr": 0.03, "betas": (0.8, 0.95), "eps": 1e-3}
@@ -43,6 +46,36 @@ def test_against_the_oracle(foreach, dtype, tolerance):
         for step in gradients:
             w = amsgrad_step(w, step[index], state, lr=0.03, beta1=0.8, beta2=0.95, eps=1e-3)
         np.testing.assert_allclose(parameter.detach().double().numpy(), w, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "decoupled_weight_decay": True},
+    {"weight_decay": 0.1, "maximize": True}], ids=str)
+def test_the_compiled_update_is_pytorchs(monkeypatch, options):
+    """But for the square root, which PyTorch takes from a library that may round it otherwise."""
+    pytest.importorskip("numba")
+    found = {}
+    for way in ("plain", "auto"):
+        monkeypatch.setenv("HVD_EXT_KERNELS", way)
+        parameters = [*parameters_of(), torch.nn.Parameter(
+            torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(
+                memory_format=torch.channels_last))]
+        parameters[0].data[0, 0] = torch.inf
+        optimizer, _ = run(parameters, 5, lr=0.1, **options)
+        found[way] = [*parameters, *(one for state in optimizer.state.values() for one in state.values())]
+    for plain, compiled in zip(*found.values(), strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-12, atol=1e-13, equal_nan=True)
+
+
+def test_the_update_goes_through_the_compiled_loop(monkeypatch):
+    pytest.importorskip("numba")
+    monkeypatch.setenv("HVD_EXT_KERNELS", "auto")
+    monkeypatch.setattr("hvd_ext.kernels.amsgrad.update", lambda w, *args, **kwargs: w.fill(7.0))
+    half, single = parameters_of(torch.float16), parameters_of(torch.float32)
+    single.append(torch.nn.Parameter(torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)))
+    run([*half, *single], 1)
+    assert all((one == 7.0).all() for one in single)
+    assert not any((one == 7.0).any() for one in half)
 
 
 def test_it_is_not_torchs_adam():

@@ -38,6 +38,50 @@ def test_recursion_is_the_oracles(device, adaptive, cumulative, length):
         np.testing.assert_allclose(mean_square.cpu().numpy(), oracle.mean_square, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("adaptive", [True, False])
+@pytest.mark.parametrize("cumulative", [True, False])
+def test_compiled_recursion_is_pytorchs_bit_for_bit(monkeypatch, dtype, adaptive, cumulative):
+    """Where PyTorch's vectorised operations multiply and add with one rounding, which not all CPUs can."""
+    pytest.importorskip("numba")
+    generator = torch.Generator().manual_seed(0)
+    length = 200_001
+    rows = [torch.randn(length, generator=generator, dtype=dtype) for _ in range(3)]
+    rows[0][5], rows[1][6], rows[2][7] = torch.nan, torch.inf, 0.0
+    rule = Recursion(step=0.1, lam=1.3, adaptive=adaptive, decay=0.9, eps=1e-7, cumulative=cumulative,
+                     scale=0.5, divisor=3.0)
+    found = {}
+    for way in ("plain", "auto"):
+        monkeypatch.setenv("HVD_EXT_KERNELS", way)
+        square = torch.zeros(length, dtype=dtype) if adaptive else None
+        out = torch.empty(length, dtype=dtype)
+        for _ in range(2):
+            compensated_sum(rows, rule, square, out)
+        found[way] = [out, *([] if square is None else [square])]
+    one_rounding = torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+    tolerance = {"rtol": 0.0, "atol": 0.0} if one_rounding else {}
+    for plain, compiled in zip(*found.values(), strict=True):
+        torch.testing.assert_close(compiled, plain, equal_nan=True, **tolerance)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_recursion_goes_through_the_compiled_loop(monkeypatch, threads):
+    """Otherwise the comparison above would compare PyTorch with itself."""
+    pytest.importorskip("numba")
+    monkeypatch.setenv("HVD_EXT_KERNELS", "auto")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    parts = []
+    monkeypatch.setattr("hvd_ext.kernels.recursion.compensated_sum",
+                        lambda *args, **kwargs: parts.append(args[3:5]))
+    rows = [torch.zeros(200_000) for _ in range(2)]
+    rule = Recursion(step=0.1, lam=2.0, adaptive=False, decay=0.9, eps=1e-7, cumulative=True)
+    compensated_sum(rows, rule, None, torch.zeros(200_000))
+    assert sum(stop - start for start, stop in parts) == 200_000
+    assert len(parts) == threads
+    compensated_sum([row.half() for row in rows], rule, None, torch.zeros(200_000).half())
+    assert len(parts) == threads  # half precision is PyTorch's
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_scale_is_undone(device):
     """Rows that carry a loss scale give the sum that carries it, of the recursion without it."""

@@ -56,6 +56,11 @@ def other_passes(rank):
     return delayed(make_parameters(SHAPES), backward_passes_per_step=1 + rank)
 
 
+def other_kernels(rank):
+    os.environ["HVD_EXT_KERNELS"] = ("auto", "triton")[rank]
+    return delayed(make_parameters(SHAPES))
+
+
 def error_of_a_step(build):
     """The error each rank meets; everything else fails the test."""
     optimizer = globals()[build](hvd.rank())
@@ -71,7 +76,8 @@ def error_of_a_step(build):
 
 @pytest.mark.parametrize(("size", "build", "said"), [
     (2, "other_shape", r"p1\[7\]"), (2, "other_dtype", "torch.float64"), (2, "other_parameters", r"p2\[4\]"),
-    (2, "other_names", "rank1"), (2, "other_settings", "lam=3"), (2, "other_passes", "backward passes"),
+    (2, "other_names", "rank1"), (2, "other_kernels", "kernels: .* and Triton"),
+    (2, "other_settings", "lam=3"), (2, "other_passes", "backward passes"),
     (4, "other_shape", r"p1\[7\]"), (4, "other_parameters", r"p2\[4\]"),
 ])
 def test_ranks_that_disagree_all_see_the_same_error(size, build, said):

@@ -20,6 +20,7 @@ from hvd_ext.agreement import Fingerprint
 from hvd_ext.composition import describe_settings
 from hvd_ext.options import Options
 from hvd_ext.torch.collectives import Collectives, Handle
+from hvd_ext.torch.kernels import implementation
 from hvd_ext.versions import HVD_EXT
 
 
@@ -177,7 +178,8 @@ class Reducer(abc.ABC):
         """
         plan = (len(self.entries), self.passes)
         if self.collectives.size > 1 and plan != self.met:
-            self.collectives.meet(Fingerprint((f"hvd_ext {HVD_EXT} for PyTorch", *extensions,
+            self.collectives.meet(Fingerprint((f"hvd_ext {HVD_EXT} for PyTorch",
+                                               f"kernels: {implementation()}", *extensions,
                                                *self.fingerprint().lines)))
             self.met = plan
 

@@ -114,6 +114,7 @@ class DelayReducer(BucketReducer):
         name = f"{self.prefix}/bucket{bucket.index}" + (f"/part{part}" if part else "")
         memory = self._receive.setdefault((bucket.index, part), flat.new_empty(0))
         splits = slice_sizes(bucket.numel, self.collectives.size)
+        splits[self.collectives.rank] = 0  # this rank's own slice is where it is needed
         return Sent(square_norm(flat),
                     self.collectives.alltoall_async(flat, splits, name, out=memory))
 
@@ -168,15 +169,17 @@ class DelayReducer(BucketReducer):
         """Reduce this rank's slice of a bucket and start gathering it."""
         ranks = self.collectives.size
         if ranks > 1:
-            received = [started[bucket.index, part].handle.wait() for part in range(self.parts)]
-            own = slice_sizes(bucket.numel, ranks)[self.collectives.rank]
-            # What was sent has arrived: its memory serves for the result.
-            out = self.buffer(bucket)[:own]
+            rank, sizes = self.collectives.rank, slice_sizes(bucket.numel, ranks)
+            slices = []  # by part and rank
+            for part in range(self.parts):
+                others = started[bucket.index, part].handle.wait().view(ranks - 1, sizes[rank]).unbind()
+                mine = self.buffer(bucket, part).split(sizes)[rank]
+                slices.append([*others[:rank], mine, *others[rank:]])
+            out = slices[0][rank]
         else:
-            received = [self.buffer(bucket, part) for part in range(self.parts)]
-            own = bucket.numel
-            out = self._receive.setdefault((bucket.index, 0), torch.empty_like(received[0]))
-        rows = [received[w.part][w.rank * own : (w.rank + 1) * own] for w in order]
+            slices = [[self.buffer(bucket, part)] for part in range(self.parts)]
+            out = self._receive.setdefault((bucket.index, 0), torch.empty_like(slices[0][0]))
+        rows = [slices[w.part][w.rank] for w in order]
         if not rows:
             out.zero_()
         elif good:

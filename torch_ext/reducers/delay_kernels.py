@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from hvd_ext.torch import kernels
+
 # Elements a thread takes at a time on the CPU: the five arrays of the recursion stay in its cache.
 CPU_CHUNK = 2**16
 
@@ -33,6 +35,16 @@ class Recursion:
     scale: float = 1.0
     divisor: float = 1.0
 
+    @property
+    def strength(self) -> float:
+        """What the correction of a row is multiplied by."""
+        return self.step * self.lam * self.scale**2
+
+    @property
+    def fresh(self) -> float:
+        """What a row's square is multiplied by on its way into MeanSquare."""
+        return (1 - self.decay) * self.scale**2
+
 
 def compensated_sum(rows: Sequence[torch.Tensor], rule: Recursion,
                     mean_square: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
@@ -47,11 +59,13 @@ def compensated_sum(rows: Sequence[torch.Tensor], rule: Recursion,
         rule: the recursion's settings.
         mean_square: MeanSquare of the slice, updated in place; float32 (float64 for float64 rows).
             None with a constant lam.
-        out: 1-D of the rows' length; any floating dtype. Half precision is computed in float32.
+        out: 1-D of the rows' length and dtype; may be one of them. Half precision is computed in float32.
 
     Returns:
         ``out``.
     """
+    if kernels.compensated_sum(rows, rule, mean_square, out):
+        return out
     length = out.numel()
     chunk = length if out.is_cuda else min(length, CPU_CHUNK * torch.get_num_threads())
     wide = accumulation_dtype(out.dtype)
@@ -67,14 +81,12 @@ def compensated_sum(rows: Sequence[torch.Tensor], rule: Recursion,
 def _recursion(rows: Sequence[torch.Tensor], rule: Recursion, mean_square: torch.Tensor | None,
                out: torch.Tensor, scratch: torch.Tensor) -> None:
     correction, root, wide = scratch
-    total = out if out.dtype == wide.dtype else wide
-    strength = rule.step * rule.lam * rule.scale**2
+    needed = any(row.data_ptr() == out.data_ptr() for row in rows[1:])  # after the first has been written
+    total = out if out.dtype == wide.dtype and not needed else wide
     for number, row in enumerate(rows):
         gradient = row.to(wide.dtype)
         if mean_square is not None:
-            mean_square.mul_(rule.decay).addcmul_(
-                gradient, gradient, value=(1 - rule.decay) * rule.scale**2
-            )
+            mean_square.mul_(rule.decay).addcmul_(gradient, gradient, value=rule.fresh)
         if number == 0 and rule.cumulative:
             total.copy_(gradient)  # nothing was applied before the first
             continue
@@ -84,7 +96,7 @@ def _recursion(rows: Sequence[torch.Tensor], rule: Recursion, mean_square: torch
         if mean_square is not None:
             torch.add(mean_square, rule.eps, out=root)
             correction.mul_(root.rsqrt_())
-        total.add_(gradient).addcmul_(gradient, correction, value=-strength)
+        total.add_(gradient).addcmul_(gradient, correction, value=-rule.strength)
     if rule.divisor != 1.0:
         total.div_(rule.divisor)
     if total is not out:

@@ -170,7 +170,8 @@ def test_system_that_cannot_be_factored_keeps_the_previous_curvature(monkeypatch
     seng = hvd.SENG(model, damping=LAM, update_freq=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     train(model, seng, optimizer, [0])
-    monkeypatch.setattr(seng_kernels, "factor", lambda gram, lam: (None, 0.0))
+    monkeypatch.setattr(seng_kernels, "factor_all", lambda grams, lam: (
+        grams, [0.0] * len(grams), [False] * len(grams)))
     with pytest.warns(UserWarning, match="could not be factored"):
         train(model, seng, optimizer, [1])
     assert {row["age"] for row in seng.report()["layers"]} == {2}

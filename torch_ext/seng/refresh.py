@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from hvd_ext.agreement import digest
+from hvd_ext.agreement import Fingerprint, digest
 from hvd_ext.seng import (
     Settings,
     check_same_layers,
@@ -23,6 +24,7 @@ from hvd_ext.torch.collectives import Collectives, Handle
 from hvd_ext.torch.seng.blocks import Block, Chooser
 from hvd_ext.torch.seng.capture import Caught, Trust
 from hvd_ext.torch.seng.inventory import Layer
+from hvd_ext.torch.seng.step import Join
 from hvd_ext.torch.seng.system import LayerSystem
 
 HEADER = 3  # fingerprint, step, damping
@@ -49,16 +51,21 @@ class Refresh:
     Args:
         collectives: of M ranks; None on a single one.
         name: prefix of the collectives' names.
+        join: puts systems into units, see ``packs.py``.
     """
 
     def __init__(self, layers: Sequence[Layer], settings: Settings,
-                 collectives: Collectives | None, name: str) -> None:
+                 collectives: Collectives | None, name: str, join: Join) -> None:
         self._layers = list(layers)
         self._settings = settings
         self._collectives = collectives
         self._name = name
-        self._fingerprint = fingerprint(
-            settings, [(layer.name, layer.shape, layer.plan) for layer in self._layers])
+        self._join_small = join
+
+    @functools.cached_property
+    def _fingerprint(self) -> Fingerprint:
+        return fingerprint(
+            self._settings, [(layer.name, layer.shape, layer.plan) for layer in self._layers])
 
     def same_state(self, step: int, due: bool, kept: Sequence[str]) -> bool:
         """Whether all ranks are at the same step with the same things kept (``kept`` names them).
@@ -108,12 +115,13 @@ class Refresh:
             self._join(result, self._collectives)
         else:
             for layer, system in result.systems.items():
-                system.sketch(layer.plan, self._chooser(layer, system))
-        for layer, system in list(result.systems.items()):
-            system.form()
-            if not system.factor(lam):
-                result.failures[layer] = "its small system could not be factored"
-                del result.systems[layer]
+                if layer.plan.sampled:
+                    system.sketch(layer.plan, self._chooser(layer, system))
+        joint = self._join_small(result.systems)
+        joint.form()
+        for layer in joint.factor(lam):
+            result.failures[layer] = "its small system could not be factored"
+            del result.systems[layer]
         self._agree(result, lam)
         if self._settings.strict and result.by_rows:
             raise ValueError(strict_refusal([layer.name for layer in result.by_rows]))

@@ -125,6 +125,11 @@ def _linear(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick) ->
     return Factors(*(t.reshape(t.shape[0], 1, -1, t.shape[-1]) for t in (gz, x)))
 
 
+def is_linear(registered: Registered) -> bool:
+    """Whether a rule is that of ``Linear``."""
+    return registered.rule is _linear
+
+
 def patches(x: torch.Tensor, kernel: tuple[int, ...], stride: tuple[int, ...],
             dilation: tuple[int, ...], positions: tuple[int, ...]) -> torch.Tensor:
     """Sliding blocks of a padded ``x`` (rho, C, *space): (rho, C, prod kernel, prod positions)."""

@@ -68,53 +68,40 @@ class LayerSystem:
         self.r = r
 
     def form(self) -> None:
-        """Put the Gram matrix together from the (sketched) blocks."""
+        """Put the Gram matrix together from the (sketched) blocks, in float64."""
         self.total = self.total or self.rho
-        grams = [block.gram().double() for block in self.blocks]
-        self.gram = torch.stack(grams).sum(0) / self.ranks
-
-    def factor(self, lam: float) -> bool:
-        """Factor ``lam I + U^T U``; a factor for this lam is kept. False when it has none."""
-        if self.lower is not None and self.lam == lam:
-            return True
-        assert self.gram is not None
-        lower, jitter = kernels.factor(self.gram, lam)
-        if lower is None:
-            return False
-        self.lower, self.lam, self.jitter = lower, lam, jitter
-        return True
+        gram = self.blocks[0].gram().double()
+        for block in self.blocks[1:]:
+            gram = gram + block.gram()
+        self.gram = gram if self.ranks == 1 else gram / self.ranks
 
     # Used at every step
 
-    def solve(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-        """``b`` of SENG eq. 9 or 12 for all samples of the system: (total,)."""
-        assert self.lower is not None
+    def project(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+        """``U^T g``, the right-hand side of SENG eq. 9 or 12, for all samples of the system: (total,)."""
         rhs = self.blocks[0].project(gradients)
         for block in self.blocks[1:]:
             rhs = rhs + block.project(gradients)
-        if self.ranks > 1:
-            rhs = rhs / self.ranks ** 0.5
-        self.coefficients = kernels.solve(self.lower, rhs)
-        return self.coefficients
+        return rhs if self.ranks == 1 else rhs / self.ranks ** 0.5
 
-    def message(self, gradients: Sequence[torch.Tensor], lam: float, uc: str) -> torch.Tensor:
+    def message(self, b: torch.Tensor, uc: str) -> torch.Tensor:
         """What this rank adds to ``U b``, flat, such that the mean over ranks is what is subtracted.
 
         Explicit blocks and the exact form give ``U_i b_i`` (SENG eq. 25, 26), the factored form the
-        two means of eq. 28. A lam that has no factor leaves the last one in place.
+        two means of eq. 28.
+
+        Args:
+            b: the coefficients of the system (total,).
         """
-        self.factor(lam)
-        b = self.solve(gradients)
         own = b[self.offset:self.offset + self.rho]
         out = b.new_empty(sum(self._sizes(uc)))
         for block, part in zip(self.blocks, out.split(self._sizes(uc)), strict=True):
             block.message(b, own, self.ranks, uc, part)
         return out
 
-    def subtract_alone(self, gradients: Sequence[torch.Tensor], lam: float, uc: str) -> None:
+    def subtract_alone(self, b: torch.Tensor, gradients: Sequence[torch.Tensor], lam: float,
+                       uc: str) -> None:
         """``gradients <- (gradients - U b)/lam`` in place (SENG eq. 8) where there is one rank."""
-        self.factor(lam)
-        b = self.solve(gradients)
         for block in self.blocks:
             block.subtract_alone(b, gradients, lam, uc)
 

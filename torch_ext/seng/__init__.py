@@ -294,6 +294,7 @@ class SENG:
         both = {**state.systems, **new.systems}
         state.systems = {layer: both[layer] for layer in self.layers
                          if layer in both and layer not in self._trust.refused}
+        self._joint = new.joint
         state.lagged = candidate.lagged or Lagged(state.lagged.pending)
         state.step = new.step
         # With nothing captured anywhere the next step tries again.

@@ -193,6 +193,7 @@ class Capture:
                 light[layer] = found[next(iter(found))]
             else:
                 caught.found[layer] = next(iter(found.values()))
+        light = {layer: light[layer] for layer in self.layers if layer in light}
         caught.found.update(build(light, self._frames, self._choose, self._scale_of, self._step))
         for layer in self._check.came_alone():
             # Only a forward pass that began with the hooks in place shows that a call is missing.

@@ -49,7 +49,7 @@ def build(captured: Mapping[Layer, Light], frames: Frames, choose: Choose,
     for (batch, device, dtype), layers in alike.items():
         chosen = choose(batch, device)
         rho = batch if chosen is None else chosen.numel()
-        frame = frames.of(sorted(layers, key=list(captured).index), rho, device, dtype)
+        frame = frames.of(layers, rho, device, dtype)
         gz = torch.cat([captured[layer].gz for layer in frame.layers], 1)
         one = gz.new_ones(()).expand(batch, 1)
         x = torch.cat([part for layer in frame.layers for part in

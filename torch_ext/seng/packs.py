@@ -97,6 +97,7 @@ class Frames:
     """Frames that were made, as long as the layers are the same."""
 
     made: dict[tuple[object, ...], Frame] = field(default_factory=dict)
+    fitting: dict[Layer, bool] = field(default_factory=dict)
 
     def of(self, layers: Sequence[Layer], rho: int, device: torch.device, dtype: torch.dtype) -> Frame:
         """The frame of these layers for rho samples."""
@@ -115,7 +116,9 @@ class Frames:
         units: list[Unit] = []
         packed: dict[tuple[int, torch.device, torch.dtype], list[Layer]] = {}
         for layer, system in systems.items():
-            if packable(layer, system):
+            if layer not in self.fitting:
+                self.fitting[layer] = fits(layer)
+            if self.fitting[layer] and packable(layer, system):
                 key = (system.rho, layer.parameters[0].device, layer.dtype)
                 packed.setdefault(key, []).append(layer)
             else:
@@ -126,14 +129,14 @@ class Frames:
 
 
 def packable(layer: Layer, system: LayerSystem) -> bool:
-    """Whether a layer's curvature is that of a small linear layer with one row a sample, not sketched."""
+    """Whether the curvature of a layer that :func:`fits` is that of one row a sample."""
     block = system.blocks[0]
-    return (len(system.blocks) == 1 and isinstance(block, Product) and fits(layer) and system.ranks == 1
-            and block.r == 1 and block.g.dtype == layer.dtype)
+    return (len(system.blocks) == 1 and isinstance(block, Product) and system.ranks == 1
+            and block.g.shape[2] == 1 and block.g.dtype == layer.dtype)
 
 
 def fits(layer: Layer) -> bool:
-    """The same as far as it is known of the layer without its curvature."""
+    """Whether a layer is small, linear and not sketched."""
     return (layer.product and layer.plan.implicit and not layer.plan.sampled and layer.groups[0] == 1
             and layer.registered.ones and not layer.lookups
             and layer.groups[1] * (layer.groups[2] + len(layer.parameters) - 1) <= LARGEST)

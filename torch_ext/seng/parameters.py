@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,13 +21,10 @@ class Parameters:
     def now(self) -> list[nn.Parameter]:
         """What ``list(model.parameters())`` is."""
         held = [one for table in self._tables for one in table.values()]
-        if not self._tables or len(held) != len(self._held) or any(map(_differ, held, self._held)):
+        if not self._tables or len(held) != len(self._held) or not all(map(operator.is_, held, self._held)):
             self._found = list(self._model.parameters())
             self._tables = [table for module in self._model.modules()
                             for table in (module._parameters, module._modules)]
             self._held = [one for table in self._tables for one in table.values()]
         return self._found
 
-
-def _differ(one: Any, other: Any) -> bool:
-    return one is not other

@@ -24,6 +24,7 @@ from hvd_ext.torch.collectives import Collectives, Handle
 from hvd_ext.torch.seng.blocks import Block, Chooser
 from hvd_ext.torch.seng.capture import Caught, Trust
 from hvd_ext.torch.seng.inventory import Layer
+from hvd_ext.torch.seng.joint import Joint
 from hvd_ext.torch.seng.step import Join
 from hvd_ext.torch.seng.system import LayerSystem
 
@@ -34,6 +35,7 @@ HEADER = 3  # fingerprint, step, damping
 class Refreshed:
     """New curvature of the layers that have one on every rank, and why others have none.
 
+    ``joint`` has ``systems`` in units, unless some that were formed are not among them, or were changed.
     ``trust`` is what the gradient check of any rank says from here on; ``by_rows`` are the layers of
     which a rank could not tell the samples apart.
     """
@@ -43,6 +45,7 @@ class Refreshed:
     failures: dict[Layer, str] = field(default_factory=dict)
     trust: Trust = field(default_factory=Trust)
     by_rows: list[Layer] = field(default_factory=list)
+    joint: Joint | None = None
 
 
 class Refresh:
@@ -117,7 +120,7 @@ class Refresh:
             for layer, system in result.systems.items():
                 if layer.plan.sampled:
                     system.sketch(layer.plan, self._chooser(layer, system))
-        joint = self._join_small(result.systems)
+        joint = result.joint = self._join_small(result.systems)
         joint.form()
         for layer in joint.factor(lam):
             result.failures[layer] = "its small system could not be factored"
@@ -131,6 +134,7 @@ class Refresh:
         """Keep the layers that every rank has; give factors as many columns as any rank's have."""
         if self._collectives is None:
             return
+        result.joint = None
         rows = [[int(layer in result.systems), result.systems[layer].r if layer in result.systems
                  else 0, int(layer in result.trust.refused), int(layer in result.by_rows)]
                 for layer in self._layers]

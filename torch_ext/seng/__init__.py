@@ -241,19 +241,24 @@ class SENG:
         """Gradients into directions: by the layers' curvature, by ``other`` without one."""
         state, settings = self.state, self.settings
         lam = settings.damping_at(state.step)
-        # p is linear in g: only what is kept from step to step must have the same scale at each.
         lagging = settings.coupling == "lagged"
-        scale = loss_scale(self._scaler) if self._attached and lagging else 1.0
+        stale = [layer for layer, system in state.systems.items()
+                 if settings.stale == "bound" and system.step != state.step]
+        # p is linear in g: only what is kept from step to step, or compared, must have the same scale.
+        scale = loss_scale(self._scaler) if self._attached and (lagging or stale) else 1.0
         joint = self._joint
         if joint is None or not joint.is_of(state.systems):
             joint = self._joint = self._frames.join(state.systems)
         joint.hold(1.0 / scale)
+        before = joint.copies() if stale else {}
         if lagging:
             refresh_next = state.due or (state.step + 1) % settings.update_freq == 0
             lam_next = None if refresh_next else settings.damping_at(state.step + 1)
             state.lagged = self._step.lagged_directions(joint, lam, state.lagged, lam_next)
         else:
             self._step.directions(joint, lam)
+        if stale:
+            joint.bound(before, stale)
         divisor = settings.other_divisor(lam)
         if divisor != 1.0:
             done = {id(p) for layer in joint.systems for p in layer.parameters}

@@ -7,7 +7,7 @@ A :class:`Unit` is what a step works with: a layer by itself, or the small layer
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -55,8 +55,27 @@ class Unit(abc.ABC):
         """The same where there is one rank."""
 
     @abc.abstractmethod
+    def parts(self) -> list[list[torch.Tensor]]:
+        """The gradients, or directions, as they are held: of each layer one tensor per parameter."""
+
     def copies(self) -> list[list[torch.Tensor]]:
-        """The gradients as they are held, flat per parameter, for the next step."""
+        """Copies of them, flat."""
+        return [[part.clone(memory_format=torch.contiguous_format).view(-1) for part in own]
+                for own in self.parts()]
+
+    def bound(self, before: Flat, stale: Collection[Layer]) -> None:
+        """``p <- p / (1 + g^T p)`` of layers in ``stale``, with the gradients g that were held before.
+
+        That is ``(U U^T + g g^T + lam I)^{-1} g``, by Sherman and Morrison. Sums, not dot products, whose
+        bits depend on where a tensor is in memory: replicas must agree.
+        """
+        for layer, own in zip(self.layers, self.parts(), strict=True):
+            if layer in stale:
+                product = sum((part * g.view_as(part)).sum()
+                              for part, g in zip(own, before[layer], strict=True))
+                divisor = 1.0 + product.clamp_min(0.0)  # type: ignore[union-attr]
+                for part in own:
+                    part.div_(divisor)
 
     @abc.abstractmethod
     def write_back(self, factor: float) -> None:
@@ -108,8 +127,8 @@ class Single(Unit):
     def subtract_alone(self, b: torch.Tensor, lam: float, uc: str) -> None:
         self.systems[0].subtract_alone(b[0], self._flat, lam, uc)
 
-    def copies(self) -> list[list[torch.Tensor]]:
-        return [[flat.clone() for flat in self._flat]]
+    def parts(self) -> list[list[torch.Tensor]]:
+        return [self._flat]
 
     def write_back(self, factor: float) -> None:
         if factor != 1.0:
@@ -231,6 +250,11 @@ class Joint:
         found = {layer: flat for unit in self.units
                  for layer, flat in zip(unit.layers, unit.copies(), strict=True)}
         return {layer: found[layer] for layer in self.systems}
+
+    def bound(self, before: Flat, stale: Collection[Layer]) -> None:
+        """``p <- p / (1 + g^T p)`` of layers in ``stale``; ``before`` are the gradients, by ``copies()``."""
+        for unit in self.units:
+            unit.bound(before, stale)
 
     def write_back(self, factor: float = 1.0) -> None:
         """Put the directions, times ``factor``, into ``.grad``."""

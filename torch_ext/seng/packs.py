@@ -243,9 +243,8 @@ class Pack(Unit):
             z.sub_(message.view_as(z))
         self.frame.room.mul_(1.0 / lam)
 
-    def copies(self) -> list[list[torch.Tensor]]:
-        return [[place.clone(memory_format=torch.contiguous_format).view(-1) for place in own]
-                for own in self.frame.places]
+    def parts(self) -> list[list[torch.Tensor]]:
+        return self.frame.places
 
     def write_back(self, factor: float) -> None:
         if factor != 1.0:

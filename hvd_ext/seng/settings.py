@@ -123,8 +123,8 @@ class Settings:
         checks.choice("stale", self.stale, ("keep", "bound"))
         if self.stale == "bound" and self.loss_reduction != "mean":
             raise ValueError(
-                'stale="bound" compares the step\'s gradient with gradients of single samples and needs their '
-                f"mean, got loss_reduction={self.loss_reduction!r}; take the mean as loss, or leave stale= out")
+                'stale="bound" compares the step\'s gradient with single samples\' and needs their mean, got '
+                f"loss_reduction={self.loss_reduction!r}; take the mean as loss, or leave stale= out")
         check_samples(self.samples)
         checks.flag("strict", self.strict)
         checks.flag("check_gradients", self.check_gradients)

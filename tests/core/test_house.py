@@ -62,7 +62,7 @@ TORCH_ALONE = {"passes", "extended", "mpi_ops", "copies", "lightning", "clipping
                "reducers/sharded", "reducers/late", "reducers/late_kernels",
                *(f"seng/{name}" for name in ("attention", "eager", "functions", "joint", "light", "lookup",
                                              "notices", "packs", "parameters", "per_sample", "probe",
-                                             "tied"))}
+                                             "shifted", "tied"))}
 LONGEST = 400  # lines
 
 

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from hvd_ext.seng import jitters
+from hvd_ext.torch.seng.shifted import Shifted
 
 CHUNK = 1 << 14
 GRAM_BLOCK = 1 << 22
@@ -75,7 +76,7 @@ def per_sample_products(g: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     return torch.matmul(g.mT, a).flatten(1)
 
 
-def truncate(g: torch.Tensor, a: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def truncate(g: torch.Tensor, a: torch.Tensor | Shifted, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cut each sample's factors to ``rank`` columns by an SVD of the smaller one (SENG eq. 15).
 
     With G = Q S V^T the smaller, ``G <- Q_r S_r`` and ``A <- A V_r``; the other way round when A is
@@ -83,16 +84,19 @@ def truncate(g: torch.Tensor, a: torch.Tensor, rank: int) -> tuple[torch.Tensor,
     that the columns of A sum to something not negative: eq. 23 adds columns over samples.
 
     Args:
-        g: (..., kappa, n_G), a: (..., kappa, n_A), finite.
+        g: (..., kappa, n_G), a: (..., kappa, n_A), finite. An ``a`` that is :class:`Shifted` has
+            n_A >= n_G and kappa > rank.
 
     Returns:
         Both with min(kappa, rank, n_G, n_A) columns, or unchanged when kappa <= rank.
     """
     kappa = g.shape[-2]
-    if kappa <= rank:
-        return g, a
-    swap = a.shape[-1] < g.shape[-1]
-    small, other = (a.mT, g.mT) if swap else (g.mT, a.mT)
+    swap = False
+    if isinstance(a, torch.Tensor):
+        if kappa <= rank:
+            return g, a
+        swap = a.shape[-1] < g.shape[-1]
+    small = a.mT if swap and isinstance(a, torch.Tensor) else g.mT
     rank = min(rank, small.shape[-2])
     if kappa <= small.shape[-2]:
         _, vectors = torch.linalg.eigh(small.mT @ small)
@@ -106,7 +110,7 @@ def truncate(g: torch.Tensor, a: torch.Tensor, rank: int) -> tuple[torch.Tensor,
         inverse = torch.where(lengths > tiny, 1.0 / lengths, 0.0)
         right = (small.mT @ left) * inverse.unsqueeze(-2)
         small = left * lengths.unsqueeze(-2)
-    other = other @ right
+    other = (g if swap else a).mT @ right if isinstance(a, torch.Tensor) else a.times(right)
     new_g, new_a = (other, small) if swap else (small, other)
     signs = torch.where(new_a.sum(-2, keepdim=True) < 0, -1.0, 1.0).to(new_a.dtype)
     return (new_g * signs).mT, (new_a * signs).mT

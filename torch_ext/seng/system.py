@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from hvd_ext.torch.seng import kernels
 from hvd_ext.torch.seng.blocks import Block, Chooser, Explicit, Product, block_from
 from hvd_ext.torch.seng.inventory import Layer
 from hvd_ext.torch.seng.lookup import Table
-from hvd_ext.torch.seng.rules import Factors, Lookup, PerSample
+from hvd_ext.torch.seng.rules import Convolved, Factors, Lookup, PerSample
+from hvd_ext.torch.seng.shifted import Shifted
 from hvd_ext.torch.seng.tied import Tied
 
 NOT_FINITE = "what was captured is not finite"
@@ -152,7 +153,7 @@ def take(layer: Layer, captured: Sequence[tuple[dict[str, int], Factors | Lookup
         The curvature, or what is wrong with what was captured.
     """
     u: dict[int, torch.Tensor] = {}
-    factors: list[tuple[torch.Tensor, torch.Tensor]] = []
+    factors: list[tuple[torch.Tensor, torch.Tensor | Shifted]] = []
     tables: list[tuple[torch.Tensor, torch.Tensor]] = []
     samples, kappa = set(), 0
     given = set()
@@ -164,10 +165,17 @@ def take(layer: Layer, captured: Sequence[tuple[dict[str, int], Factors | Lookup
             bias = None if result.bias is None else result.bias * scale
             if bias is None and not (layer.plan.implicit and layer.registered.ones):
                 bias = g.sum(2).flatten(1) if "bias" in slots else None
+            shifted = result.shifted if isinstance(result, Convolved) else None
             if layer.plan.implicit:
-                factors.append((g, _with_ones(layer, slots, result.a)))
+                alone = shifted if len(captured) == 1 and g.shape[2] > (layer.plan.rank or 0) else None
+                ready = None if alone is None else _shifted_with_ones(layer, slots, alone)
+                if ready is None or ready.n_a < g.shape[3]:
+                    factors.append((g, _with_ones(layer, slots, result.a)))
+                else:
+                    factors.append((g, ready))
             elif "weight" in slots:
-                _add(u, slots["weight"], kernels.per_sample_products(g, result.a))
+                _add(u, slots["weight"], kernels.per_sample_products(g, result.a) if shifted is None
+                     else shifted.per_sample_products(g))
             if bias is not None and "bias" in slots:
                 _add(u, slots["bias"], bias)
             given.update(slots)
@@ -191,7 +199,8 @@ def take(layer: Layer, captured: Sequence[tuple[dict[str, int], Factors | Lookup
     sizes = {place: layer.parameters[place].numel() for place in u}
     if any(u[place].shape[1] != size for place, size in sizes.items()):
         return "its rule gave per-sample gradients of another shape than the parameter's"
-    if not all(_finite(t) for t in (*u.values(), *(t for pair in factors for t in pair),
+    if not all(_finite(t) for t in (*u.values(), *(g for g, _ in factors),
+                                    *(a.x if isinstance(a, Shifted) else a for _, a in factors),
                                     *(g for _, g in tables))):
         return NOT_FINITE
     blocks: list[Block] = []
@@ -221,18 +230,27 @@ def _table(layer: Layer, tables: list[tuple[torch.Tensor, torch.Tensor]], dtype:
     return Table(0, layer.parameters[0].shape[0], rows, g, rows, g)
 
 
-def _product(layer: Layer, factors: list[tuple[torch.Tensor, torch.Tensor]],
+def _product(layer: Layer, factors: list[tuple[torch.Tensor, torch.Tensor | Shifted]],
              dtype: torch.dtype) -> Product | str:
-    g, a = (parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-            for parts in zip(*factors, strict=True))
+    g, a = factors[0]
+    if len(factors) > 1:  # dense, all of them
+        g, a = (torch.cat(parts, 2) for parts in zip(*factors, strict=True))  # type: ignore[arg-type]
     assert layer.plan.rank is not None
     try:
-        g, a = kernels.truncate(g, a, layer.plan.rank)
+        cut = kernels.truncate(g, a, layer.plan.rank)
     except torch.linalg.LinAlgError as error:
         return f"its factors could not be cut to rank {layer.plan.rank} ({error})"
-    g, a = (kernels.samples_last(factor).to(dtype) for factor in (g, a))
+    g, a = (kernels.samples_last(factor).to(dtype) for factor in cut)
     indices = tuple(range(len(layer.parameters))) if layer.registered.ones else (0,)
     return Product(indices, layer.groups[2], g, a, g, a)
+
+
+def _shifted_with_ones(layer: Layer, slots: dict[str, int], a: Shifted) -> Shifted | None:
+    """The same without A being formed; None where the layer has biases of other uses."""
+    biases = len(layer.parameters) - 1
+    if not biases or not layer.registered.ones:
+        return a
+    return replace(a, ones=True) if biases == 1 and "bias" in slots else None
 
 
 def _with_ones(layer: Layer, slots: dict[str, int], a: torch.Tensor) -> torch.Tensor:

@@ -156,9 +156,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                              say=console.print)
     table = Table(title=f"steps to a training loss of {options.target} (mean of {options.seeds} "
                         "seeds, best settings)")
-    for column in ("method", "best settings", "by seed", "mean", "of SGD"):
+    first = next(iter(found))
+    base_name = "SGD" if first.startswith("SGD") else "the first"
+    for column in ("method", "best settings", "by seed", "mean", f"of {base_name}"):
         table.add_column(column)
-    base = next(iter(found.values()))["mean"]
+    base = found[first]["mean"]
     for method, one in found.items():
         table.add_row(method, str(one.get("settings")), str(one.get("counts")),
                       f"{one['mean']:.0f}", f"{one['mean'] / base:.2f}")

@@ -50,13 +50,14 @@ def build(captured: Mapping[Layer, Light], frames: Frames, choose: Choose,
         chosen = choose(batch, device)
         rho = batch if chosen is None else chosen.numel()
         frame = frames.of(layers, rho, device, dtype)
-        gz = torch.cat([captured[layer].gz for layer in frame.layers], 1)
-        one = gz.new_ones(()).expand(batch, 1)
-        x = torch.cat([part for layer in frame.layers for part in
-                       (captured[layer].x, *([one] * (len(layer.parameters) - 1)))], 1)
-        if chosen is not None:
-            gz, x = gz.index_select(0, chosen), x.index_select(0, chosen)
-        g, a = gz.mul_(scale_of(batch, rho)).t().contiguous(), x.t().contiguous()
+        one = torch.ones((), device=device, dtype=dtype).expand(rho, 1)
+        gz, x = [], []
+        for layer in frame.layers:
+            # Rows first: fewer are moved.
+            gz.append(kept(captured[layer].gz, chosen))
+            x += [kept(captured[layer].x, chosen), *([one] * (len(layer.parameters) - 1))]
+        g = torch.cat(gz, 1).mul_(scale_of(batch, rho)).t().contiguous()
+        a = torch.cat(x, 1).t().contiguous()
         # What is not finite stays so in a sum; finite numbers may overflow, then each layer is looked at.
         suspect = not bool(torch.isfinite(g.sum() + a.sum()))
         for layer, own_g, own_a in zip(frame.layers, frame.split_g(g), frame.split_a(a), strict=True):
@@ -66,3 +67,8 @@ def build(captured: Mapping[Layer, Light], frames: Frames, choose: Choose,
             block = Product(tuple(range(len(layer.parameters))), layer.groups[2], own_g, own_a, own_g, own_a)
             found[layer] = LayerSystem([block], rho, 1, 1, step)
     return found
+
+
+def kept(rows: torch.Tensor, chosen: torch.Tensor | None) -> torch.Tensor:
+    """The rows of samples that are kept."""
+    return rows if chosen is None else rows.index_select(0, chosen)

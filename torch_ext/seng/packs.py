@@ -233,7 +233,12 @@ class Pack(Unit):
                        lam, uc)
 
     def subtract_alone(self, b: torch.Tensor, lam: float, uc: str) -> None:
-        self._subtract(self._stacks(b, uc), lam, uc)
+        if uc == "factored":
+            self._subtract(self._stacks(b, uc), lam, uc)
+            return
+        weighed = self._g * b.index_select(0, self.frame.owner_g)
+        for z, s, g, a in zip(self.frame.z, self.frame.shapes, self._g_stacks, self._a_stacks, strict=True):
+            z.baddbmm_(weighed[s.g].view_as(g), a.mT, beta=1.0 / lam, alpha=-1.0 / lam)
 
     def _subtract(self, stacks: Sequence[torch.Tensor], lam: float, uc: str) -> None:
         for z, message, s in zip(self.frame.z, stacks, self.frame.shapes, strict=True):

@@ -42,6 +42,7 @@ def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether no element is infinite or NaN."""
     dense = [t.detach().coalesce().values() if t.is_sparse else t.detach() for t in tensors]
     by_device: dict[torch.device, list[torch.Tensor]] = {}
+    dense = [tensor for tensor in dense if tensor.is_floating_point() or tensor.is_complex()]
     for tensor in dense:
         by_device.setdefault(tensor.device, []).append(tensor)
     # A norm lets nothing infinite through, and those of all tensors are one call; only when one is not

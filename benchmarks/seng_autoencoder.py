@@ -2,6 +2,7 @@
 
     python -m benchmarks.seng_autoencoder --json out.json --plot out.png   # minutes of one core
     python -m benchmarks.seng_autoencoder --quick                          # a few seconds
+    python -m benchmarks.seng_autoencoder --ablation --steps 1000 --seeds 1   # older curvature, stale=
 
 64-128-64-32-8-32-64-128-64 with tanh between, half the summed squared error a sample, batches of
 200 of scikit-learn's 1797 digits (8 × 8, scaled to [0, 1]). The count is of steps until the loss
@@ -32,6 +33,13 @@ GRIDS: dict[str, dict[str, list[Any]]] = {
     "SENG": {"damping": [1.0, 2.0, 3.0], "lr": [0.2, 0.4, 0.6], "momentum": [0.9],
              "update_freq": [1]},
 }
+# What older curvature costs, with and without the mend (docs/seng.md, ``stale``); run when asked for.
+ABLATIONS: dict[str, dict[str, list[Any]]] = {
+    f"SENG, every {freq} steps, {stale}": {
+        "damping": [1.0, 2.0], "lr": [0.1, 0.2, 0.4], "momentum": [0.9], "update_freq": [freq],
+        "stale": [stale]}
+    for freq in (5, 20) for stale in ("keep", "bound")
+}
 
 
 FRAMEWORKS = ("torch", "tensorflow")
@@ -45,9 +53,10 @@ def run(method: str, settings: dict[str, Any], seed: int, digits: np.ndarray, *,
     # Without a sketch and at full rank (kappa is 1) the factors give exactly what U gives,
     # with a Gram matrix that costs rho² (n_G + n_A) instead of rho² n.
     front_end = importlib.import_module(f"benchmarks.autoencoder_{framework}")
-    take_step, loss = front_end.start(
-        method, settings, seed, digits,
-        {"sketch": None, "explicit_threshold": 10**9 if explicit else 0, "uc": "exact"})
+    options = {"sketch": None, "explicit_threshold": 10**9 if explicit else 0, "uc": "exact"}
+    if "stale" in settings:
+        options["stale"] = settings["stale"]
+    take_step, loss = front_end.start(method.split(",")[0], settings, seed, digits, options)
     curve: list[tuple[int, float]] = []
     order = np.empty(0, int)
     for step in range(1, steps + 1):
@@ -121,7 +130,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--steps", type=int, default=3000, help="most steps of a run")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--every", type=int, default=10, help="steps between looks at the loss")
-    parser.add_argument("--methods", nargs="+", default=list(GRIDS), choices=list(GRIDS))
+    parser.add_argument("--methods", nargs="+", default=list(GRIDS), choices=[*GRIDS, *ABLATIONS])
+    parser.add_argument("--ablation", action="store_true",
+                        help="curvature that is up to 5 and 20 steps old, with and without stale=\"bound\"")
     parser.add_argument("--explicit", action="store_true",
                         help="hold U itself: the same steps, only slower")
     parser.add_argument("--quick", action="store_true",
@@ -129,7 +140,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--plot", type=Path, help="write the plot here")
     options = parser.parse_args(arguments)
-    grids = {method: GRIDS[method] for method in options.methods}
+    if options.ablation:
+        options.methods = list(ABLATIONS)
+    grids = {method: {**GRIDS, **ABLATIONS}[method] for method in options.methods}
     if options.quick:
         options.target, options.seeds, options.steps = 1.5, 1, 500
         grids = {m: {k: v[len(v) // 2:][:1] for k, v in grid.items()} for m, grid in grids.items()}
@@ -143,9 +156,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                              say=console.print)
     table = Table(title=f"steps to a training loss of {options.target} (mean of {options.seeds} "
                         "seeds, best settings)")
-    for column in ("method", "best settings", "by seed", "mean", "of SGD"):
+    first = next(iter(found))
+    base_name = "SGD" if first.startswith("SGD") else "the first"
+    for column in ("method", "best settings", "by seed", "mean", f"of {base_name}"):
         table.add_column(column)
-    base = next(iter(found.values()))["mean"]
+    base = found[first]["mean"]
     for method, one in found.items():
         table.add_row(method, str(one.get("settings")), str(one.get("counts")),
                       f"{one['mean']:.0f}", f"{one['mean'] / base:.2f}")

@@ -43,6 +43,9 @@ class Settings:
         exclude: names of modules (with all inside them) that get no curvature.
         other: what a parameter without curvature gets: ``"identity"`` g/(1+lam), ``"matched"`` g/lam, as
             directions outside of U do in layers with curvature, ``"none"`` g as it is.
+        stale: what a step makes of curvature that is older than it. ``"keep"`` takes it as it is (SENG
+            Algorithm 1). ``"bound"`` counts the step's own gradient as one more column of U: p becomes
+            ``p / (1 + g^T p)``, layer by layer, so that ``g^T p < 1`` as with curvature of this step.
         samples: where the samples are. None: the first axis of the model's input, and what its layers
             make of it is found out. An axis of the model's input; or a dict from the name of a module
             (it stands for all inside it too) to the axis in the inputs of its layers, to ``"contiguous"``
@@ -76,6 +79,7 @@ class Settings:
     curvature_dtype: Any = None
     exclude: Iterable[str] | None = None
     other: str = "identity"
+    stale: str = "keep"
     samples: Any = None
     strict: bool = False
     check_gradients: bool = True
@@ -116,6 +120,11 @@ class Settings:
                       ("float32", "bfloat16", "float64", None))
         checks.choice("other", self.other, ("identity", "matched", "none"),
                       hint="what parameters without curvature get: g/(1+lam), g/lam or g")
+        checks.choice("stale", self.stale, ("keep", "bound"))
+        if self.stale == "bound" and self.loss_reduction != "mean":
+            raise ValueError(
+                'stale="bound" compares the step\'s gradient with single samples\' and needs their mean, got '
+                f"loss_reduction={self.loss_reduction!r}; take the mean as loss, or leave stale= out")
         check_samples(self.samples)
         checks.flag("strict", self.strict)
         checks.flag("check_gradients", self.check_gradients)

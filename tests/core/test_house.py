@@ -60,8 +60,9 @@ TENSORFLOW_ALONE = {"tape", "traffic", "variables", "keras_store", "keras_hooks"
                     *(f"seng/{name}" for name in ("traces", "start", "einsum", "table"))}
 TORCH_ALONE = {"passes", "mpi_ops", "copies", "lightning", "clipping", "pieces", "owned_state",
                "whole_weights", "kernels", "kernels_triton", "reducers/sharded",
-               *(f"seng/{name}" for name in ("attention", "eager", "functions", "lookup", "notices",
-                                             "per_sample", "probe", "tied"))}
+               *(f"seng/{name}" for name in ("attention", "eager", "functions", "joint", "light", "lookup",
+                                             "notices", "packs", "parameters", "per_sample", "probe",
+                                             "shifted", "tied"))}
 LONGEST = 400  # lines
 
 

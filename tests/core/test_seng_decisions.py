@@ -42,6 +42,8 @@ from hvd_ext.torch.seng.schedules import cosine_lr, exp_lr, recipe_lr
     ({"damping": 1.0, "loss_scale": 0}, "loss_scale must be in"),
     ({"damping": 1.0, "curvature_dtype": "int8"}, "curvature_dtype must be one of"),
     ({"damping": 1.0, "replacement": 1}, "True or False"),
+    ({"damping": 1.0, "stale": "drop"}, "stale must be one of"),
+    ({"damping": 1.0, "stale": "bound", "loss_reduction": "sum"}, "got loss_reduction='sum'"),
     ({"damping": 1.0, "explicit_threshold": -1}, "explicit_threshold must be at least 0"),
     ({"damping": 1.0, "exclude": (1,)}, "names of modules"),
 ])

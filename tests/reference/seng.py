@@ -20,6 +20,11 @@ def direction(u: Array, g: Array, lam: float) -> Array:
     return np.linalg.solve(u @ u.T + lam * np.eye(len(g)), g)
 
 
+def bound_direction(u: Array, g: Array, lam: float) -> Array:
+    """The direction with g itself as one more column of U."""
+    return direction(np.column_stack([u, g]), g, lam)
+
+
 def sketched_direction(u: Array, g: Array, lam: float, omega: Array) -> Array:
     """``(g - U b)/lam`` with b of the sketched problem (eq. 11-13), Omega a dense (q, n) matrix."""
     xi = omega @ u

@@ -170,3 +170,41 @@ def test_sketched_implicit_direction_uses_the_rows_of_the_factors(sketch):
                                               np.kron(omega_g, omega_a))
         np.testing.assert_allclose(flat_gradient(layer).numpy()[order], wanted, rtol=1e-6,
                                    atol=1e-9)
+
+
+def test_all_finite_looks_at_every_kind_of_tensor():
+    fine = [torch.randn(3), torch.randn(3).bfloat16(), torch.randn(2).double(), torch.zeros(0),
+            torch.tensor([1, 2]), torch.full((3,), 6e4).half(), torch.full((3,), 1e30),
+            torch.eye(2).to_sparse(), torch.randn(2, 3).t()]
+    assert kernels.all_finite(fine)
+    assert kernels.all_finite([])
+    for bad in (torch.tensor([1.0, float("nan")]), torch.tensor([float("-inf")]).bfloat16(),
+                (torch.eye(2) * float("inf")).to_sparse()):
+        assert not kernels.all_finite([*fine, bad])
+
+
+def test_factors_of_several_systems_are_those_of_each():
+    torch.manual_seed(0)
+    roots = torch.randn(4, 5, 3).double()
+    grams = roots @ roots.mT
+    grams[1] = -torch.eye(5)
+    grams[2, 0, 0] = float("nan")
+    grams[3] = torch.ones(5, 5) - 1e-5 * torch.eye(5)
+    lower, jitters, good = kernels.factor_all(grams, 1e-9)
+    assert good == [True, False, False, True]
+    assert jitters[0] == 0.0 < jitters[3]
+    for k in (0, 3):
+        assert torch.equal(lower[k], kernels.factor(grams[k], 1e-9)[0])
+    rhs = torch.randn(2, 5).double()
+    for k, b in zip((0, 3), kernels.solve(lower[[0, 3]], rhs), strict=True):
+        shifted = grams[k] + (1e-9 + jitters[k]) * torch.eye(5).double()
+        torch.testing.assert_close(shifted @ b, rhs[0 if k == 0 else 1], rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_one_tensor_are_joined_without_a_copy():
+    whole = torch.randn(3, 4, 2)
+    assert kernels.joined(whole.unbind()).data_ptr() == whole.data_ptr()
+    for parts in (whole.unbind()[::-1], whole.unbind()[:2], [one.clone() for one in whole]):
+        found = kernels.joined(parts)
+        assert torch.equal(found, torch.stack(list(parts)))
+        assert found.data_ptr() != whole.data_ptr()

@@ -63,6 +63,24 @@ def test_curvature_stays_between_refreshes_and_damping_follows_its_schedule():
                                        atol=1e-9)
 
 
+@pytest.mark.parametrize("threshold", [0, 10**9])
+def test_bound_counts_the_gradient_as_one_more_column_of_old_curvature(threshold):
+    model = network()
+    seng = hvd.SENG(model, damping=LAM, update_freq=3, sketch=None, stale="bound", uc="exact", rank=100,
+                    explicit_threshold=threshold)
+    for step in range(5):
+        model.zero_grad()
+        loss_of(model, batch(step)).backward()
+        g = [flat_gradient(layer).numpy() for layer in seng.layers]
+        seng.step()
+        for layer, gradient in zip(seng.layers, g, strict=True):
+            wanted = reference.bound_direction if step % 3 else reference.direction
+            p = flat_gradient(layer).numpy()
+            np.testing.assert_allclose(p, wanted(held_u(seng, layer).numpy(), gradient, LAM), rtol=1e-6,
+                                       atol=1e-9)
+            assert not step % 3 or gradient @ p < 1.0
+
+
 def test_lagged_on_one_rank_is_the_equation():
     model = network()
     seng = hvd.SENG(model, damping=LAM, update_freq=3, sketch=None, coupling="lagged")
@@ -170,7 +188,8 @@ def test_system_that_cannot_be_factored_keeps_the_previous_curvature(monkeypatch
     seng = hvd.SENG(model, damping=LAM, update_freq=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     train(model, seng, optimizer, [0])
-    monkeypatch.setattr(seng_kernels, "factor", lambda gram, lam: (None, 0.0))
+    monkeypatch.setattr(seng_kernels, "factor_all", lambda grams, lam: (
+        grams, [0.0] * len(grams), [False] * len(grams)))
     with pytest.warns(UserWarning, match="could not be factored"):
         train(model, seng, optimizer, [1])
     assert {row["age"] for row in seng.report()["layers"]} == {2}

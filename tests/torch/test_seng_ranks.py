@@ -43,6 +43,16 @@ def test_block_is_the_mean_of_local_natural_gradients(ranks, size):
     assert kept == {"explicit", "implicit"}
 
 
+def test_bound_divides_old_directions_alike_on_all_ranks(ranks):
+    everyone = ranks(2).run(on_ranks.trained, {**EXACT, "stale": "bound"}, 4, [5, 3])
+
+    def wanted(us, g, step, layer):
+        p = reference.block_direction(us, g, LAM)
+        return p / (1.0 + g @ p) if step % 3 else p
+
+    check_directions(everyone, wanted)
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_lagged_is_block_with_the_former_gradient(ranks, size):
     rhos = [4] * size

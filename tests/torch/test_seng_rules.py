@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import hvd_ext.torch as hvd
-from hvd_ext.torch.seng import rules
+from hvd_ext.torch.seng import rules, shifted
 from tests.reference import seng as reference
 from tests.torch.per_sample import by_masking, by_single_samples, flat_gradient, held_u
 
@@ -88,6 +89,41 @@ def test_captured_gradients_and_direction(case):
     np.testing.assert_allclose(u.sum(1) / np.sqrt(len(x)), g.numpy(), rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(
         flat_gradient(layer).numpy(), reference.direction(u, g.numpy(), LAM), rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("conv2d")])
+@pytest.mark.parametrize("settings", [{}, {"explicit_threshold": 0, "rank": 2, "uc": "exact"}])
+def test_convolution_whose_patches_are_not_copied_equals_one_whose_are(case, settings, monkeypatch):
+    model, _module, x, target = problem(case)
+    found = []
+    for least in (1, 10**9):
+        monkeypatch.setattr(shifted, "LEAST", least)
+        seng = hvd.SENG(model, damping=LAM, sketch=None, update_freq=1, **settings)
+        for _ in range(2):  # checked against the gradient, then not
+            model.zero_grad()
+            mean_loss(model(x), target).backward()
+            seng.step()
+            found.append((held_u(seng, seng.layers[0]).numpy(), flat_gradient(seng.layers[0]).numpy()))
+        seng.close()
+    for u, p in found[:3]:
+        np.testing.assert_allclose(u, found[3][0], rtol=1e-8, atol=1e-11)
+        np.testing.assert_allclose(p, found[3][1], rtol=1e-7, atol=1e-10)
+
+
+def test_products_with_shifted_input_are_those_with_its_patches(monkeypatch):
+    monkeypatch.setattr(shifted, "LEAST", 1)
+    torch.manual_seed(0)
+    module = nn.Conv2d(3, 4, (3, 2), dilation=(1, 2), padding=(2, 1)).double()
+    x = torch.randn(5, 3, 6, 7).double()
+    factors = rules.rule_for(module)[0].rule(module, x, torch.randn_like(module(x)), lambda t: t)
+    assert isinstance(factors, rules.Convolved)
+    v = torch.randn(5, 1, factors.a.shape[2], 3).double()
+    torch.testing.assert_close(factors.shifted.times(v), factors.a.mT @ v)
+    torch.testing.assert_close(replace(factors.shifted, ones=True).times(v)[:, :, -1], v.sum(2))
+    torch.testing.assert_close(factors.shifted.per_sample_products(factors.g),
+                               torch.matmul(factors.g.mT, factors.a).flatten(1))
+    assert not isinstance(rules.rule_for(module)[0].rule(
+        nn.Conv2d(3, 4, 3, stride=2), x, torch.randn(5, 4, 2, 3).double(), lambda t: t), rules.Convolved)
 
 
 @pytest.mark.parametrize("case", PRODUCTS)

@@ -7,6 +7,7 @@ in ``step.py``, the refresh of the curvature in ``refresh.py``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +20,14 @@ from hvd_ext.torch.loss_scale import loss_scale
 from hvd_ext.torch.seng.capture import Capture, Trust
 from hvd_ext.torch.seng.eager import EagerPasses
 from hvd_ext.torch.seng.inventory import Layer, Missing, take_inventory
+from hvd_ext.torch.seng.joint import Joint
 from hvd_ext.torch.seng.kernels import all_finite
 from hvd_ext.torch.seng.notices import Notices
+from hvd_ext.torch.seng.packs import Frames
+from hvd_ext.torch.seng.parameters import Parameters
 from hvd_ext.torch.seng.refresh import Refresh, Refreshed
 from hvd_ext.torch.seng.state import State
-from hvd_ext.torch.seng.step import Gradients, Lagged, Step
+from hvd_ext.torch.seng.step import Lagged, Step
 
 
 @dataclass
@@ -81,6 +85,9 @@ class SENG:
         self._step = Step(None, name, self.settings.uc)
         self._notices = Notices(self.settings)
         self._eager = EagerPasses()
+        self._parameters = Parameters(model)
+        self._frames = Frames()
+        self._joint: Joint | None = None
         self._missing: list[Missing] = []
         self._trainable: list[bool] = []
         self._forget_step()
@@ -93,7 +100,7 @@ class SENG:
 
     def _scan(self) -> None:
         """Find the layers; keep the curvature of those whose parameters are the same."""
-        trainable = [p.requires_grad for p in self.model.parameters()]
+        trainable = [p.requires_grad for p in self._parameters.now()]
         if self.layers and trainable == self._trainable:
             return
         before = {tuple(map(id, layer.parameters)): layer for layer in self.layers}
@@ -115,7 +122,9 @@ class SENG:
             self._drop_lagged()
         self.layers, self._trainable, self.state.systems = inventory.layers, trainable, kept
         self._missing, self._trust = inventory.missing, Trust()
-        self.capture = Capture(self.model, self.layers, self.settings, lambda: loss_scale(self._scaler))
+        self.capture = Capture(self.model, self.layers, self.settings, lambda: loss_scale(self._scaler),
+                               self._frames)
+        self._refresh: Refresh | None = None
 
     def shared_state(self) -> dict[str, int]:
         """The counters, which are the same on every rank."""
@@ -136,6 +145,7 @@ class SENG:
         ranks = 1 if collectives is None else collectives.size
         self._collectives = collectives if ranks > 1 else None
         self._step.collectives = self._collectives
+        self._refresh = None
         if self._ranks not in (0, ranks):
             # Ranks that have joined have no curvature; the refresh that follows gives it to all.
             self.state.lagged, self.state.systems, self.state.due = Lagged(), {}, True
@@ -172,7 +182,10 @@ class SENG:
         state = self.state
         if self._checked and not state.due:
             return
-        refresh = Refresh(self.layers, self.settings, self._collectives, self.name)
+        if self._refresh is None:
+            self._refresh = Refresh(self.layers, self.settings, self._collectives, self.name,
+                                    self._frames.join)
+        refresh = self._refresh
         if not self._checked:
             self._check(refresh)
         if not state.due:
@@ -183,8 +196,8 @@ class SENG:
         lagged = None
         if state.lagged.previous and refreshed.step == state.step:
             # SENG eq. 27 with this step's U and the last gradient, beside the gradients.
-            lagged = state.lagged.with_curvature({**state.systems, **refreshed.systems}, self._step,
-                                                 lam)
+            lagged = state.lagged.with_curvature({**state.systems, **refreshed.systems},
+                                                 self._frames.join, self._step, lam)
         self._candidate = Candidate(refreshed, lagged)
 
     def _check(self, refresh: Refresh) -> None:
@@ -205,7 +218,8 @@ class SENG:
         Raises:
             RuntimeError: no parameter has a gradient.
         """
-        held = [p.grad for p in self.model.parameters() if p.grad is not None]
+        parameters = self._parameters.now()
+        held = [p.grad for p in parameters if p.grad is not None]
         if not held:
             raise RuntimeError("SENG.step() found no gradient; call loss.backward() before it, and "
                                "zero_grad() only after optimizer.step()")
@@ -218,33 +232,40 @@ class SENG:
             self._skip()
             return
         self._commit()
-        self._direct()
+        self._direct(parameters)
         self.state.step += 1
         self.state.due = self.state.due or self.state.step % self.settings.update_freq == 0
         self._arm()
 
-    def _direct(self) -> None:
+    def _direct(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Gradients into directions: by the layers' curvature, by ``other`` without one."""
         state, settings = self.state, self.settings
         lam = settings.damping_at(state.step)
-        # p is linear in g: only what is kept from step to step must have the same scale at each.
         lagging = settings.coupling == "lagged"
-        scale = loss_scale(self._scaler) if self._attached and lagging else 1.0
-        gradients = {layer: Gradients(layer, 1.0 / scale) for layer in state.systems}
+        stale = [layer for layer, system in state.systems.items()
+                 if settings.stale == "bound" and system.step != state.step]
+        # p is linear in g: only what is kept from step to step, or compared, must have the same scale.
+        scale = loss_scale(self._scaler) if self._attached and (lagging or stale) else 1.0
+        joint = self._joint
+        if joint is None or not joint.is_of(state.systems):
+            joint = self._joint = self._frames.join(state.systems)
+        joint.hold(1.0 / scale)
+        before = joint.copies() if stale else {}
         if lagging:
             refresh_next = state.due or (state.step + 1) % settings.update_freq == 0
             lam_next = None if refresh_next else settings.damping_at(state.step + 1)
-            state.lagged = self._step.lagged_directions(state.systems, gradients, lam, state.lagged,
-                                                        lam_next)
+            state.lagged = self._step.lagged_directions(joint, lam, state.lagged, lam_next)
         else:
-            self._step.directions(state.systems, gradients, lam)
-        done = {id(p) for layer in gradients for p in layer.parameters}
+            self._step.directions(joint, lam)
+        if stale:
+            joint.bound(before, stale)
         divisor = settings.other_divisor(lam)
-        for parameter in self.model.parameters():
-            if divisor != 1.0 and parameter.grad is not None and id(parameter) not in done:
-                parameter.grad.div_(divisor)
-        for one in gradients.values():
-            one.write_back(scale)
+        if divisor != 1.0:
+            done = {id(p) for layer in joint.systems for p in layer.parameters}
+            for parameter in parameters:
+                if parameter.grad is not None and id(parameter) not in done:
+                    parameter.grad.div_(divisor)
+        joint.write_back(scale)
 
     def step(self) -> None:
         """The same without a distributed optimizer, after the backward pass: every ``.grad``,
@@ -256,7 +277,7 @@ class SENG:
         """
         if not self._attached:
             self._find_ranks()
-        if any(p.grad is not None for p in self.model.parameters()):
+        if any(p.grad is not None for p in self._parameters.now()):
             self.before_reduce()
         self.precondition()
 
@@ -278,6 +299,7 @@ class SENG:
         both = {**state.systems, **new.systems}
         state.systems = {layer: both[layer] for layer in self.layers
                          if layer in both and layer not in self._trust.refused}
+        self._joint = new.joint
         state.lagged = candidate.lagged or Lagged(state.lagged.pending)
         state.step = new.step
         # With nothing captured anywhere the next step tries again.
@@ -292,7 +314,7 @@ class SENG:
         """Leave a gradient that is not finite alone, and all that would have followed from it."""
         self.state.skipped += 1
         self._discard()
-        if not all_finite(self.model.parameters()):
+        if not all_finite(self._parameters.now()):
             self._notices.diverged(self.state.step, self.settings.damping_at(self.state.step))
         if self.state.due:
             self.capture.start(self.state.step, self._trust)

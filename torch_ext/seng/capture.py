@@ -17,6 +17,8 @@ from hvd_ext.torch.seng.attention import Arrange, listen
 from hvd_ext.torch.seng.check import GradientCheck, add_up
 from hvd_ext.torch.seng.functions import listen_to_embedding, listen_to_linear
 from hvd_ext.torch.seng.inventory import Layer
+from hvd_ext.torch.seng.light import Light, build, may_be_light
+from hvd_ext.torch.seng.packs import Frames
 from hvd_ext.torch.seng.per_sample import Call
 from hvd_ext.torch.seng.rules import Registered, Rule, look_up
 from hvd_ext.torch.seng.samples import Pick, Result, Samples
@@ -105,11 +107,13 @@ class Capture:
 
     Args:
         amp_scale: gives the factor of mixed precision in the loss of the pass under way.
+        frames: for the layers that are small enough to be built together at the end of the pass.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], settings: Settings,
-                 amp_scale: Callable[[], float]) -> None:
+                 amp_scale: Callable[[], float], frames: Frames) -> None:
         self.layers = list(layers)
+        self._frames = frames
         self._model = model
         self._settings = settings
         self._amp_scale = amp_scale
@@ -130,8 +134,9 @@ class Capture:
         self._scale: float | None = None
         self._open: dict[Layer, list[_Use]] = {}
         self._waiting: dict[Layer, int] = {}
-        self._done: dict[Layer, dict[int, LayerSystem | str]] = {}
+        self._done: dict[Layer, dict[int, LayerSystem | Light | str]] = {}
         self._chosen: dict[tuple[int, torch.device], torch.Tensor | None] = {}
+        self._light = {layer for layer in self.layers if may_be_light(layer, settings)}
 
     @property
     def active(self) -> bool:
@@ -180,11 +185,16 @@ class Capture:
         for layer in list(self._open):
             self._finish(layer)
         caught = Caught()
+        light: dict[Layer, Light] = {}
         for layer, found in self._done.items():
             if self._settings.check_gradients and self._unsure(layer):
                 self._judge(layer, found, caught)
+            elif isinstance(found[next(iter(found))], Light):
+                light[layer] = found[next(iter(found))]
             else:
                 caught.found[layer] = next(iter(found.values()))
+        light = {layer: light[layer] for layer in self.layers if layer in light}
+        caught.found.update(build(light, self._frames, self._choose, self._scale_of, self._step))
         for layer in self._check.came_alone():
             # Only a forward pass that began with the hooks in place shows that a call is missing.
             if layer not in self._done and self.samples.called:
@@ -311,6 +321,9 @@ class Capture:
         if self._scale is None:
             self._scale = self._amp_scale() * self._settings.loss_scale
         checked = self._settings.check_gradients and self._unsure(layer)
+        if layer in self._light and not checked and self._is_light(uses):
+            self._done[layer] = {0: Light(uses[0].x, uses[0].gz)}
+            return
         rules = layer.rules if checked else (layer.rules[self._trust.accepted.get(layer, 0)],)
         done: dict[int, LayerSystem | str] = {}
         sums = []
@@ -343,10 +356,21 @@ class Capture:
             if whole:
                 full = self._result(use, registered, dtype, few=False)[1] if few else result
                 everything.append((slots, full))
-        count = pick.samples if self._settings.loss_reduction == "mean" else 1
-        assert self._scale is not None
-        scale = count / (self._scale * pick.kept ** 0.5)
+        scale = self._scale_of(pick.samples, pick.kept)
         return take(layer, captured, scale=scale, dtype=stored, step=self._step), everything
+
+    def _is_light(self, uses: Sequence[_Use]) -> bool:
+        """Whether a layer was used once, on one row of each sample, in the precision it is computed in."""
+        (use, *more) = uses
+        return (not more and use.gz is not None and use.x.dim() == use.gz.dim() == 2
+                and use.x.dtype == use.gz.dtype and use.rule is use.slots is use.call is None
+                and self.samples.placement(use.module, use.batch) == 0)
+
+    def _scale_of(self, samples: int, kept: int) -> float:
+        """What gz is multiplied with to give ``G_i / sqrt(samples)``."""
+        assert self._scale is not None
+        count = samples if self._settings.loss_reduction == "mean" else 1
+        return count / (self._scale * kept ** 0.5)
 
     def _result(self, use: _Use, registered: Registered, dtype: torch.dtype, *, few: bool
                 ) -> tuple[Pick, Result]:

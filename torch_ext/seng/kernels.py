@@ -20,12 +20,13 @@ The factor ``1/sqrt(rho)`` of U is part of U and of G.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 
 from hvd_ext.seng import jitters
+from hvd_ext.torch.seng.shifted import Shifted
 
 CHUNK = 1 << 14
 GRAM_BLOCK = 1 << 22
@@ -39,15 +40,28 @@ def working(tensor: torch.Tensor) -> torch.Tensor:
 
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether no element is infinite or NaN."""
-    dense = [t.coalesce().values() if t.is_sparse else t for t in tensors]
+    dense = [t.detach().coalesce().values() if t.is_sparse else t.detach() for t in tensors]
     by_device: dict[torch.device, list[torch.Tensor]] = {}
+    dense = [tensor for tensor in dense if tensor.is_floating_point() or tensor.is_complex()]
     for tensor in dense:
-        by_device.setdefault(tensor.device, []).append(tensor.sum(dtype=torch.float32))
-    # A sum is the cheapest pass that lets nothing infinite through; only when it is not finite,
-    # which finite but large numbers can cause too, every element is looked at.
-    if all(bool(torch.isfinite(torch.stack(sums)).all()) for sums in by_device.values()):
+        by_device.setdefault(tensor.device, []).append(tensor)
+    # A norm lets nothing infinite through, and those of all tensors are one call; only when one is not
+    # finite, which finite but large numbers can cause too, every element is looked at.
+    if all(bool(torch.isfinite(torch.stack(torch._foreach_norm(some))).all())
+           for some in by_device.values()):
         return True
     return all(bool(torch.isfinite(tensor).all()) for tensor in dense)
+
+
+def joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tensors of one shape as the rows of one: that whose rows they are, in order, else a copy."""
+    base = tensors[0]._base
+    if base is not None and base.shape == (len(tensors), *tensors[0].shape) and base.is_contiguous():
+        size, start = tensors[0].numel() * base.element_size(), base.data_ptr()
+        if all(one._base is base and one.is_contiguous() and one.data_ptr() == start + k * size
+               for k, one in enumerate(tensors)):
+            return base
+    return torch.stack(list(tensors))
 
 
 def per_sample_products(g: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
@@ -63,7 +77,7 @@ def per_sample_products(g: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     return torch.matmul(g.mT, a).flatten(1)
 
 
-def truncate(g: torch.Tensor, a: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def truncate(g: torch.Tensor, a: torch.Tensor | Shifted, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cut each sample's factors to ``rank`` columns by an SVD of the smaller one (SENG eq. 15).
 
     With G = Q S V^T the smaller, ``G <- Q_r S_r`` and ``A <- A V_r``; the other way round when A is
@@ -71,16 +85,19 @@ def truncate(g: torch.Tensor, a: torch.Tensor, rank: int) -> tuple[torch.Tensor,
     that the columns of A sum to something not negative: eq. 23 adds columns over samples.
 
     Args:
-        g: (..., kappa, n_G), a: (..., kappa, n_A), finite.
+        g: (..., kappa, n_G), a: (..., kappa, n_A), finite. An ``a`` that is :class:`Shifted` has
+            n_A >= n_G and kappa > rank.
 
     Returns:
         Both with min(kappa, rank, n_G, n_A) columns, or unchanged when kappa <= rank.
     """
     kappa = g.shape[-2]
-    if kappa <= rank:
-        return g, a
-    swap = a.shape[-1] < g.shape[-1]
-    small, other = (a.mT, g.mT) if swap else (g.mT, a.mT)
+    swap = False
+    if isinstance(a, torch.Tensor):
+        if kappa <= rank:
+            return g, a
+        swap = a.shape[-1] < g.shape[-1]
+    small = a.mT if swap and isinstance(a, torch.Tensor) else g.mT
     rank = min(rank, small.shape[-2])
     if kappa <= small.shape[-2]:
         _, vectors = torch.linalg.eigh(small.mT @ small)
@@ -94,7 +111,7 @@ def truncate(g: torch.Tensor, a: torch.Tensor, rank: int) -> tuple[torch.Tensor,
         inverse = torch.where(lengths > tiny, 1.0 / lengths, 0.0)
         right = (small.mT @ left) * inverse.unsqueeze(-2)
         small = left * lengths.unsqueeze(-2)
-    other = other @ right
+    other = (g if swap else a).mT @ right if isinstance(a, torch.Tensor) else a.times(right)
     new_g, new_a = (other, small) if swap else (small, other)
     signs = torch.where(new_a.sum(-2, keepdim=True) < 0, -1.0, 1.0).to(new_a.dtype)
     return (new_g * signs).mT, (new_a * signs).mT
@@ -243,6 +260,34 @@ def factor(gram: torch.Tensor, lam: float) -> tuple[torch.Tensor | None, float]:
     return None, 0.0
 
 
+def factor_all(grams: torch.Tensor, lam: float) -> tuple[torch.Tensor, list[float], list[bool]]:
+    """:func:`factor` of several at once: the factors, the jitters they took, and which have one.
+
+    Args:
+        grams: (L, rho, rho) float64, finite or not.
+    """
+    shifted = grams.clone()
+    shifted.diagonal(dim1=1, dim2=2).add_(lam)
+    lower, info = torch.linalg.cholesky_ex(shifted)
+    sums = lower.diagonal(dim1=1, dim2=2).sum(1)
+    good: list[bool] = torch.where(info == 0, sums.isfinite(), False).tolist()
+    jitters = [0.0] * len(good)
+    for k, fine in enumerate(good):
+        if not fine:
+            own, jitters[k] = factor(grams[k], lam)
+            if own is not None:
+                lower[k], good[k] = own, True
+    return lower, jitters, good
+
+
 def solve(lower: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
-    """``b = (lam I + U^T U)^{-1} rhs`` (SENG eq. 9) by two triangular solves, in rhs's precision."""
-    return torch.cholesky_solve(rhs.double().unsqueeze(1), lower).squeeze(1).to(rhs.dtype)
+    """``b = (lam I + U^T U)^{-1} rhs`` (SENG eq. 9) of L systems, in rhs's precision.
+
+    Args:
+        lower: (L, rho, rho) float64, the Cholesky factors.
+        rhs: (L, rho).
+
+    Returns:
+        (L, rho).
+    """
+    return torch.cholesky_solve(rhs.double().unsqueeze(2), lower).squeeze(2).to(rhs.dtype)

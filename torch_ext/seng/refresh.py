@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from hvd_ext.agreement import digest
+from hvd_ext.agreement import Fingerprint, digest
 from hvd_ext.seng import (
     Settings,
     check_same_layers,
@@ -23,6 +24,8 @@ from hvd_ext.torch.collectives import Collectives, Handle
 from hvd_ext.torch.seng.blocks import Block, Chooser
 from hvd_ext.torch.seng.capture import Caught, Trust
 from hvd_ext.torch.seng.inventory import Layer
+from hvd_ext.torch.seng.joint import Joint
+from hvd_ext.torch.seng.step import Join
 from hvd_ext.torch.seng.system import LayerSystem
 
 HEADER = 3  # fingerprint, step, damping
@@ -32,6 +35,7 @@ HEADER = 3  # fingerprint, step, damping
 class Refreshed:
     """New curvature of the layers that have one on every rank, and why others have none.
 
+    ``joint`` has ``systems`` in units, unless some that were formed are not among them, or were changed.
     ``trust`` is what the gradient check of any rank says from here on; ``by_rows`` are the layers of
     which a rank could not tell the samples apart.
     """
@@ -41,6 +45,7 @@ class Refreshed:
     failures: dict[Layer, str] = field(default_factory=dict)
     trust: Trust = field(default_factory=Trust)
     by_rows: list[Layer] = field(default_factory=list)
+    joint: Joint | None = None
 
 
 class Refresh:
@@ -49,16 +54,21 @@ class Refresh:
     Args:
         collectives: of M ranks; None on a single one.
         name: prefix of the collectives' names.
+        join: puts systems into units, see ``packs.py``.
     """
 
     def __init__(self, layers: Sequence[Layer], settings: Settings,
-                 collectives: Collectives | None, name: str) -> None:
+                 collectives: Collectives | None, name: str, join: Join) -> None:
         self._layers = list(layers)
         self._settings = settings
         self._collectives = collectives
         self._name = name
-        self._fingerprint = fingerprint(
-            settings, [(layer.name, layer.shape, layer.plan) for layer in self._layers])
+        self._join_small = join
+
+    @functools.cached_property
+    def _fingerprint(self) -> Fingerprint:
+        return fingerprint(
+            self._settings, [(layer.name, layer.shape, layer.plan) for layer in self._layers])
 
     def same_state(self, step: int, due: bool, kept: Sequence[str]) -> bool:
         """Whether all ranks are at the same step with the same things kept (``kept`` names them).
@@ -108,12 +118,13 @@ class Refresh:
             self._join(result, self._collectives)
         else:
             for layer, system in result.systems.items():
-                system.sketch(layer.plan, self._chooser(layer, system))
-        for layer, system in list(result.systems.items()):
-            system.form()
-            if not system.factor(lam):
-                result.failures[layer] = "its small system could not be factored"
-                del result.systems[layer]
+                if layer.plan.sampled:
+                    system.sketch(layer.plan, self._chooser(layer, system))
+        joint = result.joint = self._join_small(result.systems)
+        joint.form()
+        for layer in joint.factor(lam):
+            result.failures[layer] = "its small system could not be factored"
+            del result.systems[layer]
         self._agree(result, lam)
         if self._settings.strict and result.by_rows:
             raise ValueError(strict_refusal([layer.name for layer in result.by_rows]))
@@ -123,6 +134,7 @@ class Refresh:
         """Keep the layers that every rank has; give factors as many columns as any rank's have."""
         if self._collectives is None:
             return
+        result.joint = None
         rows = [[int(layer in result.systems), result.systems[layer].r if layer in result.systems
                  else 0, int(layer in result.trust.refused), int(layer in result.by_rows)]
                 for layer in self._layers]

@@ -14,6 +14,7 @@ Scaling is not a rule's business: return what ``gz`` gives.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from hvd_ext.torch.seng.shifted import Shifted, shifted_input
 
 
 @dataclass
@@ -35,6 +38,18 @@ class Factors:
     g: torch.Tensor
     a: torch.Tensor
     bias: torch.Tensor | None = None
+
+
+class Convolved(Factors):
+    """Those of a convolution; ``a`` is only formed where it is asked for, ``shifted`` multiplies without."""
+
+    def __init__(self, g: torch.Tensor, shifted: Shifted, unfold: Callable[[], torch.Tensor]) -> None:
+        self.g, self.bias, self.shifted, self._unfold = g, None, shifted, unfold
+
+    @functools.cached_property
+    def a(self) -> torch.Tensor:  # type: ignore[override]
+        """(samples, 1, kappa, n_A)."""
+        return self._unfold()
 
 
 @dataclass
@@ -125,6 +140,11 @@ def _linear(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick) ->
     return Factors(*(t.reshape(t.shape[0], 1, -1, t.shape[-1]) for t in (gz, x)))
 
 
+def is_linear(registered: Registered) -> bool:
+    """Whether a rule is that of ``Linear``."""
+    return registered.rule is _linear
+
+
 def patches(x: torch.Tensor, kernel: tuple[int, ...], stride: tuple[int, ...],
             dilation: tuple[int, ...], positions: tuple[int, ...]) -> torch.Tensor:
     """Sliding blocks of a padded ``x`` (rho, C, *space): (rho, C, prod kernel, prod positions)."""
@@ -169,10 +189,15 @@ def same_convolution(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick:
 
 
 def _unfolded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: torch.Tensor, gz: torch.Tensor) -> Factors:
-    a = patches(x, module.kernel_size, module.stride, module.dilation, tuple(gz.shape[2:]))
-    rho, groups = x.shape[0], module.groups
-    kappa = a.shape[-1]
-    return Factors(gz.reshape(rho, groups, -1, kappa).mT, a.reshape(rho, groups, -1, kappa).mT)
+    rho, groups, kappa = x.shape[0], module.groups, math.prod(gz.shape[2:])
+    g = gz.reshape(rho, groups, -1, kappa).mT
+
+    def unfold() -> torch.Tensor:
+        a = patches(x, module.kernel_size, module.stride, module.dilation, tuple(gz.shape[2:]))
+        return a.reshape(rho, groups, -1, kappa).mT
+
+    shifted = shifted_input(module, x, tuple(gz.shape[2:]))
+    return Factors(g, unfold()) if shifted is None else Convolved(g, shifted, unfold)
 
 
 def _transposed(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick) -> Factors:

@@ -1,7 +1,7 @@
 """The step: from reduced gradients to SENG's directions. Equations 26 to 28 and the three couplings.
 
-p = (g - U b)/lam          (SENG eq. 8)   ``LayerSystem.subtract``
-b = (lam I + U^T U)^-1 U^T g    (eq. 9)   ``LayerSystem.solve``
+p = (g - U b)/lam          (SENG eq. 8)   ``Joint.subtract``
+b = (lam I + U^T U)^-1 U^T g    (eq. 9)   ``Joint.messages``
 U b = (1/M) sum_i U_i b_i      (eq. 26)   each rank its own ``b_i``, one allreduce per layer
 the two means of eq. 28 in place of it, for ``uc="factored"``   ``Product.message``
 """
@@ -9,7 +9,7 @@ the two means of eq. 28 in place of it, for ``uc="factored"``   ``Product.messag
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,43 +17,11 @@ import torch
 
 from hvd_ext.torch.collectives import Collectives, Handle
 from hvd_ext.torch.seng.inventory import Layer
+from hvd_ext.torch.seng.joint import Joint
 from hvd_ext.torch.seng.system import LayerSystem
 
-Systems = Mapping[Layer, LayerSystem]
 Started = dict[Layer, "Handle | torch.Tensor"]
-
-
-class Gradients:
-    """Views of a layer's ``.grad``, one ``(n,)`` per parameter, times ``factor``.
-
-    A gradient in half precision, or not contiguous, is a copy that ``write_back`` returns; a
-    missing one counts as zero, so that every rank sends the same messages, and stays missing.
-    """
-
-    def __init__(self, layer: Layer, factor: float = 1.0) -> None:
-        self.flat: list[torch.Tensor] = []
-        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._present: list[torch.Tensor] = []
-        for parameter in layer.parameters:
-            gradient = parameter.grad
-            if gradient is None:
-                self.flat.append(parameter.new_zeros(parameter.numel(), dtype=layer.dtype))
-                continue
-            flat = gradient.detach().reshape(-1).to(layer.dtype)
-            if flat.data_ptr() != gradient.data_ptr():
-                self._copies.append((flat, gradient))
-            if factor != 1.0:
-                flat.mul_(factor)
-            self.flat.append(flat)
-            self._present.append(flat)
-
-    def write_back(self, factor: float = 1.0) -> None:
-        """Multiply by ``factor`` and put copies back into ``.grad``."""
-        if factor != 1.0:
-            for flat in self._present:
-                flat.mul_(factor)
-        for flat, gradient in self._copies:
-            gradient.copy_(flat.view(gradient.shape))
+Join = Callable[[Mapping[Layer, LayerSystem]], Joint]
 
 
 @dataclass
@@ -65,19 +33,16 @@ class Step:
     uc: str
     waited: float = 0.0
 
-    def directions(self, systems: Systems, gradients: Mapping[Layer, Gradients], lam: float) -> None:
+    def directions(self, joint: Joint, lam: float) -> None:
         """"block" coupling, ``U = diag(U_i)`` (SENG eq. 26), and "full", one system of all ranks."""
         if self.collectives is None:
-            for layer, g in gradients.items():
-                systems[layer].subtract_alone(g.flat, lam, self.uc)
+            joint.subtract_alone(lam, self.uc)
             return
-        started = {layer: self.start(layer, systems[layer].message(g.flat, lam, self.uc))
-                   for layer, g in gradients.items()}
-        for layer, g in gradients.items():
-            systems[layer].subtract(self.wait(started[layer]), g.flat, lam, self.uc)
+        started = {layer: self.start(layer, message)
+                   for layer, message in joint.messages(lam, self.uc)}
+        joint.subtract({layer: self.wait(one) for layer, one in started.items()}, lam, self.uc)
 
-    def lagged_directions(self, systems: Systems, gradients: Mapping[Layer, Gradients], lam: float,
-                          lagged: Lagged, lam_next: float | None) -> Lagged:
+    def lagged_directions(self, joint: Joint, lam: float, lagged: Lagged, lam_next: float | None) -> Lagged:
         """"lagged" coupling: ``U b`` of the gradient of the step before (SENG eq. 27).
 
         Layers that have no such gradient yet take this step's, as "block" does.
@@ -90,20 +55,21 @@ class Step:
         Returns:
             What this step leaves for the next one.
         """
-        started = {layer: lagged.pending[layer] if layer in lagged.pending else
-                   self.start(layer, systems[layer].message(g.flat, lam, self.uc))
-                   for layer, g in gradients.items()}
+        started = dict(lagged.pending)
+        if any(layer not in started for layer in joint.systems):
+            for layer, message in joint.messages(lam, self.uc):
+                if layer not in started:
+                    started[layer] = self.start(layer, message)
         after = Lagged()
-        for layer, g in gradients.items():
-            following = None
-            if lam_next is None:
-                after.previous[layer] = [flat.clone() for flat in g.flat]
-            else:
-                following = systems[layer].message(g.flat, lam_next, self.uc)
-            systems[layer].subtract(self.wait(started[layer]), g.flat, lam, self.uc)
-            if following is not None:
-                # Under way from here on, during the next forward and backward pass.
-                after.pending[layer] = self.start(layer, following)
+        following: dict[Layer, torch.Tensor] = {}
+        if lam_next is None:
+            after.previous = joint.copies()
+        else:
+            following.update(joint.messages(lam_next, self.uc))
+        joint.subtract({layer: self.wait(started[layer]) for layer in joint.systems}, lam, self.uc)
+        for layer, message in following.items():
+            # Under way from here on, during the next forward and backward pass.
+            after.pending[layer] = self.start(layer, message)
         return after
 
     def start(self, layer: Layer, message: torch.Tensor) -> Handle | torch.Tensor:
@@ -134,10 +100,13 @@ class Lagged:
     pending: Started = field(default_factory=dict)
     previous: dict[Layer, list[torch.Tensor]] = field(default_factory=dict)
 
-    def with_curvature(self, systems: Systems, step: Step, lam: float) -> Lagged:
+    def with_curvature(self, systems: Mapping[Layer, LayerSystem], join: Join, step: Step,
+                       lam: float) -> Lagged:
         """The same with the messages of ``previous`` under way, made with a refresh's curvature."""
-        return Lagged({layer: step.start(layer, systems[layer].message(flat, lam, step.uc))
-                       for layer, flat in self.previous.items() if layer in systems})
+        joint = join({layer: systems[layer] for layer in self.previous if layer in systems})
+        joint.hold_these(self.previous)
+        return Lagged({layer: step.start(layer, message)
+                       for layer, message in joint.messages(lam, step.uc)})
 
     def finish(self, step: Step) -> None:
         """Wait for all messages: they must have been received before they are dropped or saved."""

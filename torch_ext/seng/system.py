@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from hvd_ext.torch.seng import kernels
 from hvd_ext.torch.seng.blocks import Block, Chooser, Explicit, Product, block_from
 from hvd_ext.torch.seng.inventory import Layer
 from hvd_ext.torch.seng.lookup import Table
-from hvd_ext.torch.seng.rules import Factors, Lookup, PerSample
+from hvd_ext.torch.seng.rules import Convolved, Factors, Lookup, PerSample
+from hvd_ext.torch.seng.shifted import Shifted
 from hvd_ext.torch.seng.tied import Tied
 
 NOT_FINITE = "what was captured is not finite"
@@ -68,53 +69,40 @@ class LayerSystem:
         self.r = r
 
     def form(self) -> None:
-        """Put the Gram matrix together from the (sketched) blocks."""
+        """Put the Gram matrix together from the (sketched) blocks, in float64."""
         self.total = self.total or self.rho
-        grams = [block.gram().double() for block in self.blocks]
-        self.gram = torch.stack(grams).sum(0) / self.ranks
-
-    def factor(self, lam: float) -> bool:
-        """Factor ``lam I + U^T U``; a factor for this lam is kept. False when it has none."""
-        if self.lower is not None and self.lam == lam:
-            return True
-        assert self.gram is not None
-        lower, jitter = kernels.factor(self.gram, lam)
-        if lower is None:
-            return False
-        self.lower, self.lam, self.jitter = lower, lam, jitter
-        return True
+        gram = self.blocks[0].gram().double()
+        for block in self.blocks[1:]:
+            gram = gram + block.gram()
+        self.gram = gram if self.ranks == 1 else gram / self.ranks
 
     # Used at every step
 
-    def solve(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-        """``b`` of SENG eq. 9 or 12 for all samples of the system: (total,)."""
-        assert self.lower is not None
+    def project(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+        """``U^T g``, the right-hand side of SENG eq. 9 or 12, for all samples of the system: (total,)."""
         rhs = self.blocks[0].project(gradients)
         for block in self.blocks[1:]:
             rhs = rhs + block.project(gradients)
-        if self.ranks > 1:
-            rhs = rhs / self.ranks ** 0.5
-        self.coefficients = kernels.solve(self.lower, rhs)
-        return self.coefficients
+        return rhs if self.ranks == 1 else rhs / self.ranks ** 0.5
 
-    def message(self, gradients: Sequence[torch.Tensor], lam: float, uc: str) -> torch.Tensor:
+    def message(self, b: torch.Tensor, uc: str) -> torch.Tensor:
         """What this rank adds to ``U b``, flat, such that the mean over ranks is what is subtracted.
 
         Explicit blocks and the exact form give ``U_i b_i`` (SENG eq. 25, 26), the factored form the
-        two means of eq. 28. A lam that has no factor leaves the last one in place.
+        two means of eq. 28.
+
+        Args:
+            b: the coefficients of the system (total,).
         """
-        self.factor(lam)
-        b = self.solve(gradients)
         own = b[self.offset:self.offset + self.rho]
         out = b.new_empty(sum(self._sizes(uc)))
         for block, part in zip(self.blocks, out.split(self._sizes(uc)), strict=True):
             block.message(b, own, self.ranks, uc, part)
         return out
 
-    def subtract_alone(self, gradients: Sequence[torch.Tensor], lam: float, uc: str) -> None:
+    def subtract_alone(self, b: torch.Tensor, gradients: Sequence[torch.Tensor], lam: float,
+                       uc: str) -> None:
         """``gradients <- (gradients - U b)/lam`` in place (SENG eq. 8) where there is one rank."""
-        self.factor(lam)
-        b = self.solve(gradients)
         for block in self.blocks:
             block.subtract_alone(b, gradients, lam, uc)
 
@@ -165,7 +153,7 @@ def take(layer: Layer, captured: Sequence[tuple[dict[str, int], Factors | Lookup
         The curvature, or what is wrong with what was captured.
     """
     u: dict[int, torch.Tensor] = {}
-    factors: list[tuple[torch.Tensor, torch.Tensor]] = []
+    factors: list[tuple[torch.Tensor, torch.Tensor | Shifted]] = []
     tables: list[tuple[torch.Tensor, torch.Tensor]] = []
     samples, kappa = set(), 0
     given = set()
@@ -177,10 +165,17 @@ def take(layer: Layer, captured: Sequence[tuple[dict[str, int], Factors | Lookup
             bias = None if result.bias is None else result.bias * scale
             if bias is None and not (layer.plan.implicit and layer.registered.ones):
                 bias = g.sum(2).flatten(1) if "bias" in slots else None
+            shifted = result.shifted if isinstance(result, Convolved) else None
             if layer.plan.implicit:
-                factors.append((g, _with_ones(layer, slots, result.a)))
+                alone = shifted if len(captured) == 1 and g.shape[2] > (layer.plan.rank or 0) else None
+                ready = None if alone is None else _shifted_with_ones(layer, slots, alone)
+                if ready is None or ready.n_a < g.shape[3]:
+                    factors.append((g, _with_ones(layer, slots, result.a)))
+                else:
+                    factors.append((g, ready))
             elif "weight" in slots:
-                _add(u, slots["weight"], kernels.per_sample_products(g, result.a))
+                _add(u, slots["weight"], kernels.per_sample_products(g, result.a) if shifted is None
+                     else shifted.per_sample_products(g))
             if bias is not None and "bias" in slots:
                 _add(u, slots["bias"], bias)
             given.update(slots)
@@ -204,7 +199,8 @@ def take(layer: Layer, captured: Sequence[tuple[dict[str, int], Factors | Lookup
     sizes = {place: layer.parameters[place].numel() for place in u}
     if any(u[place].shape[1] != size for place, size in sizes.items()):
         return "its rule gave per-sample gradients of another shape than the parameter's"
-    if not all(_finite(t) for t in (*u.values(), *(t for pair in factors for t in pair),
+    if not all(_finite(t) for t in (*u.values(), *(g for g, _ in factors),
+                                    *(a.x if isinstance(a, Shifted) else a for _, a in factors),
                                     *(g for _, g in tables))):
         return NOT_FINITE
     blocks: list[Block] = []
@@ -234,18 +230,27 @@ def _table(layer: Layer, tables: list[tuple[torch.Tensor, torch.Tensor]], dtype:
     return Table(0, layer.parameters[0].shape[0], rows, g, rows, g)
 
 
-def _product(layer: Layer, factors: list[tuple[torch.Tensor, torch.Tensor]],
+def _product(layer: Layer, factors: list[tuple[torch.Tensor, torch.Tensor | Shifted]],
              dtype: torch.dtype) -> Product | str:
-    g, a = (parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-            for parts in zip(*factors, strict=True))
+    g, a = factors[0]
+    if len(factors) > 1:  # dense, all of them
+        g, a = (torch.cat(parts, 2) for parts in zip(*factors, strict=True))  # type: ignore[arg-type]
     assert layer.plan.rank is not None
     try:
-        g, a = kernels.truncate(g, a, layer.plan.rank)
+        cut = kernels.truncate(g, a, layer.plan.rank)
     except torch.linalg.LinAlgError as error:
         return f"its factors could not be cut to rank {layer.plan.rank} ({error})"
-    g, a = (kernels.samples_last(factor).to(dtype) for factor in (g, a))
+    g, a = (kernels.samples_last(factor).to(dtype) for factor in cut)
     indices = tuple(range(len(layer.parameters))) if layer.registered.ones else (0,)
     return Product(indices, layer.groups[2], g, a, g, a)
+
+
+def _shifted_with_ones(layer: Layer, slots: dict[str, int], a: Shifted) -> Shifted | None:
+    """The same without A being formed; None where the layer has biases of other uses."""
+    biases = len(layer.parameters) - 1
+    if not biases or not layer.registered.ones:
+        return a
+    return replace(a, ones=True) if biases == 1 and "bias" in slots else None
 
 
 def _with_ones(layer: Layer, slots: dict[str, int], a: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ unless ``HVD_EXT_KERNELS=triton``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,8 +58,15 @@ def implementation() -> str:
 
 
 def array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """The tensor's memory, flat."""
-    return tensor.detach().view(-1).numpy()  # type: ignore[no-any-return]
+    """The memory of a contiguous tensor, flat.
+
+    Not by ``tensor.numpy()``: after that PyTorch resizes the tensor's memory no more, as Horovod does.
+    """
+    if not tensor.numel():
+        return np.empty(0, f"f{tensor.element_size()}")
+    return np.asarray(SimpleNamespace(tensor=tensor, __array_interface__={
+        "version": 3, "shape": (tensor.numel(),), "typestr": f"=f{tensor.element_size()}",
+        "data": (tensor.data_ptr(), False)}))
 
 
 def compensated_sum(rows: Sequence[torch.Tensor], rule: Recursion, mean_square: torch.Tensor | None,

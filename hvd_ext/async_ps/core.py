@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+from hvd_ext import kernels
 from hvd_ext.async_ps.config import Schedule, ServerSettings
 from hvd_ext.async_ps.model import Array, FlatModel
 from hvd_ext.async_ps.report import Report
@@ -80,6 +81,7 @@ class ParameterServer:
         from hvd_ext.async_ps.secondary import Secondary
         from hvd_ext.async_ps.worker import Worker
 
+        kernels.choice()  # one that is not known is refused on workers too
         comm = MPI.COMM_WORLD if comm is None else comm
         if isinstance(servers, int) and comm.rank < servers:
             prepare(model.dtype)  # before anybody waits for this server with a time limit

@@ -64,6 +64,30 @@ def test_compiled_recursion_is_pytorchs_bit_for_bit(monkeypatch, dtype, adaptive
         torch.testing.assert_close(compiled, plain, equal_nan=True, **tolerance)
 
 
+def test_memory_that_kernels_have_seen_can_be_resized():
+    """Horovod resizes what it receives into, which NumPy's views of a tensor forbid."""
+    rows = [torch.randn(100) for _ in range(2)]
+    square, out = torch.zeros(100), torch.empty(100)
+    rule = Recursion(step=0.1, lam=1.3, adaptive=True, decay=0.9, eps=1e-7, cumulative=True)
+    compensated_sum(rows, rule, square, out)
+    parameter = torch.nn.Parameter(torch.randn(100))
+    parameter.grad = torch.randn(100)
+    hvd.AMSGrad([parameter]).step()
+    for tensor in (*rows, square, out, parameter.data, parameter.grad):
+        tensor.resize_(100_000)
+
+
+@pytest.mark.parametrize("rows_place", [0, 1, 2])
+@pytest.mark.parametrize("kernels", ["auto", "plain"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_sum_may_take_the_place_of_a_row(monkeypatch, kernels, dtype, rows_place):
+    monkeypatch.setenv("HVD_EXT_KERNELS", kernels)
+    rows = [torch.randn(1000, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(3)]
+    rule = Recursion(step=0.1, lam=1.3, adaptive=True, decay=0.9, eps=1e-7, cumulative=True, divisor=3.0)
+    expected = compensated_sum(rows, rule, torch.zeros(1000), torch.empty(1000, dtype=dtype))
+    assert torch.equal(compensated_sum(rows, rule, torch.zeros(1000), rows[rows_place]), expected)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_recursion_goes_through_the_compiled_loop(monkeypatch, threads):
     """Otherwise the comparison above would compare PyTorch with itself."""

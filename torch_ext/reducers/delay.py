@@ -88,6 +88,14 @@ class DelayReducer(BucketReducer):
         """One worker only: its gradient is the result."""
         return self.collectives.size * self.parts == 1
 
+    @property
+    def _keeps_own(self) -> bool:
+        """Whether this rank's own slice does not pass through the alltoall.
+
+        What is sent must lie in one piece, which it does without the first slice or the last.
+        """
+        return self.collectives.rank in (0, self.collectives.size - 1)
+
     def kind(self, entry: Entry) -> Kind:
         return replace(super().kind(entry), group=entry.group_index)  # the groups' rates may differ
 
@@ -114,9 +122,12 @@ class DelayReducer(BucketReducer):
         name = f"{self.prefix}/bucket{bucket.index}" + (f"/part{part}" if part else "")
         memory = self._receive.setdefault((bucket.index, part), flat.new_empty(0))
         splits = slice_sizes(bucket.numel, self.collectives.size)
-        splits[self.collectives.rank] = 0  # this rank's own slice is where it is needed
+        sent = flat
+        if self._keeps_own:
+            own, splits[self.collectives.rank] = splits[self.collectives.rank], 0
+            sent = flat[own:] if self.collectives.rank == 0 else flat[:bucket.numel - own]
         return Sent(square_norm(flat),
-                    self.collectives.alltoall_async(flat, splits, name, out=memory))
+                    self.collectives.alltoall_async(sent, splits, name, out=memory))
 
     # At the end of the step
 
@@ -172,10 +183,13 @@ class DelayReducer(BucketReducer):
             rank, sizes = self.collectives.rank, slice_sizes(bucket.numel, ranks)
             slices = []  # by part and rank
             for part in range(self.parts):
-                others = started[bucket.index, part].handle.wait().view(ranks - 1, sizes[rank]).unbind()
-                mine = self.buffer(bucket, part).split(sizes)[rank]
-                slices.append([*others[:rank], mine, *others[rank:]])
-            out = slices[0][rank]
+                received = started[bucket.index, part].handle.wait()
+                rows = list(received.view(ranks - self._keeps_own, sizes[rank]).unbind())
+                if self._keeps_own:
+                    rows.insert(rank, self.buffer(bucket, part).split(sizes)[rank])
+                slices.append(rows)
+            # What was sent has arrived: its memory serves for the result.
+            out = self.buffer(bucket).split(sizes)[rank]
         else:
             slices = [[self.buffer(bucket, part)] for part in range(self.parts)]
             out = self._receive.setdefault((bucket.index, 0), torch.empty_like(slices[0][0]))

@@ -120,6 +120,7 @@ class SENG:
         if self.layers:
             self.capture.stop()
             self._drop_lagged()
+            self._frames, self._joint = Frames(), None
         self.layers, self._trainable, self.state.systems = inventory.layers, trainable, kept
         self._missing, self._trust = inventory.missing, Trust()
         self.capture = Capture(self.model, self.layers, self.settings, lambda: loss_scale(self._scaler),

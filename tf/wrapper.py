@@ -24,7 +24,7 @@ from hvd_ext.tensorflow import carried, keras_hooks, keras_store
 from hvd_ext.tensorflow.reducers.base import Reducer, before_reduce, divide_by_ranks, precondition, report
 from hvd_ext.tensorflow.server import UpdateServer, state_bytes
 from hvd_ext.tensorflow.uneven_data import EXTENDED
-from hvd_ext.tensorflow.variables import CallableList, as_tf, make_state, mark_per_rank, name_of
+from hvd_ext.tensorflow.variables import CallableList, as_tf, made_now, make_state, mark_per_rank, name_of
 
 # AutoGraph has nothing to translate here, and would take seconds to find out.
 as_it_is = tf.autograph.experimental.do_not_convert
@@ -299,7 +299,7 @@ class Distributed:
         if trainable_variables is not None:
             trainable_variables = list(trainable_variables)
             if not self.built:
-                with tf.init_scope(), keras.name_scope(self.name, caller=self):
+                with made_now(), keras.name_scope(self.name, caller=self):
                     self.build(trainable_variables)
                 self.built = True
         variables = self._trainable_variables if trainable_variables is None else trainable_variables

@@ -60,8 +60,8 @@ TENSORFLOW_ALONE = {"tape", "traffic", "variables", "keras_store", "keras_hooks"
                     *(f"seng/{name}" for name in ("traces", "start", "einsum", "table"))}
 TORCH_ALONE = {"passes", "extended", "mpi_ops", "copies", "lightning", "clipping", "pieces",
                "reducers/sharded", "reducers/late", "reducers/late_kernels",
-               *(f"seng/{name}" for name in ("attention", "eager", "functions", "lookup", "notices",
-                                             "per_sample", "probe", "tied"))}
+               *(f"seng/{name}" for name in ("attention", "eager", "functions", "lookup", "per_sample",
+                                             "tied"))}
 LONGEST = 400  # lines
 
 

@@ -70,7 +70,8 @@ test-gpu-build: $(TOOLS)
 test-zoo: $(READY)
 	$(PY) -m pip install --quiet --no-build-isolation --editable '.[zoo]'
 	$(PY) -m pytest tests/zoo -m "zoo or not zoo" $(PYTEST_ARGS)
-	$(PY) -m tests.zoo
+	$(if $(filter torch,$(FRAMEWORKS)),$(PY) -m tests.zoo)
+	$(if $(filter tensorflow,$(FRAMEWORKS)),$(PY) -m tests.zoo --framework tensorflow)
 
 # Kernels for GPUs, through Triton's interpreter: installs 200 MB.
 test-triton: $(READY)

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from hvd_ext.tensorflow import keras_store
 from hvd_ext.tensorflow.replies import exact_weights
-from hvd_ext.tensorflow.variables import CallableList, as_tf, mark_per_rank, name_of
+from hvd_ext.tensorflow.variables import CallableList, as_tf, made_now, mark_per_rank, name_of
 from hvd_ext.tensorflow.wrapper import Wrapper
 
 # AutoGraph has nothing to translate here, and would take seconds to find out.
@@ -37,7 +37,7 @@ class Distributed:
         if trainable_variables is not None:
             trainable_variables = list(trainable_variables)
             if not self.built:
-                with tf.init_scope(), keras.name_scope(self.name, caller=self):
+                with made_now(), keras.name_scope(self.name, caller=self):
                     self.build(trainable_variables)
                 self.built = True
         variables = self._trainable_variables if trainable_variables is None else trainable_variables
@@ -78,7 +78,7 @@ class Distributed:
     def build(self, variables: Sequence[Any]) -> None:
         if self.built or not variables:  # Keras gives none when it reads an .h5 file
             return
-        with tf.init_scope():  # LossScaleOptimizer builds it while a step is traced
+        with made_now():  # LossScaleOptimizer builds it while a step is traced
             self._build(variables)
 
     def _build(self, variables: Sequence[Any]) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -46,6 +47,20 @@ def make_state(optimizer: Any, shape: Sequence[int], dtype: Any, name: str,
     variable = optimizer.add_variable(shape=tuple(shape), name=name,
                                       dtype=tf.as_dtype(dtype).name)
     return as_tf(mark_per_rank(variable) if per_rank else variable)
+
+
+@contextlib.contextmanager
+def made_now() -> Iterator[None]:
+    """Variables are made outside of the graph being traced, and TensorFlow does not hear of it.
+
+    Where a first trace makes variables TensorFlow traces the whole function a second time without.
+    """
+    with contextlib.ExitStack() as scopes:
+        scopes.enter_context(tf.init_scope())
+        if tf.compat.v1.executing_eagerly_outside_functions():
+            scopes.enter_context(tf.variable_creator_scope(
+                lambda make, **given: make(**{**given, "experimental_enable_variable_lifting": False})))
+        yield
 
 
 def made_apart(make: Callable[[], Any]) -> Any:

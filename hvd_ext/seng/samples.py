@@ -127,6 +127,25 @@ def agreed(found: Sequence[Placement]) -> Placement:
     return found[0] if all(one == found[0] for one in found) else ROWS
 
 
+def settled(shapes: Sequence[Sequence[int]], before: Sequence[Signature], after: Sequence[Signature],
+            batch: int, first: int = 0) -> Placement:
+    """Where a module has its samples, from all that is known of its inputs.
+
+    Args:
+        shapes: of the inputs of a pass of ``batch`` samples.
+        before, after: the inputs in the two passes of a probe; empty where there was none.
+    """
+    if before and len(before) == len(after):
+        return agreed([recognise(one, other, batch, first)
+                       for one, other in zip(before, after, strict=True)])
+    return first if all(is_plain(shape, batch, first) for shape in shapes) else ROWS
+
+
+def several_rows(placement: Placement | None) -> bool:
+    """Whether a sample has several rows of axis 0."""
+    return callable(placement) or placement in (CONTIGUOUS, STRIDED)
+
+
 def rows_of(placement: Placement, rows: int, batch: int | None) -> Index | None:
     """Which rows of axis 0 each sample has, (samples, most rows of one), -1 where it has fewer.
 

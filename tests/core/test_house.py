@@ -61,8 +61,7 @@ TENSORFLOW_ALONE = {"tape", "traffic", "variables", "keras_store", "keras_hooks"
 TORCH_ALONE = {"passes", "mpi_ops", "copies", "lightning", "clipping", "pieces", "owned_state",
                "whole_weights", "kernels", "kernels_triton", "reducers/sharded",
                *(f"seng/{name}" for name in ("attention", "eager", "functions", "joint", "light", "lookup",
-                                             "notices", "packs", "parameters", "per_sample", "probe",
-                                             "shifted", "tied"))}
+                                             "packs", "parameters", "per_sample", "shifted", "tied"))}
 LONGEST = 400  # lines
 
 

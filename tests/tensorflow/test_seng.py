@@ -38,6 +38,13 @@ def test_direction_is_the_dense_solve(case, settings, compiled):
     keras.utils.set_random_seed(1)
     model, shape = MODELS[case]()
     x, y = batch(shape)
+    if case == "transposed, dilated":
+        try:
+            model(x)
+        except tf.errors.InvalidArgumentError as error:
+            if "dilation rates larger than 1" not in str(error):
+                raise
+            pytest.skip("TensorFlow has no dilated transposed convolution for this CPU (without oneDNN)")
     samples = per_sample(model, x, y)
     seng = hvd.SENG(model, **settings)
     variables = model.trainable_variables
@@ -50,7 +57,7 @@ def test_direction_is_the_dense_solve(case, settings, compiled):
     g, p = run(tf.constant(x), tf.constant(y))
     assert all(bool(state.ready) for state in seng.states)
     assert not any(bool(state.wrong) for state in seng.states)
-    assert seng.report()["coverage"].startswith("SENG has curvature for 100.0%")
+    assert seng.report()["coverage"] == 1.0
     for numbers in places(seng, variables):
         us = np.concatenate([samples[k].reshape(len(x), -1) for k in numbers], axis=1)
         expected = reference.direction(reference.dense_u(us), flat([g[k] for k in numbers]), LAM)

@@ -1,7 +1,8 @@
-"""Tiny models of timm and transformers, with random weights: SENG's direction against the dense one.
+"""Tiny models of timm and transformers, families of ``keras.applications``: SENG against the dense solve.
 
-``python -m tests.zoo`` prints the table of docs/seng.md and puts it into ``out/``; ``make test-zoo`` runs the
-tests and then that. Nothing is downloaded.
+Weights are random. ``python -m tests.zoo`` prints the table of docs/seng.md and puts it into ``out/``, with
+``--framework tensorflow`` that of Keras; ``make test-zoo`` runs the tests and then both. Nothing is
+downloaded.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import hvd_ext.torch as hvd
+from tests.zoo.table import Measured
 
 LAM = 0.3
 B = 3
@@ -31,20 +32,6 @@ class Model:
     output: Callable[[Any], torch.Tensor] = lambda out: out
     settings: Mapping[str, Any] = field(default_factory=dict)
     limit: float = 1e-9  # of the error
-
-
-@dataclass(frozen=True)
-class Measured:
-    """``error`` is the largest relative error of a layer's direction, ``worst`` that layer."""
-
-    parameters: int
-    coverage: float
-    error: float
-    worst: str
-    placements: tuple[str, ...]
-    line: str
-    gaps: tuple[tuple[str, int], ...]
-    said: tuple[str, ...]
 
 
 def loss_of(model: nn.Module, inputs: Inputs, output: Callable[[Any], torch.Tensor]) -> torch.Tensor:

@@ -35,5 +35,5 @@ def one_batch(name: str, side: int) -> dict[str, Any]:
         "digest": np.array([np.asarray(weight, np.float64).sum() for weight in after]),
         "covered": 1.0 - report["identity_parameters"] / whole,
         "failures": report["failures"],
-        "refused": [row["layer"] for row in report["layers"] if row["reason"]],
+        "refused": [row["layer"] for row in report["layers"] if row["refused"]],
     }

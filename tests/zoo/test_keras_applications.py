@@ -1,4 +1,4 @@
-"""``model.fit`` of the families of ``keras.applications`` under SENG, two ranks, one tiny batch.
+"""The families of ``keras.applications`` under SENG: the direction is the dense one, replicas stay the same.
 
     python -m pytest tests/zoo/test_keras_applications.py -m zoo
 """
@@ -13,19 +13,22 @@ pytest.importorskip("tensorflow", reason="TensorFlow is not installed")
 pytest.importorskip("horovod.tensorflow", reason="Horovod is not built for TensorFlow")
 
 from tests.zoo import on_ranks  # noqa: E402
-
-pytestmark = [pytest.mark.ranks, pytest.mark.zoo]
-
-# The smallest image that each takes.
-FAMILIES = {
-    "MobileNetV2": 32, "MobileNetV3Small": 32, "EfficientNetB0": 32, "EfficientNetV2B0": 32,
-    "DenseNet121": 32, "ResNet50": 32, "ResNet50V2": 32, "ConvNeXtTiny": 32, "NASNetMobile": 32,
-    "Xception": 71, "InceptionV3": 75,
-}
-# ConvNeXt's learned scale of each channel has no rule.
-COVERED = {"ConvNeXtTiny": 0.999}
+from tests.zoo.keras_measure import LIMIT, measure  # noqa: E402
+from tests.zoo.keras_models import COVERED, FAMILIES, FEW  # noqa: E402
 
 
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[] if name in FEW else [pytest.mark.zoo]) for name in FAMILIES])
+def test_direction_is_the_dense_one(name):
+    found = measure(name)
+    assert found.error < LIMIT, found.worst
+    assert found.coverage >= COVERED.get(name, 1.0), found.line
+    assert found.placements == ("axis 0",)
+    assert len(found.said) == (name in COVERED)
+
+
+@pytest.mark.ranks
+@pytest.mark.zoo
 @pytest.mark.parametrize("size", [2])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_one_batch(ranks, size, name):

@@ -7,7 +7,6 @@ equations are in ``step.py``, the refresh of the curvature in ``refresh.py``.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from hvd_ext.seng import CurvatureReport, Settings, takes_settings
+from hvd_ext.seng import CurvatureReport, Settings, strict_refusal, takes_settings
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.keras_hooks import require_tensorflow_backend
 from hvd_ext.tensorflow.loss_scale import loss_scale
@@ -23,9 +22,10 @@ from hvd_ext.tensorflow.reducers.base import Gradient
 from hvd_ext.tensorflow.seng.blocks import Context
 from hvd_ext.tensorflow.seng.capture import Capture
 from hvd_ext.tensorflow.seng.check import check_sums
-from hvd_ext.tensorflow.seng.inventory import UNKNOWN, take_inventory
+from hvd_ext.tensorflow.seng.inventory import take_inventory
+from hvd_ext.tensorflow.seng.notices import Notices
 from hvd_ext.tensorflow.seng.refresh import check_ranks, refresh
-from hvd_ext.tensorflow.seng.samples import BatchSize
+from hvd_ext.tensorflow.seng.samples import Samples
 from hvd_ext.tensorflow.seng.start import Start, own_collectives
 from hvd_ext.tensorflow.seng.state import Coverage, report
 from hvd_ext.tensorflow.seng.step import directions, factors, run_all
@@ -39,11 +39,12 @@ class SENG(tf.Module):
 
     Dense, einsum dense (multi-head attention is made of them), embedding, convolution (1-3 dimensions,
     grouped, depthwise, separable, transposed), batch, layer, group and RMS norm layers get their
-    empirical Fisher matrix, any other variable ``g/(1 + lam)``. U is taken from the forward and
+    empirical Fisher matrix, any other variable what ``other`` says. U is taken from the forward and
     backward pass of every ``update_freq``-th step, in ``model.fit`` as with a tape; of several passes
     that are accumulated from the last. The loss must be the mean or sum over the rank's batch. At the
     first refresh the samples of each layer are summed and compared with this rank's gradient; a layer
-    where they differ gets ``g/(1 + lam)``, on all ranks. What the optimizer's ``scale_loss`` multiplies
+    where they differ gets what ``other`` says, on all ranks. Where layers have the samples is found out
+    (``samples``). What the optimizer's ``scale_loss`` multiplies
     the loss with (``mixed_float16``, ``loss_scale_factor``) is divided out; a tape learns it from its
     ``optimizer=``. Track it in a ``tf.train.Checkpoint`` to keep the curvature, one file per rank;
     without, it is taken anew at the first step.
@@ -54,7 +55,7 @@ class SENG(tf.Module):
         name: prefix of the names in Horovod's timeline; one each when there are several.
 
     The other arguments are those of :class:`hvd_ext.seng.Settings`; names in ``exclude`` are
-    paths of layers.
+    paths of layers, those in ``samples`` paths or names.
 
     Raises:
         TypeError: an argument of the wrong kind.
@@ -69,7 +70,6 @@ class SENG(tf.Module):
             raise TypeError(f"model must be a keras.Model, got {model!r}")
         super().__init__(name=name)
         self.settings = Settings(**settings)
-        _refuse_missing(self.settings)
         self._half = model.dtype_policy.name == "mixed_float16"
         self._scale_of: Any = None
         self._still_scaled = False
@@ -85,22 +85,19 @@ class SENG(tf.Module):
             self.lam = tf.Variable(0.0, dtype=tf.float64, trainable=False, name="lam")
             self.stamp = tf.Variable([-1, -1], dtype=tf.int64, trainable=False, name="stamp")
             self.checked = tf.Variable(not self.settings.check_gradients, trainable=False, name="checked")
-        self._batch = batch = BatchSize()
+        self._samples = samples = Samples(self.settings)
+        self._notices = Notices(self.settings)
         self.capture = Capture(self.settings, self.steps, lambda: loss_scale(self._scale_of), self._traces,
-                               batch)
+                               samples)
         self._wanted = self.capture.wanted
         self.states: list[LayerSystem] = []
         self._fresh: list[tf.Tensor] = []
-        self._start = Start(model, batch, self._begin)
+        self._start = Start(model, samples, self._begin, self._found)
 
-    def _begin(self, model: keras.Model, free: bool) -> None:
-        """Take the layers of a model that is built; ``free`` to be called and tried out."""
+    def _begin(self, model: keras.Model) -> None:
+        """Take the layers of a model that is built."""
         inventory = take_inventory(model, self.settings)
-        if inventory.without_rule:
-            warnings.warn("SENG: " + "; ".join(f"{name} ({why})" for name, why in
-                                               inventory.without_rule.items())
-                          + ": no curvature, their weights get g/(1 + damping). Name them in exclude= "
-                          "to agree", stacklevel=4)
+        self._notices.without_rule(inventory.without_rule)
         layers = inventory.layers
         if not layers and not inventory.without_rule:
             raise ValueError(
@@ -108,20 +105,33 @@ class SENG(tf.Module):
                 "convolution, embedding, batch, layer, group or RMS norm); precondition another model, "
                 "unfreeze layers, or shorten exclude=")
         self.settings.check_sketch(layer.n for layer in layers if not layer.plan.implicit)
-        self._coverage = Coverage(layers, inventory.without_rule, model)
+        self._coverage = Coverage(inventory.missing, model)
+        self._samples.start(model, layers)
         self.capture.tap(layers)
-        if free:
-            self._batch.probe(model, layers)
-        rows = [layer.name for layer in layers if layer.samples == UNKNOWN]
-        if rows:
-            warnings.warn("SENG: " + ", ".join(rows) + ": the first axis of what these layers see is not the "
-                          "batch, and how it belongs to the samples is not known; each row counts as a "
-                          "sample, which is another Fisher matrix. Name them in exclude= for g/(1 + damping)",
-                          stacklevel=4)
         # Checkpoints know these layers' curvature under this name.
         self.states = [LayerSystem(layer, captured, self.settings, self._traces)
                        for layer, captured in self.capture.of.items()]
-        self._fresh = [tf.identity(variable) for variable in self.variables]
+        # Not those of which pass it was: by these TensorFlow knows that a layer is captured before a refresh.
+        self._traces.pack([*self._of_layers(), *(
+            one for captured in self.capture.of.values() for one in captured.held)])
+        self._fresh = [variable.first if hasattr(variable, "first") else tf.identity(variable)
+                       for variable in self.variables]
+
+    def _found(self) -> None:
+        """Say or refuse, once it is known, that samples of layers cannot be told apart.
+
+        Raises:
+            ValueError: ``strict`` and there are such layers.
+        """
+        names = [layer.name for layer in self._samples.by_rows]
+        if names and self.settings.strict:
+            self.capture.close()
+            raise ValueError(strict_refusal(names))
+        self._notices.by_rows(names, self._samples.trouble)
+
+    def _of_layers(self) -> list[tf.Variable]:
+        """The variables of the curvature."""
+        return [variable for one in self.states for variable in one.variables]
 
     def close(self) -> None:
         """Give the model's layers back as they were. The object is of no use afterwards."""
@@ -163,7 +173,8 @@ class SENG(tf.Module):
         scale = loss_scale(self._scale_of) if self._still_scaled else 1.0
 
         def check() -> tf.Tensor:
-            check_sums(systems, self.capture.number, scale, self.settings)
+            with self._traces.unpacked():
+                check_sums(systems, self.capture.number, scale, self.settings)
             return tf.constant(True)
 
         if systems:
@@ -241,7 +252,7 @@ class SENG(tf.Module):
     def _turn(self, dense: list[tf.Tensor], variables: Sequence[Any], context: Context,
               scale: tf.Tensor | None) -> list[tf.Tensor]:
         """The directions, in a graph being traced: of layers that have all their gradients by their
-        curvature, of all other variables ``g/(1 + lam)``."""
+        curvature, of all other variables what ``other`` says."""
         number = {id(as_tf(one)): k for k, one in enumerate(variables)}
         places = {one: [number[id(as_tf(weight))] for weight in one.layer.weights.values()]
                   for one in self.states
@@ -255,14 +266,14 @@ class SENG(tf.Module):
                 for one, mine in places.items()}
 
         def take_curvature() -> tf.Tensor:
-            made = refresh(self.states, self.capture.number, at, lam, context)
+            made = refresh(self.states, self.capture.number, at, lam, context, self._notices)
             self.lam.assign(lam)
             self.checked.assign(tf.logical_or(self.checked, made))
             return made
 
         turned, made = directions(flat, lam, good, tf.logical_and(self._wanted, good), self._wanted,
                                   take_curvature, context)
-        without, _ = factors(good, lam)
+        without, _ = factors(good, lam, self.settings)
         covered = {k for mine in places.values() for k in mine}
         result = [g if k in covered else g * tf.cast(without, g.dtype) for k, g in enumerate(dense)]
         for one, mine in places.items():
@@ -283,8 +294,12 @@ class SENG(tf.Module):
         lam = tf.numpy_function(lambda step: np.float64(self.settings.damping_at(int(step))),
                                 [at], tf.float64)
         lam = tf.ensure_shape(lam, ())
-        tf.cond(tf.not_equal(self.lam, lam), lambda: run_all(one.factor(lam) for one in self.states),
-                lambda: tf.constant(False))
+
+        def factor() -> tf.Tensor:
+            with self._traces.unpacked():
+                return run_all(one.factor(lam) for one in self.states)
+
+        tf.cond(tf.not_equal(self.lam, lam), factor, lambda: tf.constant(False))
         self.lam.assign(lam)
         return lam
 
@@ -303,8 +318,11 @@ class SENG(tf.Module):
             return
         with tf.init_scope():
             stamp = tuple(int(number) for number in self.stamp.numpy())
-            check_ranks(self.states, self.settings, collectives, prefix=self.name, stamp=stamp,
-                        step=int(self.steps.numpy()), due=bool(self._wanted.numpy()))
+            by_rows = check_ranks(
+                self.states, self.settings, collectives, prefix=self.name, stamp=stamp,
+                step=int(self.steps.numpy()), due=bool(self._wanted.numpy()),
+                by_rows=[layer.name for layer in self._samples.by_rows])
+            self._notices.by_rows(by_rows, self._samples.trouble)
             self.stamp.assign((collectives.rank, collectives.size))
         self._ranks = collectives.size
 
@@ -329,16 +347,8 @@ class SENG(tf.Module):
     def report(self) -> CurvatureReport:
         """Per layer: kind, sizes, bytes, coefficient norm, jitter, age; prints as a table.
 
-        Its first line is "coverage": the fraction of the parameters that have curvature, and why others
-        have none. "samples" names the layers whose samples are not along the first axis of their input.
+        Its first line says how much of the model has a rule, and why the rest has none.
         """
         return report(self.states, self.settings, self._coverage, step=int(self.steps),
                       skipped=int(self.skipped), ranks=max(1, self._ranks))
 
-
-def _refuse_missing(settings: Settings) -> None:
-    """Settings that only the PyTorch front end has."""
-    defaults = Settings(damping=settings.damping)
-    for name in ("other", "samples", "strict"):
-        if getattr(settings, name) != getattr(defaults, name):
-            raise NotImplementedError(f"SENG's {name}= is in hvd_ext.torch only; leave it out in TensorFlow")

@@ -47,7 +47,10 @@ class Context:
 def held(value: Any, shape: Any = None) -> tf.Variable:
     """A variable of curvature; None in ``shape`` where an extent depends on the batch."""
     with tf.init_scope():
-        return tf.Variable(value, trainable=False, shape=shape)
+        value = tf.convert_to_tensor(value)
+        variable = tf.Variable(value, trainable=False, shape=shape)
+        variable.first = value  # to start anew; reading thousands of variables takes its time
+        return variable
 
 
 class Block(tf.Module, abc.ABC):
@@ -143,16 +146,18 @@ class Block(tf.Module, abc.ABC):
 
 
 class Explicit(Block):
-    """U (rho, n) and its sketch Xi (rho or all ranks', q), empty where that is U itself."""
+    """U (rho, n) and its sketch Xi (rho or all ranks', q), which is U itself without one."""
 
     def __init__(self, layer: Layer, places: Sequence[int], settings: Settings) -> None:
         super().__init__(layer, places, settings)
         self.q = layer.plan.sketch
         n = sum(self.sizes)
         self.u = held(tf.zeros((0, n), self.stored), (None, None))
-        self.xi = held(tf.zeros((0, self.q or n), self.stored), (None, None))
-        self.rows = held(tf.zeros((self.q or 0,), tf.int64), (None,))
-        self.weights = held(tf.zeros((self.q or 0,), self.dtype), (None,))
+        if self.q is not None or settings.coupling == "full":
+            self.xi = held(tf.zeros((0, self.q or n), self.stored), (None, None))
+        if self.q is not None:
+            self.rows = held(tf.zeros((self.q,), tf.int64), (None,))
+            self.weights = held(tf.zeros((self.q,), self.dtype), (None,))
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -220,13 +225,17 @@ class Product(Block):
         self.groups, self.n_g, self.width = layer.groups
         self.n_a = self.width + len(self.places) - 1
         self.q = {"g": layer.plan.rows_g, "a": layer.plan.rows_a}
-        self.g, self.a, self.xg, self.xa = (
-            held(tf.zeros((self.groups, rows, 0, 0), self.stored), (None, None, None, None))
-            for rows in (self.n_g, self.n_a, self.q["g"] or self.n_g, self.q["a"] or self.n_a))
-        self.rows_g, self.rows_a = (held(tf.zeros((self.q[part] or 0,), tf.int64), (None,))
-                                    for part in "ga")
-        self.weights_g, self.weights_a = (held(tf.zeros((self.q[part] or 0,), self.dtype), (None,))
-                                          for part in "ga")
+        for part, rows in (("g", self.n_g), ("a", self.n_a)):
+            q = self.q[part]
+            setattr(self, part, self._factor(rows))
+            if q is not None or settings.coupling == "full":
+                setattr(self, f"x{part}", self._factor(q or rows))
+            if q is not None:
+                setattr(self, f"rows_{part}", held(tf.zeros((q,), tf.int64), (None,)))
+                setattr(self, f"weights_{part}", held(tf.zeros((q,), self.dtype), (None,)))
+
+    def _factor(self, rows: int) -> tf.Variable:
+        return held(tf.zeros((self.groups, rows, 0, 0), self.stored), (None, None, None, None))
 
     @property
     def kind(self) -> tuple[Any, ...]:

@@ -14,10 +14,11 @@ from typing import Any
 import tensorflow as tf
 
 from hvd_ext.seng import Settings
+from hvd_ext.seng.samples import CONSTANT, CONTIGUOUS, STRIDED
 from hvd_ext.tensorflow.seng.inventory import Layer
 from hvd_ext.tensorflow.seng.kernels import choose_samples
 from hvd_ext.tensorflow.seng.rules import Factors, Pick, Rows
-from hvd_ext.tensorflow.seng.samples import BatchSize, regroup, regroup_axis
+from hvd_ext.tensorflow.seng.samples import Samples, axis_first, group_rows, regroup
 from hvd_ext.tensorflow.seng.traces import Traces, read, write
 
 
@@ -46,7 +47,7 @@ class Captured:
     factors ``g`` (rho, groups, kappa, n_G) and ``a`` (rho, groups, kappa, n_A) do not stand for; of
     an embedding ``a`` (rho, 1, kappa, 1) are the numbers of the rows, int64. ``at`` is the pass they
     belong to: a layer that is used several times adds up. It is ``-2 - pass`` when the uses had
-    different numbers of samples.
+    different numbers of samples, or rows that do not belong to samples as they should.
     """
 
     def __init__(self, layer: Layer) -> None:
@@ -89,16 +90,16 @@ class Capture:
     Args:
         step: the optimizer's step, from which samples are chosen.
         scale: gives the factor of mixed precision in the loss of the pass that is under way.
-        batch: the number of samples of the pass that is under way.
+        samples: the batch of the pass that is under way, and where layers have it.
     """
 
     def __init__(self, settings: Settings, step: tf.Variable, scale: Callable[[], Any],
-                 traces: Traces, batch: BatchSize) -> None:
+                 traces: Traces, samples: Samples) -> None:
         self._settings = settings
         self._step = step
         self._scale = scale
         self._traces = traces
-        self._batch = batch
+        self.samples = samples
         self.of: dict[Layer, Captured] = {}
         with tf.init_scope():
             self.wanted = tf.Variable(True, trainable=False, name="wanted")
@@ -153,8 +154,9 @@ class Capture:
         if not tf.is_tensor(z) or isinstance(z, tf.RaggedTensor):
             return z  # Keras is working out shapes
         x = tf.stop_gradient(tf.convert_to_tensor(x))
-        self._batch.see(layer, x)
-        batch = self._batch.now() if layer.in_rows else None
+        if self.samples.saw(layer, x) or layer.samples == CONSTANT:
+            return z
+        batch = self._batch_for(layer)
         self.of[layer].taps += 1
 
         @tf.custom_gradient
@@ -166,6 +168,16 @@ class Capture:
             return tf.identity(z), gradient
 
         return tap(z)
+
+    def _batch_for(self, layer: Layer) -> tf.Tensor | None:
+        """The samples of the pass under way, for a layer whose rows cannot be told apart without."""
+        if layer.samples not in (CONTIGUOUS, STRIDED):
+            return None
+        batch = self.samples.now()
+        if batch is None:
+            raise ValueError(f"the batch of which {layer.name} has {layer.samples} rows is not known; call "
+                             "the model that SENG was given, not its parts, or give samples= a function")
+        return batch
 
     def _store(self, layer: Layer, inside: Any, x: tf.Tensor, gz: tf.Tensor,
                given: tuple[Any, ...], batch: Any) -> None:
@@ -184,12 +196,13 @@ class Capture:
             alike, loose = registered.alike(inside)
             shapes = [[None, *one.shape[1:-1], None if loose else one.shape[-1]][:len(one.shape)]
                       for one in (x, gz)]
-            if layer.samples == "second":
-                shapes = [[one.shape[0], None, *own[2:]]
+            axis = self._axis(layer)
+            if axis:
+                shapes = [[one.shape[0], *own[1:axis], None, *own[axis + 1:]]
                           for one, own in zip((x, gz), shapes, strict=True)]
         key = (registered.rule, alike, layer.plan.implicit, layer.together, tuple(layer.weights),
-               layer.samples, len(given), layer.groups if layer.plan.implicit else None,
-               None if varies else scale, batch is None)
+               self._axis(layer), layer.samples if layer.in_rows else None, len(given),
+               layer.groups if layer.plan.implicit else None, None if varies else scale, batch is None)
         tensors = [x, gz, self.number, self._step, captured.at, captured.samples, *captured.held, *given,
                    *changing]
         kind = [str(one.shape if shape is None else shape)
@@ -222,14 +235,15 @@ class Capture:
         """
         number, step = read(number, tf.int64, ()), read(step, tf.int64, ())
         scale = tf.cast(scale, gz.dtype) * self._settings.loss_scale
-        x, gz, rho = regroup_axis(layer, x, gz, batch)
-        pick, factor = self._samples(gz.dtype, rho, scale, step)
+        x, gz = (axis_first(one, self._axis(layer)) for one in (x, gz))
+        group = group_rows(layer.samples if layer.in_rows else 0, tf.shape(gz)[0], batch)
+        pick, factor = self._samples(gz.dtype, group.samples, scale, step)
         through: Pick = tf.identity if layer.in_rows else pick
         result = layer.registered.rule(inside, x, gz, through, *given)
         if isinstance(result, Factors):
             said["kappa"] = result.g.shape[2] or 1
         if layer.in_rows:
-            result = regroup(result, layer.samples, rho, pick)
+            result = regroup(result, group, pick)
         dtype = layer.dtype
         new: list[tuple[tf.Tensor, tf.Tensor, int | None]]
         if isinstance(result, Factors) and layer.plan.implicit:
@@ -254,10 +268,16 @@ class Capture:
                 return old + value if axis is None else tf.concat([old, value], axis)
 
             write(handle, tf.cond(more, joined, functools.partial(tf.identity, value)))
-        spoiled = tf.logical_or(tf.logical_not(same), tf.equal(last, -2 - number))
+        spoiled = tf.logical_or(tf.logical_not(tf.logical_and(same, group.fits)), tf.equal(last, -2 - number))
         write(samples, kept)
         write(at, tf.where(spoiled, -2 - number, number))
         return tf.constant(True)
+
+    def _axis(self, layer: Layer) -> int:
+        """The axis of the samples, or of their rows, in the layer's input."""
+        if layer.samples is None:
+            return self.samples.axis
+        return layer.samples if isinstance(layer.samples, int) else 0
 
     def _samples(self, dtype: tf.DType, samples: tf.Tensor, scale: tf.Tensor, step: tf.Tensor
                  ) -> tuple[Pick, tf.Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 import tensorflow as tf
 
 from hvd_ext.seng import Settings
+from hvd_ext.seng.samples import CONSTANT
 from hvd_ext.tensorflow.seng.inventory import Layer
 from hvd_ext.tensorflow.seng.system import LayerSystem
 from hvd_ext.tensorflow.seng.traces import read, write
@@ -19,6 +20,13 @@ from hvd_ext.tensorflow.seng.traces import read, write
 TOLERANCE, TOLERANCE_HALF = 1e-3, 5e-2  # relative, by the precision that the layer computes in
 REASON = ("a weight is used outside of the layer's call, or the layer does not compute what its rule "
           "knows")
+NOT_BY_SAMPLE = "its input is the same for all samples, which share its output"
+
+
+def reason_of(layer: Layer) -> str:
+    """Why a layer that is refused has no curvature."""
+    return NOT_BY_SAMPLE if layer.samples == CONSTANT else REASON
+
 
 
 def check_sums(systems: dict[LayerSystem, list[Any]], number: tf.Variable, scale: Any,
@@ -32,6 +40,8 @@ def check_sums(systems: dict[LayerSystem, list[Any]], number: tf.Variable, scale
     """
     for system, pairs in systems.items():
         layer = system.layer
+        if layer.samples == CONSTANT:
+            continue
         flat = [tf.reshape(tf.cast(tf.convert_to_tensor(gradient), layer.dtype), [-1])
                 for gradient, _ in pairs]
         if not isinstance(scale, float) or scale != 1.0:

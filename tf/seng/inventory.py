@@ -10,10 +10,13 @@ import keras
 import tensorflow as tf
 
 from hvd_ext.seng import LayerPlan, LayerShape, Settings, plan_layer
+from hvd_ext.seng.samples import Placement, several_rows
 from hvd_ext.tensorflow.seng.rules import Registered, rule_for
 from hvd_ext.tensorflow.variables import as_tf
 
-FIRST, UNKNOWN, NOT_CHECKED = "first", "unknown", "not checked"
+NO_RULE = "no rule"
+SHARES = "shares a weight"
+EXCLUDED = "in exclude="
 
 
 @dataclass(eq=False)
@@ -22,9 +25,7 @@ class Layer:
 
     ``groups`` is (groups, n_G, n_A) of the kernel when it is trained and the rule gives factors,
     ``number`` the layer's among those of the model, ``others`` further layers with the same weights.
-    ``samples`` says where the samples of the batch are: along the axis "first" or "second", in
-    "contiguous" or "strided" rows of the first axis, several of each sample; with "unknown" and
-    "not checked" each row of the first axis is taken for a sample.
+    ``samples`` says where the samples of the batch are, None while it is not known.
     """
 
     layer: Any
@@ -33,7 +34,7 @@ class Layer:
     groups: tuple[int, int, int] | None = None
     plan: LayerPlan = field(default_factory=lambda: LayerPlan(implicit=False))
     number: int = 0
-    samples: str = NOT_CHECKED
+    samples: Placement | None = None
     others: list[Any] = field(default_factory=list)
 
     @property
@@ -44,7 +45,7 @@ class Layer:
     @property
     def in_rows(self) -> bool:
         """Whether a sample has several rows of the first axis."""
-        return self.samples in ("contiguous", "strided")
+        return several_rows(self.samples)
 
     @property
     def key(self) -> str:
@@ -59,8 +60,7 @@ class Layer:
     @property
     def sizes(self) -> list[int]:
         """The number of parameters of each weight."""
-        return [int(tf.TensorShape(weight.shape).num_elements())
-                for weight in self.weights.values()]
+        return [_size(weight) for weight in self.weights.values()]
 
     @property
     def n(self) -> int:
@@ -90,39 +90,68 @@ class Layer:
         return LayerShape(self.name, self.registered.kind, self.n, n_g, n_a + ones, groups)
 
 
+@dataclass(frozen=True)
+class Missing:
+    """A layer whose weights have no curvature, ``count`` numbers of them, and why."""
+
+    name: str
+    kind: str
+    cause: str
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.kind}, {self.cause})"
+
+
 @dataclass
 class Inventory:
-    """A model's layers, and why others with trained weights have none: reason by path."""
+    """A model's layers, and those that have trained weights and get no curvature."""
 
     layers: list[Layer]
-    without_rule: dict[str, str]
+    missing: list[Missing]
+
+    @property
+    def without_rule(self) -> list[str]:
+        """Those that the user did not exclude, for a message."""
+        return [str(one) for one in self.missing if one.cause != EXCLUDED]
 
 
 def take_inventory(model: keras.Model, settings: Settings) -> Inventory:
     """Find the layers of ``model`` and plan each.
 
     Layers of one kind that own the same weights count as one that is used several times. A weight that
-    belongs to layers of different kinds leaves all of them on the identity rule.
+    belongs to layers of different kinds leaves all of them without curvature.
     """
     layers: list[Layer] = []
     orphans: set[int] = set()
-    nameless: dict[str, str] = {}
+    missing: list[Missing] = []
     uses: dict[int, int] = {}
+
+    def leave_out(layer: Any, kind: str, cause: str, weights: Iterable[Any]) -> None:
+        fresh = {id(as_tf(weight)): weight for weight in weights if id(as_tf(weight)) not in orphans}
+        orphans.update(fresh)
+        if fresh:
+            missing.append(Missing(layer.path, kind, cause, sum(map(_size, fresh.values()))))
+
     for layer in model._flatten_layers(include_self=True):
         own = [weight for weight in layer._trainable_variables if weight.trainable]
+        if not own:
+            continue
         for weight in own:
             uses[id(as_tf(weight))] = uses.get(id(as_tf(weight)), 0) + 1
-        excluded = _within(layer.path, settings.excluded)
-        if not own or excluded:
-            orphans.update(id(as_tf(weight)) for weight in own)
-            continue
         registered = rule_for(layer)
         weights = {} if registered is None else _weights(layer, registered)
         unusual = _unusual(layer)
-        if registered is None or not weights or unusual:
-            orphans.update(id(as_tf(weight)) for weight in own)
-            nameless[layer.path] = f"{type(layer).__name__} {unusual or 'has no rule'}"
+        if _within(layer.path, settings.excluded):
+            leave_out(layer, type(layer).__name__, EXCLUDED, own)
             continue
+        if registered is None or not weights or unusual:
+            leave_out(layer, type(layer).__name__, unusual or NO_RULE, own)
+            continue
+        known = {id(as_tf(weight)) for weight in weights.values()}
+        rest = [weight for weight in own if id(as_tf(weight)) not in known]
+        names = " and ".join(weight.name for weight in rest)
+        leave_out(layer, f"{names} of {type(layer).__name__}", NO_RULE, rest)
         product = registered.groups is not None and registered.kernel in weights
         groups = registered.groups(layer) if product and registered.groups else None
         layers.append(Layer(layer, registered, weights, groups))
@@ -136,11 +165,15 @@ def take_inventory(model: keras.Model, settings: Settings) -> Inventory:
     good: list[Layer] = []
     for ids, one in kept.items():
         if any(number in orphans or uses[number] > len(one.owners) for number in ids):
-            nameless[one.name] = f"{one.registered.kind} shares a weight"
+            leave_out(one.layer, one.registered.kind, SHARES, one.weights.values())
             continue
         one.plan, one.number = _plan(one, settings), len(good)
         good.append(one)
-    return Inventory(good, nameless)
+    return Inventory(good, missing)
+
+
+def _size(weight: Any) -> int:
+    return int(tf.TensorShape(weight.shape).num_elements())
 
 
 def _plan(layer: Layer, settings: Settings) -> LayerPlan:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import horovod.tensorflow as horovod
@@ -10,43 +9,56 @@ import numpy as np
 import tensorflow as tf
 
 from hvd_ext.agreement import odd_ranks
-from hvd_ext.seng import Settings, check_same_layers, fingerprint, states_differ
+from hvd_ext.seng import Settings, check_same_layers, fingerprint, states_differ, strict_refusal
+from hvd_ext.seng.samples import CONSTANT
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.seng.blocks import Context
-from hvd_ext.tensorflow.seng.check import REASON
+from hvd_ext.tensorflow.seng.check import reason_of
+from hvd_ext.tensorflow.seng.notices import Notices
 from hvd_ext.tensorflow.seng.system import FAILED, GOOD, REFUSED, LayerSystem
 
 
 def check_ranks(systems: Sequence[LayerSystem], settings: Settings, collectives: Collectives, *,
-                prefix: str, stamp: tuple[int, int], step: int, due: bool) -> None:
+                prefix: str, stamp: tuple[int, int], step: int, due: bool, by_rows: Sequence[str]
+                ) -> list[str]:
     """See, outside of any graph, that the ranks have the same layers and states that belong together.
 
     Args:
         stamp: the (rank, ranks) that this rank's state is of, (-1, -1) for a new one.
+        by_rows: names of layers of which this rank cannot tell the samples apart.
+
+    Returns:
+        Those of which some rank cannot.
 
     Raises:
         RuntimeError: on every rank, when layers, settings, dampings or steps differ.
-        ValueError: on every rank, when one of them has restored another rank's state.
+        ValueError: on every rank, when one of them has restored another rank's state; when ``strict`` and
+            some rank has layers in ``by_rows``.
     """
     here = (collectives.rank, collectives.size)
     mine = fingerprint(settings, [
         (one.layer.key, one.layer.shape, one.layer.plan) for one in systems])
     foreign = None if stamp in (here, (-1, -1)) else stamp
-    everyone = collectives.allgather_object((mine.number, foreign, (step, due)), f"{prefix}.state")
-    if odd_ranks([number for number, _, _ in everyone]):
+    everyone = collectives.allgather_object((mine.number, foreign, (step, due), list(by_rows)),
+                                            f"{prefix}.state")
+    if odd_ranks([number for number, *_ in everyone]):
         check_same_layers(collectives.allgather_object(mine.lines, f"{prefix}.disagreement"))
-    for rank, (_, other, _) in enumerate(everyone):
+    for rank, (_, other, *_) in enumerate(everyone):
         if other is not None:
             raise ValueError(
                 f"the state restored into SENG on rank {rank} of {len(everyone)} is that of "
                 f"rank {other[0]} of {other[1]}: save and restore one file per rank, or "
                 "call reset_state() on all of them to take the curvature anew")
-    if odd_ranks([at for _, _, at in everyone]):
-        raise states_differ([at[0] for _, _, at in everyone])
+    if odd_ranks([at for _, _, at, _ in everyone]):
+        raise states_differ([at[0] for _, _, at, _ in everyone])
+    rows = list(dict.fromkeys(name for *_, names in everyone for name in names))
+    if settings.strict and rows:
+        raise ValueError(strict_refusal(rows))
+    return rows
 
 
 def refresh(systems: Sequence[LayerSystem], number: tf.Variable, at: tf.Tensor, lam: tf.Tensor,
-            context: Context) -> tf.Tensor:
+            context: Context, notices: Notices) -> tf.Tensor:
     """New curvature of the layers that have one on every rank; others keep what they had.
 
     Args:
@@ -58,33 +70,38 @@ def refresh(systems: Sequence[LayerSystem], number: tf.Variable, at: tf.Tensor, 
     """
     if not systems:
         return tf.constant(True)  # no layer has a rule
+    with systems[0].traces.unpacked():
+        return _refresh(systems, number, at, lam, context, notices)
+
+
+def _refresh(systems: Sequence[LayerSystem], number: tf.Variable, at: tf.Tensor, lam: tf.Tensor,
+             context: Context, notices: Notices) -> tf.Tensor:
     apart = [system for system in systems if context.joined or system.has_columns]
     taken = {system: system.take(number) for system in apart}
     _equal_columns(apart, [blocks for blocks, _ in taken.values()], context)
     made = [system.candidate(*taken[system], at, lam, context) if system in taken
             else system.take_candidate(number, at, lam, context) for system in systems]
-    wrong = tf.stack([system.wrong.read_value() for system in systems])
+    wrong = tf.stack([True if system.layer.samples == CONSTANT else system.traces.value(system.wrong)
+                      for system in systems])
     went = tf.where(wrong, REFUSED, tf.where(tf.stack([one.good for one in made]), GOOD, FAILED))
     collectives = context.collectives
     agreed = collectives.if_many(
         lambda: collectives.allreduce(went, f"{context.prefix}.refresh", op=horovod.Min),
         lambda: went)
-    _say_refused(systems, agreed)
+    _say_refused(systems, agreed, notices)
     for k, (system, candidate) in enumerate(zip(systems, made, strict=True)):
         system.settle(candidate, agreed[k])
     return tf.reduce_any(tf.equal(agreed, GOOD))
 
 
-def _say_refused(systems: Sequence[LayerSystem], agreed: tf.Tensor) -> None:
-    """One warning for the layers that a refresh leaves on the identity rule."""
-    before = tf.stack([system.refused.read_value() for system in systems])
-    names = [system.layer.name for system in systems]
+def _say_refused(systems: Sequence[LayerSystem], agreed: tf.Tensor, notices: Notices) -> None:
+    """One warning for the layers that a refresh leaves without curvature."""
+    before = tf.stack([system.traces.value(system.refused) for system in systems])
+    reasons = {system.layer: reason_of(system.layer) for system in systems}
 
     def say(refused: np.ndarray) -> np.bool_:
-        if refused.any():
-            which = ", ".join(name for name, out in zip(names, refused, strict=True) if out)
-            warnings.warn(f"SENG: {which}: what was captured does not sum to the gradient; {REASON}. "
-                          "Their weights get g/(1 + damping); name them in exclude= to agree", stacklevel=2)
+        notices.refused({layer: reason for (layer, reason), out in zip(reasons.items(), refused, strict=True)
+                         if out})
         return np.bool_(True)
 
     tf.numpy_function(say, [tf.logical_and(tf.equal(agreed, REFUSED), tf.logical_not(before))], tf.bool)

@@ -1,41 +1,80 @@
 """Which rows of a layer's input belong to which sample of the batch.
 
 Most layers have the samples along their first axis. Windows, or batch and time reshaped into one axis, give
-a layer several rows of each sample; a layer of a time-major part has the samples along its second axis. A
-probe finds out which it is: a forward pass of three samples, the first and the last of them the same,
-shows that rows of equal samples are equal under one arrangement only.
+a layer several rows of each sample; a layer of a time-major part has the samples along its second axis. What
+is known when a layer is traced is its shape, of which the batch may be open; so the model is probed
+(``probe.py``) before it is traced, and what the passes show is decided in ``hvd_ext/seng/samples.py``.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from hvd_ext.tensorflow.seng.inventory import FIRST, NOT_CHECKED, UNKNOWN, Layer
+from hvd_ext.seng import Settings
+from hvd_ext.seng.samples import (
+    CONTIGUOUS,
+    ROWS,
+    STRIDED,
+    Placement,
+    is_plain,
+    rows_of,
+    settled,
+)
+from hvd_ext.tensorflow.seng.inventory import Layer
+from hvd_ext.tensorflow.seng.probe import batch_of, inputs_of_a_pass, signature, two_passes
 from hvd_ext.tensorflow.seng.rules import Factors, Pick, Rows
 
-UNKNOWN_EXTENT = 8  # of a probe, along axes that the model leaves open
-TOLERANCE = 1e-3, 1e-5  # of the largest difference between rows, and of the largest number
 
+class Samples:
+    """The batch of the pass under way, and where each layer has it."""
 
-class BatchSize:
-    """The number of samples of the forward pass that is under way, from the model's own input."""
-
-    def __init__(self) -> None:
+    def __init__(self, settings: Settings) -> None:
+        given = settings.samples
+        self.axis = given if isinstance(given, int) else 0
+        self._said: dict[str, Placement] = dict(given) if isinstance(given, Mapping) else {}
+        self._layers: list[Layer] = []
+        self._told: set[Layer] = set()
+        self.trouble = ""  # why the probe did not work, if so
         self._first: Any = None
-        self._seen: dict[Layer, list[np.ndarray]] | None = None
+        self._seen: dict[Layer, list[np.ndarray]] | None = None  # in the pass of a probe under way
+
+    def start(self, model: keras.Model, layers: Iterable[Layer]) -> None:
+        """Take the layers of a model that is built, and what ``samples=`` says of them.
+
+        Raises:
+            ValueError: it names a layer that the model does not have.
+        """
+        self._layers = list(layers)
+        within: dict[str, list[Any]] = {}
+        for one in model._flatten_layers(include_self=True):
+            inside = one._flatten_layers(include_self=True)
+            for name in {one.name, one.path}:
+                within[name] = [*within.get(name, []), *inside]
+        for name in self._said:
+            if name not in within:
+                raise ValueError(f"samples names the layer {name!r}, which {model.name!r} does not have; "
+                                 "take the name or the path of one of its layers")
+        # What is said of the smallest part holds.
+        for name in sorted(self._said, key=lambda name: -len(within[name])):
+            members = {id(one) for one in within[name]}
+            for layer in self._layers:
+                if id(layer.layer) in members:
+                    layer.samples = self._said[name]
+                    self._told.add(layer)
 
     def around(self, call: Callable[..., Any]) -> Callable[..., Any]:
         """The model's ``call``, during which the batch is known."""
         @functools.wraps(call)
         def known(*args: Any, **kwargs: Any) -> Any:
-            tensors = [one for one in keras.tree.flatten((args, kwargs)) if tf.is_tensor(one)]
-            before, self._first = self._first, tensors[0] if tensors else None
+            before, self._first = self._first, batch_of(args, kwargs, self.axis)
             try:
                 return call(*args, **kwargs)
             finally:
@@ -45,92 +84,124 @@ class BatchSize:
 
     def now(self) -> Any:
         """The samples, 0-D int32; None outside of the model's ``call``."""
-        return None if self._first is None else tf.shape(self._first)[0]
+        return None if self._first is None else tf.shape(self._first)[self.axis]
 
-    def see(self, layer: Layer, x: tf.Tensor) -> None:
-        """Keep a layer's input for the probe that is under way, if one is."""
+    @property
+    def by_rows(self) -> list[Layer]:
+        """Layers whose samples cannot be told apart, and nobody said that they need not be."""
+        return [layer for layer in self._layers if layer.samples == ROWS and layer not in self._told]
+
+    def saw(self, layer: Layer, x: tf.Tensor) -> bool:
+        """Take note of a layer's input; True when the pass is a probe and of no other use."""
         if self._seen is not None:
             self._seen.setdefault(layer, []).append(x.numpy())
+            return True
+        if layer.samples is None and self._first is not None:
+            # Not called in the probe's passes, or those did not work: the shape is all there is.
+            batch = self._first.shape[self.axis]
+            plain = batch is not None and is_plain(x.shape, batch, self.axis)
+            layer.samples = self.axis if plain else ROWS
+        return False
 
-    def probe(self, model: keras.Model, layers: Iterable[Layer]) -> None:
-        """Set ``samples`` of each layer; what cannot be found out stays "not checked"."""
-        given = getattr(model, "_inputs_struct", None)  # as the model's call takes them
-        if given is None:
-            given = getattr(model, "inputs", None)
-            given = given[0] if given and len(given) == 1 else given
-        if given is None or not tf.executing_eagerly():
-            return
-        rng = np.random.default_rng(0)
-        seen: dict[Layer, list[np.ndarray]] = {}
-        self._seen = seen
+    def probe(self, model: keras.Model, args: Any, kwargs: Any) -> bool:
+        """Find out where each layer has its samples; whether the passes worked.
+
+        Of layers that they do not show nothing is known.
+
+        Args:
+            args, kwargs: what the model is called with, or Keras' descriptions of it.
+        """
+        unknown = {layer for layer in self._layers if layer not in self._told}
+        passes: list[dict[Layer, list[np.ndarray]]] = []
+
+        def begin() -> None:
+            self._seen = {}
+            passes.append(self._seen)
+
+        def plain() -> bool:
+            return all(is_plain(x.shape, batch, self.axis)
+                       for layer, given in passes[0].items() if layer in unknown for x in given)
+
         try:
-            model(keras.tree.map_structure(functools.partial(_three_samples, rng), given), training=False)
-        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, tf.errors.OpError):
-            return  # not an input that this model takes
+            with tf.init_scope():
+                args, kwargs, batch = inputs_of_a_pass(args, kwargs, self.axis)
+                two_passes(model, args, kwargs, batch=batch, axis=self.axis, begin=begin, enough=plain)
+        except Exception as error:  # the model's own code, with inputs it may not take: anything can come
+            self.trouble = f"{type(error).__name__}: {_in_a_line(error)}"
+            return False
         finally:
             self._seen = None
-        for layer in layers:
-            found = {arrangement(x) for x in seen.get(layer, ())}
-            layer.samples = found.pop() if len(found) == 1 else UNKNOWN if found else NOT_CHECKED
-
-
-def _three_samples(rng: np.random.Generator, spec: Any) -> np.ndarray:
-    """Three samples for an input of the model, the last the same as the first."""
-    shape = [UNKNOWN_EXTENT if extent is None else int(extent) for extent in spec.shape[1:]]
-    whole = "int" in str(spec.dtype)
-    two = rng.integers(0, 2, (2, *shape)) if whole else rng.standard_normal((2, *shape))
-    return two[[0, 1, 0]].astype(str(spec.dtype))
-
-
-def arrangement(x: np.ndarray) -> str:
-    """Along which axis the samples of a probe lie, see ``Layer.samples``."""
-    rows, shape = x.shape[0] if x.ndim else 0, x.shape
-    views = {FIRST: x if rows == 3 else None,
-             "contiguous": x.reshape(3, -1) if rows > 3 and rows % 3 == 0 else None,
-             "strided": (np.swapaxes(x.reshape(rows // 3, 3, -1), 0, 1)
-                         if rows > 3 and rows % 3 == 0 else None),
-             "second": np.swapaxes(x, 0, 1) if x.ndim > 2 and shape[1] == 3 else None}
-    fitting = [name for name, view in views.items() if view is not None and _same(view)]
-    return FIRST if FIRST in fitting else fitting[0] if len(fitting) == 1 else UNKNOWN
-
-
-def _same(view: np.ndarray) -> bool:
-    """Whether the first and the last of three samples are the same."""
-    wide = view.astype(np.float64)
-    if not wide.size:
+        for layer in unknown & set(passes[0]):
+            before, after = ([signature(x, batch) for x in found.get(layer, ())]
+                             for found in (passes if len(passes) > 1 else ({}, {})))
+            layer.samples = settled([x.shape for x in passes[0][layer]], before, after, batch, self.axis)
+        self.trouble = ""
         return True
-    spread = np.abs(wide - wide[:1]).max()
-    limit = max(TOLERANCE[0] * spread, TOLERANCE[1] * np.abs(wide).max())
-    return bool(np.abs(wide[0] - wide[2]).max() <= limit)
 
 
-def regroup_axis(layer: Layer, x: tf.Tensor, gz: tf.Tensor, batch: tf.Tensor | None
-                 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """``x`` and ``gz`` with the samples, or their rows, along the first axis, and how many samples.
+def _in_a_line(error: Exception) -> str:
+    """What an error says, without what Keras says of the call and the colours it says it in."""
+    said = re.sub(r"\x1b\[\d*m", "", str(error)).split("Arguments received")[0]
+    return " ".join(said.split())
+
+
+def axis_first(tensor: tf.Tensor, axis: int) -> tf.Tensor:
+    """``tensor`` with its axis number ``axis`` in front."""
+    if not axis:
+        return tensor
+    return tf.transpose(tensor, [axis, *(k for k in range(len(tensor.shape)) if k != axis)])
+
+
+@dataclass
+class Grouping:
+    """Which rows belong to which of so many ``samples``, 0-D int32; ``fits``: it can be so.
+
+    ``index`` (samples, most rows of one) has -1 where a sample has fewer; None where rows are in order.
+    """
+
+    how: Placement
+    samples: tf.Tensor
+    fits: tf.Tensor
+    index: tf.Tensor | None = None
+
+
+def group_rows(how: Placement, rows: tf.Tensor, batch: tf.Tensor | None) -> Grouping:
+    """How ``rows``, 0-D int32, belong to samples.
 
     Args:
-        batch: the samples of the pass, 0-D int32; None where they are not known.
+        batch: the samples of the pass, 0-D int32, where it is of any use.
     """
-    if layer.samples == "second":
-        x, gz = (tf.transpose(one, [1, 0, *range(2, len(one.shape))]) for one in (x, gz))
-    rows = tf.shape(gz)[0]
-    if not layer.in_rows or batch is None:
-        return x, gz, rows
+    if callable(how):
+        def index_now(count: np.ndarray) -> np.ndarray:
+            found = rows_of(how, int(count), None)
+            assert found is not None
+            return found
+
+        index = tf.ensure_shape(tf.numpy_function(index_now, [rows], tf.int64), (None, None))
+        return Grouping(how, tf.shape(index)[0], tf.constant(True), index)
+    if batch is None:
+        return Grouping(how, rows, tf.constant(True))
     fits = tf.equal(rows % tf.maximum(batch, 1), 0)
-    return x, gz, tf.where(fits, batch, rows)
+    return Grouping(how, tf.where(fits, batch, rows), fits)
 
 
-def regroup(result: Any, how: str, samples: tf.Tensor, pick: Pick) -> Any:
+def regroup(result: Any, group: Grouping, pick: Pick) -> Any:
     """What a rule gave for rows, for the chosen of the samples that the rows belong to."""
+    samples = group.samples
+
     def apart(tensor: tf.Tensor) -> tf.Tensor:
         """(rows, ...) as (samples, rows of one, ...)."""
+        if group.index is not None:
+            there = tf.reshape(group.index >= 0, tf.concat(
+                [tf.shape(group.index), tf.ones(len(tensor.shape) - 1, tf.int32)], 0))
+            rows = tf.gather(tensor, tf.maximum(group.index, 0))
+            return pick(tf.where(there, rows, tf.zeros_like(rows)))
         shape = tf.shape(tensor)
-        first = [samples, shape[0] // samples] if how == "contiguous" else [shape[0] // samples, samples]
+        each = shape[0] // tf.maximum(samples, 1)
+        first = [samples, each] if group.how == CONTIGUOUS else [each, samples]
         apart = tf.reshape(tensor, tf.concat([tf.stack(first), shape[1:]], 0))
         apart = tf.ensure_shape(apart, [None, None, *tensor.shape[1:]])
-        if how == "strided":
-            apart = tf.transpose(apart, [1, 0, *range(2, len(apart.shape))])
-        return pick(apart)
+        return pick(axis_first(apart, int(group.how == STRIDED)))
 
     def columns(tensor: tf.Tensor) -> tf.Tensor:
         """(rows, groups, kappa, n) as (samples, groups, columns, n)."""

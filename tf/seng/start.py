@@ -11,8 +11,8 @@ import keras
 import tensorflow as tf
 
 from hvd_ext.tensorflow.collectives import Collectives
-from hvd_ext.tensorflow.seng.samples import BatchSize
-from hvd_ext.tensorflow.variables import as_tf
+from hvd_ext.tensorflow.seng.samples import Samples
+from hvd_ext.tensorflow.variables import as_tf, made_now
 
 
 class Alone(Collectives):
@@ -34,27 +34,44 @@ def own_collectives() -> Collectives:
 class Start:
     """Wraps the model's ``call``, so that the batch is known in it, and begins when there are layers.
 
+    Where these have their samples is found out at once where the model's input is described, else from what
+    the model is first called with.
+
     Args:
-        begin: takes the layers of the built model; its argument says whether the model may be called.
+        begin: takes the layers of the built model.
+        found: called when it is known at once where they have their samples.
     """
 
-    def __init__(self, model: keras.Model, batch: BatchSize,
-                 begin: Callable[[keras.Model, bool], None]) -> None:
+    def __init__(self, model: keras.Model, samples: Samples, begin: Callable[[keras.Model], None],
+                 found: Callable[[], None]) -> None:
         self.model = model
         self.done = False
-        self._building = False
+        self._samples = samples
+        self._busy = False
+        self._probed = False
         self._begin = begin
         if "call" in model.__dict__:
             raise ValueError(f"the model {model.name!r} is tapped already: one SENG a model; call close() "
                              "on the other one first")
         if self._built():
-            self._now(free=True)
-        call = batch.around(model.call)
+            self._now()
+            given = getattr(model, "_inputs_struct", None)  # as the model's call takes them
+            if given is None:
+                given = getattr(model, "inputs", None)
+                given = given[0] if given and len(given) == 1 else given
+            if given is not None and tf.executing_eagerly():
+                self._probe(given)
+            if self._probed:
+                found()
+        call = samples.around(model.call)
 
         @functools.wraps(model.call)
         def started(*args: Any, **kwargs: Any) -> Any:
-            if not self.done and not self._building:
+            if not self.done and not self._busy:
                 self._build(*args, **kwargs)
+            if self.done and not self._probed and not self._busy:
+                self._probe(*args, **kwargs)
+                self._probed = True  # once is enough
             return call(*args, **kwargs)
 
         object.__setattr__(model, "call", started)
@@ -74,21 +91,29 @@ class Start:
             def shape_of(given: Any) -> Any:
                 return keras.KerasTensor(given.shape, given.dtype.name) if tf.is_tensor(given) else given
 
-            self._building = True
+            self._busy = True
             try:
                 keras.Operation.compute_output_spec(
                     self.model, *keras.tree.map_structure(shape_of, args),
                     **keras.tree.map_structure(shape_of, kwargs))
             finally:
-                self._building = False
+                self._busy = False
         if self._built():
-            self._now(free=False)
+            self._now()
 
-    def _now(self, *, free: bool) -> None:
+    def _probe(self, *args: Any, **kwargs: Any) -> None:
+        """See where the layers have their samples; later again, of another call, if that did not work."""
+        self._busy = True
+        try:
+            self._probed = self._samples.probe(self.model, args, kwargs)
+        finally:
+            self._busy = False
+
+    def _now(self) -> None:
         self.done = True
         try:
-            with tf.init_scope():
-                self._begin(self.model, free)
+            with made_now():
+                self._begin(self.model)
         except BaseException:
             self.done = False
             raise

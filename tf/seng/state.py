@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,41 +10,19 @@ import keras
 import numpy as np
 
 from hvd_ext.seng import CurvatureReport, Settings, layer_row, make_report
-from hvd_ext.tensorflow.seng.check import REASON
-from hvd_ext.tensorflow.seng.inventory import FIRST, Layer
+from hvd_ext.seng.coverage import Gap
+from hvd_ext.seng.samples import text
+from hvd_ext.tensorflow.seng.check import reason_of
+from hvd_ext.tensorflow.seng.inventory import Missing
 from hvd_ext.tensorflow.seng.system import LayerSystem
 
 
 @dataclass
 class Coverage:
-    """What of a model has a rule: its layers, and why others with trained weights have none."""
+    """What of a model has no rule, and the model."""
 
-    layers: Sequence[Layer]
-    without_rule: Mapping[str, str]
+    missing: Sequence[Missing]
     model: keras.Model
-
-    def line(self, refused: Sequence[Layer]) -> str:
-        """One line: the fraction of the parameters with a rule, and why the others have none.
-
-        Args:
-            refused: layers whose captured samples did not sum to their gradient.
-        """
-        whole = sum(int(np.prod(weight.shape)) for weight in self.model.trainable_weights)
-        covered = sum(layer.n for layer in self.layers) - sum(layer.n for layer in refused)
-        why = [f"{name}: {reason}" for name, reason in self.without_rule.items()]
-        why += [f"{layer.name}: {REASON}" for layer in refused]
-        rest = whole - covered
-        if rest and not why:
-            why = ["named in exclude="]
-        said = f"; g/(1 + damping) for {rest:,}: {'; '.join(why)}" if rest else ""
-        return f"SENG has curvature for {covered / max(whole, 1):.1%} of {whole:,} parameters{said}"
-
-
-class Report(CurvatureReport):
-    """The curvature's report; the first line that it prints is the coverage."""
-
-    def __str__(self) -> str:
-        return f"{self['coverage']}\n{super().__str__()}"
 
 
 def report(systems: Sequence[LayerSystem], settings: Settings, coverage: Coverage | None, *, step: int,
@@ -55,15 +33,18 @@ def report(systems: Sequence[LayerSystem], settings: Settings, coverage: Coverag
         coverage: None while the model is not built.
     """
     rows: list[dict[str, Any]] = []
-    refused = [one.layer for one in systems if bool(one.refused)]
+    refused = {one.layer: reason_of(one.layer) for one in systems if bool(one.refused)}
     for one in systems:
         rows.append(layer_row(one.layer.shape, one.layer.plan, one.held(step), failures=int(one.failures)))
-        rows[-1]["samples"] = one.layer.samples
-        rows[-1]["reason"] = REASON if one.layer in refused else None
-    parameters = 0 if coverage is None else sum(
-        int(np.prod(weight.shape)) for weight in coverage.model.trainable_weights)
+        where = one.layer.samples
+        rows[-1].update(samples=None if where is None else text(where), refused=refused.get(one.layer))
+    if coverage is None:
+        return make_report(rows, settings, step=step, ranks=ranks, skipped=skipped, identity_parameters=0,
+                           coverage_line="SENG waits for the first batch of a model that is not built yet.")
+    parameters = sum(int(np.prod(weight.shape)) for weight in coverage.model.trainable_weights)
+    gaps = [Gap(f"{one.name}, {one.kind}", one.cause, one.count) for one in coverage.missing]
+    gaps += [Gap(f"{layer.name}, {layer.registered.kind}", reason, layer.n)
+             for layer, reason in refused.items()]
     covered = sum(one.layer.n for one in systems if bool(one.ready))
-    return Report(make_report(
-        rows, settings, step=step, ranks=ranks, skipped=skipped, identity_parameters=parameters - covered,
-        coverage="the model is not built yet" if coverage is None else coverage.line(refused),
-        samples={one.layer.name: one.layer.samples for one in systems if one.layer.samples != FIRST}))
+    return make_report(rows, settings, step=step, ranks=ranks, skipped=skipped,
+                       identity_parameters=parameters - covered, parameters=parameters, gaps=gaps)

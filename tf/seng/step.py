@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import tensorflow as tf
 
+from hvd_ext.seng import Settings
 from hvd_ext.tensorflow.seng.blocks import Context
 from hvd_ext.tensorflow.seng.system import LayerSystem
 from hvd_ext.tensorflow.seng.traces import apart
@@ -42,21 +43,26 @@ def directions(gradients: Gradients, lam: tf.Tensor, good: tf.Tensor, due: tf.Te
         early = tf.cond(
             wanted, lambda: [block.nothing(context) for one in gradients for block in one.blocks],
             lambda: mean_over_ranks([(one, one.kept()) for one in gradients], context))
-        made = apart(lambda: tf.cond(due, refresh, no_refresh))
-        means = tf.cond(
-            due, lambda: mean_over_ranks(
-                [(one, one.kept_or(mine)) for one, mine in gradients.items()], context),
-            lambda: early)
+        with tf.control_dependencies(early):
+            made = apart(lambda: tf.cond(due, refresh, no_refresh))
+        with tf.control_dependencies([made]):
+            means = tf.cond(
+                due, lambda: mean_over_ranks(
+                    [(one, one.kept_or(mine)) for one, mine in gradients.items()], context),
+                lambda: early)
         tf.cond(good, lambda: run_all(one.keep(mine) for one, mine in gradients.items()), no_refresh)
     else:  # "block", U = diag(U_i) (SENG eq. 26), and "full", one system of all ranks' samples
         made = tf.cond(due, refresh, no_refresh)
-        means = mean_over_ranks(list(gradients.items()), context)
+        with tf.control_dependencies([made]):
+            means = mean_over_ranks(list(gradients.items()), context)
     means = [tf.where(good, mean, tf.zeros_like(mean)) for mean in means]
-    without, with_curvature = factors(good, lam)
+    without, with_curvature = factors(good, lam, context.settings)
     result = {}
+    with tf.control_dependencies([made]):
+        ready = {one: one.ready.read_value() for one in gradients}
     for one, mine in gradients.items():
         own, means = means[:len(one.blocks)], means[len(one.blocks):]
-        factor = tf.where(one.ready, with_curvature, without)
+        factor = tf.where(ready[one], with_curvature, without)
         result[one] = one.subtract(own, mine, tf.cast(factor, one.layer.dtype), context)
     return result, made
 
@@ -95,13 +101,14 @@ def mean_over_ranks(wanted: Sequence[tuple[LayerSystem, Sequence[tf.Tensor]]],
     return list(context.collectives.if_many(communicate, lambda: list(messages)))
 
 
-def factors(good: tf.Tensor, lam: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """What gradients without and with curvature are multiplied with: 1/(1 + lam) and 1/lam.
+def factors(good: tf.Tensor, lam: tf.Tensor, settings: Settings) -> tuple[tf.Tensor, tf.Tensor]:
+    """What gradients without and with curvature are multiplied with: what ``other`` says, and 1/lam.
 
     Both are 1 where the gradients are not finite and are to stay as they are. 0-D float64.
     """
     one = tf.ones((), tf.float64)
-    return tf.where(good, 1.0 / (1.0 + lam), one), tf.where(good, 1.0 / lam, one)
+    other = tf.cast(settings.other_divisor(lam), tf.float64)
+    return tf.where(good, 1.0 / other, one), tf.where(good, 1.0 / lam, one)
 
 
 def run_all(done: Iterable[None]) -> tf.Tensor:

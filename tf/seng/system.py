@@ -62,8 +62,9 @@ class LayerSystem(tf.Module):
         self.failures = held(tf.constant(0, tf.int64))
         self.wrong = held(False)
         self.refused = held(False)
-        self.keeps = held(False)
-        self.previous = [held(tf.zeros((0,), layer.dtype), (None,)) for _ in layer.weights]
+        if settings.coupling == "lagged":
+            self.keeps = held(False)
+            self.previous = [held(tf.zeros((0,), layer.dtype), (None,)) for _ in layer.weights]
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -184,13 +185,13 @@ class LayerSystem(tf.Module):
         Should it have no factor, the last one still gives a direction, the same on every rank.
         """
         def factored(lam: tf.Tensor, gram: tf.Tensor, lower: tf.Tensor, jitter: tf.Tensor) -> tf.Tensor:
-            new, added, good = kernels.factor(gram, lam)
+            new, added, good = kernels.factor(read(gram, tf.float64, (None, None)), lam)
             was = read(lower, tf.float64, (None, None))
             write(lower, tf.cond(good, lambda: new, lambda: was))
             write(jitter, added)
             return tf.constant(True)
 
-        self.traces.call(factored, "factor", [lam, self.gram.read_value(), self.lower, self.jitter])
+        self.traces.call(factored, "factor", [lam, self.gram, self.lower, self.jitter])
 
     # Used at every step
 

@@ -26,9 +26,9 @@ class Table(Block):
         super().__init__(layer, places, settings)
         assert layer.groups is not None
         self.n_g = layer.groups[1]
-        self.rows, self.xrows = (held(tf.zeros((0, 0), tf.int64), (None, None)) for _ in "ux")
-        self.g, self.xg = (held(tf.zeros((0, 0, self.n_g), self.stored), (None, None, None))
-                           for _ in "ux")
+        for x in ("", "x") if settings.coupling == "full" else ("",):
+            setattr(self, f"{x}rows", held(tf.zeros((0, 0), tf.int64), (None, None)))
+            setattr(self, f"{x}g", held(tf.zeros((0, 0, self.n_g), self.stored), (None, None, None)))
 
     @property
     def kind(self) -> tuple[Any, ...]:

@@ -16,14 +16,55 @@ import tensorflow as tf
 
 
 class Traces:
-    """Functions by their kind and the kinds of their tensors."""
+    """Functions by their kind and the kinds of their tensors; the handles of many variables as one tensor.
+
+    A graph takes in each handle on its own, and so does every graph around it: with some thousand of them
+    that takes longer than all else in a branch. One tensor of handles is taken in once.
+    """
 
     def __init__(self) -> None:
         self._made: dict[Hashable, Any] = {}
         self.said: dict[Hashable, dict[str, Any]] = {}
+        self._places: dict[int, int] = {}
+        self._packed: Any = None
+        self._open: list[tuple[Any, list[tf.Tensor]]] = []
 
     def __len__(self) -> int:
         return len(self._made)
+
+    def pack(self, variables: Sequence[tf.Variable]) -> None:
+        """Take these variables' handles together, where all of them are in the CPU's memory."""
+        if variables and all("GPU" not in one.device for one in variables):
+            with tf.init_scope():
+                self._packed = tf.stack([one.handle for one in variables])
+            self._places = {id(one): place for place, one in enumerate(variables)}
+
+    @contextlib.contextmanager
+    def unpacked(self) -> Iterator[None]:
+        """In the graph being traced, the packed handles are taken from their tensor from here on.
+
+        TensorFlow orders operations by the tensor that a handle comes from: what uses a variable here and
+        what uses its own handle must be ordered by control dependencies, or by another handle of both.
+        """
+        if self._packed is None or tf.executing_eagerly():
+            yield
+            return
+        self._open.append((tf.compat.v1.get_default_graph(), tf.unstack(self._packed)))
+        try:
+            yield
+        finally:
+            self._open.pop()
+
+    def handle(self, one: tf.Variable) -> tf.Tensor:
+        """The variable's handle, for the graph being traced."""
+        place = self._places.get(id(one))
+        if self._open and place is not None and self._open[-1][0] is tf.compat.v1.get_default_graph():
+            return self._open[-1][1][place]
+        return one.handle
+
+    def value(self, one: tf.Variable) -> tf.Tensor:
+        """The variable's value, for the graph being traced."""
+        return read(self.handle(one), one.dtype, one.shape)
 
     def call(self, function: Callable[..., Any], key: Hashable, given: Sequence[Any], *,
              shapes: Sequence[Any] | None = None, inline: bool = False) -> Any:
@@ -36,7 +77,7 @@ class Traces:
             shapes: of each tensor the shape that is traced, None where it is the tensor's own.
             inline: let TensorFlow put the function's operations in place of the call.
         """
-        tensors = [one.handle if isinstance(one, tf.Variable) else tf.convert_to_tensor(one)
+        tensors = [self.handle(one) if isinstance(one, tf.Variable) else tf.convert_to_tensor(one)
                    for one in given]
         specs = tuple(
             tf.TensorSpec([] if tensor.dtype == tf.resource else

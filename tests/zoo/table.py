@@ -1,0 +1,60 @@
+"""What is measured of a model, and the tables of docs/seng.md that are made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+END = "<!-- end -->"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """``error`` is the largest relative error of a layer's direction, ``worst`` that layer."""
+
+    parameters: int
+    coverage: float
+    error: float
+    worst: str
+    placements: tuple[str, ...]
+    line: str
+    gaps: tuple[tuple[str, int], ...]
+    said: tuple[str, ...]
+
+
+class Table:
+    """Lines that are printed as they come, then written to ``out/`` and into the page.
+
+    Args:
+        name: of the file, and of the comment in the page that the table follows.
+        more: columns before the last.
+    """
+
+    def __init__(self, name: str, more: Sequence[str] = ()) -> None:
+        self._name = name
+        columns = ("model", "parameters", "with a rule", "samples on", "error", *more,
+                   "why the rest has none")
+        right = ("parameters", "with a rule", "error", *more)
+        self.lines = [f"| {' | '.join(columns)} |",
+                      f"|{'|'.join('--:' if one in right else '---' for one in columns)}|"]
+        print("\n".join(self.lines))
+
+    def add(self, name: str, found: Measured, more: Sequence[str] = ()) -> None:
+        """A model's line."""
+        causes = "; ".join(f"{100 * count / found.parameters:.1f} % {cause}" for cause, count in found.gaps)
+        share = f"{100 * found.coverage:.1f} %" if found.gaps else "100 %"
+        cells = (name, f"{found.parameters:,}", share, ", ".join(found.placements), f"{found.error:.0e}",
+                 *more, causes)
+        self.lines.append(f"| {' | '.join(cells)} |")
+        print(self.lines[-1], flush=True)
+
+    def write(self, *, docs: bool) -> None:
+        """Into ``out/``, and with ``docs`` between the page's two comments."""
+        out = Path("out")
+        out.mkdir(exist_ok=True)
+        (out / f"{self._name}.md").write_text("\n".join(self.lines) + "\n")
+        if docs:
+            page, begin = Path("docs/seng.md"), f"<!-- out/{self._name}.md -->"
+            head, rest = page.read_text().split(begin)
+            page.write_text("\n".join([f"{head}{begin}", *self.lines, END]) + rest.split(END, 1)[1])

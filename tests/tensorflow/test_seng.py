@@ -91,6 +91,8 @@ def test_bad_input():
         hvd.SENG(dense()[0], damping=0.0)
     with pytest.raises(ValueError, match="sketch_size"):
         hvd.SENG(dense()[0], damping=1.0, sketch_size=10**6)
+    with pytest.raises(NotImplementedError, match="stale='bound'"):
+        hvd.SENG(dense()[0], damping=1.0, stale="bound")
     model = dense()[0]
     seng = hvd.SENG(model, damping=1.0)
     with pytest.raises(ValueError, match="tapped already"):

@@ -61,6 +61,7 @@ class SENG(tf.Module):
         TypeError: an argument of the wrong kind.
         ValueError: an argument outside its limits, a model without a layer that has a rule, or one
             that another SENG has already.
+        NotImplementedError: ``stale="bound"``.
     """
 
     @takes_settings
@@ -70,6 +71,9 @@ class SENG(tf.Module):
             raise TypeError(f"model must be a keras.Model, got {model!r}")
         super().__init__(name=name)
         self.settings = Settings(**settings)
+        if self.settings.stale != "keep":
+            raise NotImplementedError(f"stale={self.settings.stale!r} is in hvd_ext.torch only; leave it out, "
+                                      "or refresh more often with update_freq=")
         self._half = model.dtype_policy.name == "mixed_float16"
         self._scale_of: Any = None
         self._still_scaled = False

@@ -72,8 +72,8 @@ class SENG(tf.Module):
         super().__init__(name=name)
         self.settings = Settings(**settings)
         if self.settings.stale != "keep":
-            raise NotImplementedError(f"stale={self.settings.stale!r} is in hvd_ext.torch only; leave it out, "
-                                      "or refresh more often with update_freq=")
+            raise NotImplementedError(f"stale={self.settings.stale!r} is in hvd_ext.torch only; leave it "
+                                      "out, or refresh more often with update_freq=")
         self._half = model.dtype_policy.name == "mixed_float16"
         self._scale_of: Any = None
         self._still_scaled = False

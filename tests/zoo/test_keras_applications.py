@@ -14,11 +14,11 @@ pytest.importorskip("horovod.tensorflow", reason="Horovod is not built for Tenso
 
 from tests.zoo import on_ranks  # noqa: E402
 from tests.zoo.keras_measure import LIMIT, measure  # noqa: E402
-from tests.zoo.keras_models import COVERED, FAMILIES, FEW  # noqa: E402
+from tests.zoo.keras_models import COVERED, FAMILIES  # noqa: E402
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[] if name in FEW else [pytest.mark.zoo]) for name in FAMILIES])
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", FAMILIES)
 def test_direction_is_the_dense_one(name):
     found = measure(name)
     assert found.error < LIMIT, found.worst

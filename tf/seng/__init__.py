@@ -61,7 +61,6 @@ class SENG(tf.Module):
         TypeError: an argument of the wrong kind.
         ValueError: an argument outside its limits, a model without a layer that has a rule, or one
             that another SENG has already.
-        NotImplementedError: ``stale="bound"``.
     """
 
     @takes_settings
@@ -71,9 +70,6 @@ class SENG(tf.Module):
             raise TypeError(f"model must be a keras.Model, got {model!r}")
         super().__init__(name=name)
         self.settings = Settings(**settings)
-        if self.settings.stale != "keep":
-            raise NotImplementedError(f"stale={self.settings.stale!r} is in hvd_ext.torch only; leave it "
-                                      "out, or refresh more often with update_freq=")
         self._half = model.dtype_policy.name == "mixed_float16"
         self._scale_of: Any = None
         self._still_scaled = False
@@ -231,8 +227,9 @@ class SENG(tf.Module):
         dense = [tf.convert_to_tensor(gradients[k]) for k in present]
         self._check_weights(given)
         self._check_ranks(collectives)
-        # p is linear in g: only what is kept from step to step must have the same scale at each.
-        unscale = self._still_scaled and self.settings.coupling == "lagged"
+        # p is linear in g: only what is kept from step to step, or compared, must have the same scale.
+        compares = self.settings.coupling == "lagged" or self.settings.stale == "bound"
+        unscale = self._still_scaled and compares
         scale = tf.convert_to_tensor(loss_scale(self._scale_of) if unscale else 1.0, tf.float32)
         context = Context(self.settings, collectives, self.name)
         if tf.executing_eagerly():
@@ -275,7 +272,7 @@ class SENG(tf.Module):
             self.checked.assign(tf.logical_or(self.checked, made))
             return made
 
-        turned, made = directions(flat, lam, good, tf.logical_and(self._wanted, good), self._wanted,
+        turned, made = directions(flat, at, lam, good, tf.logical_and(self._wanted, good), self._wanted,
                                   take_curvature, context)
         without, _ = factors(good, lam, self.settings)
         covered = {k for mine in places.values() for k in mine}

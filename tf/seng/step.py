@@ -23,13 +23,13 @@ Gradients = dict[LayerSystem, list[tf.Tensor]]
 """Of each layer whose weights all have a gradient: flat, one per weight, in the layer's precision."""
 
 
-def directions(gradients: Gradients, lam: tf.Tensor, good: tf.Tensor, due: tf.Tensor,
+def directions(gradients: Gradients, at: tf.Tensor, lam: tf.Tensor, good: tf.Tensor, due: tf.Tensor,
                wanted: tf.Variable, refresh: Callable[[], tf.Tensor], context: Context
                ) -> tuple[dict[LayerSystem, list[tf.Tensor]], tf.Tensor]:
     """The layers' directions, and whether a refresh gave new curvature; in a graph being traced.
 
     Args:
-        lam: the damping, 0-D float64.
+        at: the step, 0-D int64. lam: the damping, 0-D float64.
         good: whether all gradients are finite; where they are not they come back as they are.
         due: whether this step refreshes the curvature, known from ``good`` on; ``wanted`` is known
             before any gradient is.
@@ -64,7 +64,19 @@ def directions(gradients: Gradients, lam: tf.Tensor, good: tf.Tensor, due: tf.Te
         own, means = means[:len(one.blocks)], means[len(one.blocks):]
         factor = tf.where(ready[one], with_curvature, without)
         result[one] = one.subtract(own, mine, tf.cast(factor, one.layer.dtype), context)
+        if context.settings.stale == "bound":
+            with tf.control_dependencies([made]):
+                stale = good & ready[one] & tf.not_equal(one.taken_at.read_value(), at)
+            result[one] = bounded(result[one], mine, stale)
     return result, made
+
+
+def bounded(direction: Sequence[tf.Tensor], gradient: Sequence[tf.Tensor], stale: tf.Tensor
+            ) -> list[tf.Tensor]:
+    """``p / (1 + g^T p)`` where ``stale``: ``(U U^T + g g^T + lam I)^{-1} g``, by Sherman and Morrison."""
+    product = tf.add_n([tf.reduce_sum(p * g) for p, g in zip(direction, gradient, strict=True)])
+    divisor = tf.where(stale, 1.0 + tf.maximum(product, 0.0), tf.ones_like(product))
+    return [p / divisor for p in direction]
 
 
 def mean_over_ranks(wanted: Sequence[tuple[LayerSystem, Sequence[tf.Tensor]]],

@@ -12,8 +12,11 @@ from tests.ranks import ROOT, kill_tree
 TWO = "localhost:2\n"
 
 
-def run_elastic(program, folder, *arguments, seconds=240):
-    """Start it on the hosts of ``folder / "hosts"``, two ranks at first; its status and its output."""
+def run_elastic(program, folder, *arguments, seconds=240, gloo=10):
+    """Start it on the hosts of ``folder / "hosts"``, two ranks at first; its status and its output.
+
+    ``gloo`` are the seconds that ranks wait for one that joins, and for one that is dead.
+    """
     script = folder / "discover"
     (folder / "hosts").write_text(TWO)
     script.write_text(f"#!/bin/sh\ncat {folder}/hosts\n")
@@ -22,7 +25,7 @@ def run_elastic(program, folder, *arguments, seconds=240):
                "--max-np", "3", "--host-discovery-script", str(script), "--network-interface", "lo",
                sys.executable, "-m", program, str(folder), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-                   "HOROVOD_GLOO_TIMEOUT_SECONDS": "10"}
+                   "HOROVOD_GLOO_TIMEOUT_SECONDS": str(gloo)}
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
                                    stdout=log, stderr=subprocess.STDOUT, start_new_session=True)

@@ -40,9 +40,8 @@ METHODS = {
     "seng": lambda model: {"preconditioner": hvd.SENG(model, damping=0.5, update_freq=3)},
     "rank0": lambda model: {"server": "rank0"},
     "sharded": lambda model: {"server": "sharded"},
-    "topk_sharded": lambda model: {"server": "sharded", "compression": topk()},
+    "topk_sharded": lambda model: {"server": hvd.Server("sharded", reply=topk()), "compression": topk()},
     "topk_late": lambda model: {"late": hvd.Late(1.0), "compression": topk()},
-    "reply": lambda model: {"server": hvd.Server("sharded", reply=topk())},
 }
 
 

@@ -205,11 +205,6 @@ def test_save_load_continue(ranks, tmp_path):
         assert_alike([rank[model] for rank in by_rank], by_rank[0][0], tolerance=0)
 
 
-def test_what_pytorch_alone_has_says_so():
-    with pytest.raises(NotImplementedError, match=r"late= is in hvd_ext\.torch only"):
-        hvd.DistributedOptimizer(keras.optimizers.SGD(0.1), late=True)
-
-
 def jit_on_ranks():
     x, y = training.data()
     optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))

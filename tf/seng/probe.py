@@ -40,7 +40,8 @@ def signature(x: np.ndarray, batch: int) -> Signature:
     axes = {}
     for axis in range(values.ndim):
         if axis == 0 or values.shape[axis] == batch:
-            rows = np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
+            length = values.shape[axis]  # 0 for an expert that gets no token
+            rows = np.moveaxis(values, axis, 0).reshape(length, values.size // max(length, 1))
             axes[axis] = rows @ np.random.default_rng(0).standard_normal(rows.shape[1])
     return Signature(axes, rounding * float(np.linalg.norm(values)))
 

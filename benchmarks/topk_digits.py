@@ -131,6 +131,8 @@ def train(method: str, seed: int, args: argparse.Namespace) -> list[float]:
 
     def reply(step: int) -> None:
         for owner, part in enumerate(message.parts):
+            if not part:  # of a network that is too small to be cut for all workers
+                continue
             chosen = part_segments(part, args.ratio, per_tensor=False)
             wire = layout_of(chosen, config.values)
             place = slice(part[0].offset, part[-1].offset + part[-1].numel)

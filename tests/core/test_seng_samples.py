@@ -133,3 +133,9 @@ def test_coverage_leads_with_what_has_most_parameters():
     assert coverage_line(100, [], "g") == "SENG has a rule for 100 % of 100 parameters."
     assert coverage_line(10**6, gaps[:1], "g").startswith("SENG has a rule for 99.9 %")
     assert some(list("abcdef")) == "a, b, c, d and 2 more"
+
+
+def test_an_input_without_rows_tells_nothing():
+    none = Signature({0: np.zeros(0), 1: np.zeros(B)}, 0.0)
+    assert recognise(none, none, B) == ROWS
+    assert recognise(signature(np.ones((B, 2))), none, B) == ROWS

@@ -107,6 +107,7 @@ class Ranks:
             return outcomes
         if any(outcome.state != "returned" for outcome in outcomes):
             said = "\n".join(str(outcome) for outcome in outcomes if outcome.state != "returned")
+            time.sleep(0.5)  # the launcher passes on what they printed some time after they did
             tail = self.output()[-3000:]
             self.close(kill=True)
             raise RankFailure(f"{function.__qualname__} failed on {self.size} ranks\n{said}\n"

@@ -131,15 +131,19 @@ class Collectives:
         message costs more in page faults than the message itself on a CPU.
         """
         memory = _memory(out, tensor)
-        ticket = _submit(mpi_ops._alltoall_async, carrier(tensor), torch.tensor(splits, dtype=torch.int32),
-                         memory, torch.empty(0, dtype=torch.int32), name, self.process_set)
+        counts = torch.tensor(splits, dtype=torch.int32)
+        ticket = _submit(mpi_ops._alltoall_async, carrier(tensor), counts, memory,
+                         torch.empty(0, dtype=torch.int32), name, self.process_set)
         row = nbytes(tensor) // max(1, tensor.shape[0])
         own = splits[self.rank] * row
         kept = by_kind(kind, own)
         for part, all_of_it in by_kind(kind, nbytes(tensor)).items():
             self.traffic.add(part, sent=all_of_it - kept[part], received=-kept[part])
+        # The counts are kept too: below torch 2.10, Horovod's thread needs the interpreter's lock to free a
+        # tensor whose Python object is gone, and where hvd-ext has not built Horovod it holds another
+        # lock meanwhile during a shutdown, which whoever submits a collective waits for.
         return Handle(self, ticket, kind, counted=False, dtype=tensor.dtype, name=name,
-                      memory=(tensor, memory))
+                      memory=(tensor, memory, counts))
 
     def allgather_async(self, tensor: torch.Tensor, name: str, *,
                         kind: str | Mapping[str, int] = "gradients",

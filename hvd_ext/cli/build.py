@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from hvd_ext.cli.console import Failure, err
 from hvd_ext.cli.gpu import GpuPlan, asked, variables
+from hvd_ext.cli.horovod_source import patch_id
 from hvd_ext.cli.toolchain import HOROVOD_NAMES, Mpi
 
 # What Horovod's setup needs here: the build is not isolated from the installed frameworks.
@@ -71,6 +72,7 @@ def build_environ(
         # Libraries of the machine may lie anywhere: their folders are kept as they are.
         movable = mpi.flavour != "system" and (gpu.movable if gpu else not asked(environ))
         environ["HVD_EXT_RPATH_USE_LINK_PATH"] = "OFF" if movable else "ON"
+    environ["HVD_EXT_EDITS"] = patch_id()
     environ["HOROVOD_CMAKE"] = cmake
     environ.setdefault("CMAKE_POLICY_VERSION_MINIMUM", "3.5")
     if environ.pop("MAKELEVEL", None) is not None:

@@ -18,7 +18,7 @@ from typing import Any
 from hvd_ext import kernels
 from hvd_ext.cli import cuda, toolchain
 from hvd_ext.cli.horovod_edits import EDITS
-from hvd_ext.cli.horovod_source import digest
+from hvd_ext.cli.horovod_source import digest, patch_id
 
 # Run in processes of their own: a library built for another framework may crash on import.
 _FRAMEWORK_PROBES = {
@@ -80,7 +80,7 @@ class Facts:
         frameworks: torch and TensorFlow, installed or not.
         keras: version, or None.
         horovod: version of the installed Horovod, or None.
-        unedited: Python files of the installed Horovod that this version of hvd-ext would edit otherwise.
+        unedited: what of the installed Horovod this version of hvd-ext would edit otherwise.
         built_for: framework versions that Horovod was compiled for, from its ``metadata.json``.
         mpirun: path of the launcher that a shell would find, or None.
         mpirun_version: first line that it prints as its version.
@@ -181,12 +181,15 @@ def horovod_folder() -> Path | None:
 
 
 def unedited(folder: Path | None) -> list[str]:
-    """The files of an installed Horovod that are not as this version of hvd-ext leaves them."""
+    """What in an installed Horovod is not as this version of hvd-ext leaves it: files, the library."""
     if folder is None:
         return []
     files = {edit.path: edit.after for edit in EDITS if edit.path.endswith(".py")}
-    return [path for path, after in files.items()
-            if not (folder.parent / path).exists() or digest((folder.parent / path).read_bytes()) != after]
+    found = [path for path, after in files.items()
+             if not (folder.parent / path).exists() or digest((folder.parent / path).read_bytes()) != after]
+    if written_metadata(folder).get("hvd_ext_edits") != patch_id():
+        found.append("the compiled library")
+    return found
 
 
 def read_metadata(folder: Path | None) -> dict[str, str]:

@@ -39,6 +39,13 @@ if(DEFINED ENV{HVD_EXT_RPATH})
 endif()
 """
 
+_WRITTEN = """create_metadata()
+if(DEFINED ENV{HVD_EXT_EDITS})
+    file(APPEND "${CMAKE_LIBRARY_OUTPUT_DIRECTORY_ROOT}/metadata.json"
+         "\\"hvd_ext_edits\\": \\"$ENV{HVD_EXT_EDITS}\\",\\n")
+endif()
+"""
+
 # CUDA is looked for where somebody asked for it. HOROVOD_GPU=CUDA alone builds what copies tensors
 # of a GPU through the CPU.
 _ASKED = """# CUDA and ROCM
@@ -92,14 +99,94 @@ _SCALE = (
     ("grad /= horovod_size\n", "grad /= tf.cast(horovod_size, grad.dtype)\n"),
 )
 
+# A queue of tensors that has been finalized takes no more, and frees what was in it when no lock is held.
+_ADD_ONE = """  std::lock_guard<std::mutex> guard(mutex_);
+  if (tensor_table_.find(e.tensor_name) != tensor_table_.end()) {
+"""
+_ADD_SEVERAL = """  std::lock_guard<std::mutex> guard(mutex_);
+
+  for (std::size_t i = 0; i < entries.size(); ++i) {
+    if"""
+_CLOSED = """  if (!closed_.ok()) {
+    return closed_;
+  }
+"""
+_FINALIZE = """  std::lock_guard<std::mutex> guard(mutex_);
+  for (auto& e : tensor_table_) {
+    e.second.FinishWithCallback(status);
+  }
+  tensor_table_.clear();
+  while (!message_queue_.empty()) {
+    message_queue_.pop();
+  }
+}
+"""
+_FINALIZE_UNLOCKED = """\
+  // To free a tensor of PyTorch's this thread needs the interpreter's lock. Another thread may have it
+  // and wait, in a call that submits a tensor, for a lock that is held here. So the tensors are freed
+  // when this thread of Horovod's ends, which holds no lock then.
+  static thread_local std::vector<std::unordered_map<std::string, TensorTableEntry>> finalized;
+  finalized.emplace_back();
+  auto& table = finalized.back();
+  {
+    std::lock_guard<std::mutex> guard(mutex_);
+    closed_ = status;
+    table.swap(tensor_table_);
+    while (!message_queue_.empty()) {
+      message_queue_.pop();
+    }
+  }
+  for (auto& e : table) {
+    e.second.FinishWithCallback(status);
+  }
+}
+
+void TensorQueue::Reopen() {
+  std::lock_guard<std::mutex> guard(mutex_);
+  closed_ = Status::OK();
+}
+"""
+_REMOVE_JOIN = """  // Lock on the tensor table.
+  std::lock_guard<std::mutex> guard(mutex_);
+  auto iter = tensor_table_.find(JOIN_TENSOR_NAME);
+  assert(iter != tensor_table_.end());
+  auto& e = iter->second;
+  e.FinishWithCallback(Status::OK());
+  tensor_table_.erase(iter);
+}
+"""
+_REMOVE_JOIN_UNLOCKED = """\
+  TensorTableEntry e;  // freed after the lock is given back, see FinalizeTensorQueue
+  {
+    std::lock_guard<std::mutex> guard(mutex_);
+    auto iter = tensor_table_.find(JOIN_TENSOR_NAME);
+    assert(iter != tensor_table_.end());
+    e = std::move(iter->second);
+    tensor_table_.erase(iter);
+  }
+  e.FinishWithCallback(Status::OK());
+}
+"""
+_REOPEN = """  void FinalizeTensorQueue(const Status& status);
+
+  // For a process set that is initialized again.
+  void Reopen();
+"""
+_CLOSED_MEMBER = """  mutable std::mutex mutex_;
+
+  // The error that the queue was finalized with: what is added after it would be waited for without end.
+  Status closed_ = Status::OK();
+"""
+
 EDITS = (
     Edit(
         path="CMakeLists.txt",
         before="bd359fa17a149c61030e3b64cedd6c7237ddccd1b4f20acc900adda013e60a9a",
-        after="86ec20f17f559d4c6df29b39f320dc4f6ec0f3de8421ec0addfd75b0f125b6d1",
+        after="f4acce5f9d3dd8a65b44eed216092ac5cf1b01c779f8fd3ff4935b035f2665c7",
         replacements=(
             ("set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD 20)"),
             ("project(horovod CXX)\n", _PROJECT),
+            ("create_metadata()\n", _WRITTEN),
             (_O3, _O3 + _NO_DEBUG),
             ("# CUDA and ROCM\n", _ASKED),
             ("include(CheckLanguage)\n", "include(CheckLanguage)\nif(HVD_EXT_CUDA)\n"),
@@ -182,6 +269,38 @@ EDITS = (
         after="2c71ba8755b18da8179f8188d782bb29da9bed44cae6d4b09e0b1977c1723c6b",
         replacements=(("#include <queue>\n", "#include <queue>\n#include <string>\n"),),
         why="gcc 13 (#3957)",
+    ),
+    Edit(
+        path="horovod/common/tensor_queue.h",
+        before="d72df22f16d53983e7af70a5650bebbf271f020744f08bd38a2ad9a7e7e4e366",
+        after="ecd8aeceb6b5f60bf4d4d5fbe974f1469712d82cf1926676567880c7a2438284",
+        replacements=(
+            ("  void FinalizeTensorQueue(const Status& status);\n", _REOPEN),
+            ("  mutable std::mutex mutex_;\n", _CLOSED_MEMBER),
+        ),
+        why="a shutdown ends every collective, without a deadlock",
+    ),
+    Edit(
+        path="horovod/common/tensor_queue.cc",
+        before="da59b96d10291ec14f46f46fed81bfebf7e8f9c3a4817102c2b745a6a0e31fd0",
+        after="67daa2625344603b7a4c9a9ca6977f3659ff3f3f2386a924e34c699af4d387e3",
+        replacements=(
+            ("#include <assert.h>\n", "#include <assert.h>\n\n#include <unordered_map>\n#include <vector>\n"),
+            (_ADD_ONE, _ADD_ONE.replace("  if", _CLOSED + "  if", 1)),
+            (_ADD_SEVERAL, _ADD_SEVERAL.replace("\n\n", "\n" + _CLOSED + "\n", 1)),
+            (_FINALIZE, _FINALIZE_UNLOCKED),
+            (_REMOVE_JOIN, _REMOVE_JOIN_UNLOCKED),
+        ),
+        why="a shutdown ends every collective, without a deadlock",
+    ),
+    Edit(
+        path="horovod/common/process_set.cc",
+        before="e7a4a68a4b96f5f336042b10fcca4c12ab576b74100f436964a2c429ffeebdfa",
+        after="a0ff938ef0384c336f959a571d2ded8c9b33ea4739015deb2373955c4297603e",
+        replacements=(("  initialization_done = true;\n",
+                       "  tensor_queue.Reopen();\n  initialization_done = true;\n"),),
+        times=2,
+        why="a shutdown ends every collective, without a deadlock",
     ),
     Edit(
         path="horovod/torch/mpi_ops.py",

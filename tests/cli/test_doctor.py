@@ -15,6 +15,7 @@ from hvd_ext.cli.cuda import Driver, Toolkit
 from hvd_ext.cli.facts import Facts, Framework, read_metadata
 from hvd_ext.cli.finding import Finding
 from hvd_ext.cli.findings import judge, usable
+from hvd_ext.cli.horovod_source import patch_id
 from hvd_ext.cli.main import main
 from hvd_ext.cli.selftest import launch_command, run_limited
 from hvd_ext.versions import HOROVOD, TENSORFLOW, TORCH
@@ -193,6 +194,16 @@ def test_metadata_of_an_installed_horovod(
 ) -> None:
     assert read_metadata(horovod_package(tmp_path, metadata)) == expected
     assert read_metadata(None) == {}
+
+
+@pytest.mark.parametrize(("edits", "expected"),
+                         [(patch_id(), []), ("0123456789ab", ["the compiled library"])])
+def test_a_library_built_with_other_edits_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edits: str, expected: list[str]
+) -> None:
+    monkeypatch.setattr(facts, "EDITS", ())
+    package = horovod_package(tmp_path, f'{{"hvd_ext_edits": "{edits}"}}')
+    assert facts.unedited(package) == expected
 
 
 @pytest.mark.parametrize(("built", "status"), [(TORCH, 0), ("1.13.1", 1)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -15,6 +16,7 @@ import pytest
 from hvd_ext.cli.facts import unedited
 from hvd_ext.cli.launch import look_around
 from tests.conftest import LEFT_OUT
+from tests.ranks import run_ranks
 
 SPEC = importlib.util.find_spec("horovod")
 HOME = Path(SPEC.origin).parent if SPEC and SPEC.origin else Path("/nowhere")
@@ -91,3 +93,40 @@ def test_local_gradients_keep_their_dtype_under_elastic() -> None:
     done = subprocess.run([sys.executable, "-c", TAPE], env=environ, capture_output=True, text=True,
                           timeout=240)
     assert "the dtypes stay" in done.stdout, done.stderr[-3000:]
+
+
+def submit_while_the_other_leaves() -> tuple[str, int]:
+    """Rank 0 submits collectives until Horovod refuses one; the error, and how many did not end."""
+    import horovod.torch as hvd
+    import torch
+
+    if hvd.rank() == 1:
+        hvd.allreduce(torch.zeros(1), name="together")
+        hvd.shutdown()
+        return "left", 0
+    hvd.allreduce(torch.zeros(1), name="together")
+    handles = []
+    said = ""
+    # The splits of an alltoall are freed by Horovod's thread, which takes the interpreter's lock for it.
+    with contextlib.suppress(hvd.HorovodInternalError):
+        for number in range(20):
+            splits = torch.tensor([2, 2], dtype=torch.int32)
+            handles.append(hvd.alltoall_async(torch.zeros(4), splits, name=f"a{number}"))
+        while True:
+            handles.append(hvd.allgather_async(torch.zeros(4), name=f"b{len(handles)}"))
+    for handle in handles:
+        try:
+            hvd.synchronize(handle)
+        except hvd.HorovodInternalError as error:
+            said = str(error)
+    return said, sum(not hvd.poll(handle) for handle in handles if hvd.mpi_ops._handle_map.get(handle))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("launcher", ["mpirun", "gloo"])
+@pytest.mark.skipif("torch" in LEFT_OUT, reason="PyTorch is left out")
+def test_a_shutdown_ends_what_is_submitted_meanwhile(launcher: str) -> None:
+    one, other = run_ranks(submit_while_the_other_leaves, launcher=launcher)
+    assert "Horovod has been shut down" in one[0]
+    assert one[1] == 0
+    assert other == ("left", 0)

@@ -178,11 +178,11 @@ class UpdateServer:
     def _sent(self, senders: list[int], given: list[tf.Tensor], name: str) -> list[tf.Tensor]:
         """What the owners gave; all messages are under way together before the first is waited for."""
         def send(given: list[tf.Tensor]) -> list[tf.Tensor]:
-            self._waiting.begin(given)
+            begun = self._waiting.begin(given)
             with self.collectives.traffic.section():
                 sent = [self.collectives.broadcast(value, owner, f"{name}/{number}")
                         for number, (owner, value) in enumerate(zip(senders, given, strict=True))]
-            self._waiting.end(sent)
+            self._waiting.end(begun, sent)
             return sent
 
         if not tf.executing_eagerly():

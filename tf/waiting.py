@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 import time
 import weakref
 from collections.abc import Sequence
@@ -12,9 +15,13 @@ import tensorflow as tf
 from hvd_ext.tensorflow.variables import made_apart
 from hvd_ext.watch import WATCH, Wait
 
+HOME = os.path.join(os.path.dirname(tf.__file__), "")
+
 
 class Waiting:
     """Two times, set when this rank has done its part of an exchange and when its answer has come.
+
+    A graph that fails in between never sets the second. It has no caller any more, and nobody waits.
 
     Args:
         what: the exchange, for messages.
@@ -24,6 +31,7 @@ class Waiting:
         self._what = what
         self._begun: tf.Variable | None = None
         self._ended: tf.Variable | None = None
+        self._failed = 0.0  # when an exchange began whose graph has failed
         self._offset = time.monotonic() - time.time()  # graphs only know the time of day
 
     def build(self) -> None:
@@ -34,27 +42,20 @@ class Waiting:
         ours = weakref.ref(self)
         WATCH.add_source(lambda: None if ours() is None else ours().look())
 
-    def begin(self, ready: Sequence[Any]) -> None:
-        """In a graph being traced: from when ``ready`` is there, this rank waits."""
+    def begin(self, ready: Sequence[Any]) -> list[tf.Operation]:
+        """In a graph being traced: from when ``ready`` is there, this rank waits; for ``end``."""
         self.build()
-        if self._begun is not None:
-            self._mark(self._begun, ready)
+        return [] if self._begun is None else [_mark(self._begun, _tensors(ready))]
 
-    def end(self, results: Sequence[Any]) -> None:
+    def end(self, begun: list[tf.Operation], results: Sequence[Any]) -> None:
         """In a graph being traced: once ``results`` are there it does not."""
         if self._ended is not None:
-            self._mark(self._ended, results)
+            _mark(self._ended, [*begun, *_tensors(results)])  # else the second may be set before the first
 
     def forget(self) -> None:
         """Outside of any graph: what was waited for has failed."""
         if self._ended is not None:
             self._ended.assign(tf.timestamp())
-
-    def _mark(self, variable: tf.Variable, after: Sequence[Any]) -> None:
-        tensors = [part for one in after if one is not None
-                   for part in ((one.values,) if isinstance(one, tf.IndexedSlices) else (one,))]
-        with tf.control_dependencies(tensors), tf.device("cpu"):
-            variable.assign(tf.timestamp())
 
     def look(self) -> Wait | None:
         """What the graph waits for now, if anything."""
@@ -63,7 +64,30 @@ class Waiting:
         ended, begun = float(self._ended), float(self._begun)
         if ended > 0:
             WATCH.step_over()
-        return Wait(self._what, begun + self._offset) if begun > ended else None
+        if begun <= ended or begun == self._failed:
+            return None
+        if not _in_tensorflow():
+            self._failed = begun
+            return None
+        return Wait(self._what, begun + self._offset)
+
+
+def _in_tensorflow() -> bool:
+    """Whether a thread of Python's may be waiting for a graph."""
+    if not tf.config.experimental.get_synchronous_execution():
+        return True
+    return any(frame.f_code.co_filename.startswith(HOME) for thread, frame in sys._current_frames().items()
+               if thread != threading.get_ident())
+
+
+def _tensors(given: Sequence[Any]) -> list[Any]:
+    return [part for one in given if one is not None
+            for part in ((one.values,) if isinstance(one, tf.IndexedSlices) else (one,))]
+
+
+def _mark(variable: tf.Variable, after: Sequence[Any]) -> tf.Operation:
+    with tf.control_dependencies(after), tf.device("cpu"):
+        return variable.assign(tf.timestamp(), read_value=False)
 
 
 def _time() -> tf.Variable:

@@ -206,10 +206,10 @@ class Reducer(abc.ABC):
     def _counted(self, gradients: list[Gradient], variables: Sequence[Any],
                  inputs: dict[str, tf.Tensor]) -> tuple[list[Gradient], Any]:
         fresh = [self._traces.note()] if self.collectives.elastic else []
-        self._waiting.begin(gradients)
+        begun = self._waiting.begin(gradients)
         with tf.control_dependencies(fresh), self.collectives.traffic.section():
             reduced, good = self.reduce(gradients, variables, **inputs)
-        self._waiting.end(reduced)
+        self._waiting.end(begun, reduced)
         if good is not None:
             if self._taken is None:
                 self._taken = Cell(1)

@@ -1,0 +1,81 @@
+"""What the watch sees of an exchange inside a graph: also of one that fails."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+pytest.importorskip("tensorflow", reason="TensorFlow is not installed")
+pytest.importorskip("horovod.tensorflow", reason="Horovod is not built for TensorFlow")
+
+import tensorflow as tf
+
+from hvd_ext.tensorflow.waiting import Waiting
+
+
+def exchange(waiting, between):
+    """A step whose exchange is ``between``, a Python function of one number."""
+    waiting.build()
+
+    @tf.function
+    def step(x):
+        begun = waiting.begin([x])
+        y = tf.py_function(between, [x], tf.float32)
+        waiting.end(begun, [y])
+        return y
+
+    return step
+
+
+def test_an_exchange_under_way_is_a_wait_until_it_is_over():
+    waiting = Waiting("an exchange")
+    reached, go_on = threading.Event(), threading.Event()
+
+    def between(x):
+        reached.set()
+        assert go_on.wait(60)
+        return x
+
+    step = exchange(waiting, between)
+    assert waiting.look() is None
+    thread = threading.Thread(target=step, args=(tf.constant(1.0),))
+    thread.start()
+    assert reached.wait(60)
+    seen = waiting.look()
+    go_on.set()
+    thread.join(60)
+    assert seen is not None
+    assert seen.what == "an exchange"
+    assert waiting.look() is None
+
+
+def test_nobody_waits_for_a_graph_that_has_failed():
+    waiting = Waiting("an exchange")
+    fails = True
+
+    def between(x):
+        if fails:
+            raise ValueError("not this time")
+        return x
+
+    step = exchange(waiting, between)
+    with pytest.raises(tf.errors.OpError, match="not this time"):
+        step(tf.constant(1.0))
+    assert waiting.look() is None
+    # Nor later, while this process is in TensorFlow for another reason.
+    seen = []
+    tf.function(lambda x: tf.py_function(lambda y: (seen.append(waiting.look()), y)[1], [x], tf.float32))(
+        tf.constant(1.0))
+    assert seen == [None]
+    fails = False
+    step(tf.constant(1.0))
+    assert waiting.look() is None
+
+
+def test_an_exchange_does_not_end_before_it_begins():
+    waiting = Waiting("an exchange")
+    step = exchange(waiting, lambda x: x)
+    graph = step.get_concrete_function(tf.TensorSpec((), tf.float32)).graph
+    first, second = (op for op in graph.get_operations() if op.type == "AssignVariableOp")
+    assert first in second.inputs[1].op.control_inputs  # of the time that it sets

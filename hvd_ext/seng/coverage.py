@@ -14,11 +14,22 @@ def cause_of(reason: str) -> str:
 
 @dataclass(frozen=True)
 class Gap:
-    """``count`` parameters of a module that have no curvature; ``what`` says which, for a person."""
+    """``count`` parameters of a module or layer that have no curvature, and why."""
 
-    what: str
+    name: str
+    kind: str
     cause: str
     count: int
+
+    @property
+    def what(self) -> str:
+        """Which, for a report."""
+        return f"{self.name or 'model'}, {self.kind}"
+
+    @property
+    def text(self) -> str:
+        """Which, for a sentence."""
+        return f"{self.name or 'model'} ({self.kind})"
 
 
 def by_cause(gaps: Sequence[Gap]) -> dict[str, list[Gap]]:

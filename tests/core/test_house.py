@@ -89,7 +89,7 @@ def test_reducers_have_the_same_classes_and_hooks():
         assert shared, name
         assert shared <= here & there, name
     for name, expected in {"__init__": "SENG", "system": "LayerSystem", "capture": "Capture",
-                           "inventory": "Inventory", "rules": "Factors"}.items():
+                           "inventory": "Layer", "rules": "Factors"}.items():
         assert all(expected in classes(folder / "seng" / f"{name}.py")
                    for folder in FRONT_ENDS.values()), name
     blocks = [classes(folder / "seng" / "blocks.py") for folder in FRONT_ENDS.values()]

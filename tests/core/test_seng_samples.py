@@ -124,12 +124,12 @@ def test_parameters_without_curvature():
 
 
 def test_coverage_leads_with_what_has_most_parameters():
-    gaps = [Gap("a", "no rule", 10), Gap("b", "it is off (relative error 3e-2)", 20),
-            Gap("c", "it is off (relative error 4e-2)", 30), Gap("d", "rank 3 refused it", 1)]
+    gaps = [Gap("a", "K", "no rule", 10), Gap("b", "K", "it is off (relative error 3e-2)", 20),
+            Gap("c", "K", "it is off (relative error 4e-2)", 30), Gap("d", "K", "rank 3 refused it", 1)]
     assert list(by_cause(gaps)) == ["it is off", "no rule", "rank N refused it"]
     assert coverage_line(100, gaps, "g") == (
-        "SENG has a rule for 39.0 % of 100 parameters; the rest gets g: 50.0 % it is off (b, c), "
-        "10.0 % no rule (a), 1.0 % rank N refused it (d).")
+        "SENG has a rule for 39.0 % of 100 parameters; the rest gets g: 50.0 % it is off (b, K, c, K), "
+        "10.0 % no rule (a, K), 1.0 % rank N refused it (d, K).")
     assert coverage_line(100, [], "g") == "SENG has a rule for 100 % of 100 parameters."
     assert coverage_line(10**6, gaps[:1], "g").startswith("SENG has a rule for 99.9 %")
     assert some(list("abcdef")) == "a, b, c, d and 2 more"

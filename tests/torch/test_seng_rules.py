@@ -372,7 +372,7 @@ def test_weight_shared_with_a_module_without_a_rule_falls_back():
             return self.head(self.middle(x)) + x @ self.table.T
 
     model = Shared()
-    with pytest.warns(UserWarning, match=r"head \(Linear, shares a parameter\)"):
+    with pytest.warns(UserWarning, match=r"head \(Linear, shares a weight\)"):
         seng = hvd.SENG(model, damping=LAM)
     assert [row["layer"] for row in seng.report()["layers"]] == ["middle"]
     F.cross_entropy(model(torch.randn(3, 4)), torch.tensor([2, 3, 4])).backward()

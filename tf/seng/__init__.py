@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvd_ext.seng import CurvatureReport, Settings, strict_refusal, takes_settings
+from hvd_ext.seng.notices import Notices
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.keras_hooks import require_tensorflow_backend
 from hvd_ext.tensorflow.loss_scale import loss_scale
@@ -23,7 +24,6 @@ from hvd_ext.tensorflow.seng.blocks import Context
 from hvd_ext.tensorflow.seng.capture import Capture
 from hvd_ext.tensorflow.seng.check import check_sums
 from hvd_ext.tensorflow.seng.inventory import take_inventory
-from hvd_ext.tensorflow.seng.notices import Notices
 from hvd_ext.tensorflow.seng.refresh import check_ranks, refresh
 from hvd_ext.tensorflow.seng.samples import Samples
 from hvd_ext.tensorflow.seng.start import Start, own_collectives

@@ -10,13 +10,11 @@ import keras
 import tensorflow as tf
 
 from hvd_ext.seng import LayerPlan, LayerShape, Settings, plan_layer
+from hvd_ext.seng.coverage import Gap
+from hvd_ext.seng.inventory import EXCLUDED, NO_RULE, SHARES, Inventory, within
 from hvd_ext.seng.samples import Placement, several_rows
 from hvd_ext.tensorflow.seng.rules import Registered, rule_for
 from hvd_ext.tensorflow.variables import as_tf
-
-NO_RULE = "no rule"
-SHARES = "shares a weight"
-EXCLUDED = "in exclude="
 
 
 @dataclass(eq=False)
@@ -90,33 +88,7 @@ class Layer:
         return LayerShape(self.name, self.registered.kind, self.n, n_g, n_a + ones, groups)
 
 
-@dataclass(frozen=True)
-class Missing:
-    """A layer whose weights have no curvature, ``count`` numbers of them, and why."""
-
-    name: str
-    kind: str
-    cause: str
-    count: int
-
-    def __str__(self) -> str:
-        return f"{self.name} ({self.kind}, {self.cause})"
-
-
-@dataclass
-class Inventory:
-    """A model's layers, and those that have trained weights and get no curvature."""
-
-    layers: list[Layer]
-    missing: list[Missing]
-
-    @property
-    def without_rule(self) -> list[str]:
-        """Those that the user did not exclude, for a message."""
-        return [str(one) for one in self.missing if one.cause != EXCLUDED]
-
-
-def take_inventory(model: keras.Model, settings: Settings) -> Inventory:
+def take_inventory(model: keras.Model, settings: Settings) -> Inventory[Layer]:
     """Find the layers of ``model`` and plan each.
 
     Layers of one kind that own the same weights count as one that is used several times. A weight that
@@ -124,14 +96,14 @@ def take_inventory(model: keras.Model, settings: Settings) -> Inventory:
     """
     layers: list[Layer] = []
     orphans: set[int] = set()
-    missing: list[Missing] = []
+    missing: list[Gap] = []
     uses: dict[int, int] = {}
 
     def leave_out(layer: Any, kind: str, cause: str, weights: Iterable[Any]) -> None:
         fresh = {id(as_tf(weight)): weight for weight in weights if id(as_tf(weight)) not in orphans}
         orphans.update(fresh)
         if fresh:
-            missing.append(Missing(layer.path, kind, cause, sum(map(_size, fresh.values()))))
+            missing.append(Gap(layer.path, kind, cause, sum(map(_size, fresh.values()))))
 
     for layer in model._flatten_layers(include_self=True):
         own = [weight for weight in layer._trainable_variables if weight.trainable]
@@ -142,7 +114,7 @@ def take_inventory(model: keras.Model, settings: Settings) -> Inventory:
         registered = rule_for(layer)
         weights = {} if registered is None else _weights(layer, registered)
         unusual = _unusual(layer)
-        if _within(layer.path, settings.excluded):
+        if within(layer.path, settings.excluded, "/"):
             leave_out(layer, type(layer).__name__, EXCLUDED, own)
             continue
         if registered is None or not weights or unusual:
@@ -197,7 +169,3 @@ UNUSUAL = {"lora_enabled": "has LoRA weights", "rms_scaling": "scales by the RMS
 def _unusual(layer: Any) -> str | None:
     """What of the way in which the layer computes its output its rule does not know."""
     return next((why for name, why in UNUSUAL.items() if getattr(layer, name, None)), None)
-
-
-def _within(path: str, excluded: Iterable[str]) -> bool:
-    return any(path == one or path.startswith(f"{one}/") for one in excluded)

@@ -10,11 +10,11 @@ import tensorflow as tf
 
 from hvd_ext.agreement import odd_ranks
 from hvd_ext.seng import Settings, check_same_layers, fingerprint, states_differ, strict_refusal
+from hvd_ext.seng.notices import Notices
 from hvd_ext.seng.samples import CONSTANT
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.seng.blocks import Context
 from hvd_ext.tensorflow.seng.check import reason_of
-from hvd_ext.tensorflow.seng.notices import Notices
 from hvd_ext.tensorflow.seng.system import FAILED, GOOD, REFUSED, LayerSystem
 
 
@@ -100,8 +100,8 @@ def _say_refused(systems: Sequence[LayerSystem], agreed: tf.Tensor, notices: Not
     reasons = {system.layer: reason_of(system.layer) for system in systems}
 
     def say(refused: np.ndarray) -> np.bool_:
-        notices.refused({layer: reason for (layer, reason), out in zip(reasons.items(), refused, strict=True)
-                         if out})
+        notices.refused({layer.name: reason for (layer, reason), out
+                         in zip(reasons.items(), refused, strict=True) if out})
         return np.bool_(True)
 
     tf.numpy_function(say, [tf.logical_and(tf.equal(agreed, REFUSED), tf.logical_not(before))], tf.bool)

@@ -13,7 +13,6 @@ from hvd_ext.seng import CurvatureReport, Settings, layer_row, make_report
 from hvd_ext.seng.coverage import Gap
 from hvd_ext.seng.samples import text
 from hvd_ext.tensorflow.seng.check import reason_of
-from hvd_ext.tensorflow.seng.inventory import Missing
 from hvd_ext.tensorflow.seng.system import LayerSystem
 
 
@@ -21,7 +20,7 @@ from hvd_ext.tensorflow.seng.system import LayerSystem
 class Coverage:
     """What of a model has no rule, and the model."""
 
-    missing: Sequence[Missing]
+    missing: Sequence[Gap]
     model: keras.Model
 
 
@@ -42,9 +41,8 @@ def report(systems: Sequence[LayerSystem], settings: Settings, coverage: Coverag
         return make_report(rows, settings, step=step, ranks=ranks, skipped=skipped, identity_parameters=0,
                            coverage_line="SENG waits for the first batch of a model that is not built yet.")
     parameters = sum(int(np.prod(weight.shape)) for weight in coverage.model.trainable_weights)
-    gaps = [Gap(f"{one.name}, {one.kind}", one.cause, one.count) for one in coverage.missing]
-    gaps += [Gap(f"{layer.name}, {layer.registered.kind}", reason, layer.n)
-             for layer, reason in refused.items()]
+    gaps = [*coverage.missing, *(Gap(layer.name, layer.registered.kind, reason, layer.n)
+                                 for layer, reason in refused.items())]
     covered = sum(one.layer.n for one in systems if bool(one.ready))
     return make_report(rows, settings, step=step, ranks=ranks, skipped=skipped,
                        identity_parameters=parameters - covered, parameters=parameters, gaps=gaps)

@@ -15,14 +15,15 @@ import torch
 from torch import nn
 
 from hvd_ext.seng import CurvatureReport, Settings, takes_settings
+from hvd_ext.seng.coverage import Gap
+from hvd_ext.seng.notices import Notices
 from hvd_ext.torch.collectives import Collectives
 from hvd_ext.torch.loss_scale import loss_scale
 from hvd_ext.torch.seng.capture import Capture, Trust
 from hvd_ext.torch.seng.eager import EagerPasses
-from hvd_ext.torch.seng.inventory import Layer, Missing, take_inventory
+from hvd_ext.torch.seng.inventory import Layer, take_inventory
 from hvd_ext.torch.seng.joint import Joint
 from hvd_ext.torch.seng.kernels import all_finite
-from hvd_ext.torch.seng.notices import Notices
 from hvd_ext.torch.seng.packs import Frames
 from hvd_ext.torch.seng.parameters import Parameters
 from hvd_ext.torch.seng.refresh import Refresh, Refreshed
@@ -88,7 +89,7 @@ class SENG:
         self._parameters = Parameters(model)
         self._frames = Frames()
         self._joint: Joint | None = None
-        self._missing: list[Missing] = []
+        self._missing: list[Gap] = []
         self._trainable: list[bool] = []
         self._forget_step()
         self._scan()
@@ -307,9 +308,10 @@ class SENG:
         state.due = not new.systems
         for layer in new.failures:
             state.failures[layer.name] = state.failures.get(layer.name, 0) + 1
-        self._notices.refused(fresh)
-        self._notices.by_rows(new.by_rows, self.capture.samples.trouble)
-        self._notices.failed(new.failures, state.systems)
+        self._notices.refused({layer.name: reason for layer, reason in fresh.items()})
+        self._notices.by_rows([layer.name for layer in new.by_rows], self.capture.samples.trouble)
+        self._notices.failed({layer.name: reason for layer, reason in new.failures.items()},
+                             {layer.name for layer in state.systems})
 
     def _skip(self) -> None:
         """Leave a gradient that is not finite alone, and all that would have followed from it."""

@@ -9,13 +9,11 @@ import torch
 from torch import nn
 
 from hvd_ext.seng import LayerPlan, LayerShape, Settings, plan_layer
+from hvd_ext.seng.coverage import Gap
+from hvd_ext.seng.inventory import EXCLUDED, NO_RULE, SHARES, Inventory, within
 from hvd_ext.torch.seng.attention import attention_rule
 from hvd_ext.torch.seng.per_sample import candidates, parameters_of
 from hvd_ext.torch.seng.rules import Registered, Rule, rule_for
-
-NO_RULE = "no rule"
-SHARES = "shares a parameter"
-EXCLUDED = "in exclude="
 
 
 @dataclass(eq=False)
@@ -74,34 +72,7 @@ class Layer:
                           lookup=bool(self.lookups))
 
 
-@dataclass(frozen=True)
-class Missing:
-    """A module whose parameters have no curvature, ``count`` of them, and why."""
-
-    name: str
-    kind: str
-    cause: str
-    count: int
-
-    def __str__(self) -> str:
-        more = "" if self.cause == NO_RULE else f", {self.cause}"
-        return f"{self.name or 'model'} ({self.kind}{more})"
-
-
-@dataclass
-class Inventory:
-    """A model's layers, and the modules that have parameters and get no curvature."""
-
-    layers: list[Layer]
-    missing: list[Missing]
-
-    @property
-    def without_rule(self) -> list[str]:
-        """Those that the user did not exclude, for a message."""
-        return [str(one) for one in self.missing if one.cause != EXCLUDED]
-
-
-def take_inventory(model: nn.Module, settings: Settings) -> Inventory:
+def take_inventory(model: nn.Module, settings: Settings) -> Inventory[Layer]:
     """Find the layers of ``model`` and plan each.
 
     A weight used by several modules of one kind is one layer. A parameter shared with a module
@@ -110,14 +81,14 @@ def take_inventory(model: nn.Module, settings: Settings) -> Inventory:
     layer_of: dict[int, Layer] = {}
     layers: list[Layer] = []
     orphans: set[int] = set()
-    missing: list[Missing] = []
+    missing: list[Gap] = []
     sealed: list[str] = []
 
     def leave_out(name: str, kind: str, cause: str, parameters: Iterable[nn.Parameter]) -> None:
         fresh = [p for p in parameters if id(p) not in orphans]
         orphans.update(id(p) for p in fresh)
         if fresh:
-            missing.append(Missing(name, kind, cause, sum(p.numel() for p in fresh)))
+            missing.append(Gap(name, kind, cause, sum(p.numel() for p in fresh)))
 
     for name, module in model.named_modules():
         if "parametrizations" in name.split("."):
@@ -127,7 +98,7 @@ def take_inventory(model: nn.Module, settings: Settings) -> Inventory:
         rules, tried = _rules_for(module, settings, sealed=name.startswith(tuple(sealed)))
         if isinstance(module, nn.MultiheadAttention) and not rules:
             sealed.append(f"{name}.")
-        if _within(name, settings.excluded):
+        if within(name, settings.excluded, "."):
             leave_out(name, kind, EXCLUDED, trainable.values())
         elif trainable and not rules:
             # Of a module with others inside it only what it holds itself is meant.
@@ -153,7 +124,7 @@ def take_inventory(model: nn.Module, settings: Settings) -> Inventory:
         if any(id(p) in orphans for p in layer.parameters):
             fresh = sum(p.numel() for p in layer.parameters if id(p) not in orphans)
             orphans.update(id(p) for p in layer.parameters)
-            missing.append(Missing(layer.name, layer.registered.kind, SHARES, fresh))
+            missing.append(Gap(layer.name, layer.registered.kind, SHARES, fresh))
             continue
         layer.plan = plan_layer(layer.shape, settings)
         kept.append(layer)
@@ -215,7 +186,3 @@ def _plain(module: nn.Module, registered: Registered) -> bool:
         return False
     return (registered.groups is None and not registered.lookup) or isinstance(
         module._parameters.get("weight"), nn.Parameter)
-
-
-def _within(name: str, excluded: Iterable[str]) -> bool:
-    return any(name == one or name.startswith(f"{one}.") for one in excluded)

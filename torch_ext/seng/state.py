@@ -13,7 +13,7 @@ from hvd_ext.seng import CurvatureReport, Settings, layer_row, make_report
 from hvd_ext.seng.coverage import Gap
 from hvd_ext.seng.samples import Placement, text
 from hvd_ext.torch.seng.capture import Trust
-from hvd_ext.torch.seng.inventory import Layer, Missing
+from hvd_ext.torch.seng.inventory import Layer
 from hvd_ext.torch.seng.step import Lagged
 from hvd_ext.torch.seng.system import LayerSystem
 
@@ -82,7 +82,7 @@ class State:
                    dict(saved["failures"]), systems, Lagged.from_state(saved, names))
 
     def report(self, layers: Sequence[Layer], settings: Settings, parameters: Sequence[torch.Tensor], *,
-               ranks: int, waited: float, trust: Trust, missing: Sequence[Missing],
+               ranks: int, waited: float, trust: Trust, missing: Sequence[Gap],
                samples: Mapping[nn.Module, Placement]) -> CurvatureReport:
         """Data of every layer, see :data:`hvd_ext.seng.report.COLUMNS`, and totals."""
         rows = []
@@ -95,9 +95,9 @@ class State:
         owned = {id(p) for layer in self.systems for p in layer.parameters}
         trainable = [p for p in parameters if p.requires_grad]
         rest = sum(p.numel() for p in trainable if id(p) not in owned)
-        gaps = [Gap(f"{one.name or 'model'}, {one.kind}", one.cause, one.count) for one in missing]
-        gaps += [Gap(f"{layer.name}, {layer.registered.kind}", reason,
-                     sum(p.numel() for p in layer.parameters)) for layer, reason in trust.refused.items()]
+        gaps = [*missing, *(Gap(layer.name, layer.registered.kind, reason,
+                                sum(p.numel() for p in layer.parameters))
+                            for layer, reason in trust.refused.items())]
         return make_report(rows, settings, step=self.step, ranks=ranks, skipped=self.skipped,
                            identity_parameters=rest, parameters=sum(p.numel() for p in trainable),
                            gaps=gaps, seconds_waited=waited)

@@ -21,6 +21,7 @@ from hvd_ext.delay import DelayCompensated
 from hvd_ext.options import Plain
 from hvd_ext.powersgd import PowerSGD
 from hvd_ext.tensorflow import keras_hooks
+from hvd_ext.tensorflow.padded import empty_batch, padded
 from hvd_ext.tensorflow.traffic import Cell
 from hvd_ext.topk import TopK
 from hvd_ext.uneven import JOIN, LATE, WEIGHTS, Weighing, check
@@ -63,7 +64,10 @@ class Scaling:
 
 
 class Uneven:
-    """What ``with hvd.uneven(optimizer) as data`` gives; :meth:`batches` is to be iterated over."""
+    """What ``with hvd.uneven(optimizer) as data`` gives; :meth:`batches` is to be iterated over.
+
+    Without ``with``, :meth:`padded` makes a dataset for ``model.fit``.
+    """
 
     def __init__(self, optimizer: Any, weigh: str) -> None:
         wrapper = keras_hooks.wrapper_of(optimizer) if isinstance(optimizer, keras.Optimizer) else None
@@ -124,7 +128,7 @@ class Uneven:
             try:
                 batch = next(iterator, None)
                 if batch is None and last is None:
-                    last = _empty_batch(dataset)
+                    last = _first_batch(dataset)
             except Exception:
                 self._leave()
                 raise
@@ -144,6 +148,30 @@ class Uneven:
                 raise RuntimeError("no gradients were scaled in this step: call hvd.uneven(optimizer) once "
                                    "before the first step, so that the traced step has them scaled, and "
                                    "make one step for each batch")
+
+    def padded(self, dataset: Any) -> Any:
+        """The dataset for ``model.fit``, with as many batches as the longest of the ranks' has.
+
+        A rank that has run out sees its first batch again with the sample weight 0, and ``weigh`` goes
+        into the sample weights of all; without a ``with``, and for as many epochs as there are. Every rank
+        calls it, before ``fit``. The numbers of batches are exchanged once: they must not change from
+        epoch to epoch. A dataset that does not know its own, and any with ``weigh="samples"``, is read
+        once for it. Unlike a loss, ``metrics`` do not go by sample weights; ``weighted_metrics`` do.
+
+        Args:
+            dataset: a ``tf.data.Dataset`` of (inputs, targets) or (inputs, targets, sample weights),
+                whose first axis is that of the samples.
+
+        Raises:
+            TypeError: it is anything else.
+            ValueError: on every rank, when a rank's has no end, none has a batch or ``weigh=`` differs; or
+                where the reduction is not linear in each rank's gradient and ``weigh`` is not "ranks".
+            RuntimeError: on every rank but that one, when a rank's cannot be read.
+        """
+        if not self._linear and self._weighing.by != "ranks":
+            raise ValueError(f"padded() with weigh={self._weighing.by!r} needs a reduction that is linear in "
+                             "each rank's gradient; use weigh='ranks', or batches() in a loop")
+        return padded(dataset, self._collectives, self._weighing)
 
     def _factors(self, mine: bool, samples: int, active: int, total: float) -> tuple[float, float]:
         """Before and after the reduction. Of a linear one all can be put before, pass by pass."""
@@ -193,7 +221,8 @@ def uneven(optimizer: Any, weigh: str = "ranks") -> Uneven:
     A rank that has run out of batches goes through the step with its last one, its gradients counted
     as zeros (TopK and PowerSGD go on sending its residual), and makes every update, so that weights,
     iterations and schedules stay the same on all ranks; the loop ends on all of them together. What the
-    step itself adds up, such as metrics, sees that batch again.
+    step itself adds up, such as metrics, sees that batch again. ``model.fit`` takes
+    ``hvd.uneven(optimizer).padded(dataset)``.
 
     Args:
         optimizer: one that ``hvd.DistributedOptimizer`` returned; before its first step is traced.
@@ -238,11 +267,8 @@ def _samples(batch: Any) -> int:
     return int(tf.shape(tf.nest.flatten(batch)[0])[0])
 
 
-def _empty_batch(dataset: Any) -> Any:
-    """A batch of one row of zeros, of the kind that a dataset without batches would give."""
+def _first_batch(dataset: Any) -> Any:
     if not hasattr(dataset, "element_spec"):
         raise ValueError("this rank has no batch at all, and its dataset does not say what one looks like: "
                          "give a tf.data.Dataset, or at least one batch")
-    return tf.nest.map_structure(
-        lambda spec: tf.zeros([1 if size is None else size for size in spec.shape], spec.dtype),
-        dataset.element_spec)
+    return empty_batch(dataset)

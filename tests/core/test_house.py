@@ -56,7 +56,7 @@ def test_oracles_are_independent_of_what_they_check(path):
 
 FRONT_ENDS = {"torch": ROOT / "torch_ext", "tensorflow": ROOT / "tf"}
 TENSORFLOW_ALONE = {"tape", "traffic", "variables", "keras_store", "keras_hooks", "keras2", "narrow",
-                    "waiting", "retracing",
+                    "waiting", "retracing", "padded",
                     *(f"seng/{name}" for name in ("traces", "start", "einsum", "table"))}
 TORCH_ALONE = {"passes", "mpi_ops", "copies", "lightning", "clipping", "pieces", "owned_state",
                "whole_weights", "kernels", "kernels_triton", "reducers/sharded",

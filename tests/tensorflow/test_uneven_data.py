@@ -225,3 +225,65 @@ def refused():
 @pytest.mark.ranks
 def test_weighings_that_have_no_meaning(ranks):
     ranks(2, init="tensorflow").run(refused)
+
+
+def fitted(name, option, weigh):
+    model = model_of()
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(RATE, momentum=MOMENTUM), **OPTIONS[option]())
+    model.compile(optimizer, loss=keras.losses.MeanSquaredError(dtype="float64"))
+    data = hvd.uneven(optimizer, weigh).padded(dataset(name))
+    steps = max(count for count, _ in BATCHES[name])
+    assert int(data.cardinality()) == steps
+    model.fit(data, verbose=0, shuffle=False)
+    hvd.assert_replicas_equal(model)
+    assert int(optimizer.iterations) == steps
+    return training.weights(model)[0]
+
+
+def all_fitted(cases):
+    return [fitted(*case) for case in cases]
+
+
+@pytest.mark.ranks
+def test_fit_on_padded_data_equals_numpy(ranks):
+    cases = [(name, option, "ranks") for name in BATCHES for option in ("plain", "topk of everything")]
+    cases += [("two and five", "delay without compensation", "ranks"), ("one has none", "sharded", "ranks")]
+    cases += [("two and five", "plain", weigh) for weigh in ("active", "samples")]
+    first, second = ranks(2, init="tensorflow").run(all_fitted, cases, timeout=200)
+    for case, mine, other in zip(cases, first, second, strict=True):
+        np.testing.assert_array_equal(mine, other, err_msg=str(case))
+        np.testing.assert_allclose(mine, by_numpy(case[0], case[2]), atol=1e-7, err_msg=str(case))
+
+
+def padded_wrong():
+    """What each rank is told of data that cannot be padded."""
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
+    good = tf.data.Dataset.from_tensors((tf.ones((2, 3)), tf.ones((2, 2)), tf.ones((2,)))).repeat(2)
+    broken = good.map(lambda x, y, w: (tf.debugging.check_numerics(x / 0, "of data"), y, w))
+    last, said = hvd.rank() == 1, []
+    for weigh, data in [("ranks", good.repeat() if last else good), ("samples", broken if last else good),
+                        ("ranks", good.map(lambda x, y, w: x) if last else good),
+                        ("active" if last else "samples", good), ("ranks", good.take(0))]:
+        try:
+            hvd.uneven(optimizer, weigh).padded(data)
+            said.append("nothing")
+        except Exception as error:
+            said.append(f"{type(error).__name__}: {error}")
+    weighed = hvd.uneven(optimizer, "active").padded(good if last else good.take(1))
+    return said, [w.numpy().tolist() for _, _, w in weighed]
+
+
+@pytest.mark.ranks
+def test_data_that_cannot_be_padded_is_an_error_on_all_ranks(ranks):
+    (first, weights), (second, others) = ranks(2, init="tensorflow").run(padded_wrong)
+    assert first[0] == second[0]
+    assert "ValueError: the dataset of rank 1 has no end" in first[0]
+    assert "RuntimeError: the dataset of rank 1 cannot be padded: InvalidArgumentError" in first[1]
+    assert "InvalidArgumentError" in second[1]
+    assert "RuntimeError: the dataset of rank 1 cannot be padded: TypeError" in first[2]
+    assert "TypeError: padded() gives some batches the sample weight 0" in second[2]
+    assert first[3] == second[3]
+    assert "weigh= of hvd.uneven differ: ['samples', 'active'] by rank" in first[3]
+    assert first[4] == second[4] == "ValueError: no rank's dataset has a batch"
+    assert weights == [[1.0, 1.0], [0.0, 0.0]]
+    assert others == [[1.0, 1.0], [2.0, 2.0]]

@@ -19,6 +19,7 @@ from hvd_ext import kernels
 from hvd_ext.cli import cuda, toolchain
 from hvd_ext.cli.horovod_edits import EDITS
 from hvd_ext.cli.horovod_source import digest, patch_id
+from hvd_ext.cli.slurm import Slurm, look_for_slurm
 
 # Run in processes of their own: a library built for another framework may crash on import.
 _FRAMEWORK_PROBES = {
@@ -41,6 +42,13 @@ _HOROVOD_PROBE = (
     "import json, horovod.{name} as hvd\n"
     "print(json.dumps({{what: int(getattr(hvd, what + '_built')())"
     " for what in ('mpi', 'gloo', 'nccl', 'cuda', 'rocm', 'ccl')}}), flush=True)\n"
+)
+_MPI4PY_PROBE = (
+    "import json, mpi4py\n"
+    "mpi4py.rc.initialize = False\n"
+    "from mpi4py import MPI\n"
+    "loaded = [line.split()[-1] for line in open('/proc/self/maps') if '/libmpi.so' in line]\n"
+    "print(json.dumps({'libmpi': loaded[0] if loaded else ''}), flush=True)\n"
 )
 
 
@@ -89,6 +97,8 @@ class Facts:
         distutils: whether horovodrun finds it where it wants it, as Horovod's release does and an edited one
             does not; Python 3.12 has none of its own.
         mpi4py: version, or None.
+        mpi4py_libmpi: the MPI library that it loads; empty where unknown or none.
+        slurm: SLURM's launcher, or None.
         numba: version, or None.
         numba_error: why it does not import; empty where it does.
         kernels: what ``HVD_EXT_KERNELS`` says.
@@ -111,6 +121,8 @@ class Facts:
     horovodrun: str | None = None
     distutils: bool = True
     mpi4py: str | None = None
+    mpi4py_libmpi: str = ""
+    slurm: Slurm | None = None
     numba: str | None = None
     numba_error: str = ""
     kernels: str = kernels.CHOICES[0]
@@ -134,6 +146,8 @@ def collect(limit: float = 180.0) -> Facts:
     with ThreadPoolExecutor(len(names)) as pool:
         frameworks = tuple(pool.map(lambda name: _framework(name, horovod, limit), names))
     mpirun = find_program("mpirun")
+    version = toolchain.first_line([mpirun, "--version"]) if mpirun else ""
+    mpi4py = toolchain.distribution_version("mpi4py")
     return Facts(
         python=platform.python_version(),
         cores=toolchain.cores(),
@@ -143,11 +157,13 @@ def collect(limit: float = 180.0) -> Facts:
         unedited=tuple(unedited(folder)),
         built_for=read_metadata(folder),
         mpirun=mpirun,
-        mpirun_version=toolchain.first_line([mpirun, "--version"]) if mpirun else "",
+        mpirun_version=version,
         libmpi=loaded_libmpi(folder),
         horovodrun=find_program("horovodrun"),
         distutils=importlib.util.find_spec("distutils") is not None or not _wants_distutils(folder),
-        mpi4py=toolchain.distribution_version("mpi4py"),
+        mpi4py=mpi4py,
+        mpi4py_libmpi=_mpi4py_libmpi(limit) if mpi4py else "",
+        slurm=look_for_slurm(shutil.which("srun"), mpirun, open_mpi_major(version)),
         numba=toolchain.distribution_version("numba"),
         numba_error=compiler.PROBLEM or "",
         kernels=os.environ.get(kernels.VARIABLE) or kernels.CHOICES[0],
@@ -227,6 +243,12 @@ def loaded_libmpi(folder: Path | None) -> str:
                 path = target.rsplit(" (", 1)[0]
                 return path if path == "not found" else str(Path(path).resolve())
     return ""
+
+
+def _mpi4py_libmpi(limit: float) -> str:
+    """Which ``libmpi`` mpi4py loads, seen in a process of its own that starts no MPI."""
+    results, _ = _probe(_MPI4PY_PROBE, limit)
+    return str(results[0]["libmpi"]) if results else ""
 
 
 def _framework(name: str, horovod: str | None, limit: float) -> Framework:

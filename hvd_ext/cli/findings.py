@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from hvd_ext import kernels
+from hvd_ext.cli import slurm
 from hvd_ext.cli.facts import Facts, Framework, open_mpi_major
 from hvd_ext.cli.finding import REBUILD, Finding, Level
 from hvd_ext.cli.gpu_findings import gpu_findings
@@ -17,6 +18,8 @@ def judge(facts: Facts) -> list[Finding]:
     rows = [_python(facts)]
     rows += [_framework(framework) for framework in facts.frameworks]
     rows += [_keras(facts), *_horovod(facts), _mpi(facts), _launcher(facts), _mpi4py(facts)]
+    if facts.slurm is not None and usable(facts):
+        rows.append(slurm.finding(facts.slurm, _built_with(facts, "mpi")))
     rows += [_kernels(facts), *gpu_findings(facts), _cores(facts)]
     return rows
 
@@ -142,6 +145,10 @@ def _mpi4py(facts: Facts) -> Finding:
     if facts.mpi4py is None:
         value = "not installed; hvd_ext.async_ps needs it"
         return Finding("mpi4py", value, "note", "pip install 'hvd-ext[mpi]'")
+    if "" not in (facts.libmpi, facts.mpi4py_libmpi) and facts.libmpi != facts.mpi4py_libmpi:
+        value = f"{facts.mpi4py}, loads {facts.mpi4py_libmpi}, Horovod {facts.libmpi}"
+        remedy = f"put {Path(facts.libmpi).parent} first in LD_LIBRARY_PATH, or " + REBUILD
+        return Finding("mpi4py", value, "note", remedy)
     return Finding("mpi4py", facts.mpi4py)
 
 

@@ -18,6 +18,7 @@ from hvd_ext.cli.findings import judge, usable
 from hvd_ext.cli.horovod_source import patch_id
 from hvd_ext.cli.main import main
 from hvd_ext.cli.selftest import launch_command, run_limited
+from hvd_ext.cli.slurm import Slurm, kinds, look_for_slurm
 from hvd_ext.versions import HOROVOD, TENSORFLOW, TORCH
 
 BUILT = {"mpi": True, "gloo": True, "nccl": False, "cuda": False}
@@ -101,6 +102,10 @@ def test_problem_names_the_mending_command(
          "TensorFlow", "not installed"),
         (replace(GOOD, built_for={"torch": TORCH}), "Horovod for TensorFlow", "not built"),
         (replace(GOOD, mpi4py=None), "mpi4py", "not installed"),
+        (replace(GOOD, libmpi="/env/libmpi.so.40", mpi4py_libmpi="/usr/libmpi.so.12"), "mpi4py",
+         "loads /usr/libmpi.so.12, Horovod /env/libmpi.so.40"),
+        (replace(GOOD, slurm=Slurm("/usr/bin/srun", ("none", "pmi2"), True)), "SLURM", "it knows none, pmi2"),
+        (replace(GOOD, slurm=Slurm("/usr/bin/srun", ("pmix_v4",), False)), "SLURM", "built without"),
         (replace(GOOD, mpirun=None), "MPI", "no mpirun"),  # Gloo is there
         (replace(GOOD, numba=None), "Kernels", "Numba's are faster"),
         (replace(GOOD, numba_error="Numba needs NumPy 2.4 or less"), "Kernels", "NumPy 2.4 or less"),
@@ -118,6 +123,34 @@ def test_problem_names_the_mending_command(
 def test_note_is_no_problem(found: Facts, subject: str, value: str) -> None:
     assert of_level(found, "problem") == {}
     assert value in of_level(found, "note")[subject].value
+
+
+OLD_LIST = """srun: MPI types are...
+srun: pmi2
+srun: none
+srun: pmix
+srun: pmix_v3"""
+NEW_LIST = """MPI plugin types are...
+\tnone
+\tpmi2
+\tpmix
+specific pmix plugin versions available: pmix_v4,pmix_v5"""
+
+
+def test_slurm_with_pmix_on_both_sides(tmp_path: Path) -> None:
+    assert kinds(OLD_LIST) == ("pmi2", "none", "pmix", "pmix_v3")
+    assert kinds(NEW_LIST) == ("none", "pmi2", "pmix", "pmix_v4", "pmix_v5")
+    for name, text in [("srun", NEW_LIST), ("ompi_info", "mca:pmix:isolated:v\nmca:pmix:pmix3x:v")]:
+        program = tmp_path / name
+        program.write_text(f"#!/bin/sh\ncat <<END\n{text}\nEND\n")
+        program.chmod(0o755)
+    found = look_for_slurm(str(tmp_path / "srun"), str(tmp_path / "mpirun"), 4)
+    assert found == Slurm(str(tmp_path / "srun"), kinds(NEW_LIST), pmix=True)
+    assert look_for_slurm(None, None, 4) is None
+    told = of_level(replace(GOOD, slurm=found), "ok")["SLURM"]
+    assert told.value == f"srun --mpi=pmix ({tmp_path / 'srun'})"
+    alone = replace(GOOD, slurm=found, frameworks=(replace(TORCH_OK, horovod={"gloo": True}), ABSENT[1]))
+    assert "built without MPI" in of_level(alone, "note")["SLURM"].value
 
 
 def test_which_kernels_are_used() -> None:

@@ -15,11 +15,10 @@ from hvd_ext.seng.samples import (
     ROWS,
     Placement,
     Signature,
-    agreed,
     chosen_for,
     is_plain,
-    recognise,
     rows_of,
+    settled,
 )
 from hvd_ext.torch.seng.probe import batch_of, signature, two_passes
 from hvd_ext.torch.seng.rules import Factors, Lookup, PerSample
@@ -108,19 +107,13 @@ class Samples:
         if given is None or self.batch is None or self.batch == 1 or not seen:
             return
         batch = self.batch
-        plain = {module: all(is_plain(shape, batch, self._axis) for shape in shapes)
-                 for module, shapes in seen.items()}
-        if all(plain.values()):
+        if all(is_plain(shape, batch, self._axis) for shapes in seen.values() for shape in shapes):
             self.placements.update(dict.fromkeys(seen, self._axis))
             return
-        passes = self._probe(*given)
-        for module in seen:
-            one, other = (found.get(module, []) for found in passes)
-            if one and len(one) == len(other):
-                self.placements[module] = agreed([recognise(a, b, batch, self._axis)
-                                                  for a, b in zip(one, other, strict=True)])
-            else:
-                self.placements[module] = self._axis if plain[module] else ROWS
+        one, other = self._probe(*given)
+        for module, shapes in seen.items():
+            self.placements[module] = settled(shapes, one.get(module, []), other.get(module, []), batch,
+                                              self._axis)
 
     def _probe(self, args: tuple[Any, ...], kwargs: dict[str, Any]
                ) -> list[dict[nn.Module, list[Signature]]]:

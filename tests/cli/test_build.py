@@ -14,7 +14,7 @@ from hvd_ext.cli import horovod_source, toolchain
 from hvd_ext.cli.build import Meter, build_environ, compile_wheel, telling_lines
 from hvd_ext.cli.console import Failure
 from hvd_ext.cli.horovod_edits import Edit
-from hvd_ext.cli.horovod_source import digest
+from hvd_ext.cli.horovod_source import digest, patch_id
 from hvd_ext.cli.install_horovod import BuildPlan, obtain
 from hvd_ext.cli.toolchain import Mpi
 from hvd_ext.cli.wheel_cache import Slot, ingredients
@@ -49,6 +49,7 @@ def test_environment_completes_what_the_user_left_open() -> None:
     assert environ["MAKEFLAGS"] == "-j3"
     assert environ["HOROVOD_CMAKE"] == "/x/cmake"
     assert environ["CMAKE_POLICY_VERSION_MINIMUM"] == "3.5"
+    assert environ["HVD_EXT_EDITS"] == patch_id()
     assert environ["HVD_EXT_RPATH"] == "$ORIGIN/../../../.."
     assert environ["HVD_EXT_RPATH_USE_LINK_PATH"] == "OFF"
     assert "CMAKE_GENERATOR" not in environ

@@ -180,13 +180,13 @@ def fit(folder=None):
     return {"loss": loss_of(model), "lost_residuals": optimizer.report()["lost_residuals"]}
 
 
-def main(folder, how):
+def main(folder, *methods):
     hvd.init()
-    result = {"loop": train_all, "fit": fit}[how](folder)
+    result = train_all(folder, methods) if methods else fit(folder)
     if hvd.rank() == 0:
         (folder / "result").write_text(repr(result))
     hvd.shutdown()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), *sys.argv[2:])

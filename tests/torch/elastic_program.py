@@ -127,13 +127,13 @@ def train_all(folder=None, methods=tuple(METHODS)):
                 for method, (model, optimizer) in made.items()}
 
 
-def main(folder):
+def main(folder, *methods):
     hvd.init()
-    result = train_all(folder)
+    result = train_all(folder, methods)
     if hvd.rank() == 0:
         (folder / "result").write_text(repr(result))
     hvd.shutdown()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

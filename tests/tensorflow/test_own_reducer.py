@@ -38,7 +38,7 @@ def steps_with_signs(scales):
 
 @pytest.mark.ranks
 def test_a_reducer_of_ones_own(ranks):
-    results = ranks(2).run(steps_with_signs, [0.25, 0.25])
+    results = ranks(2, init="tensorflow").run(steps_with_signs, [0.25, 0.25])
     for number in range(len(SHAPES)):
         votes = sum(np.sign(sum(np.sign(made_gradients(rank, step)[number]) for rank in range(2)))
                     for step in range(3))
@@ -48,5 +48,5 @@ def test_a_reducer_of_ones_own(ranks):
 
 @pytest.mark.ranks
 def test_its_settings_are_compared_between_ranks(ranks):
-    messages = ranks(2).run(steps_with_signs, [0.25, 0.5])
+    messages = ranks(2, init="tensorflow").run(steps_with_signs, [0.25, 0.5])
     assert all("do not train the same variables in the same way" in message for message in messages)

@@ -88,7 +88,7 @@ def every_case(cases, steps, compiled):
 @pytest.mark.parametrize(("size", "compiled"), [(2, True), (2, False), (4, True)])
 def test_five_steps_are_the_oracles(ranks, size, compiled):
     cases = CASES if size == 2 else CASES[:1]
-    by_rank = ranks(size).run(every_case, cases, 5, compiled, timeout=240)
+    by_rank = ranks(size, init="tensorflow").run(every_case, cases, 5, compiled, timeout=240)
     for number, settings in enumerate(cases):
         expected = oracle(size, 5, settings)
         assert len({tuple(result[number][1]) for result in by_rank}) == 1
@@ -117,7 +117,7 @@ def bad_gradient():
 @pytest.mark.ranks
 def test_a_bad_gradient_on_one_rank_is_skipped_by_all_and_bytes_are_the_factors(ranks):
     numbers = 2 * ((12 + 9) + (12 + 10) + (20 + 21))
-    for seen, steps, skipped, sent in ranks(2).run(bad_gradient):
+    for seen, steps, skipped, sent in ranks(2, init="tensorflow").run(bad_gradient):
         assert seen == [(False, False), (False, False), (True, True), (False, False)]
         assert (steps, skipped) == (3, 1)
         assert sent["factors"] == 8 * numbers  # 2 (M-1)/M of P and Q
@@ -142,4 +142,4 @@ def resume():
 
 @pytest.mark.ranks
 def test_a_checkpoint_continues_bit_for_bit(ranks):
-    assert ranks(2).run(resume) == [True, True]
+    assert ranks(2, init="tensorflow").run(resume) == [True, True]

@@ -139,9 +139,9 @@ class Collectives:
         kept = by_kind(kind, own)
         for part, all_of_it in by_kind(kind, nbytes(tensor)).items():
             self.traffic.add(part, sent=all_of_it - kept[part], received=-kept[part])
-        # The counts are kept too: below torch 2.10, Horovod's thread needs the interpreter's lock to free a
-        # tensor whose Python object is gone, and where hvd-ext has not built Horovod it holds another
-        # lock meanwhile during a shutdown, which whoever submits a collective waits for.
+        # The counts are kept too. In older releases of torch, Horovod's thread needs the interpreter's lock
+        # to free a tensor whose Python object is gone. Where hvd-ext has not built Horovod, that thread
+        # has another lock meanwhile in a shutdown, which whoever submits a collective waits for.
         return Handle(self, ticket, kind, counted=False, dtype=tensor.dtype, name=name,
                       memory=(tensor, memory, counts))
 

@@ -30,7 +30,7 @@ def padded(dataset: Any, collectives: Collectives, weighing: Weighing) -> Any:
         raise TypeError(trouble)
     try:
         mine = _sizes(dataset, count=weighing.by == "samples")
-    except Exception as error:
+    except Exception as error:  # the user's data: anything can come, and the others must hear of it
         _gather(collectives, f"{type(error).__name__}: {error}", weighing)
         raise
     by_rank = _gather(collectives, mine, weighing)

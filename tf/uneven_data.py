@@ -129,7 +129,7 @@ class Uneven:
                 batch = next(iterator, None)
                 if batch is None and last is None:
                     last = _first_batch(dataset)
-            except Exception:
+            except Exception:  # the user's data: anything can come, and the others must hear of it
                 self._leave()
                 raise
             mine = batch is not None

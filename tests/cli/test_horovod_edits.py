@@ -95,18 +95,17 @@ def test_local_gradients_keep_their_dtype_under_elastic() -> None:
     assert "the dtypes stay" in done.stdout, done.stderr[-3000:]
 
 
-def submit_while_the_other_leaves() -> tuple[str, int]:
-    """Rank 0 submits collectives until Horovod refuses one; the error, and how many did not end."""
+def submit_while_the_other_leaves() -> list[str]:
+    """Rank 0 submits collectives until Horovod refuses one, and waits for all; how each of them ended."""
     import horovod.torch as hvd
     import torch
 
     if hvd.rank() == 1:
         hvd.allreduce(torch.zeros(1), name="together")
         hvd.shutdown()
-        return "left", 0
+        return []
     hvd.allreduce(torch.zeros(1), name="together")
-    handles = []
-    said = ""
+    handles, said = [], []
     # The splits of an alltoall are freed by Horovod's thread, which takes the interpreter's lock for it.
     with contextlib.suppress(hvd.HorovodInternalError):
         for number in range(20):
@@ -117,16 +116,16 @@ def submit_while_the_other_leaves() -> tuple[str, int]:
     for handle in handles:
         try:
             hvd.synchronize(handle)
+            said.append("done")
         except hvd.HorovodInternalError as error:
-            said = str(error)
-    return said, sum(not hvd.poll(handle) for handle in handles if hvd.mpi_ops._handle_map.get(handle))
+            said.append(str(error))
+    return said
 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("launcher", ["mpirun", "gloo"])
 @pytest.mark.skipif("torch" in LEFT_OUT, reason="PyTorch is left out")
 def test_a_shutdown_ends_what_is_submitted_meanwhile(launcher: str) -> None:
-    one, other = run_ranks(submit_while_the_other_leaves, launcher=launcher)
-    assert "Horovod has been shut down" in one[0]
-    assert one[1] == 0
-    assert other == ("left", 0)
+    said, _ = run_ranks(submit_while_the_other_leaves, launcher=launcher)
+    assert len(said) >= 20
+    assert all("Horovod has been shut down" in one for one in said), set(said)

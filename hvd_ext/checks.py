@@ -1,6 +1,7 @@
 """Checks of arguments at construction: every message says the value, the limit and what to do."""
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -41,6 +42,26 @@ def whole(name: str, value: Any, *, low: int, high: int | None = None, hint: str
         limit = f"at least {low}" if high is None else f"in [{low}, {high}]"
         raise ValueError(f"{name} must be {limit}, got {value!r}{_then(hint)}")
     return whole_
+
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def size(name: str, value: Any) -> int:
+    """Bytes: a whole number of them, or a text with a unit.
+
+    Raises:
+        TypeError: neither a whole number nor a text.
+        ValueError: a text that is no size, or less than a byte.
+    """
+    hint = 'pass a number of bytes, or a text such as "500MB" or "2GiB"'
+    if not isinstance(value, str):
+        return whole(name, value, low=1, hint=hint)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*((?:[kmg]i?)?)b?\s*", value.lower())
+    size_ = int(float(found[1]) * UNITS[found[2]]) if found else 0
+    if size_ < 1:
+        raise ValueError(f"{name} must be a size of at least 1 byte, got {value!r}{_then(hint)}")
+    return size_
 
 
 def choice(name: str, value: Any, choices: Iterable[Any], *, hint: str = "") -> Any:

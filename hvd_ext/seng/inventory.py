@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from hvd_ext.seng.coverage import Gap
+from hvd_ext.seng.settings import Settings
 
 NO_RULE = "no rule"
 SHARES = "shares a weight"
@@ -17,10 +18,12 @@ Layer = TypeVar("Layer")
 
 @dataclass
 class Inventory(Generic[Layer]):
-    """A model's layers, and the modules that have trained weights and get no curvature."""
+    """A model's layers, the modules that have trained weights and get no curvature, and the settings:
+    those of the user, brought within ``memory``."""
 
     layers: list[Layer]
     missing: list[Gap]
+    settings: Settings
 
     @property
     def without_rule(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""What SENG warns about: each cause once, with the layers that have it."""
+"""What SENG says: each cause of a warning once, with the layers that have it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Container, Mapping, Sequence
 
 from hvd_ext.seng.coverage import cause_of, some
+from hvd_ext.seng.memory import memory_text
+from hvd_ext.seng.plan import LayerPlan
 from hvd_ext.seng.settings import Settings
 
 MOST = 12  # names in one warning; report() has them all
@@ -55,6 +57,14 @@ class Notices:
             for cause, reason, names in _grouped(these):
                 self._once((cause, left), f"SENG could not refresh {names}: {reason}. A layer like that "
                            f"{left}; further failures are counted in report()")
+
+    def memory(self, settings: Settings, plans: Sequence[LayerPlan], *, rank: int) -> None:
+        """What ``memory=`` came to: printed, by one rank."""
+        if settings.memory is not None:
+            text = memory_text(settings, plans)
+            if ("memory", text) not in self._given and rank == 0:
+                print(text)
+            self._given.add(("memory", text))
 
     def diverged(self, step: int, lam: float) -> None:
         """Weights are not finite any more."""

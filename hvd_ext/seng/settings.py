@@ -35,6 +35,9 @@ class Settings:
         rank: r, columns kept of an implicit layer's factors of one sample (eq. 15).
         row_sketch: rows kept of an implicit layer's factors (eq. 17).
         subsample: samples of a rank's batch that the curvature is taken from; None for all.
+        memory: most bytes of curvature on a rank, a number or a text such as ``"500MB"``; None for no
+            limit. ``explicit_threshold``, ``rank`` and ``subsample`` are upper limits then, and brought
+            down to what fits; what was chosen is printed. Rows of embeddings are not counted.
         loss_reduction: whether the loss is the ``"mean"`` or the ``"sum"`` over a rank's batch.
         loss_scale: a constant the loss is multiplied with, such as 1/4 for a loss divided by four
             micro-batches. Mixed precision's scale is not part of it: the gradient scaler knows it.
@@ -74,6 +77,7 @@ class Settings:
     rank: int = 16
     row_sketch: int = 512
     subsample: int | None = None
+    memory: int | str | None = None
     loss_reduction: str = "mean"
     loss_scale: float = 1.0
     curvature_dtype: Any = None
@@ -106,6 +110,12 @@ class Settings:
                      hint="pass sketch=None for no sketch at all")
         if self.subsample is not None:
             checks.whole("subsample", self.subsample, low=1, hint="pass None to use all samples")
+        if self.memory is not None:
+            checks.size("memory", self.memory)
+            if self.coupling == "full":
+                raise ValueError(
+                    f"memory must be None with coupling=\"full\", which holds the sketches of all ranks, got "
+                    f'{self.memory!r}; choose coupling="block", or rank= and subsample= yourself')
         checks.choice(
             "loss_reduction", self.loss_reduction, ("mean", "sum"),
             hint="SENG reads per-sample gradients off a loss that is the mean or the sum over the "

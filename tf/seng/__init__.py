@@ -104,6 +104,8 @@ class SENG(tf.Module):
                 f"{model.name!r} has no trainable layer that SENG has a rule for (dense, "
                 "convolution, embedding, batch, layer, group or RMS norm); precondition another model, "
                 "unfreeze layers, or shorten exclude=")
+        self.settings = self.capture.settings = inventory.settings
+        self._notices.memory(self.settings, [layer.plan for layer in layers], rank=own_collectives().rank)
         self.settings.check_sketch(layer.n for layer in layers if not layer.plan.implicit)
         self._coverage = Coverage(inventory.missing, model)
         self._samples.start(model, layers)
@@ -168,8 +170,7 @@ class SENG(tf.Module):
                  for gradient, variable in zip(gradients, variables, strict=True) if gradient is not None}
         systems = {one: [given[id(as_tf(weight))] for weight in one.layer.weights.values()]
                    for one in self.states
-                   if all(id(as_tf(weight)) in given for weight in one.layer.weights.values())
-                   and self.settings.subsample is None}
+                   if all(id(as_tf(weight)) in given for weight in one.layer.weights.values())}
         scale = loss_scale(self._scale_of) if self._still_scaled else 1.0
 
         def check() -> tf.Tensor:

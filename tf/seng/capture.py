@@ -95,7 +95,7 @@ class Capture:
 
     def __init__(self, settings: Settings, step: tf.Variable, scale: Callable[[], Any],
                  traces: Traces, samples: Samples) -> None:
-        self._settings = settings
+        self.settings = settings
         self._step = step
         self._scale = scale
         self._traces = traces
@@ -234,7 +234,7 @@ class Capture:
         ``number`` to ``a`` are handles.
         """
         number, step = read(number, tf.int64, ()), read(step, tf.int64, ())
-        scale = tf.cast(scale, gz.dtype) * self._settings.loss_scale
+        scale = tf.cast(scale, gz.dtype) * self.settings.loss_scale
         x, gz = (axis_first(one, self._axis(layer)) for one in (x, gz))
         group = group_rows(layer.samples if layer.in_rows else 0, tf.shape(gz)[0], batch)
         pick, factor = self._samples(gz.dtype, group.samples, scale, step)
@@ -282,7 +282,7 @@ class Capture:
     def _samples(self, dtype: tf.DType, samples: tf.Tensor, scale: tf.Tensor, step: tf.Tensor
                  ) -> tuple[Pick, tf.Tensor]:
         """Keeps the chosen samples, and what gz is multiplied with to give ``G_i / sqrt(rho)``."""
-        settings, kept, chosen = self._settings, samples, None
+        settings, kept, chosen = self.settings, samples, None
         if settings.subsample is not None:
             chosen = choose_samples(samples, settings, step)
             kept = tf.shape(chosen)[0]

@@ -51,8 +51,8 @@ def check_sums(systems: dict[LayerSystem, list[Any]], number: tf.Variable, scale
             flat += [_penalty(variable, layer) for _, variable in pairs]
         tolerance = TOLERANCE_HALF if "16" in layer.layer.compute_dtype else TOLERANCE
 
-        def compare(wrong: tf.Tensor, number: tf.Tensor, at: tf.Tensor, u: tf.Tensor, g: tf.Tensor,
-                    a: tf.Tensor, *flat: tf.Tensor, system: LayerSystem = system,
+        def compare(wrong: tf.Tensor, number: tf.Tensor, at: tf.Tensor, samples: tf.Tensor, u: tf.Tensor,
+                    g: tf.Tensor, a: tf.Tensor, *flat: tf.Tensor, system: LayerSystem = system,
                     tolerance: float = tolerance) -> tf.Tensor:
             u, g, a = system.captured.read(u, g, a)
             own = len(system.layer.weights)
@@ -63,13 +63,16 @@ def check_sums(systems: dict[LayerSystem, list[Any]], number: tf.Variable, scale
                 error = tf.minimum(error, tf.norm(rest + tf.concat(flat[own:], axis=0)))
             # A gradient that is not finite says nothing.
             off = tf.logical_and(error > tolerance * tf.norm(expected), tf.math.is_finite(error))
+            if settings.subsample is not None:  # what was left out is in the gradient too
+                off = tf.logical_and(off, read(samples, tf.int32) < settings.subsample)
             write(wrong, tf.logical_and(tf.equal(read(at, tf.int64), read(number, tf.int64)), off))
             return tf.constant(True)
 
         key = ("check", system.kind, layer.together, layer.registered.ones, len(layer.weights), tolerance)
         system.traces.call(
-            compare, key, [system.wrong, number, system.captured.at, *system.captured.held, *flat],
-            shapes=[None] * 6 + [[None]] * len(flat))
+            compare, key, [system.wrong, number, system.captured.at, system.captured.samples,
+                           *system.captured.held, *flat],
+            shapes=[None] * 7 + [[None]] * len(flat))
 
 
 def captured_sum(layer: Layer, u: tf.Tensor, g: tf.Tensor, a: tf.Tensor, settings: Settings) -> tf.Tensor:

@@ -12,6 +12,7 @@ import tensorflow as tf
 from hvd_ext.seng import LayerPlan, LayerShape, Settings, plan_layer
 from hvd_ext.seng.coverage import Gap
 from hvd_ext.seng.inventory import EXCLUDED, NO_RULE, SHARES, Inventory, within
+from hvd_ext.seng.memory import within_memory
 from hvd_ext.seng.samples import Placement, several_rows
 from hvd_ext.tensorflow.seng.rules import Registered, rule_for
 from hvd_ext.tensorflow.variables import as_tf
@@ -82,7 +83,8 @@ class Layer:
     def shape(self) -> LayerShape:
         """What the plan needs to know."""
         if self.groups is None:
-            return LayerShape(self.name, self.registered.kind, self.n, self.n, 1, product=False)
+            return LayerShape(self.name, self.registered.kind, self.n, self.n, 1, product=False,
+                              lookup=self.registered.rows)
         groups, n_g, n_a = self.groups
         ones = int(self.registered.ones and "bias" in self.weights)
         return LayerShape(self.name, self.registered.kind, self.n, n_g, n_a + ones, groups)
@@ -139,9 +141,13 @@ def take_inventory(model: keras.Model, settings: Settings) -> Inventory[Layer]:
         if any(number in orphans or uses[number] > len(one.owners) for number in ids):
             leave_out(one.layer, one.registered.kind, SHARES, one.weights.values())
             continue
-        one.plan, one.number = _plan(one, settings), len(good)
+        one.number = len(good)
         good.append(one)
-    return Inventory(good, missing)
+    itemsize = max((one.dtype.size for one in good), default=4)
+    settings = within_memory([one.shape for one in good], settings, itemsize)
+    for one in good:
+        one.plan = _plan(one, settings)
+    return Inventory(good, missing, settings)
 
 
 def _size(weight: Any) -> int:

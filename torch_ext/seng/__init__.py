@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import horovod.torch as horovod
 import torch
 from torch import nn
 
@@ -74,7 +75,7 @@ class SENG:
                  **settings: Any) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {model!r}")
-        self.settings = Settings(**settings)
+        self.settings = self._asked = Settings(**settings)
         self.model = model
         self.name = name
         self.layers: list[Layer] = []
@@ -105,7 +106,7 @@ class SENG:
         if self.layers and trainable == self._trainable:
             return
         before = {tuple(map(id, layer.parameters)): layer for layer in self.layers}
-        inventory = take_inventory(self.model, self.settings)
+        inventory = take_inventory(self.model, self._asked)
         if not inventory.layers and not inventory.without_rule:
             raise ValueError(
                 f"{type(self.model).__name__} has no trainable layer that SENG has a rule for "
@@ -123,6 +124,9 @@ class SENG:
             self._drop_lagged()
             self._frames, self._joint = Frames(), None
         self.layers, self._trainable, self.state.systems = inventory.layers, trainable, kept
+        self.settings = inventory.settings
+        self._notices.memory(self.settings, [layer.plan for layer in self.layers],
+                             rank=horovod.rank() if horovod.is_initialized() else 0)
         self._missing, self._trust = inventory.missing, Trust()
         self.capture = Capture(self.model, self.layers, self.settings, lambda: loss_scale(self._scaler),
                                self._frames)
@@ -156,8 +160,6 @@ class SENG:
         self._ranks = ranks
 
     def _find_ranks(self) -> None:
-        import horovod.torch as horovod
-
         if horovod.is_initialized() and horovod.size() > 1:
             self._use(self._collectives or Collectives())
         else:

@@ -11,6 +11,7 @@ from torch import nn
 from hvd_ext.seng import LayerPlan, LayerShape, Settings, plan_layer
 from hvd_ext.seng.coverage import Gap
 from hvd_ext.seng.inventory import EXCLUDED, NO_RULE, SHARES, Inventory, within
+from hvd_ext.seng.memory import within_memory
 from hvd_ext.torch.seng.attention import attention_rule
 from hvd_ext.torch.seng.per_sample import candidates, parameters_of
 from hvd_ext.torch.seng.rules import Registered, Rule, rule_for
@@ -126,9 +127,12 @@ def take_inventory(model: nn.Module, settings: Settings) -> Inventory[Layer]:
             orphans.update(id(p) for p in layer.parameters)
             missing.append(Gap(layer.name, layer.registered.kind, SHARES, fresh))
             continue
-        layer.plan = plan_layer(layer.shape, settings)
         kept.append(layer)
-    return Inventory(kept, missing)
+    itemsize = max((layer.dtype.itemsize for layer in kept), default=4)
+    settings = within_memory([layer.shape for layer in kept], settings, itemsize)
+    for layer in kept:
+        layer.plan = plan_layer(layer.shape, settings)
+    return Inventory(kept, missing, settings)
 
 
 def _rules_for(module: nn.Module, settings: Settings, *, sealed: bool

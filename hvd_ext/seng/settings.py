@@ -32,6 +32,8 @@ class Settings:
         sketch_size: q, rows kept of an explicit layer's least squares problem (eq. 11). A layer
             with no more rows than this is not sketched.
         replacement: whether rows are drawn with replacement.
+        redraw: when rows are drawn: ``"refresh"``, with the curvature, or ``"step"``, anew at every step
+            (SENG Algorithm 1), for a Gram matrix and a factorization of every sketched layer.
         rank: r, columns kept of an implicit layer's factors of one sample (eq. 15).
         row_sketch: rows kept of an implicit layer's factors (eq. 17).
         subsample: samples of a rank's batch that the curvature is taken from; None for all.
@@ -74,6 +76,7 @@ class Settings:
     sketch: str | None = "uniform"
     sketch_size: int = DEFAULT_SKETCH_SIZE
     replacement: bool = False
+    redraw: str = "refresh"
     rank: int = 16
     row_sketch: int = 512
     subsample: int | None = None
@@ -105,6 +108,10 @@ class Settings:
         checks.whole("sketch_size", self.sketch_size, low=1,
                      hint="pass sketch=None for no sketch at all")
         checks.flag("replacement", self.replacement)
+        checks.choice("redraw", self.redraw, ("refresh", "step"))
+        if self.redraw == "step" and self.sketch is None:
+            raise ValueError('redraw must be "refresh" with sketch=None, which draws no rows, got "step"; '
+                             "choose a sketch, or leave redraw= out")
         checks.whole("rank", self.rank, low=1, hint="16 is usual; more costs more memory")
         checks.whole("row_sketch", self.row_sketch, low=1,
                      hint="pass sketch=None for no sketch at all")

@@ -81,6 +81,8 @@ JOINED = {
     "implicit, factored": {"sketch": None, "explicit_threshold": 0, "rank": 4},
     "implicit, sketched rows": {"row_sketch": 7, "explicit_threshold": 0, "rank": 4},
     "explicit, leverage": {"sketch": "leverage", "sketch_size": 60},
+    "explicit, redrawn": {"sketch_size": 60, "redraw": "step"},
+    "implicit, redrawn": {"row_sketch": 7, "explicit_threshold": 0, "rank": 4, "redraw": "step"},
     "implicit, leverage": {"sketch": "leverage", "row_sketch": 7, "explicit_threshold": 0},
     "bfloat16": {"sketch": None, "curvature_dtype": "bfloat16", "explicit_threshold": 150},
 }

@@ -24,7 +24,7 @@ from hvd_ext.tensorflow.seng.blocks import Context
 from hvd_ext.tensorflow.seng.capture import Capture
 from hvd_ext.tensorflow.seng.check import check_sums
 from hvd_ext.tensorflow.seng.inventory import take_inventory
-from hvd_ext.tensorflow.seng.refresh import check_ranks, refresh
+from hvd_ext.tensorflow.seng.refresh import check_ranks, redraw, refresh
 from hvd_ext.tensorflow.seng.samples import Samples
 from hvd_ext.tensorflow.seng.start import Start, own_collectives
 from hvd_ext.tensorflow.seng.state import Coverage, report
@@ -273,8 +273,12 @@ class SENG(tf.Module):
             self.checked.assign(tf.logical_or(self.checked, made))
             return made
 
+        def redrawn() -> tf.Tensor:
+            draws = self.settings.redraw == "step"
+            return redraw(self.states, at, lam, context) if draws else tf.constant(False)
+
         turned, made = directions(flat, at, lam, good, tf.logical_and(self._wanted, good), self._wanted,
-                                  take_curvature, context)
+                                  take_curvature, redrawn, context)
         without, _ = factors(good, lam, self.settings)
         covered = {k for mine in places.values() for k in mine}
         result = [g if k in covered else g * tf.cast(without, g.dtype) for k, g in enumerate(dense)]

@@ -235,7 +235,7 @@ class Product(Block):
                 setattr(self, f"weights_{part}", held(tf.zeros((q,), self.dtype), (None,)))
 
     def _factor(self, rows: int) -> tf.Variable:
-        return held(tf.zeros((self.groups, rows, 0, 0), self.stored), (None, None, None, None))
+        return held(tf.zeros((self.groups, rows, 0, 0), self.stored), (self.groups, rows, None, None))
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -265,14 +265,14 @@ class Product(Block):
                 for name, factor in (("g", g), ("a", a))}, finite
 
     def sketch(self, parts: Parts, at: tf.Tensor, name: tf.Tensor, context: Context) -> None:
-        for part in ("g", "a"):
+        for part, count in (("g", self.n_g), ("a", self.n_a)):
             factor, q = parts[part], self.q[part]
             if q is not None:
                 wide = tf.cast(factor, self.dtype)
                 scores = row_scores(tf.reduce_sum(wide * wide, axis=(0, 2, 3)),
                                     f"scores_{part}/{self.layer.key}", context)
-                rows, weights = kernels.choose_rows(int(factor.shape[1]), q, scores, context.settings,
-                                                    at, tf.strings.join([name, f"/rows_{part}"]))
+                rows, weights = kernels.choose_rows(count, q, scores, context.settings, at,
+                                                    tf.strings.join([name, f"/rows_{part}"]))
                 weights = tf.cast(weights, self.dtype)
                 factor = tf.gather(wide, rows, axis=1) * weights[:, None, None]
                 factor = tf.cast(factor, self.stored)

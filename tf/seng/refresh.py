@@ -74,6 +74,16 @@ def refresh(systems: Sequence[LayerSystem], number: tf.Variable, at: tf.Tensor, 
         return _refresh(systems, number, at, lam, context, notices)
 
 
+def redraw(systems: Sequence[LayerSystem], at: tf.Tensor, lam: tf.Tensor, context: Context) -> tf.Tensor:
+    """Other sampled rows for the curvature that there is (SENG Algorithm 1)."""
+    sampled = [system for system in systems if system.layer.plan.sampled]
+    if sampled:
+        with sampled[0].traces.unpacked():
+            for system in sampled:
+                system.redraw(at, lam, context)
+    return tf.constant(False)
+
+
 def _refresh(systems: Sequence[LayerSystem], number: tf.Variable, at: tf.Tensor, lam: tf.Tensor,
              context: Context, notices: Notices) -> tf.Tensor:
     apart = [system for system in systems if context.joined or system.has_columns]

@@ -24,7 +24,8 @@ Gradients = dict[LayerSystem, list[tf.Tensor]]
 
 
 def directions(gradients: Gradients, at: tf.Tensor, lam: tf.Tensor, good: tf.Tensor, due: tf.Tensor,
-               wanted: tf.Variable, refresh: Callable[[], tf.Tensor], context: Context
+               wanted: tf.Variable, refresh: Callable[[], tf.Tensor], otherwise: Callable[[], tf.Tensor],
+               context: Context
                ) -> tuple[dict[LayerSystem, list[tf.Tensor]], tf.Tensor]:
     """The layers' directions, and whether a refresh gave new curvature; in a graph being traced.
 
@@ -33,16 +34,18 @@ def directions(gradients: Gradients, at: tf.Tensor, lam: tf.Tensor, good: tf.Ten
         good: whether all gradients are finite; where they are not they come back as they are.
         due: whether this step refreshes the curvature, known from ``good`` on; ``wanted`` is known
             before any gradient is.
-        refresh: takes new curvature.
+        refresh: takes new curvature. otherwise: what a step without new curvature begins with; False.
     """
     def no_refresh() -> tf.Tensor:
         return tf.constant(False)
 
     if context.settings.coupling == "lagged":  # U b of the gradient of the step before (SENG eq. 27)
         # Waits for no gradient, so that it is under way during the backward pass.
-        early = tf.cond(
-            wanted, lambda: [block.nothing(context) for one in gradients for block in one.blocks],
-            lambda: mean_over_ranks([(one, one.kept()) for one in gradients], context))
+        begun = tf.cond(wanted, no_refresh, otherwise)
+        with tf.control_dependencies([begun]):
+            early = tf.cond(
+                wanted, lambda: [block.nothing(context) for one in gradients for block in one.blocks],
+                lambda: mean_over_ranks([(one, one.kept()) for one in gradients], context))
         with tf.control_dependencies(early):
             made = apart(lambda: tf.cond(due, refresh, no_refresh))
         with tf.control_dependencies([made]):
@@ -52,7 +55,7 @@ def directions(gradients: Gradients, at: tf.Tensor, lam: tf.Tensor, good: tf.Ten
                 lambda: early)
         tf.cond(good, lambda: run_all(one.keep(mine) for one, mine in gradients.items()), no_refresh)
     else:  # "block", U = diag(U_i) (SENG eq. 26), and "full", one system of all ranks' samples
-        made = tf.cond(due, refresh, no_refresh)
+        made = tf.cond(due, refresh, otherwise)
         with tf.control_dependencies([made]):
             means = mean_over_ranks(list(gradients.items()), context)
     means = [tf.where(good, mean, tf.zeros_like(mean)) for mean in means]

@@ -193,6 +193,50 @@ class LayerSystem(tf.Module):
 
         self.traces.call(factored, "factor", [lam, self.gram, self.lower, self.jitter])
 
+    def redraw(self, at: tf.Tensor, lam: tf.Tensor, context: Context) -> None:
+        """Other sampled rows for the curvature there is (SENG Algorithm 1); all ranks call it in one order.
+
+        Without curvature, or should the new small system have no factor, everything stays.
+        """
+        names = [block.used(context) for block in self.blocks]
+        variables = [[getattr(block, name) for name in own]
+                     for block, own in zip(self.blocks, names, strict=True)]
+        kinds = [[(one.dtype, one.shape) for one in own] for own in variables]
+
+        def redrawn(at: tf.Tensor, lam: tf.Tensor, key: tf.Tensor, ready: tf.Tensor, gram: tf.Tensor,
+                    lower: tf.Tensor, jitter: tf.Tensor, *handles: tf.Tensor) -> tf.Tensor:
+            def draw() -> tf.Tensor:
+                given = iter(handles)
+                parts = [{name: read(next(given), *kind) for name, kind in zip(own, mine, strict=True)}
+                         for own, mine in zip(names, kinds, strict=True)]
+                before = [dict(own) for own in parts]
+                for block, own in zip(self.blocks, parts, strict=True):
+                    block.sketch(own, at, key, context)
+                made = tf.add_n([tf.cast(block.gram(own), tf.float64)
+                                 for block, own in zip(self.blocks, parts, strict=True)]) / context.root ** 2
+                factor, added, good = kernels.factor(made, lam)
+                new = [(own[name], own[name] is not was[name])
+                       for own, was, wanted in zip(parts, before, names, strict=True) for name in wanted]
+
+                def commit() -> tf.Tensor:
+                    for handle, (value, changed) in zip(handles, new, strict=True):
+                        if changed:
+                            write(handle, value)
+                    for handle, value in ((gram, made), (lower, factor), (jitter, added)):
+                        write(handle, value)
+                    return tf.constant(True)
+
+                return tf.cond(good, commit, lambda: tf.constant(False))
+
+            return tf.cond(read(ready, tf.bool), draw, lambda: tf.constant(False))
+
+        given = [at, lam, tf.constant(self.layer.key), self.ready, self.gram, self.lower, self.jitter,
+                 *(one for own in variables for one in own)]
+        if context.joined:  # with collectives of its own
+            redrawn(*(self.traces.handle(one) if isinstance(one, tf.Variable) else one for one in given))
+        else:
+            self.traces.call(redrawn, ("redraw", self.kind), given)
+
     # Used at every step
 
     def message(self, gradients: Sequence[tf.Tensor], context: Context) -> list[tf.Tensor]:

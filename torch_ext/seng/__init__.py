@@ -186,10 +186,7 @@ class SENG:
         state = self.state
         if self._checked and not state.due:
             return
-        if self._refresh is None:
-            self._refresh = Refresh(self.layers, self.settings, self._collectives, self.name,
-                                    self._frames.join)
-        refresh = self._refresh
+        refresh = self._refresher()
         if not self._checked:
             self._check(refresh)
         if not state.due:
@@ -203,6 +200,12 @@ class SENG:
             lagged = state.lagged.with_curvature({**state.systems, **refreshed.systems},
                                                  self._frames.join, self._step, lam)
         self._candidate = Candidate(refreshed, lagged)
+
+    def _refresher(self) -> Refresh:
+        if self._refresh is None:
+            self._refresh = Refresh(self.layers, self.settings, self._collectives, self.name,
+                                    self._frames.join)
+        return self._refresh
 
     def _check(self, refresh: Refresh) -> None:
         """See that all ranks have the same state before they rely on it."""
@@ -245,6 +248,8 @@ class SENG:
         """Gradients into directions: by the layers' curvature, by ``other`` without one."""
         state, settings = self.state, self.settings
         lam = settings.damping_at(state.step)
+        if settings.redraw == "step":
+            self._redraw(lam)
         lagging = settings.coupling == "lagged"
         stale = [layer for layer, system in state.systems.items()
                  if settings.stale == "bound" and system.step != state.step]
@@ -270,6 +275,9 @@ class SENG:
                 if parameter.grad is not None and id(parameter) not in done:
                     parameter.grad.div_(divisor)
         joint.write_back(scale)
+
+    def _redraw(self, lam: float) -> None:
+        self.state.systems = self._refresher().redraw(self.state.systems, self.state.step, lam)
 
     def step(self) -> None:
         """The same without a distributed optimizer, after the backward pass: every ``.grad``,

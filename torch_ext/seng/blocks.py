@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,10 @@ class Block(abc.ABC):
     @abc.abstractmethod
     def sketch(self, plan: LayerPlan, choose: Chooser) -> None:
         """Sample rows and form Xi (SENG eq. 12, 17)."""
+
+    @abc.abstractmethod
+    def unsketched(self) -> Block:
+        """The same with this rank's own samples and all rows in place of Xi."""
 
     @abc.abstractmethod
     def sketches(self) -> dict[str, torch.Tensor]:
@@ -138,6 +142,9 @@ class Explicit(Block):
         self.rows, self.weights = rows[inside] - self.start, weights[inside]
         self.xi = _weighed(self.u, 1, self.rows, self.weights)
 
+    def unsketched(self) -> Explicit:
+        return replace(self, xi=self.u, rows=None, weights=None)
+
     def sketches(self) -> dict[str, torch.Tensor]:
         return {"xi": self.xi.contiguous()}
 
@@ -218,6 +225,10 @@ class Product(Block):
             self.rows_a, self.weights_a = choose("rows_a", self.a.shape[1], plan.rows_a)
             self.xa = _weighed(self.a, 1, self.rows_a, self.weights_a[:, None, None])
             self.split = int((self.rows_a < self.width).sum())
+
+    def unsketched(self) -> Product:
+        return replace(self, xg=self.g, xa=self.a, rows_g=None, weights_g=None, rows_a=None, weights_a=None,
+                       split=-1)
 
     def sketches(self) -> dict[str, torch.Tensor]:
         return {"xg": kernels.samples_first(self.xg), "xa": kernels.samples_first(self.xa)}

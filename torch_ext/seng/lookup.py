@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,9 @@ class Table(Block):
 
     def sketch(self, plan: LayerPlan, choose: Chooser) -> None:
         """Nothing is sampled."""
+
+    def unsketched(self) -> Table:
+        return replace(self, xrows=self.rows, xg=self.g)
 
     def sketches(self) -> dict[str, torch.Tensor]:
         return {"xrows": self.xrows.mT.contiguous(), "xg": samples_first(self.xg)}

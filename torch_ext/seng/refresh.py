@@ -115,11 +115,9 @@ class Refresh:
         if self._collectives is not None and self._settings.coupling == "full":
             self._agree(result, lam)
             lam = self._settings.damping_at(result.step)  # a rank that has joined was at another step
-            self._join(result, self._collectives)
+            self._join(result.systems, result.step, self._collectives)
         else:
-            for layer, system in result.systems.items():
-                if layer.plan.sampled:
-                    system.sketch(layer.plan, self._chooser(layer, system))
+            self._sketch(result.systems, step)
         joint = result.joint = self._join_small(result.systems)
         joint.form()
         for layer in joint.factor(lam):
@@ -129,6 +127,27 @@ class Refresh:
         if self._settings.strict and result.by_rows:
             raise ValueError(strict_refusal([layer.name for layer in result.by_rows]))
         return result
+
+    def redraw(self, systems: Mapping[Layer, LayerSystem], step: int, lam: float) -> dict[Layer, LayerSystem]:
+        """Other sampled rows for curvature that is older than this step (SENG Algorithm 1). Every rank
+        calls it at the same step. A layer whose new small system has no factor keeps its old rows.
+        """
+        drawn = {layer: system.unsketched() for layer, system in systems.items()
+                 if layer.plan.sampled and system.step != step}
+        if self._collectives is not None and self._settings.coupling == "full":
+            self._join(drawn, step, self._collectives)
+        else:
+            self._sketch(drawn, step)
+        joint = self._join_small(drawn)
+        joint.form()
+        for layer in joint.factor(lam):
+            del drawn[layer]
+        return {**systems, **drawn}
+
+    def _sketch(self, systems: Mapping[Layer, LayerSystem], step: int) -> None:
+        for layer, system in systems.items():
+            if layer.plan.sampled:
+                system.sketch(layer.plan, self._chooser(layer, system, step))
 
     def _agree(self, result: Refreshed, lam: float) -> None:
         """Keep the layers that every rank has; give factors as many columns as any rank's have."""
@@ -180,11 +199,11 @@ class Refresh:
                                "same damping= everywhere, or a function of the step alone")
         return everyone
 
-    def _join(self, result: Refreshed, collectives: Collectives) -> None:
+    def _join(self, systems: Mapping[Layer, LayerSystem], step: int, collectives: Collectives) -> None:
         """Sketch with the same rows on all ranks and gather every rank's Xi (full coupling)."""
         reduced: dict[tuple[Layer, str], Handle] = {}
         if self._settings.sketch == "leverage":
-            for layer, system in result.systems.items():
+            for layer, system in systems.items():
                 for label in layer.plan.sampled:
                     reduced[layer, label] = collectives.allreduce_async_(
                         system.row_scores(label), f"{self._name}.scores/{layer.name}/{label}",
@@ -192,10 +211,10 @@ class Refresh:
         scores = {key: handle.wait() for key, handle in reduced.items()}
         gathered: list[tuple[Block, str, Handle]] = []
         counts: dict[LayerSystem, Handle] = {}
-        for layer, system in result.systems.items():
+        for layer, system in systems.items():
             own = {label: scores[layer, label] for label in layer.plan.sampled
                    if (layer, label) in scores}
-            system.sketch(layer.plan, self._chooser(layer, system, own))
+            system.sketch(layer.plan, self._chooser(layer, system, step, own))
             counts[system] = collectives.allgather_async(
                 torch.tensor([system.rho]), f"{self._name}.rho/{layer.name}", kind="curvature")
             for number, block in enumerate(system.blocks):
@@ -207,7 +226,7 @@ class Refresh:
         for block, part, handle in gathered:
             block.join(part, handle.wait())
 
-    def _chooser(self, layer: Layer, system: LayerSystem,
+    def _chooser(self, layer: Layer, system: LayerSystem, step: int,
                  scores: dict[str, torch.Tensor] | None = None) -> Chooser:
         device = layer.parameters[0].device
 
@@ -216,7 +235,7 @@ class Refresh:
             if self._settings.sketch == "leverage":
                 known = system.row_scores(label) if scores is None else scores[label]
             rows, weights = sample_rows(
-                n, q, generator(self._settings.seed, system.step, f"{layer.name}/{label}"),
+                n, q, generator(self._settings.seed, step, f"{layer.name}/{label}"),
                 scores=None if known is None else usable_scores(known.double().cpu().numpy()),
                 replacement=self._settings.replacement,
             )

@@ -76,6 +76,11 @@ class LayerSystem:
             gram = gram + block.gram()
         self.gram = gram if self.ranks == 1 else gram / self.ranks
 
+    def unsketched(self) -> LayerSystem:
+        """The same curvature, to be sketched and factored anew; this one stays as it is."""
+        return replace(self, blocks=[block.unsketched() for block in self.blocks], gram=None, lower=None,
+                       offset=0, total=0, ranks=1)
+
     # Used at every step
 
     def project(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:

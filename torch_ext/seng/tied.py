@@ -49,6 +49,9 @@ class Tied(Block):
     def sketch(self, plan: LayerPlan, choose: Chooser) -> None:
         """Nothing is sampled."""
 
+    def unsketched(self) -> Tied:
+        return Tied(self.product.unsketched(), self.table.unsketched())
+
     def sketches(self) -> dict[str, torch.Tensor]:
         return {**{f"product/{name}": xi for name, xi in self.product.sketches().items()},
                 **{f"table/{name}": xi for name, xi in self.table.sketches().items()}}

@@ -45,6 +45,7 @@ setup(
         "triton": ["triton"],  # comes with the CUDA build of torch; here to run its kernels without a GPU
         "lightning": ["lightning>=2.6"],
         "examples": ["scikit-learn", "matplotlib"],
+        "race": ["pytorch_optimizer>=4.1"],  # SOAP and Shampoo for benchmarks.seng_race
         "zoo": ["timm", "transformers", "torchvision==0.28.*"],  # the torchvision of this torch
         "dev": [f"mpi4py=={VERSIONS['MPI4PY']}", "numba", "hypothesis", "pytest", "pytest-timeout",
                 "ruff", "mypy", "scikit-learn", "matplotlib", "tensorboard"],

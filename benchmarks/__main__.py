@@ -46,6 +46,7 @@ BENCHMARKS = {
                                   "seng_autoencoder"),
     "seng_autoencoder_tensorflow": Benchmark("the same, TensorFlow", "seng_autoencoder",
                                              ("--framework", "tensorflow")),
+    "seng_race": Benchmark("time to a target, SENG against five optimizers", "seng_race"),
     "topk_sparse": Benchmark("words of a TopK exchange by number of ranks", "topk_sparse", plots=False),
     "topk_exchange": Benchmark("time and bytes of a TopK exchange", "topk_exchange", plots=False),
     "topk_digits": Benchmark("accuracy of TopK with and without feedback", "topk_digits"),

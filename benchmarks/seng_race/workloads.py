@@ -172,14 +172,14 @@ def make_text(seed: int) -> Problem:
 
 LINEAR_ONLY = {"explicit_threshold": 0, "sketch": None, "uc": "exact"}
 WORKLOADS = {
-    "autoencoder": Workload("deep autoencoder, digits 8 × 8, batch 200", "training loss", 0.61, 4000, 10,
+    "autoencoder": Workload("deep autoencoder, digits 8 × 8, batch 200", "training loss", 0.5, 4000, 10,
                             make_autoencoder, LINEAR_ONLY),
     "regression": Workload("perceptron, a function of two scales, batch 512 of 512", "training loss",
                            1e-3, 6000, 10, make_regression, LINEAR_ONLY),
     "convolutions": Workload("three convolutions with batch norm, digits 32 × 32, batch 64",
-                             "validation loss", 0.15, 2000, 10, make_convolutions),
+                             "validation loss", 0.4, 2000, 10, make_convolutions),
     "vit": Workload("vision transformer, two layers, digits 32 × 32, batch 64", "validation loss",
-                    0.35, 2000, 10, make_vit),
+                    0.45, 2000, 10, make_vit),
     "text": Workload("transformer, two layers, characters of Python's help, batch 32 × 64",
                      "validation loss", 1.9, 1000, 10, make_text),
 }

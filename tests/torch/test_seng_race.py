@@ -1,0 +1,78 @@
+"""The race runs, keeps its rules, and its profile is the one that AlgoPerf defines."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from benchmarks.seng_race import __main__ as race
+from benchmarks.seng_race import data, results, runs
+from benchmarks.seng_race.methods import METHODS
+from benchmarks.seng_race.workloads import WORKLOADS
+
+
+def test_a_quick_race_writes_what_it_says(tmp_path):
+    files = ["--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png")]
+    arguments = ["--quick", "--workloads", "regression", "--methods", "SGD", "SENG, every step"]
+    result = race.main([*arguments, *files])
+    assert [one["method"] for one in result["contests"]] == ["SGD", "SENG, every step"]
+    assert json.loads((tmp_path / "out.json").read_text())["contests"] == result["contests"]
+    assert (tmp_path / "out.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_every_workload_learns_and_repeats_itself(name):
+    workload = replace(WORKLOADS[name], steps=30, every=10)
+    first, again = (runs.run(METHODS["AdamW"], {"lr": 2e-3}, workload, 1, 1e3) for _ in range(2))
+    assert first["ended"] == "steps used up"
+    assert first["value"] == again["value"] < workload.make(1).value()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_takes_steps(name):
+    if METHODS[name].needs:
+        pytest.importorskip(METHODS[name].needs)
+    workload = replace(WORKLOADS["regression"], steps=20)
+    found = runs.run(METHODS[name], runs.trials(METHODS[name], 1)[0], workload, 0, 1e3)
+    assert found["value"] < workload.make(0).value()
+
+
+def test_trials_are_spread_over_the_space():
+    tried = runs.trials(METHODS["SENG, every step"], 5)
+    for setting, (low, high) in METHODS["SENG, every step"].space.items():
+        places = sorted(math.log(one[setting] / low) / math.log(high / low) for one in tried)
+        assert 0 <= places[0] < 0.4 < 0.6 < places[-1] <= 1
+    assert tried == runs.trials(METHODS["SENG, every step"], 5)
+
+
+def test_a_run_ends_at_its_target_or_says_why_not():
+    workload = WORKLOADS["regression"]
+    start = workload.make(0).value()
+    assert runs.run(METHODS["SGD"], {"lr": 0.1}, replace(workload, target=2 * start), 0, 1e3)["steps"] == 10
+    over = runs.run(METHODS["SGD"], {"lr": 1e6}, workload, 0, 1e3)
+    assert (over["ended"], over["seconds"]) == ("diverged", None)
+    assert runs.run(METHODS["SGD"], {"lr": 1e-3}, workload, 0, 1e-9)["ended"] == "time used up"
+
+
+def test_the_profile():
+    times = {("a", "SGD"): 1.0, ("a", "SENG"): 2.5, ("b", "SGD"): None, ("b", "SENG"): 3.0}
+    found = [{"workload": workload, "method": method, "seconds": seconds}
+             for (workload, method), seconds in times.items()]
+    curves = results.profile(found)
+    assert curves["SGD"] == ([1.0, math.inf], 0.5)
+    taus = np.linspace(1.0, 4.0, 300_001)
+    area = np.mean([np.mean(np.array([1.0, 2.5]) <= tau) for tau in taus[::100]])
+    assert curves["SENG"][0] == [1.0, 2.5]
+    assert curves["SENG"][1] == pytest.approx(area, abs=1e-3)
+
+
+def test_the_drawn_digits_are_scaled_and_all_kinds_are_in_both_parts():
+    digits = data.drawn_digits()
+    assert (digits.x.shape, digits.held_out_x.shape) == ((5600, 1, 32, 32), (794, 1, 32, 32))
+    assert abs(float(digits.x.mean())) < 1e-4
+    assert abs(float(digits.x.std()) - 1.0) < 1e-4
+    assert set(digits.y) == set(digits.held_out_y) == set(range(10))

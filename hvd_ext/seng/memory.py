@@ -23,7 +23,7 @@ def bytes_held(shapes: Sequence[LayerShape], settings: Settings, samples: int, i
     for shape in shapes:
         plan = plan_layer(shape, settings)
         if not shape.lookup or shape.product:
-            r = min(settings.rank, shape.n_g, shape.n_a)
+            r = min(settings.most_columns, shape.n_g, shape.n_a)
             numbers = elements_held(shape, plan, rho=samples, r=r)
             if plan.implicit:  # biases that no row of ones stands for
                 numbers += samples * max(shape.n - shape.groups * shape.n_g * shape.n_a, 0)
@@ -57,14 +57,14 @@ def within_memory(shapes: Sequence[LayerShape], settings: Settings, itemsize: in
     itemsize = stored_itemsize(settings, itemsize)
     wanted = settings.subsample or SAMPLES
     tried = list(_thresholds(shapes, settings))
-    for rank in _halves(settings.rank, min(LEAST_RANK, settings.rank)):
+    for rank in _halves(settings.most_columns, min(LEAST_RANK, settings.most_columns)):
         for threshold in tried:
             chosen = replace(settings, rank=rank, explicit_threshold=threshold)
             if bytes_held(shapes, chosen, wanted, itemsize) <= budget:
                 most = settings.subsample or _most(shapes, chosen, budget, itemsize)
                 return replace(chosen, subsample=most)
     for samples in _halves(wanted, 1):
-        for rank in _halves(min(LEAST_RANK, settings.rank), 1):
+        for rank in _halves(min(LEAST_RANK, settings.most_columns), 1):
             for threshold in tried:
                 chosen = replace(settings, rank=rank, explicit_threshold=threshold, subsample=samples)
                 if bytes_held(shapes, chosen, samples, itemsize) <= budget:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from hvd_ext.seng.settings import Settings
 
@@ -33,13 +34,15 @@ class LayerPlan:
     """How a layer's curvature is held.
 
     ``implicit``: only G_i and A_i are kept. ``sketch``: q, the sampled rows of an explicit layer,
-    None for all. ``rank``: most columns kept a sample, None for explicit layers. ``rows_g`` and
+    None for all. ``rank``: most columns kept a sample, None for explicit layers; ``adaptive``: no more of
+    them than the damping leaves meaningful. ``rows_g`` and
     ``rows_a``: zeta_G and zeta_A, sampled rows of an implicit layer's factors, None for all.
     """
 
     implicit: bool
     sketch: int | None = None
     rank: int | None = None
+    adaptive: bool = False
     rows_g: int | None = None
     rows_a: int | None = None
 
@@ -63,13 +66,27 @@ def plan_layer(shape: LayerShape, settings: Settings) -> LayerPlan:
     if shape.product and shape.n >= settings.explicit_threshold:
         return LayerPlan(
             implicit=True,
-            rank=settings.rank,
+            rank=settings.most_columns,
+            adaptive=settings.rank == "auto",
             rows_g=None if shape.lookup else _kept(shape.n_g, settings.row_sketch, settings),
             rows_a=None if shape.lookup else _kept(shape.n_a, settings.row_sketch, settings),
         )
     if shape.lookup and not shape.product:
         return LayerPlan(implicit=False)
     return LayerPlan(implicit=False, sketch=_kept(shape.n, settings.sketch_size, settings))
+
+
+TOLERANCE = 0.05
+
+
+def negligible(lam: Any) -> Any:
+    """What may be left out of ``||U||_F^2`` of a layer: ``(0.05)^2 lam``.
+
+    With U = V + E, where E is what is cut off, ``U U^T + lam I`` changes by ``V E^T + E V^T + E E^T``.
+    Measured in its own metric that is at most ``2 e + e^2`` with ``e = ||E||_F / sqrt(lam)``: a tenth
+    for e = 0.05.
+    """
+    return TOLERANCE**2 * lam
 
 
 def elements_held(shape: LayerShape, plan: LayerPlan, *, rho: int, r: int = 0) -> int:

@@ -14,6 +14,7 @@ from hvd_ext.seng.samples import check_samples
 Damping = float | Callable[[int], float]
 
 DEFAULT_SKETCH_SIZE = 262_144
+MOST_COLUMNS = 64  # with rank="auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,9 @@ class Settings:
         replacement: whether rows are drawn with replacement.
         redraw: when rows are drawn: ``"refresh"``, with the curvature, or ``"step"``, anew at every step
             (SENG Algorithm 1), for a Gram matrix and a factorization of every sketched layer.
-        rank: r, columns kept of an implicit layer's factors of one sample (eq. 15).
+        rank: r, columns kept of an implicit layer's factors of one sample (eq. 15). ``"auto"``: of each
+            layer, at every refresh, the fewest (at most 64) that the damping leaves meaningful, see
+            :func:`hvd_ext.seng.plan.negligible`.
         row_sketch: rows kept of an implicit layer's factors (eq. 17).
         subsample: samples of a rank's batch that the curvature is taken from; None for all.
         memory: most bytes of curvature on a rank, a number or a text such as ``"500MB"``; None for no
@@ -77,7 +80,7 @@ class Settings:
     sketch_size: int = DEFAULT_SKETCH_SIZE
     replacement: bool = False
     redraw: str = "refresh"
-    rank: int = 16
+    rank: int | str = 16
     row_sketch: int = 512
     subsample: int | None = None
     memory: int | str | None = None
@@ -112,13 +115,18 @@ class Settings:
         if self.redraw == "step" and self.sketch is None:
             raise ValueError('redraw must be "refresh" with sketch=None, which draws no rows, got "step"; '
                              "choose a sketch, or leave redraw= out")
-        checks.whole("rank", self.rank, low=1, hint="16 is usual; more costs more memory")
+        if self.rank != "auto":
+            checks.whole("rank", self.rank, low=1, hint='16 is usual, more costs more memory; "auto" takes '
+                                                        "what the damping leaves meaningful")
         checks.whole("row_sketch", self.row_sketch, low=1,
                      hint="pass sketch=None for no sketch at all")
         if self.subsample is not None:
             checks.whole("subsample", self.subsample, low=1, hint="pass None to use all samples")
         if self.memory is not None:
             checks.size("memory", self.memory)
+            if self.rank == "auto":
+                raise ValueError("rank must be a number with memory=, which brings it down to what fits, got "
+                                 '"auto"; pass the most that you want, or leave rank= out')
             if self.coupling == "full":
                 raise ValueError(
                     f"memory must be None with coupling=\"full\", which holds the sketches of all ranks, got "
@@ -155,6 +163,11 @@ class Settings:
         for name in self.excluded:
             if not isinstance(name, str):
                 raise TypeError(f"exclude must hold names of modules, got {name!r}")
+
+    @property
+    def most_columns(self) -> int:
+        """The most columns that are kept of a sample's factors."""
+        return MOST_COLUMNS if isinstance(self.rank, str) else self.rank
 
     @property
     def excluded(self) -> tuple[str, ...]:

@@ -45,6 +45,8 @@ from hvd_ext.torch.seng.schedules import cosine_lr, exp_lr, recipe_lr
     ({"damping": 1.0, "stale": "drop"}, "stale must be one of"),
     ({"damping": 1.0, "stale": "bound", "loss_reduction": "sum"}, "got loss_reduction='sum'"),
     ({"damping": 1.0, "explicit_threshold": -1}, "explicit_threshold must be at least 0"),
+    ({"damping": 1.0, "rank": "all"}, "rank must be a whole number"),
+    ({"damping": 1.0, "rank": "auto", "memory": "1GB"}, "rank must be a number with memory="),
     ({"damping": 1.0, "redraw": "never"}, "redraw must be one of"),
     ({"damping": 1.0, "redraw": "step", "sketch": None}, 'redraw must be "refresh" with sketch=None'),
     ({"damping": 1.0, "exclude": (1,)}, "names of modules"),

@@ -24,7 +24,7 @@ from tests.elastic_runs import run_elastic  # noqa: E402
 from tests.tensorflow.elastic_program import FIT_STEPS, METHODS, STEPS, fit, train_all  # noqa: E402
 from tests.tensorflow.made import flat, make_variables  # noqa: E402
 
-GLOO = 30  # a rank that joins imports TensorFlow first
+GLOO = 60  # a rank that joins imports TensorFlow first: more than 30 s where other jobs have the cores
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 

@@ -43,6 +43,14 @@ def test_couplings_are_their_equations(ranks, size, coupling):
                                            err_msg=f"step {step}, layer {layer}")
 
 
+def test_replicas_agree_where_ranks_need_other_numbers_of_columns(ranks):
+    settings = {**BOTH, "explicit_threshold": 0, "rank": "auto", "uc": "factored"}
+    everyone = ranks(2, init="tensorflow").run(on_ranks.trained, settings, 3, 3, timeout=150)
+    for first, second in zip(*everyone, strict=True):
+        for one, other in zip(first["p"], second["p"], strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
 JOINED = {
     "implicit, factored": {"sketch": None, "explicit_threshold": 0, "rank": 4},
     "implicit, sketched rows": {"row_sketch": 7, "explicit_threshold": 0, "rank": 4, "uc": "exact"},

@@ -53,6 +53,15 @@ def test_bound_divides_old_directions_alike_on_all_ranks(ranks):
     check_directions(everyone, wanted)
 
 
+def test_ranks_keep_as_many_columns_as_the_one_that_needs_most(ranks):
+    settings = {"rank": "auto", "explicit_threshold": 0, "sketch": None, "update_freq": 2}
+    for coupling in ("block", "full"):
+        everyone = ranks(2).run(on_ranks.trained, {**settings, "coupling": coupling}, 3, [5, 3])
+        check_identical(everyone)
+        first, second = ([row["rank"] for row in one[-1]["report"]["layers"]] for one in everyone)
+        assert first == second
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_lagged_is_block_with_the_former_gradient(ranks, size):
     rhos = [4] * size

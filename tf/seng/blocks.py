@@ -17,6 +17,7 @@ from typing import Any
 import tensorflow as tf
 
 from hvd_ext.seng import Settings
+from hvd_ext.seng.plan import negligible
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.seng import kernels
 from hvd_ext.tensorflow.seng.inventory import Layer
@@ -74,10 +75,11 @@ class Block(tf.Module, abc.ABC):
         """The names of what ``project`` and ``message`` read."""
 
     @abc.abstractmethod
-    def take(self, u: tf.Tensor, g: tf.Tensor, a: tf.Tensor, least: int) -> tuple[Parts, tf.Tensor]:
+    def take(self, u: tf.Tensor, g: tf.Tensor, a: tf.Tensor, lam: tf.Tensor, least: int
+             ) -> tuple[Parts, tf.Tensor]:
         """Of what a pass captured what is kept, and whether it is finite; zeros where it is not.
 
-        ``least`` is what kappa is at least.
+        ``lam`` is the damping, 0-D float64; ``least`` is what kappa is at least.
         """
 
     @abc.abstractmethod
@@ -170,7 +172,8 @@ class Explicit(Block):
         sampled = ["rows", "weights"] if self.q is not None else []
         return ["u", *(["xi"] if self._apart(context) else []), *sampled]
 
-    def take(self, u: tf.Tensor, g: tf.Tensor, a: tf.Tensor, least: int) -> tuple[Parts, tf.Tensor]:
+    def take(self, u: tf.Tensor, g: tf.Tensor, a: tf.Tensor, lam: tf.Tensor, least: int
+             ) -> tuple[Parts, tf.Tensor]:
         finite = tf.reduce_all(tf.math.is_finite(u))
         return {"u": tf.cast(u, self.stored)}, finite
 
@@ -240,7 +243,7 @@ class Product(Block):
     @property
     def kind(self) -> tuple[Any, ...]:
         return (*super().kind, self.groups, self.n_g, self.n_a, self.width, self.q["g"], self.q["a"],
-                self.layer.plan.rank)
+                self.layer.plan.rank, self.layer.plan.adaptive)
 
     def _apart(self, part: str, context: Context) -> bool:
         return self.q[part] is not None or context.joined
@@ -249,7 +252,8 @@ class Product(Block):
         return ["g", "a", *(f"x{part}" for part in "ga" if self._apart(part, context)),
                 *(f"{name}_{part}" for part in "ga" if self.q[part] for name in ("rows", "weights"))]
 
-    def take(self, u: tf.Tensor, g: tf.Tensor, a: tf.Tensor, least: int) -> tuple[Parts, tf.Tensor]:
+    def take(self, u: tf.Tensor, g: tf.Tensor, a: tf.Tensor, lam: tf.Tensor, least: int
+             ) -> tuple[Parts, tf.Tensor]:
         if self.n_a > self.width:
             a = tf.concat([a, tf.ones_like(a[..., :1])], axis=-1)
         finite = tf.logical_and(tf.reduce_all(tf.math.is_finite(g)),
@@ -258,7 +262,11 @@ class Product(Block):
         g, a = tf.cond(finite, lambda: (g, a), lambda: (tf.zeros_like(g), tf.zeros_like(a)))
         g, a = (tf.ensure_shape(factor, (None, self.groups, None, rows))
                 for factor, rows in ((g, self.n_g), (a, self.n_a)))
-        g, a = kernels.truncate(g, a, int(self.layer.plan.rank or 0), least)
+        plan = self.layer.plan
+        g, a = kernels.truncate(g, a, int(plan.rank or 0), least, always=plan.adaptive)
+        if plan.adaptive:
+            r = kernels.meaningful(g, a, negligible(lam))
+            g, a = g[:, :, :r], a[:, :, :r]
         g, a = (tf.ensure_shape(factor, (None, self.groups, None, rows))
                 for factor, rows in ((g, self.n_g), (a, self.n_a)))
         return {name: tf.cast(kernels.samples_last(factor), self.stored)

@@ -90,7 +90,8 @@ def coefficients(lower: tf.Tensor, rhs: tf.Tensor) -> tf.Tensor:
     return tf.cast(solved, rhs.dtype)
 
 
-def truncate(g: tf.Tensor, a: tf.Tensor, rank: int, least: int) -> tuple[tf.Tensor, tf.Tensor]:
+def truncate(g: tf.Tensor, a: tf.Tensor, rank: int, least: int, *, always: bool = False
+             ) -> tuple[tf.Tensor, tf.Tensor]:
     """Cut each sample's factors to ``rank`` columns by an SVD of the smaller one (SENG eq. 15).
 
     With G = Q S V^T the smaller, ``G <- Q_r S_r`` and ``A <- A V_r``; the other way round when A is
@@ -100,6 +101,7 @@ def truncate(g: tf.Tensor, a: tf.Tensor, rank: int, least: int) -> tuple[tf.Tens
     Args:
         g: (rho, groups, kappa, n_G), a: (rho, groups, kappa, n_A), n_G and n_A known.
         least: what kappa is at least, so that less needs to be decided when it runs.
+        always: also when kappa <= rank, so that columns are those of the SVD.
 
     Returns:
         Both with min(kappa, rank, n_G, n_A) columns, or unchanged when kappa <= rank.
@@ -136,7 +138,18 @@ def truncate(g: tf.Tensor, a: tf.Tensor, rank: int, least: int) -> tuple[tf.Tens
         signs = tf.where(minus, -tf.ones((), g.dtype), tf.ones((), g.dtype))
         return new_g * signs, new_a * signs
 
-    return cut() if least > rank else tf.cond(kappa > rank, cut, lambda: (g, a))
+    enough = 1 if always else rank
+    return cut() if least > enough else tf.cond(kappa > enough, cut, lambda: (g, a))
+
+
+def meaningful(g: tf.Tensor, a: tf.Tensor, least: tf.Tensor) -> tf.Tensor:
+    """How many of the columns that ``truncate`` gave, (rho, groups, columns, n), must stay so that all others
+    together are at most ``least`` of ``||U||_F^2``. Terms of different columns are orthogonal in each sample.
+    """
+    energy = tf.reduce_sum(tf.reduce_sum(g * g, -1) * tf.reduce_sum(a * a, -1), axis=(0, 1))
+    behind = tf.cumsum(energy, reverse=True)  # from each column on
+    spare = tf.reduce_sum(tf.cast(behind <= tf.cast(least, behind.dtype), tf.int32))
+    return tf.maximum(1, tf.size(energy) - spare)
 
 
 def samples_last(factor: tf.Tensor) -> tf.Tensor:

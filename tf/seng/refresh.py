@@ -87,7 +87,7 @@ def redraw(systems: Sequence[LayerSystem], at: tf.Tensor, lam: tf.Tensor, contex
 def _refresh(systems: Sequence[LayerSystem], number: tf.Variable, at: tf.Tensor, lam: tf.Tensor,
              context: Context, notices: Notices) -> tf.Tensor:
     apart = [system for system in systems if context.joined or system.has_columns]
-    taken = {system: system.take(number) for system in apart}
+    taken = {system: system.take(number, lam) for system in apart}
     _equal_columns(apart, [blocks for blocks, _ in taken.values()], context)
     made = [system.candidate(*taken[system], at, lam, context) if system in taken
             else system.take_candidate(number, at, lam, context) for system in systems]

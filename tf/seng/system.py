@@ -78,19 +78,19 @@ class LayerSystem(tf.Module):
         """Whether it holds factors, whose columns must be as many on all ranks."""
         return any(block.has_columns for block in self.blocks)
 
-    def take(self, number: tf.Variable) -> tuple[list[Parts], tf.Tensor]:
+    def take(self, number: tf.Variable, lam: tf.Tensor) -> tuple[list[Parts], tf.Tensor]:
         """What pass ``number`` gave each block, and whether it is of that pass and finite."""
         least = self.captured.least if self.has_columns else 0
         found, good = self.traces.call(functools.partial(self._taken, least), ("take", self.kind, least),
-                                       [number, self.captured.at, *self.captured.held])
+                                       [lam, number, self.captured.at, *self.captured.held])
         return [dict(parts) for parts in found], good
 
-    def _taken(self, least: int, number: tf.Tensor, at: tf.Tensor, *held: tf.Tensor) -> Any:
+    def _taken(self, least: int, lam: tf.Tensor, number: tf.Tensor, at: tf.Tensor, *held: tf.Tensor) -> Any:
         """``take`` of what is behind handles."""
         good, found = tf.equal(read(at, tf.int64, ()), read(number, tf.int64, ())), []
         values = self.captured.read(*held)
         for block in self.blocks:
-            parts, finite = block.take(*values, least)
+            parts, finite = block.take(*values, lam, least)
             found.append(parts)
             good = tf.logical_and(good, finite)
         return found, good
@@ -99,7 +99,7 @@ class LayerSystem(tf.Module):
                        ) -> Candidate:
         """``take`` and ``candidate`` in one, where nothing is exchanged between them."""
         def made(at: tf.Tensor, lam: tf.Tensor, key: tf.Tensor, *handles: tf.Tensor) -> Any:
-            taken, good = self._taken(0, *handles)
+            taken, good = self._taken(0, lam, *handles)
             return self._candidate(taken, good, at, lam, key, context)
 
         blocks, system, good = self.traces.call(

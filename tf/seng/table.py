@@ -37,7 +37,8 @@ class Table(Block):
     def used(self, context: Context) -> list[str]:
         return ["rows", "g", *(["xrows", "xg"] if context.joined else [])]
 
-    def take(self, u: tf.Tensor, g: tf.Tensor, a: tf.Tensor, least: int) -> tuple[Parts, tf.Tensor]:
+    def take(self, u: tf.Tensor, g: tf.Tensor, a: tf.Tensor, lam: tf.Tensor, least: int
+             ) -> tuple[Parts, tf.Tensor]:
         finite = tf.reduce_all(tf.math.is_finite(g))
         return {"rows": a[:, 0, :, 0], "g": tf.cast(g[:, 0], self.stored)}, finite
 

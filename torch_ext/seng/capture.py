@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from hvd_ext.seng import Settings, generator, sample_batch
+from hvd_ext.seng.plan import negligible
 from hvd_ext.seng.samples import CONSTANT
 from hvd_ext.torch.seng.attention import Arrange, listen
 from hvd_ext.torch.seng.check import GradientCheck, add_up
@@ -357,7 +358,8 @@ class Capture:
                 full = self._result(use, registered, dtype, few=False)[1] if few else result
                 everything.append((slots, full))
         scale = self._scale_of(pick.samples, pick.kept)
-        return take(layer, captured, scale=scale, dtype=stored, step=self._step), everything
+        least = negligible(self._settings.damping_at(self._step))
+        return take(layer, captured, scale=scale, dtype=stored, step=self._step, least=least), everything
 
     def _is_light(self, uses: Sequence[_Use]) -> bool:
         """Whether a layer was used once, on one row of each sample, in the precision it is computed in."""

@@ -77,7 +77,8 @@ def per_sample_products(g: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     return torch.matmul(g.mT, a).flatten(1)
 
 
-def truncate(g: torch.Tensor, a: torch.Tensor | Shifted, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def truncate(g: torch.Tensor, a: torch.Tensor | Shifted, rank: int, *, always: bool = False
+             ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cut each sample's factors to ``rank`` columns by an SVD of the smaller one (SENG eq. 15).
 
     With G = Q S V^T the smaller, ``G <- Q_r S_r`` and ``A <- A V_r``; the other way round when A is
@@ -87,6 +88,7 @@ def truncate(g: torch.Tensor, a: torch.Tensor | Shifted, rank: int) -> tuple[tor
     Args:
         g: (..., kappa, n_G), a: (..., kappa, n_A), finite. An ``a`` that is :class:`Shifted` has
             n_A >= n_G and kappa > rank.
+        always: also when kappa <= rank, so that columns are those of the SVD.
 
     Returns:
         Both with min(kappa, rank, n_G, n_A) columns, or unchanged when kappa <= rank.
@@ -94,11 +96,11 @@ def truncate(g: torch.Tensor, a: torch.Tensor | Shifted, rank: int) -> tuple[tor
     kappa = g.shape[-2]
     swap = False
     if isinstance(a, torch.Tensor):
-        if kappa <= rank:
+        if kappa <= rank and not (always and kappa > 1):
             return g, a
         swap = a.shape[-1] < g.shape[-1]
     small = a.mT if swap and isinstance(a, torch.Tensor) else g.mT
-    rank = min(rank, small.shape[-2])
+    rank = min(rank, small.shape[-2], kappa)
     if kappa <= small.shape[-2]:
         _, vectors = torch.linalg.eigh(small.mT @ small)
         right = vectors[..., -rank:].flip(-1)
@@ -115,6 +117,15 @@ def truncate(g: torch.Tensor, a: torch.Tensor | Shifted, rank: int) -> tuple[tor
     new_g, new_a = (other, small) if swap else (small, other)
     signs = torch.where(new_a.sum(-2, keepdim=True) < 0, -1.0, 1.0).to(new_a.dtype)
     return (new_g * signs).mT, (new_a * signs).mT
+
+
+def meaningful(g: torch.Tensor, a: torch.Tensor, least: float) -> int:
+    """How many of the columns that ``truncate`` gave, (..., columns, n), must stay so that all others
+    together are at most ``least`` of ``||U||_F^2``. Terms of different columns are orthogonal in each sample.
+    """
+    energy = (g.square().sum(-1) * a.square().sum(-1)).flatten(0, -2).sum(0)
+    behind = energy.flip(0).cumsum(0)  # of the last one, two, ... columns
+    return max(1, len(energy) - int((behind <= least).sum()))
 
 
 def samples_last(factor: torch.Tensor) -> torch.Tensor:

@@ -146,13 +146,14 @@ class LayerSystem:
 
 
 def take(layer: Layer, captured: Sequence[tuple[dict[str, int], Factors | Lookup | PerSample]], *,
-         scale: float, dtype: torch.dtype, step: int) -> LayerSystem | str:
+         scale: float, dtype: torch.dtype, step: int, least: float = 0.0) -> LayerSystem | str:
     """A layer's unsketched curvature from the results of its rule, one for each use in a pass.
 
     Args:
         captured: for each use the module's slots and what the rule returned.
         scale: what gz is multiplied with to give ``G_i / sqrt(samples)``.
         dtype: what U and the factors are stored in.
+        least: what an adaptive rank may leave out of ``||U||_F^2``.
 
     Returns:
         The curvature, or what is wrong with what was captured.
@@ -211,7 +212,7 @@ def take(layer: Layer, captured: Sequence[tuple[dict[str, int], Factors | Lookup
     blocks: list[Block] = []
     table = _table(layer, tables, dtype) if tables else None
     if factors:
-        product = _product(layer, factors, dtype)
+        product = _product(layer, factors, dtype, least)
         if isinstance(product, str):
             return product
         blocks.append(product if table is None else Tied(product, table))
@@ -236,16 +237,17 @@ def _table(layer: Layer, tables: list[tuple[torch.Tensor, torch.Tensor]], dtype:
 
 
 def _product(layer: Layer, factors: list[tuple[torch.Tensor, torch.Tensor | Shifted]],
-             dtype: torch.dtype) -> Product | str:
+             dtype: torch.dtype, least: float) -> Product | str:
     g, a = factors[0]
     if len(factors) > 1:  # dense, all of them
         g, a = (torch.cat(parts, 2) for parts in zip(*factors, strict=True))  # type: ignore[arg-type]
     assert layer.plan.rank is not None
     try:
-        cut = kernels.truncate(g, a, layer.plan.rank)
+        cut = kernels.truncate(g, a, layer.plan.rank, always=layer.plan.adaptive)
     except torch.linalg.LinAlgError as error:
         return f"its factors could not be cut to rank {layer.plan.rank} ({error})"
-    g, a = (kernels.samples_last(factor).to(dtype) for factor in cut)
+    r = kernels.meaningful(*cut, least) if layer.plan.adaptive else cut[0].shape[-2]
+    g, a = (kernels.samples_last(factor[..., :r, :]).to(dtype) for factor in cut)
     indices = tuple(range(len(layer.parameters))) if layer.registered.ones else (0,)
     return Product(indices, layer.groups[2], g, a, g, a)
 

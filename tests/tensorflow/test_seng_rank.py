@@ -1,0 +1,57 @@
+"""``rank="auto"`` in Keras: the columns that the damping leaves meaningful, as in PyTorch."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import hvd_ext.tensorflow as hvd
+from hvd_ext.seng.plan import negligible
+from hvd_ext.tensorflow.seng import kernels
+
+RHO = 6
+
+
+def ranks_and_energies(lam, rank):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([
+        keras.Input((8, 8, 4)), keras.layers.Conv2D(8, 3, padding="same", activation="tanh"),
+        keras.layers.Conv2D(6, 3, padding="same", groups=2), keras.layers.Flatten(), keras.layers.Dense(3)])
+    rng = np.random.default_rng(0)
+    x = tf.image.resize(rng.normal(size=(RHO, 2, 2, 4)).astype("float32"), (8, 8))
+    seng = hvd.SENG(model, damping=lam, rank=rank, explicit_threshold=0, sketch=None)
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_mean(keras.losses.sparse_categorical_crossentropy(
+            np.arange(RHO) % 3, model(x), from_logits=True))
+    seng.step(tape.gradient(loss, model.trainable_variables))
+    return [int(state.blocks[0].g.shape[2] or tf.shape(state.blocks[0].g)[2]) for state in seng.states], seng
+
+
+def fewest_columns(block, lam):
+    """By SVDs in NumPy of the full factors of every sample."""
+    g, a = (np.transpose(factor.numpy().astype("float64"), (3, 0, 2, 1)) for factor in (block.g, block.a))
+    energies = []
+    for own_g, own_a in zip(g.reshape(-1, *g.shape[2:]), a.reshape(-1, *a.shape[2:]), strict=True):
+        small, other = (own_a, own_g) if own_a.shape[1] < own_g.shape[1] else (own_g, own_a)
+        left, lengths, _ = np.linalg.svd(small, full_matrices=False)
+        energies.append(lengths**2 * np.square(left.T @ other).sum(1))
+    behind = np.cumsum(np.sum(energies, 0)[::-1])[::-1]
+    return max(1, int((behind > negligible(lam)).sum()))
+
+
+@pytest.mark.parametrize("lam", [0.01, 1.0])
+def test_the_rank_is_the_least_that_keeps_what_matters(lam):
+    _, whole = ranks_and_energies(lam, 10**6)
+    ranks, seng = ranks_and_energies(lam, "auto")
+    assert ranks == [fewest_columns(state.blocks[0], lam) for state in whole.states]
+    assert [row["rank"] for row in seng.report()["layers"]] == ranks
+    assert ranks[0] < 32
+
+
+def test_meaningful_counts_from_the_end():
+    g = tf.tile(tf.linalg.diag([3.0, 2.0, 1.0])[None, None], (2, 1, 1, 1))
+    a = tf.tile(tf.eye(3)[None, None], (2, 1, 1, 1))
+    for least, kept in ((0.0, 3), (1.9, 3), (2.0, 2), (10.0, 1), (100.0, 1)):
+        assert int(kernels.meaningful(g, a, tf.constant(least, tf.float64))) == kept

@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--trials", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=30.0, help="most time of a run on the clock")
+    parser.add_argument("--seconds", type=float, help="most time of a run; default: the problem's")
     parser.add_argument("--quick", action="store_true", help="one trial of one second")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--plot", type=Path, help="write the profile here")
@@ -53,8 +53,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if missing:
         console.print(f"without {', '.join(missing)}: pip install 'hvd-ext[race]' for them")
     methods = [name for name in options.methods if name not in missing]
-    jobs = [(workload, method, options.trials, options.seeds, options.seconds)
-            for workload in options.workloads for method in methods]
+    jobs = [(name, method, options.trials, options.seeds, options.seconds or WORKLOADS[name].seconds)
+            for name in options.workloads for method in methods]
     found: list[dict[str, Any]] = []
     context = get_context("spawn")
     cores = context.Queue()
@@ -64,10 +64,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         for one in pool.imap_unordered(contest, jobs):
             found.append(one)
             console.print(results.line(one))
-    found.sort(key=lambda one: jobs.index((one["workload"], one["method"], *jobs[0][2:])))
+    order = [job[:2] for job in jobs]
+    found.sort(key=lambda one: order.index((one["workload"], one["method"])))
     results.show(found, console)
     summary = {"benchmark": "seng_race", "trials": options.trials, "seeds": options.seeds,
-               "seconds": options.seconds, "contests": found, "profile": results.profile(found)}
+               "contests": found, "profile": results.profile(found)}
     if options.json:
         options.json.write_text(json.dumps(summary, indent=1))
     if options.plot:

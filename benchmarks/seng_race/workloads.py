@@ -46,13 +46,15 @@ class Workload:
         shows: what it is.
         measured: which loss is looked at.
         target: a run is done when this loss is at most so much.
-        steps: most steps of a run; ``every`` so many the loss is looked at, off the clock.
+        seconds: most time of a run on the clock, ``steps`` most steps; ``every`` so many the loss is looked
+            at, off the clock.
         seng: SENG's settings that follow from the model and are not tuned.
     """
 
     shows: str
     measured: str
     target: float
+    seconds: float
     steps: int
     every: int
     make: Callable[[int], Problem]
@@ -172,14 +174,14 @@ def make_text(seed: int) -> Problem:
 
 LINEAR_ONLY = {"explicit_threshold": 0, "sketch": None, "uc": "exact"}
 WORKLOADS = {
-    "autoencoder": Workload("deep autoencoder, digits 8 × 8, batch 200", "training loss", 0.5, 4000, 10,
-                            make_autoencoder, LINEAR_ONLY),
+    "autoencoder": Workload("deep autoencoder, digits 8 × 8, batch 200", "training loss", 0.5, 10, 4000, 10,
+                            make_autoencoder, {**LINEAR_ONLY, "subsample": 50}),
     "regression": Workload("perceptron, a function of two scales, batch 512 of 512", "training loss",
-                           1e-3, 6000, 10, make_regression, LINEAR_ONLY),
+                           1e-3, 8, 6000, 10, make_regression, {**LINEAR_ONLY, "subsample": 64}),
     "convolutions": Workload("three convolutions with batch norm, digits 32 × 32, batch 64",
-                             "validation loss", 0.4, 2000, 10, make_convolutions),
+                             "validation loss", 0.4, 10, 2000, 10, make_convolutions, {"subsample": 32}),
     "vit": Workload("vision transformer, two layers, digits 32 × 32, batch 64", "validation loss",
-                    0.45, 2000, 10, make_vit),
+                    0.45, 15, 2000, 10, make_vit, {"subsample": 32}),
     "text": Workload("transformer, two layers, characters of Python's help, batch 32 × 64",
-                     "validation loss", 1.9, 1000, 10, make_text),
+                     "validation loss", 1.9, 25, 1000, 10, make_text, {"subsample": 16}),
 }

@@ -358,7 +358,7 @@ class Capture:
                 full = self._result(use, registered, dtype, few=False)[1] if few else result
                 everything.append((slots, full))
         scale = self._scale_of(pick.samples, pick.kept)
-        least = negligible(self._settings.damping_at(self._step))
+        least = negligible(self._settings.damping_at(self._step)) if layer.plan.adaptive else 0.0
         return take(layer, captured, scale=scale, dtype=stored, step=self._step, least=least), everything
 
     def _is_light(self, uses: Sequence[_Use]) -> bool:

@@ -249,7 +249,7 @@ class SENG:
         state, settings = self.state, self.settings
         lam = settings.damping_at(state.step)
         if settings.redraw == "step":
-            self._redraw(lam)
+            state.systems = self._refresher().redraw(state.systems, state.step, lam)
         lagging = settings.coupling == "lagged"
         stale = [layer for layer, system in state.systems.items()
                  if settings.stale == "bound" and system.step != state.step]
@@ -275,9 +275,6 @@ class SENG:
                 if parameter.grad is not None and id(parameter) not in done:
                     parameter.grad.div_(divisor)
         joint.write_back(scale)
-
-    def _redraw(self, lam: float) -> None:
-        self.state.systems = self._refresher().redraw(self.state.systems, self.state.step, lam)
 
     def step(self) -> None:
         """The same without a distributed optimizer, after the backward pass: every ``.grad``,

@@ -96,7 +96,8 @@ def test_local_gradients_keep_their_dtype_under_elastic() -> None:
 
 
 def submit_while_the_other_leaves() -> list[str]:
-    """Rank 0 submits collectives until Horovod refuses one, and waits for all; how each of them ended."""
+    """Rank 0 submits collectives, some before the other leaves and more until Horovod refuses one, and waits
+    for all; how each of them ended."""
     import horovod.torch as hvd
     import torch
 
@@ -104,13 +105,13 @@ def submit_while_the_other_leaves() -> list[str]:
         hvd.allreduce(torch.zeros(1), name="together")
         hvd.shutdown()
         return []
-    hvd.allreduce(torch.zeros(1), name="together")
     handles, said = [], []
     # The splits of an alltoall are freed by Horovod's thread, which takes the interpreter's lock for it.
+    for number in range(20):
+        splits = torch.tensor([2, 2], dtype=torch.int32)
+        handles.append(hvd.alltoall_async(torch.zeros(4), splits, name=f"a{number}"))
+    hvd.allreduce(torch.zeros(1), name="together")  # the other leaves from here on
     with contextlib.suppress(hvd.HorovodInternalError):
-        for number in range(20):
-            splits = torch.tensor([2, 2], dtype=torch.int32)
-            handles.append(hvd.alltoall_async(torch.zeros(4), splits, name=f"a{number}"))
         while True:
             handles.append(hvd.allgather_async(torch.zeros(4), name=f"b{len(handles)}"))
     for handle in handles:

@@ -104,8 +104,13 @@ class State:
 
 
 def _from_format_1(saved: dict[str, Any]) -> dict[str, Any]:
-    """Format 1 kept factors as (groups, n, r rho)."""
+    """Format 1 kept factors as (groups, n, r rho), and of explicit blocks not where their rows are."""
     samples = {"g": saved["rho"], "a": saved["rho"], "xg": saved["total"], "xa": saved["total"]}
     blocks = [{name: value.unflatten(2, (-1, samples[name])) if name in samples else value
                for name, value in block.items()} for block in saved["blocks"]]
+    explicit = [block for block in blocks if block["type"] == "Explicit"]
+    start, height = 0, sum(block["u"].shape[1] for block in explicit)
+    for block in explicit:
+        block.update(start=start, height=height)
+        start += block["u"].shape[1]
     return {**saved, "blocks": blocks}

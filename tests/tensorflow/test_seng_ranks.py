@@ -55,7 +55,6 @@ JOINED = {
     "implicit, factored": {"sketch": None, "explicit_threshold": 0, "rank": 4},
     "implicit, sketched rows": {"row_sketch": 7, "explicit_threshold": 0, "rank": 4, "uc": "exact"},
     "explicit, leverage": {"sketch": "leverage", "sketch_size": 60},
-    "implicit, redrawn": {"row_sketch": 7, "explicit_threshold": 0, "rank": 4, "redraw": "step"},
 }
 
 

@@ -194,7 +194,7 @@ class LayerSystem(tf.Module):
         self.traces.call(factored, "factor", [lam, self.gram, self.lower, self.jitter])
 
     def redraw(self, at: tf.Tensor, lam: tf.Tensor, context: Context) -> None:
-        """Other sampled rows for the curvature there is (SENG Algorithm 1); all ranks call it in one order.
+        """Other sampled rows for the curvature there is (SENG Algorithm 1), of this rank's samples.
 
         Without curvature, or should the new small system have no factor, everything stays.
         """
@@ -213,7 +213,7 @@ class LayerSystem(tf.Module):
                 for block, own in zip(self.blocks, parts, strict=True):
                     block.sketch(own, at, key, context)
                 made = tf.add_n([tf.cast(block.gram(own), tf.float64)
-                                 for block, own in zip(self.blocks, parts, strict=True)]) / context.root ** 2
+                                 for block, own in zip(self.blocks, parts, strict=True)])
                 factor, added, good = kernels.factor(made, lam)
                 new = [(own[name], own[name] is not was[name])
                        for own, was, wanted in zip(parts, before, names, strict=True) for name in wanted]
@@ -230,12 +230,9 @@ class LayerSystem(tf.Module):
 
             return tf.cond(read(ready, tf.bool), draw, lambda: tf.constant(False))
 
-        given = [at, lam, tf.constant(self.layer.key), self.ready, self.gram, self.lower, self.jitter,
-                 *(one for own in variables for one in own)]
-        if context.joined:  # with collectives of its own
-            redrawn(*(self.traces.handle(one) if isinstance(one, tf.Variable) else one for one in given))
-        else:
-            self.traces.call(redrawn, ("redraw", self.kind), given)
+        self.traces.call(redrawn, ("redraw", self.kind), [
+            at, lam, tf.constant(self.layer.key), self.ready, self.gram, self.lower, self.jitter,
+            *(one for own in variables for one in own)])
 
     # Used at every step
 

@@ -49,6 +49,19 @@ def factored_product(g_factors: Sequence[Array], a_factors: Sequence[Array], c: 
     return left @ right.T
 
 
+def fewest_columns(g_factors: Array, a_factors: Array, lam: float) -> int:
+    """The columns of the smaller factor's SVD that must stay, such that all others are at most 0.05^2 lam of
+    the squared norm of U; factors (rho, groups, kappa, n_G) and (rho, groups, kappa, n_A)."""
+    energies = []
+    for g, a in zip(g_factors.reshape(-1, *g_factors.shape[2:]), a_factors.reshape(-1, *a_factors.shape[2:]),
+                    strict=True):
+        small, other = (a, g) if a.shape[1] < g.shape[1] else (g, a)
+        left, lengths, _ = np.linalg.svd(small, full_matrices=False)
+        energies.append(lengths**2 * np.square(left.T @ other).sum(1))
+    behind = np.cumsum(np.sum(energies, 0)[::-1])[::-1]
+    return max(1, int((behind > 0.05**2 * lam).sum()))
+
+
 def block_direction(us: Sequence[Array], g: Array, lam: float, lagged: Array | None = None) -> Array:
     """Eq. 26 as the mean of every rank's own natural gradient; eq. 27 with the former gradient."""
     if lagged is None:

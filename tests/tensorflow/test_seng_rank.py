@@ -8,8 +8,8 @@ import pytest
 import tensorflow as tf
 
 import hvd_ext.tensorflow as hvd
-from hvd_ext.seng.plan import negligible
 from hvd_ext.tensorflow.seng import kernels
+from tests.reference import seng as reference
 
 RHO = 6
 
@@ -29,23 +29,14 @@ def ranks_and_energies(lam, rank):
     return [int(state.blocks[0].g.shape[2] or tf.shape(state.blocks[0].g)[2]) for state in seng.states], seng
 
 
-def fewest_columns(block, lam):
-    """By SVDs in NumPy of the full factors of every sample."""
-    g, a = (np.transpose(factor.numpy().astype("float64"), (3, 0, 2, 1)) for factor in (block.g, block.a))
-    energies = []
-    for own_g, own_a in zip(g.reshape(-1, *g.shape[2:]), a.reshape(-1, *a.shape[2:]), strict=True):
-        small, other = (own_a, own_g) if own_a.shape[1] < own_g.shape[1] else (own_g, own_a)
-        left, lengths, _ = np.linalg.svd(small, full_matrices=False)
-        energies.append(lengths**2 * np.square(left.T @ other).sum(1))
-    behind = np.cumsum(np.sum(energies, 0)[::-1])[::-1]
-    return max(1, int((behind > negligible(lam)).sum()))
-
-
 @pytest.mark.parametrize("lam", [0.01, 1.0])
 def test_the_rank_is_the_least_that_keeps_what_matters(lam):
     _, whole = ranks_and_energies(lam, 10**6)
     ranks, seng = ranks_and_energies(lam, "auto")
-    assert ranks == [fewest_columns(state.blocks[0], lam) for state in whole.states]
+    for state, rank in zip(whole.states, ranks, strict=True):
+        block = state.blocks[0]
+        g, a = (np.transpose(one.numpy().astype("float64"), (3, 0, 2, 1)) for one in (block.g, block.a))
+        assert rank == reference.fewest_columns(g, a, lam)
     assert [row["rank"] for row in seng.report()["layers"]] == ranks
     assert ranks[0] < 32
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import hvd_ext.torch as hvd
-from hvd_ext.seng.plan import negligible
 from hvd_ext.torch.seng import kernels
+from tests.reference import seng as reference
 
 RHO = 6
 
@@ -32,19 +31,6 @@ def directions(**settings):
     return seng, [(g[layer], [p.grad for p in layer.parameters]) for layer in seng.layers]
 
 
-def fewest_columns(layer, seng, lam):
-    """By SVDs in NumPy of the full factors of every sample."""
-    block = seng.state.systems[layer].blocks[0]
-    g, a = (factor.permute(3, 0, 2, 1).numpy() for factor in (block.g, block.a))  # (rho, groups, kappa, n)
-    energies = []
-    for own_g, own_a in zip(g.reshape(-1, *g.shape[2:]), a.reshape(-1, *a.shape[2:]), strict=True):
-        small, other = (own_a, own_g) if own_a.shape[1] < own_g.shape[1] else (own_g, own_a)
-        left, lengths, _ = np.linalg.svd(small, full_matrices=False)
-        energies.append(lengths**2 * np.square(left.T @ other).sum(1))
-    behind = np.cumsum(np.sum(energies, 0)[::-1])[::-1]
-    return max(1, int((behind > negligible(lam)).sum()))
-
-
 @pytest.mark.parametrize("lam", [1e-4, 0.01, 1.0])
 def test_the_rank_is_the_least_that_keeps_what_matters(lam):
     whole, exact = directions(damping=lam, rank=10**6)
@@ -52,13 +38,15 @@ def test_the_rank_is_the_least_that_keeps_what_matters(lam):
     ranks = []
     for layer, full, (g, p), (_, wanted) in zip(seng.layers, whole.layers, cut, exact, strict=True):
         ranks.append(seng.state.systems[layer].r)
-        assert ranks[-1] == fewest_columns(full, whole, lam)
+        block = whole.state.systems[full].blocks[0]
+        g_full, a_full = (factor.permute(3, 0, 2, 1).numpy() for factor in (block.g, block.a))
+        assert ranks[-1] == reference.fewest_columns(g_full, a_full, lam)
         # (2 e + e^2)/(1 - 2 e - e^2) for e = 0.05, in the metric of the damped curvature.
         difference = torch.cat([(a - b).flatten() for a, b in zip(p, wanted, strict=True)])
         gradient = torch.cat([part.flatten() for part in g])
-        reference = torch.cat([part.flatten() for part in wanted])
+        exactly = torch.cat([part.flatten() for part in wanted])
         bound = 0.1025 / (1 - 0.1025)
-        assert float(lam * difference.square().sum()) <= bound**2 * float(gradient @ reference)
+        assert float(lam * difference.square().sum()) <= bound**2 * float(gradient @ exactly)
     rows = {row["layer"]: row["rank"] for row in seng.report()["layers"]}
     assert [rows[layer.name] for layer in seng.layers] == ranks
     assert ranks[0] < 32 or lam < 0.01

@@ -54,10 +54,11 @@ def test_bound_divides_old_directions_alike_on_all_ranks(ranks):
 
 
 def test_ranks_keep_as_many_columns_as_the_one_that_needs_most(ranks):
-    settings = {"rank": "auto", "explicit_threshold": 0, "sketch": None, "update_freq": 2}
-    for coupling in ("block", "full"):
-        everyone = ranks(2).run(on_ranks.trained, {**settings, "coupling": coupling}, 3, [5, 3])
-        check_identical(everyone)
+    directions = {"block": reference.block_direction, "full": reference.joint_direction}
+    for coupling, direction in directions.items():
+        settings = {**EXACT, "rank": "auto", "coupling": coupling}
+        everyone = ranks(2).run(on_ranks.trained, settings, 3, [5, 3])
+        check_directions(everyone, lambda us, g, step, layer, direction=direction: direction(us, g, LAM))
         first, second = ([row["rank"] for row in one[-1]["report"]["layers"]] for one in everyone)
         assert first == second
 

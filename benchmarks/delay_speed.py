@@ -30,7 +30,7 @@ from hvd_ext.torch.reducers import make_reducer
 from hvd_ext.torch.reducers.base import Entry, Reducer
 from tests.ranks import run_ranks
 
-BARS = {"exchange": 1.60, "bytes": 1.05, "step": 1.10}
+BARS = {"exchange": 1.25, "bytes": 1.05, "step": 1.05}
 RULES = {"adaptive": hvd.DelayCompensated(), "constant": hvd.DelayCompensated(0.04, adaptive=False)}
 
 

@@ -74,7 +74,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="steps measured of each row")
     parser.add_argument("--params", type=float, default=rows.PARAMETERS,
                         help="make the ResNet-18 as wide as gives about so many (default: %(default)g)")
-    parser.add_argument("--only", nargs="*", default=[], metavar="ROW", help=", ".join(rows.ways()))
+    parser.add_argument("--only", nargs="*", default=[], metavar="ROW",
+                        help=", ".join(rows.ways()).replace("%", "%%"))
     parser.add_argument("--json", type=Path, default=Path("out/cluster.json"))
     args = parser.parse_args()
     unknown = [name for name in args.only if name not in rows.ways()]

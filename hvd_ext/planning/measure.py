@@ -81,9 +81,10 @@ def measure(numel: int, ratio: float = 0.01, *, rank: int = 4, voice: Voice | No
 
 
 def fitted(collective: str, points: Sequence[tuple[int, float]], cluster: Cluster, fixed: float) -> Link:
-    """The link that a collective sees: least squares of ``seconds = fixed + hops latency + bytes / speed``.
+    """The link that a collective sees, from ``seconds = fixed + hops latency + bytes / speed``.
 
-    Errors are relative, so that small messages count as much as large ones.
+    The speed is that of least squares, to which large messages count most: links that are shaped let short ones
+    pass at once. The latency is then that of least relative errors, to which small messages count as much.
 
     Args:
         points: (bytes handed over, seconds).
@@ -92,12 +93,12 @@ def fitted(collective: str, points: Sequence[tuple[int, float]], cluster: Cluste
     what = [moved(collective, size, cluster) for size, _ in points]
     taken = np.array([max(one.outer, one.inner) for one in what])
     seconds = np.array([second for _, second in points])
-    rows = np.stack([np.ones_like(taken), taken], axis=1) / seconds[:, None]
-    begin, per_byte = np.linalg.lstsq(rows, np.ones_like(seconds), rcond=None)[0]
+    per_byte = float(np.linalg.lstsq(np.stack([np.ones_like(taken), taken], axis=1), seconds, rcond=None)[0][1])
     if per_byte <= 0:  # noise: small messages took as long as large ones
-        begin, per_byte = 0.0, float(seconds[-1] / taken[-1])
+        per_byte = float(seconds[-1] / taken[-1])
+    begin = np.average(seconds - per_byte * taken, weights=seconds ** -2.0)
     hops = what[0].outer_hops + what[0].inner_hops
-    return Link(8e-9 / float(per_byte), 1e6 * max(0.0, float(begin) - fixed) / hops)
+    return Link(8e-9 / per_byte, 1e6 * max(0.0, float(begin) - fixed) / hops)
 
 
 def _points(voice: Voice, collective: str, numel: int) -> list[tuple[int, float]]:

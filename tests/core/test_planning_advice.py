@@ -78,6 +78,14 @@ def test_the_link_that_was_measured_is_found(collective, cluster):
     assert found.latency_us == pytest.approx(40.0)
 
 
+def test_short_messages_that_a_shaped_link_lets_pass_do_not_make_it_faster():
+    """A token bucket of 500 kB before 1 Gbit/s, on two hosts."""
+    cluster = Cluster(2, Link(1.0))
+    sizes = (2**16, 2**19, 2**21, 2**23)
+    taken = [(size, 1e-3 + max(size / 1e9, (size - 5e5) * 8e-9)) for size in sizes]
+    assert fitted("allreduce", taken, cluster, 1e-3).gbps == pytest.approx(1.0, rel=0.1)
+
+
 def test_noise_does_not_make_a_link_impossible():
     cluster = Cluster(4, Link(1.0))
     generator = np.random.default_rng(0)

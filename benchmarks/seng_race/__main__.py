@@ -1,6 +1,7 @@
 """Time to a target, by the clock: SENG against SGD, AdamW, Muon, SOAP and Shampoo on five problems.
 
     python -m benchmarks.seng_race --json out/seng_race.json --plot out/seng_race.png
+    python -m benchmarks.seng_race --additions --json out/seng_additions.json
     python -m benchmarks.seng_race --quick
 
 AlgoPerf's method at a size that a CPU can do. Each method gets the same number of trials, drawn by a
@@ -26,8 +27,9 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.seng_race import results
+from benchmarks.seng_race.additions import ADDITIONS
 from benchmarks.seng_race.methods import METHODS
-from benchmarks.seng_race.runs import contest, on_own_core
+from benchmarks.seng_race.runs import contest, find_method, on_own_core
 from benchmarks.seng_race.workloads import WORKLOADS
 
 
@@ -36,7 +38,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.seng_race", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *ADDITIONS],
+                        default=list(METHODS))
+    parser.add_argument("--additions", action="store_true",
+                        help="SENG with what other second-order methods add, in place of --methods")
     parser.add_argument("--trials", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seconds", type=float, help="most time of a run; default: the problem's")
@@ -47,9 +52,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if options.quick:
         options.trials = options.seeds = 1
         options.seconds = 1.0
+    if options.additions:
+        options.methods = list(ADDITIONS)
     console = Console()
     missing = [name for name in options.methods
-               if METHODS[name].needs and importlib.util.find_spec(METHODS[name].needs) is None]
+               if (needs := find_method(name).needs) and importlib.util.find_spec(needs) is None]
     if missing:
         console.print(f"without {', '.join(missing)}: pip install 'hvd-ext[race]' for them")
     methods = [name for name in options.methods if name not in missing]

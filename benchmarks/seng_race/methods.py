@@ -15,34 +15,39 @@ from benchmarks.seng_race.workloads import Problem, Workload
 WARM_UP = 20
 Values = dict[str, float]
 Step = Callable[[torch.Tensor, torch.Tensor], None]
+# Turns gradients into directions; given the batch's loss, and what computes that loss again.
+Precondition = Callable[[float, Callable[[], torch.Tensor]], None]
+Start = Callable[[nn.Module, Values, dict[str, Any]],
+                 "tuple[list[torch.optim.Optimizer], Precondition | None]"]
 
 
 @dataclass(frozen=True)
 class Method:
     """A method and its space: from the name of a setting to its limits, tried on a logarithmic scale.
 
-    ``start(model, values, fixed)`` gives the optimizers and, if there is one, the preconditioner;
+    ``start(model, values, fixed)`` gives the optimizers and, if there is one, what preconditions;
     ``fixed`` are SENG's settings that follow from the model.
     """
 
     shows: str
-    start: Callable[[nn.Module, Values, dict[str, Any]], tuple[list[torch.optim.Optimizer], Any]]
+    start: Start
     space: dict[str, tuple[float, float]]
     fixed: dict[str, Any] = field(default_factory=dict)
     needs: str | None = None
 
     def begin(self, problem: Problem, values: Values, workload: Workload) -> Step:
         """A function that takes a training step; the rate rises over the first 20 and stays."""
-        optimizers, seng = self.start(problem.model, values, {**workload.seng, **self.fixed})
+        optimizers, precondition = self.start(problem.model, values, {**workload.seng, **self.fixed})
         rises = [torch.optim.lr_scheduler.LinearLR(one, 1.0 / WARM_UP, total_iters=WARM_UP)
                  for one in optimizers]
 
         def step(x: torch.Tensor, y: torch.Tensor) -> None:
             for optimizer in optimizers:
                 optimizer.zero_grad()
-            problem.loss(problem.model(x), y).backward()
-            if seng is not None:
-                seng.step()
+            loss = problem.loss(problem.model(x), y)
+            loss.backward()
+            if precondition is not None:
+                precondition(float(loss.detach()), lambda: problem.loss(problem.model(x), y))
             for optimizer, rise in zip(optimizers, rises, strict=True):
                 optimizer.step()
                 rise.step()
@@ -90,7 +95,7 @@ def seng(model: nn.Module, values: Values, fixed: dict[str, Any]) -> Any:
     damping = values["damping"]
     preconditioner = hvd.SENG(model, damping=damping, **fixed)
     return [torch.optim.SGD(model.parameters(), values["rate"] * damping, momentum=0.9,
-                            nesterov=True)], preconditioner
+                            nesterov=True)], lambda loss, again: preconditioner.step()
 
 
 SGD_RATES, ADAM_RATES = (3e-3, 1.0), (3e-4, 3e-2)

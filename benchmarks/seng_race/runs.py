@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from scipy.stats import qmc
 
+from benchmarks.seng_race.additions import ADDITIONS
 from benchmarks.seng_race.data import is_the_measured_text
 from benchmarks.seng_race.methods import METHODS, Method, Values
 from benchmarks.seng_race.workloads import WORKLOADS, Workload
@@ -24,6 +25,11 @@ def on_own_core(cores: Any) -> None:
     torch.set_num_threads(1)
     os.sched_setaffinity(0, {cores.get()})
     warnings.simplefilter("ignore")
+
+
+def find_method(name: str) -> Method:
+    """A method of the race, or an addition to SENG."""
+    return METHODS[name] if name in METHODS else ADDITIONS[name]
 
 
 def trials(method: Method, count: int) -> list[Values]:
@@ -73,7 +79,7 @@ def run(method: Method, values: Values, workload: Workload, seed: int, seconds: 
 def contest(job: tuple[str, str, int, int, float]) -> dict[str, Any]:
     """All runs of a method on a problem, and what they come to."""
     workload_name, method_name, count, seeds, seconds = job
-    method, workload = METHODS[method_name], WORKLOADS[workload_name]
+    method, workload = find_method(method_name), WORKLOADS[workload_name]
     # What is imported and compiled once is no part of a run.
     run(method, trials(method, 1)[0], replace(workload, steps=3), 0, seconds)
     tried: list[dict[str, Any]] = []

@@ -83,8 +83,8 @@ def measure(numel: int, ratio: float = 0.01, *, rank: int = 4, voice: Voice | No
 def fitted(collective: str, points: Sequence[tuple[int, float]], cluster: Cluster, fixed: float) -> Link:
     """The link that a collective sees, from ``seconds = fixed + hops latency + bytes / speed``.
 
-    The speed is that of least squares, to which large messages count most: links that are shaped let short ones
-    pass at once. The latency is then that of least relative errors, to which small messages count as much.
+    The speed is that of least squares, to which large messages count most: links that are shaped let short
+    ones pass at once. The latency is then that of least relative errors, to which small ones count as much.
 
     Args:
         points: (bytes handed over, seconds).
@@ -93,7 +93,8 @@ def fitted(collective: str, points: Sequence[tuple[int, float]], cluster: Cluste
     what = [moved(collective, size, cluster) for size, _ in points]
     taken = np.array([max(one.outer, one.inner) for one in what])
     seconds = np.array([second for _, second in points])
-    per_byte = float(np.linalg.lstsq(np.stack([np.ones_like(taken), taken], axis=1), seconds, rcond=None)[0][1])
+    rows = np.stack([np.ones_like(taken), taken], axis=1)
+    per_byte = float(np.linalg.lstsq(rows, seconds, rcond=None)[0][1])
     if per_byte <= 0:  # noise: small messages took as long as large ones
         per_byte = float(seconds[-1] / taken[-1])
     begin = np.average(seconds - per_byte * taken, weights=seconds ** -2.0)

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.seng_race import __main__ as race
 from benchmarks.seng_race import data, results, runs
+from benchmarks.seng_race.additions import ADDITIONS
 from benchmarks.seng_race.methods import METHODS
 from benchmarks.seng_race.workloads import WORKLOADS
 
@@ -32,12 +33,13 @@ def test_every_workload_learns_and_repeats_itself(name):
     assert first["value"] == again["value"] < workload.make(1).value()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, *ADDITIONS])
 def test_every_method_takes_steps(name):
-    if METHODS[name].needs:
-        pytest.importorskip(METHODS[name].needs)
+    method = runs.find_method(name)
+    if method.needs:
+        pytest.importorskip(method.needs)
     workload = replace(WORKLOADS["regression"], steps=20)
-    found = runs.run(METHODS[name], runs.trials(METHODS[name], 1)[0], workload, 0, 1e3)
+    found = runs.run(method, runs.trials(method, 1)[0], workload, 0, 1e3)
     assert found["value"] < workload.make(0).value()
 
 

@@ -37,3 +37,15 @@ def test_the_simulator_is_compared_with_every_row(tmp_path):
     assert {row["row"] for row in result["rows"]} == set(ROWS)
     assert all(row["simulated_step_ms"] >= result["compute_ms"] > 0 for row in result["rows"])
     assert f"of {2 * len(ROWS)} within 20%" in done.stdout
+
+
+def test_curvature_sends_what_the_docs_say(tmp_path):
+    out = tmp_path / "seng_hosts.json"
+    command = [sys.executable, "-m", "benchmarks.seng_hosts", "--hosts", "2", "--rate", "10gbit",
+               "--steps", "20", "--json", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    sent = {row["way"]: row["bytes"] for row in json.loads(out.read_text())["rows"]}
+    for way in ("SENG, block", "SENG, lagged"):  # as many numbers again as the gradient has
+        assert sent[way] == pytest.approx(2 * sent["SGD"], rel=0.1)
+    assert sent["SENG, full"] > sent["SENG, block"]

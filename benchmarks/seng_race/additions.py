@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import hvd_ext.torch as hvd
-from benchmarks.seng_race.methods import ADAM_RATES, METHODS, SENG_SPACE, Method, Values
+from benchmarks.seng_race.methods import ADAM_RATES, METHODS, SENG_SPACE, Method, Values, nesterov
 
 CLIP = 1e-3  # kfac-pytorch's kl_clip
 EVERY, FACTOR = 5, 0.95  # K-FAC's (2015) adaptation of the damping: 0.95^5 every 5 steps
@@ -41,11 +41,6 @@ def held(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.grad is not None]
 
 
-def nesterov(model: nn.Module, lr: float) -> torch.optim.SGD:
-    """What follows SENG in the race."""
-    return torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True)
-
-
 def then_adamw(model: nn.Module, values: Values, fixed: dict[str, Any]) -> Any:
     """AdamW takes SENG's directions for gradients."""
     seng = hvd.SENG(model, damping=values["damping"], **fixed)
@@ -54,7 +49,7 @@ def then_adamw(model: nn.Module, values: Values, fixed: dict[str, Any]) -> Any:
 
 
 def clipped(model: nn.Module, values: Values, fixed: dict[str, Any]) -> Any:
-    """Steps are shortened until lr^2 g^T p is at most ``CLIP``."""
+    """p is shortened by the root of ``CLIP / (lr^2 g^T p)`` where that is below 1."""
     seng = hvd.SENG(model, damping=values["damping"], **fixed)
     optimizer = nesterov(model, values["rate"] * values["damping"])
 

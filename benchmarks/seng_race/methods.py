@@ -55,9 +55,14 @@ class Method:
         return step
 
 
+def nesterov(model: nn.Module, lr: float) -> torch.optim.SGD:
+    """SGD with Nesterov's momentum, by itself and after SENG."""
+    return torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True)
+
+
 def sgd(model: nn.Module, values: Values, fixed: Any) -> Any:
     """Nesterov's momentum."""
-    return [torch.optim.SGD(model.parameters(), values["lr"], momentum=0.9, nesterov=True)], None
+    return [nesterov(model, values["lr"])], None
 
 
 def adamw(model: nn.Module, values: Values, fixed: Any) -> Any:
@@ -94,8 +99,7 @@ def seng(model: nn.Module, values: Values, fixed: dict[str, Any]) -> Any:
     """SENG, then SGD with Nesterov's momentum; ``rate`` is lr/damping, SGD's rate outside of U."""
     damping = values["damping"]
     preconditioner = hvd.SENG(model, damping=damping, **fixed)
-    return [torch.optim.SGD(model.parameters(), values["rate"] * damping, momentum=0.9,
-                            nesterov=True)], lambda loss, again: preconditioner.step()
+    return [nesterov(model, values["rate"] * damping)], lambda loss, again: preconditioner.step()
 
 
 SGD_RATES, ADAM_RATES = (3e-3, 1.0), (3e-4, 3e-2)

@@ -46,6 +46,7 @@ def test_curvature_sends_what_the_docs_say(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     sent = {row["way"]: row["bytes"] for row in json.loads(out.read_text())["rows"]}
+    assert sent["SGD"] > 0
     for way in ("SENG, block", "SENG, lagged"):  # as many numbers again as the gradient has
         assert sent[way] == pytest.approx(2 * sent["SGD"], rel=0.1)
     assert sent["SENG, full"] > sent["SENG, block"]

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +11,6 @@ import torch
 import hvd_ext.torch as hvd
 from hvd_ext.topk import keep_count
 from hvd_ext.torch import replies_kernels as kernels
-from hvd_ext.torch.carried import Carried
 from tests.reference import replies as oracle
 from tests.torch.problems import bits, flat, make_parameters, named
 
@@ -287,106 +283,6 @@ def set_by_hand():
 @pytest.mark.ranks
 def test_weights_that_were_set_count(ranks):
     assert ranks(2).run(set_by_hand) == [([True] * 3, [True] * 3)] * 2
-
-
-# Checkpoints
-
-class Model(torch.nn.Module):
-    def __init__(self, dtype=SINGLE):
-        super().__init__()
-        self.weights = torch.nn.ParameterList(make_parameters(SHAPES, dtype=dtype))
-
-
-def made(server, optimizer="adam"):
-    model = Model()
-    return model, hvd.DistributedOptimizer(OPTIMIZERS[optimizer][0](model.parameters()), server=server,
-                                           named_parameters=model.named_parameters(),
-                                           compression=topk(0.05, min_size=1, values="float32"))
-
-
-def both_weights(model, optimizer):
-    held = bits(model.parameters())
-    with optimizer.exact_weights():
-        return held, bits(model.parameters())
-
-
-def saved_and_gone_on(server, optimizer, folder):
-    model, distributed = made(server, optimizer)
-    train(list(model.parameters()), distributed, range(5))
-    hvd.save_checkpoint(folder, 5, model=model, optimizer=distributed)
-    own = copy.deepcopy({"model": model.state_dict(), "optimizer": distributed.state_dict()})
-    whole = copy.deepcopy(distributed.gather_state_dict())
-    commit = Carried(distributed).gather()
-    then = both_weights(model, distributed)
-    train(list(model.parameters()), distributed, range(5, 8))
-    end = both_weights(model, distributed)
-    ends = {}
-    for way in ("file", "own", "own, model last", "whole", "commit"):
-        model, distributed = made(server, optimizer)
-        train(list(model.parameters()), distributed, range(20, 21))
-        if way == "file":
-            assert hvd.load_checkpoint(folder, model=model, optimizer=distributed).step == 5
-        else:
-            if way != "own, model last":
-                model.load_state_dict(own["model"])
-            if way == "commit":
-                Carried(distributed).take_back(commit, commit["reducer"], same_ranks=True)
-            else:
-                distributed.load_state_dict(copy.deepcopy(whole if way == "whole" else own["optimizer"]))
-            model.load_state_dict(own["model"])
-        ends[way] = [both_weights(model, distributed)]
-        train(list(model.parameters()), distributed, range(5, 8))
-        ends[way].append(both_weights(model, distributed))
-    exact = torch.load(Path(folder) / "update-000000000005" / "model.pt", weights_only=True)["model"]
-    return then, end, ends, bits(exact.values()), own["model"], whole
-
-
-def loaded_elsewhere(server, folder, model_state, whole):
-    """On other ranks: both weights from the file, and from the gathered state; what a server without says."""
-    model, optimizer = made(server)
-    hvd.load_checkpoint(folder, model=model, optimizer=optimizer, reset_per_rank_state=True)
-    from_file = both_weights(model, optimizer)
-    train(list(model.parameters()), optimizer, [5])
-    model, optimizer = made(server)
-    optimizer.load_state_dict(whole, reset_per_rank_state=True)
-    model.load_state_dict(model_state)
-    from_gathered = both_weights(model, optimizer)
-    train(list(model.parameters()), optimizer, [5])
-    model, optimizer = made("replicated")
-    try:
-        optimizer.load_state_dict(whole)
-        said = ""
-    except ValueError as error:
-        said = str(error)
-    hvd.load_checkpoint(folder, model=model, optimizer=optimizer, reset_per_rank_state=True)
-    return from_file, from_gathered, bits(model.parameters()), said
-
-
-@pytest.mark.ranks
-@pytest.mark.parametrize(("kind", "reply", "optimizer"), [
-    ("sharded", topk(selection="sampled"), "adam"), ("rank0", hvd.Compression.fp16, "adam"),
-    ("sharded", topk(0.02), "rprop")])
-def test_checkpoints_go_on_bit_for_bit(ranks, kind, reply, optimizer):
-    with tempfile.TemporaryDirectory() as folder:
-        server = hvd.Server(kind, reply=reply)
-        everyone = ranks(2).run(saved_and_gone_on, server, optimizer, folder)
-        for then, end, ends, file, _, _ in everyone:
-            assert then[0] != then[1]
-            assert file == then[1]  # the model of a checkpoint is w
-            for way, (at_once, later) in ends.items():
-                assert at_once == then, way
-                assert later == end, way
-        if optimizer != "adam":
-            return
-        then, *_, model_state, whole = everyone[0]
-        for size in (1, 3):
-            for from_file, from_gathered, plain, said in ranks(size).run(
-                    loaded_elsewhere, server, folder, model_state, whole):
-                assert from_file == (then[1], then[1])
-                # Alone there is nothing to reply to: the parameters hold w at once.
-                assert from_gathered == (then if size > 1 else (then[0], then[1]))
-                assert plain == then[1]
-                assert "pass reply= here too" in said
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.seng_race import __main__ as race
-from benchmarks.seng_race import data, results, runs
+from benchmarks.seng_race import additions, data, results, runs
 from benchmarks.seng_race.additions import ADDITIONS
 from benchmarks.seng_race.methods import METHODS
-from benchmarks.seng_race.workloads import WORKLOADS
+from benchmarks.seng_race.workloads import WORKLOADS, squared_error
 
 
 def test_a_quick_race_writes_what_it_says(tmp_path):
@@ -41,6 +42,34 @@ def test_every_method_takes_steps(name):
     workload = replace(WORKLOADS["regression"], steps=20)
     found = runs.run(method, runs.trials(method, 1)[0], workload, 0, 1e3)
     assert found["value"] < workload.make(0).value()
+
+
+@pytest.mark.parametrize("name", [name for name in ADDITIONS if name not in METHODS])
+def test_every_addition_changes_the_run(name):
+    workload = replace(WORKLOADS["regression"], steps=60)
+    values = {"rate": 1.0, "lr": 0.3, "damping": 0.3}  # lr is rate times damping
+    plain, added = (runs.run(method, values, workload, 0, 1e3)["value"]
+                    for method in (METHODS["SENG, every 10"], ADDITIONS[name]))
+    assert added != plain
+
+
+def test_clipping_shortens_a_step_to_its_limit():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(5, 3)
+    x, y = torch.randn(20, 5), torch.randn(20, 3)
+    directions = []
+    for start in (additions.clipped, METHODS["SENG, every step"].start):
+        model.zero_grad()
+        _, precondition = start(model, {"rate": 10.0, "damping": 0.3}, {"explicit_threshold": 0})
+        squared_error(model(x), y).backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()]).clone()
+        precondition(0.0, None)
+        directions.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    clipped, plain = directions
+    assert 9.0 * float(gradient @ plain) > additions.CLIP
+    shortened = float(clipped @ plain / (plain @ plain))
+    torch.testing.assert_close(clipped, shortened * plain)
+    assert shortened ** 2 * 9.0 * float(gradient @ plain) == pytest.approx(additions.CLIP, rel=1e-4)
 
 
 def test_trials_are_spread_over_the_space():

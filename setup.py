@@ -45,7 +45,9 @@ setup(
         "triton": ["triton"],  # comes with the CUDA build of torch; here to run its kernels without a GPU
         "lightning": ["lightning>=2.6"],
         "examples": ["scikit-learn", "matplotlib"],
-        "race": ["pytorch_optimizer>=4.1"],  # SOAP and Shampoo for benchmarks.seng_race
+        # For benchmarks.seng_race: SOAP and Shampoo; K-FAC, whose package asks for any torchvision and would
+        # get that of another torch.
+        "race": ["pytorch_optimizer>=4.1", "curvlinops-for-pytorch==3.0.1", "torchvision==0.28.*"],
         "zoo": ["timm", "transformers", "torchvision==0.28.*"],  # the torchvision of this torch
         "dev": [f"mpi4py=={VERSIONS['MPI4PY']}", "numba", "hypothesis", "pytest", "pytest-timeout",
                 "ruff", "mypy", "scikit-learn", "matplotlib", "tensorboard"],

@@ -26,7 +26,8 @@ class Method:
     """A method and its space: from the name of a setting to its limits, tried on a logarithmic scale.
 
     ``start(model, values, fixed)`` gives the optimizers and, if there is one, what preconditions;
-    ``fixed`` are SENG's settings that follow from the model.
+    ``fixed`` are SENG's settings that follow from the model. With ``sees_batch`` it is given the problem in
+    place of the model, and what preconditions is given the batch in place of its loss.
     """
 
     shows: str
@@ -34,10 +35,12 @@ class Method:
     space: dict[str, tuple[float, float]]
     fixed: dict[str, Any] = field(default_factory=dict)
     needs: str | None = None
+    sees_batch: bool = False
 
     def begin(self, problem: Problem, values: Values, workload: Workload) -> Step:
         """A function that takes a training step; the rate rises over the first 20 and stays."""
-        optimizers, precondition = self.start(problem.model, values, {**workload.seng, **self.fixed})
+        optimizers, precondition = self.start(problem if self.sees_batch else problem.model, values,
+                                              {**workload.seng, **self.fixed})
         rises = [torch.optim.lr_scheduler.LinearLR(one, 1.0 / WARM_UP, total_iters=WARM_UP)
                  for one in optimizers]
 
@@ -46,7 +49,9 @@ class Method:
                 optimizer.zero_grad()
             loss = problem.loss(problem.model(x), y)
             loss.backward()
-            if precondition is not None:
+            if self.sees_batch:
+                precondition(x, y)
+            elif precondition is not None:
                 precondition(float(loss.detach()), lambda: problem.loss(problem.model(x), y))
             for optimizer, rise in zip(optimizers, rises, strict=True):
                 optimizer.step()
@@ -95,6 +100,15 @@ def shampoo(model: nn.Module, values: Values, fixed: Any) -> Any:
                             preconditioning_compute_steps=10)], None
 
 
+def kfac(problem: Problem, values: Values, fixed: Any) -> Any:
+    """K-FAC of the package curvlinops, then SGD with Nesterov's momentum; ``rate`` is lr/damping."""
+    from benchmarks.seng_race.kfac import KFAC
+
+    damping = values["damping"]
+    preconditioner = KFAC(problem.model, problem.loss, damping=damping)
+    return [nesterov(problem.model, values["rate"] * damping)], preconditioner.step
+
+
 def seng(model: nn.Module, values: Values, fixed: dict[str, Any]) -> Any:
     """SENG, then SGD with Nesterov's momentum; ``rate`` is lr/damping, SGD's rate outside of U."""
     damping = values["damping"]
@@ -110,6 +124,8 @@ METHODS = {
     "Muon": Method("AdamW for all but matrices", muon, {"lr": ADAM_RATES}),
     "SOAP": Method("basis anew every 10 steps", soap, {"lr": ADAM_RATES}, needs="pytorch_optimizer"),
     "Shampoo": Method("roots anew every 10 steps", shampoo, {"lr": SGD_RATES}, needs="pytorch_optimizer"),
+    "K-FAC": Method("factors of each 10th batch, averaged; √damping on each", kfac, SENG_SPACE,
+                    needs="curvlinops", sees_batch=True),
     "SENG, every step": Method("curvature of each batch", seng, SENG_SPACE, {"update_freq": 1}),
     "SENG, every 10": Method("curvature of each 10th batch, stale=\"bound\"", seng, SENG_SPACE,
                              {"update_freq": 10, "stale": "bound"}),

@@ -10,6 +10,7 @@ import keras
 import tensorflow as tf
 
 from hvd_ext.tensorflow import keras_store
+from hvd_ext.tensorflow.clipping import clip_by_global_norm
 from hvd_ext.tensorflow.replies import exact_weights
 from hvd_ext.tensorflow.variables import CallableList, as_tf, made_now, mark_per_rank, name_of
 from hvd_ext.tensorflow.wrapper import Wrapper
@@ -54,7 +55,11 @@ class Distributed:
         step.reduce_and_apply(grads, super()._backend_apply_gradients)
 
     def _clip_gradients(self, grads: Sequence[Any]) -> Any:
-        return super()._clip_gradients(self._hvd_ext.step.reduce_accumulated(grads))
+        step = self._hvd_ext.step
+        reduced = step.reduce_accumulated(grads)
+        if self._hvd_ext.reducer.partial and self.global_clipnorm and not self.clipnorm:
+            return clip_by_global_norm(reduced, step.variables, self.global_clipnorm, self._hvd_ext.reducer)
+        return super()._clip_gradients(reduced)
 
     def _apply_weight_decay(self, variables: Sequence[Any]) -> None:
         step, decay = self._hvd_ext.step, super()._apply_weight_decay

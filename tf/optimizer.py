@@ -126,7 +126,7 @@ def KerasDistributedOptimizer(
     collectives = Collectives(process_set, device_dense=device_dense, device_sparse=device_sparse)
     settings = None if server is None else settings_of(server)
     where = None if settings is None else settings.kind
-    placed = make_server(settings, optimizer, collectives)
+    placed = make_server(settings, optimizer, collectives, groups)
     if placed is not None:
         check_extension(optimizer, f"server={where!r}")
     options = Options(
@@ -134,7 +134,9 @@ def KerasDistributedOptimizer(
         average_passes=average_aggregated_gradients, sparse_as_dense=sparse_as_dense,
         half=compression is horovod.Compression.fp16)
     reducer = make_reducer(collectives, options, op=op, compression=compression,
-                           predivide=gradient_predivide_factor)
+                           predivide=gradient_predivide_factor,
+                           owners=placed if where == "sharded" and preconditioner is None and late is None
+                           else None)
     check_late(late, preconditioner=preconditioner, passes_apart=bool(reducer.parts_shape()),
                multiple_evaluations=False)
     if late is not None:

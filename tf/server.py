@@ -1,51 +1,43 @@
 """Where the update runs: on every rank, on rank 0, or each variable's on the rank that owns it.
 
 A rank makes the optimizer's variables (moments, averages of weights) only for what it owns; the
-updated weights are broadcast by their owners.
+updated weights go from their owners to all ranks.
 """
 
 from __future__ import annotations
 
+import functools
+import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+import keras
 import tensorflow as tf
 
-from hvd_ext.servers import Server, owners, shares
+from hvd_ext.buckets import Kind, TensorSpec, check_message, plan_buckets, split_groups
+from hvd_ext.servers import Message, Server, by_owner, orthogonalising_cost, owners, shares
 from hvd_ext.servers.ownership import EVERY_RANK
 from hvd_ext.tensorflow.collectives import Collectives, refuse_session_graphs
 from hvd_ext.tensorflow.replies import EXACT, HELD, Replies, check_optimizer
-from hvd_ext.tensorflow.traffic import Cell
+from hvd_ext.tensorflow.traffic import Cell, put_to_use
 from hvd_ext.tensorflow.uneven_data import EXTENDED
-from hvd_ext.tensorflow.variables import as_tf
+from hvd_ext.tensorflow.variables import as_tf, name_of
 from hvd_ext.tensorflow.waiting import Waiting
-
-SMALL_BYTES = 2**16  # weights of at most so many bytes travel together; larger ones are not copied
-
-
-@dataclass(frozen=True)
-class Message:
-    """What one rank broadcasts: a large variable alone, or small ones and a status behind them.
-
-    The status is an element that is not 0 where the rank's update failed.
-    """
-
-    owner: int
-    dtype: tf.DType
-    inside: list[Any]
-    packed: bool
-
-    @property
-    def numels(self) -> list[int]:
-        """Elements of what is packed, the status last."""
-        return [*map(_numel, self.inside), 1]
+from hvd_ext.tensorflow.whole_weights import Broadcast, Gathered, Status, broadcasts, numel_of
 
 
 class UpdateServer:
-    """``server="rank0"`` or ``"sharded"`` of a distributed optimizer."""
+    """``server="rank0"`` or ``"sharded"`` of a distributed optimizer.
 
-    def __init__(self, settings: Server, collectives: Collectives) -> None:
+    Args:
+        settings: of the server.
+        collectives: the ranks.
+        cost: what owners are balanced by, of a variable.
+        groups: Horovod's ``groups=``: which variables share a message under "sharded".
+    """
+
+    def __init__(self, settings: Server, collectives: Collectives, cost: Callable[[Any], int],
+                 groups: Any = None) -> None:
         kind = settings.kind
         EXTENDED[self] = f"server={kind!r}"
         self.settings = settings
@@ -54,7 +46,12 @@ class UpdateServer:
         self.collectives = collectives
         self.owners: dict[int, int] = {}
         self.numels: dict[int, int] = {}
-        self._zero = Cell(1)
+        self.served: list[Any] = []
+        self.messages: list[Message] = []  # under "sharded", of served variables by number
+        self.zero = Cell(1)
+        self._cost = cost
+        self._groups = groups
+        self._numbers: dict[int, int] = {}  # of variables that have a place in a message
         self._waiting = Waiting(f"the weights under server={kind!r}")
         self._functions: dict[tuple[Any, ...], Any] = {}
         self._planned_for: tuple[list[Any], set[int]] = [], set()
@@ -65,14 +62,49 @@ class UpdateServer:
         self._waiting.build()
         self._functions.clear()
         served = [variable for variable in variables if id(as_tf(variable)) not in local]
-        numels = [int(tf.TensorShape(variable.shape).num_elements()) for variable in served]
-        assigned = owners(self.kind, numels, self.collectives.size)
+        assigned = owners(self.kind, [self._cost(variable) for variable in served], self.collectives.size)
         self.owners = dict.fromkeys(local, EVERY_RANK)
-        for variable, owner, numel in zip(served, assigned, numels, strict=True):
+        for variable, owner in zip(served, assigned, strict=True):
             self.owners[id(as_tf(variable))] = owner
-            self.numels[id(as_tf(variable))] = numel
+            self.numels[id(as_tf(variable))] = numel_of(variable)
+        self._plan_messages(served, assigned)
         if self.replies is not None:
             self.replies.plan(served, self.owner)
+
+    def _plan_messages(self, served: Sequence[Any], assigned: Sequence[int]) -> None:
+        """Under "sharded": the buckets that gradients go to owners in, and weights come back in."""
+        self.served, self.messages, self._numbers = list(served), [], {}
+        if self.kind != "sharded":
+            return
+        specs = [TensorSpec(name_of(one), tuple(one.shape), as_tf(one).dtype.size,
+                            Kind(as_tf(one).dtype.name)) for one in served]
+        empty = {number for number, spec in enumerate(specs) if not spec.numel}
+        groups = split_groups(self._groups, served, key=lambda one: id(as_tf(one)))
+        for bucket in plan_buckets(specs, groups=groups):
+            check_message(bucket, specs, 'server="sharded"')
+            message = by_owner(bucket, dict(enumerate(assigned)), self.collectives.size).without(empty)
+            if message.numel:
+                self.messages.append(message)
+                self._numbers.update({id(as_tf(served[piece.index])): piece.index
+                                      for piece in message.pieces})
+
+    def travels(self, variable: Any) -> bool:
+        """Whether the variable has a place in a message of "sharded"."""
+        return id(as_tf(variable)) in self._numbers
+
+    def messages_of(self, variables: Sequence[Any]) -> list[Message]:
+        """The messages, without what is not among ``variables``."""
+        given = {id(as_tf(variable)) for variable in variables}
+        left_out = {number for key, number in self._numbers.items() if key not in given}
+        messages = [message.without(left_out) for message in self.messages]
+        return [message for message in messages if message.numel]
+
+    def label(self, message: Message) -> str:
+        """The message's part of its collective's name: ranks that leave out others do not meet."""
+        if message in self.messages:
+            return str(message.index)
+        inside = ",".join(str(piece.index) for piece in message.pieces)
+        return f"{message.index}.{zlib.crc32(inside.encode()):08x}"
 
     def make_state(self, optimizer: Any, make: Callable[..., tf.Variable],
                    references: dict[int, tuple[Any, str]]) -> tf.Variable:
@@ -126,21 +158,12 @@ class UpdateServer:
                 raise
             failure = error
         if self.collectives.size > 1:
-            self._use([gradient for gradient, variable in zip(gradients, variables, strict=True)
-                       if failure is not None or not self.owns(variable)])
+            # TensorFlow leaves out reductions whose result has no use, and the owners would wait.
+            put_to_use([gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
+                        for gradient, variable in zip(gradients, variables, strict=True)
+                        if failure is not None or not self.owns(variable)], self.zero)
             self.send(variables, f"{prefix}/weights", failure,
                       [] if replies is None else replies.outgoing(before, failure is not None))
-
-    def _use(self, gradients: Sequence[Any]) -> None:
-        """Put gradients that are not applied here to some use: TensorFlow leaves out reductions
-        whose result has none, and the ranks that own it would wait for this one."""
-        if tf.executing_eagerly():
-            return
-        seen = [gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
-                for gradient in gradients]
-        # A control dependency is not enough: TensorFlow drops those on operations without effects.
-        tf.raw_ops.Assert(condition=tf.equal(self._zero.read()[0], 0), summarize=1,
-                          data=[tf.reshape(value, [-1])[:1] for value in seen] or [[0]])
 
     def send(self, variables: Sequence[Any], name: str, failure: Exception | None = None,
              replies: Sequence[tuple[int, tf.Tensor]] = ()) -> None:
@@ -155,73 +178,57 @@ class UpdateServer:
         rank = self.collectives.rank
         if self.collectives.size == 1:
             return
-        plan = self._messages([one for one in variables if not (replies and self.replies.carries(one))]
-                              if self.replies is not None else variables)
-        given = [self._outgoing(message, failure is not None) for message in plan]
-        sent = self._sent([*(message.owner for message in plan), *(owner for owner, _ in replies)],
-                          [*given, *(message for _, message in replies)], name)
+
+        def status(dtype: tf.DType) -> tf.Tensor:
+            # Read, not constant: TensorFlow works out what depends on constants alone only once.
+            return tf.reshape(tf.cast(self.zero.read() + int(failure is not None), dtype), (1,))
+
+        plan = self._plan_of([one for one in variables if not (replies and self.replies.carries(one))]
+                             if self.replies is not None else variables)
+        ways = {f"{name}/{self._name_of(number, message)}": message.send
+                for number, message in enumerate(plan)}
+        ways |= {f"{name}/reply{number}": _broadcast_from(owner)
+                 for number, (owner, _) in enumerate(replies)}
+        sent = self._sent(ways, [*(message.give(rank, status) for message in plan),
+                                 *(message for _, message in replies)])
         sent, replied = sent[:len(plan)], sent[len(plan):]
-        statuses = [(message.owner, value[-1]) for message, value in zip(plan, sent, strict=True)
-                    if message.packed]
+        statuses = [status for message, value in zip(plan, sent, strict=True)
+                    for status in message.statuses(value)]
         if self.replies is not None and replied:
             statuses += self.replies.statuses(replied)
         self._raise_failure(statuses, [*sent, *replied], failure)
         if self.replies is not None and replied:
             self.replies.apply(replied)
         for message, value in zip(plan, sent, strict=True):
-            if message.owner == rank and message.packed:
-                continue  # one that is alone is assigned here too: without a use it would not be sent
-            pieces = tf.split(value, message.numels)[:-1] if message.packed else [value]
-            for variable, piece in zip(message.inside, pieces, strict=True):
-                as_tf(variable).assign(tf.reshape(piece, variable.shape))
+            message.take(value, rank)
 
-    def _sent(self, senders: list[int], given: list[tf.Tensor], name: str) -> list[tf.Tensor]:
+    def _plan_of(self, variables: Sequence[Any]) -> list[Broadcast] | list[Gathered]:
+        """The messages that bring the weights of variables, the same on every rank."""
+        if self.kind == "sharded":
+            return [Gathered(message, self.served) for message in self.messages_of(variables)]
+        return broadcasts([one for one in variables if self.owner(one) != EVERY_RANK], self.owner)
+
+    def _name_of(self, number: int, message: Broadcast | Gathered) -> str:
+        return self.label(message.message) if isinstance(message, Gathered) else str(number)
+
+    def _sent(self, ways: dict[str, Callable[..., tf.Tensor]], given: list[tf.Tensor]) -> list[tf.Tensor]:
         """What the owners gave; all messages are under way together before the first is waited for."""
         def send(given: list[tf.Tensor]) -> list[tf.Tensor]:
             begun = self._waiting.begin(given)
             with self.collectives.traffic.section():
-                sent = [self.collectives.broadcast(value, owner, f"{name}/{number}")
-                        for number, (owner, value) in enumerate(zip(senders, given, strict=True))]
+                sent = [way(value, self.collectives, name)
+                        for (name, way), value in zip(ways.items(), given, strict=True)]
             self._waiting.end(begun, sent)
             return sent
 
         if not tf.executing_eagerly():
             return send(given)
-        key = (name, *senders)  # in a graph also here: outside of one collectives have no names
+        key = tuple(ways)  # in a graph also here: outside of one collectives have no names
         if key not in self._functions:
             self._functions[key] = tf.function(send, autograph=False)
         return list(self._functions[key](given))
 
-    def _messages(self, variables: Sequence[Any]) -> list[Message]:
-        """Every owner's messages, in the same order on all ranks."""
-        plan: list[Message] = []
-        served = [variable for variable in variables if self.owner(variable) != EVERY_RANK]
-        for owner in sorted({self.owner(variable) for variable in served}):
-            packed: dict[tf.DType, Message] = {}
-            for variable in served:
-                dtype = as_tf(variable).dtype
-                if self.owner(variable) != owner:
-                    continue
-                if _numel(variable) * dtype.size > SMALL_BYTES:
-                    plan.append(Message(owner, dtype, [variable], False))
-                else:
-                    packed.setdefault(dtype, Message(owner, dtype, [], True)).inside.append(variable)
-            plan += packed.values() or [Message(owner, tf.float32, [], True)]
-        return plan
-
-    def _outgoing(self, message: Message, failed: bool) -> tf.Tensor:
-        """The message's tensor; of no value yet where another rank sends it."""
-        if message.owner != self.collectives.rank:
-            shape = [sum(message.numels)] if message.packed else message.inside[0].shape
-            return tf.raw_ops.Empty(shape=shape, dtype=message.dtype, init=False)
-        values = [as_tf(variable).read_value() for variable in message.inside]
-        if not message.packed:
-            return values[0]
-        # Read, not constant: TensorFlow works out what depends on constants alone only once.
-        status = tf.cast(self._zero.read() + int(failed), message.dtype)
-        return tf.concat([*(tf.reshape(value, [-1]) for value in values), status], axis=0)
-
-    def _raise_failure(self, packed: list[tuple[int, tf.Tensor]], sent: list[tf.Tensor],
+    def _raise_failure(self, packed: list[Status], sent: list[tf.Tensor],
                        failure: Exception | None) -> None:
         if tf.executing_eagerly():
             if failure is not None:
@@ -260,7 +267,7 @@ def server_report(server: UpdateServer | None, where: str, optimizer: Any,
             if references.get(id(as_tf(one)), (None, EXACT))[1] not in (EXACT, HELD)]
     if server is not None:
         return server.report(held)
-    elements = sum(map(_numel, variables))
+    elements = sum(map(numel_of, variables))
     return {"where": where, "owned_elements": elements, "elements": elements, "largest_share": elements,
             **state_bytes(held)}
 
@@ -271,11 +278,20 @@ def state_bytes(kept: Sequence[tf.Variable]) -> dict[str, int]:
             "buffer_bytes": 0}
 
 
-def _numel(variable: Any) -> int:
-    return int(tf.TensorShape(variable.shape).num_elements())
+def _broadcast_from(owner: int) -> Callable[[tf.Tensor, Collectives, str], tf.Tensor]:
+    """Sends what an owner gives."""
+    return lambda given, collectives, name: collectives.broadcast(given, owner, name)
 
 
-def make_server(server: Server | None, optimizer: Any, collectives: Collectives) -> UpdateServer | None:
+def update_cost(optimizer: Any, variable: Any) -> int:
+    """What owners are balanced by: elements; the cost of orthogonalising where Muon does that."""
+    if isinstance(optimizer, keras.optimizers.Muon) and not optimizer._should_use_adamw(variable):
+        return orthogonalising_cost(tuple(variable.shape))
+    return numel_of(variable)
+
+
+def make_server(server: Server | None, optimizer: Any, collectives: Collectives,
+                groups: Any = None) -> UpdateServer | None:
     """The server of a ``server=`` argument; None where every rank applies the update.
 
     Raises:
@@ -290,4 +306,4 @@ def make_server(server: Server | None, optimizer: Any, collectives: Collectives)
     if optimizer.built:
         raise ValueError(f"server={kind!r} with an optimizer that has state already: make a new "
                          "one, or load the model with hvd.load_model(..., server=...)")
-    return UpdateServer(server, collectives)
+    return UpdateServer(server, collectives, functools.partial(update_cost, optimizer), groups)

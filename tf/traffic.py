@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +48,17 @@ class Cell:
     def numbers(self) -> list[Any]:
         """The numbers in it, outside of any function."""
         return list(self.read().numpy().tolist())
+
+
+def put_to_use(values: Sequence[tf.Tensor], zero: Cell) -> None:
+    """In a graph being traced: keep collectives that these come from, whose result has no other use here.
+
+    A control dependency is not enough: TensorFlow drops those on operations without effects. ``zero`` holds
+    a 0 that it does not know.
+    """
+    if not tf.executing_eagerly():
+        tf.raw_ops.Assert(condition=tf.equal(zero.read()[0], 0), summarize=1,
+                          data=[tf.reshape(value, [-1])[:1] for value in values] or [[0]])
 
 
 @dataclass

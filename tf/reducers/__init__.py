@@ -19,6 +19,7 @@ from hvd_ext.tensorflow.reducers.base import Reducer
 from hvd_ext.tensorflow.reducers.delay import DelayReducer
 from hvd_ext.tensorflow.reducers.plain import PlainReducer
 from hvd_ext.tensorflow.reducers.powersgd import PowerSGDReducer
+from hvd_ext.tensorflow.reducers.sharded import ShardedReducer
 from hvd_ext.tensorflow.reducers.topk import TopKReducer
 from hvd_ext.tensorflow.variables import as_tf
 from hvd_ext.topk import TopK
@@ -56,8 +57,12 @@ register_reducer(PowerSGD, PowerSGDReducer)
 
 
 def make_reducer(collectives: Collectives, options: Options, *, op: Any, compression: Any,
-                 predivide: float = 1.0, allowed: dict[str, Any] = REDUCTIONS) -> Reducer:
+                 predivide: float = 1.0, allowed: dict[str, Any] = REDUCTIONS,
+                 owners: Any = None) -> Reducer:
     """The reducer that ``op`` and ``compression`` ask for; of Horovod's operations ``allowed`` ones.
+
+    Args:
+        owners: the ``UpdateServer`` whose owners need their own gradients only, if any.
 
     Raises:
         ValueError: an unknown op, or arguments that cannot be combined.
@@ -75,6 +80,9 @@ def make_reducer(collectives: Collectives, options: Options, *, op: Any, compres
         REDUCERS, op=op, compression=compression, op_name=names[0] if names else "",
         casts=(Compression.none, Compression.fp16), predivide=predivide)
     if settings is None:
+        if (owners is not None and names[0] in REDUCTIONS and predivide == 1.0
+                and compression in (Compression.none, Compression.fp16)):
+            return ShardedReducer(collectives, Plain(op, compression), options, owners)
         average = predivide if names[0] == "Average" else 1.0
         return PlainReducer(collectives, Plain(op, compression, average), options)
     refuse_session_graphs(composition.public_name(settings))

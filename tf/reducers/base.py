@@ -40,6 +40,7 @@ class Reducer(abc.ABC):
     stamp: Any = None  # a variable (rank, ranks) beside state that belongs to one rank
     lost_ranks = 0  # under Horovod elastic: how many left with what they kept alone
     staleness = 0  # by how many steps what is handed out is late
+    partial = False  # whether a rank has the reduced gradients of what it owns only
 
     def __init__(self, collectives: Collectives, settings: Any, options: Options) -> None:
         self.collectives = collectives
@@ -238,6 +239,14 @@ def divide_by_ranks(gradient: Gradient | None, collectives: Collectives) -> Grad
         return tf.IndexedSlices(gradient.values / collectives.size_op(gradient.values.dtype),
                                 gradient.indices, gradient.dense_shape)
     return gradient / collectives.size_op(gradient.dtype)
+
+
+def times(gradient: Gradient | None, factor: tf.Tensor) -> Gradient | None:
+    """A gradient times a 0-D number."""
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(gradient.values * tf.cast(factor, gradient.dtype), gradient.indices,
+                                gradient.dense_shape)
+    return None if gradient is None else gradient * tf.cast(factor, gradient.dtype)
 
 
 def report(reducer: Reducer, preconditioner: Any = None) -> dict[str, Any]:

@@ -30,6 +30,10 @@ class PlainReducer(Reducer):
         if self.variables and not self.collectives.elastic:
             with tf.control_dependencies([self.met()]):
                 gradients = [_same(gradient) for gradient in gradients]
+        return self._exchange(gradients, variables)
+
+    def _exchange(self, gradients: list[Gradient], variables: Sequence[Any]) -> list[Gradient]:
+        """Reduce them on all ranks, which have met."""
         options = {"op": self.settings.op, "compression": self.settings.compression,
                    **self.settings.scale}
         reduced: list[Gradient] = list(gradients)

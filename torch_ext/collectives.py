@@ -42,6 +42,13 @@ class Handle:
     memory: Any = None
     into: Sequence[torch.Tensor] = ()  # where results go that stand for another dtype or layout
 
+    def done(self) -> bool:
+        """Whether ``wait()``, not called yet, would return or raise at once."""
+        try:
+            return bool(horovod.poll(self.ticket))
+        except ValueError:  # Horovod has been shut down: wait() says why
+            return False
+
     def wait(self) -> torch.Tensor:
         """The result of the collective, a tensor on the device of its input."""
         result = wait_for(self.ticket, self.name)

@@ -28,6 +28,7 @@ def ways() -> dict[str, dict[str, Any]]:
         "fp16": {"compression": hvd.Compression.fp16},
         "PowerSGD, rank 4": {"compression": hvd.Compression.powersgd(4)},
         "delay compensation": {"op": hvd.DelayCompensated()},
+        "delay compensation, by rank": {"op": hvd.DelayCompensated(order="rank")},
         "TopK 1 %": {"compression": topk},
         "TopK 1 %, sparse allreduce": {
             "compression": hvd.Compression.topk(0.01, exchange="sparse_allreduce")},

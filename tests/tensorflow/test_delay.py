@@ -113,28 +113,106 @@ def test_fit_save_load_continue(ranks, tmp_path):
                 np.testing.assert_array_equal(mine, first)
 
 
-def nan_on_one_rank():
+def nan_on_one_rank(order):
     variables = made.make_variables([(5,), (3,)])
-    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(LR), op=hvd.DelayCompensated())
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(LR), op=hvd.DelayCompensated(order=order),
+                                         groups=2)
+    kept = []
 
     def spoil(step, gradients):
+        kept.append([ms.numpy() for ms in optimizer._hvd_ext.reducer.mean_square.values()])
         bad = step == 1 and hvd.rank() == 1
         return [tf.fill(g.shape, np.nan) if bad and number == 0 else g
                 for number, g in enumerate(gradients)]
 
-    seen = made.run_steps(optimizer, variables, hvd.rank(), 2, compiled=True, change=spoil)
-    reducer = optimizer._hvd_ext.reducer
-    squares = [bool(np.isfinite(ms.numpy()).all()) for ms in reducer.mean_square.values()]
-    return seen[1], squares, int(reducer.unusable_steps)
+    seen = made.run_steps(optimizer, variables, hvd.rank(), 3, compiled=True, change=spoil)
+    return seen, kept[1:], int(optimizer._hvd_ext.reducer.unusable_steps)
 
 
 @pytest.mark.ranks
-def test_nan_reaches_all_ranks_and_never_mean_square(ranks):
-    for weights, squares, unusable in ranks(2, init="tensorflow").run(nan_on_one_rank):
-        assert np.isnan(weights[:5]).all()
-        assert np.isfinite(weights[5:]).all()
-        assert all(squares)
+@pytest.mark.parametrize("order", ["norm", "rank"])
+def test_nan_reaches_all_ranks_and_never_mean_square(ranks, order):
+    found = ranks(2, init="tensorflow").run(nan_on_one_rank, order)
+    for seen, (before, after), unusable in found:
+        assert np.isnan(seen[1][:5]).all()
+        assert np.isfinite(seen[2][5:]).all()
+        np.testing.assert_array_equal(seen, found[0][0])
+        for one, other in zip(before, after, strict=True):
+            assert one.any()
+            np.testing.assert_array_equal(one, other)
         assert unusable == 1
+
+
+def ancestors(operation):
+    """All that must have run before an operation of a graph."""
+    found, left = set(), [operation]
+    while left:
+        one = left.pop()
+        before = {*(tensor.op for tensor in one.inputs), *one.control_inputs} - found
+        found |= before
+        left += before
+    return found
+
+
+def what_goes_back_after_what(order):
+    """By bucket, the collectives that the second half of its exchange waits for."""
+    variables = made.make_variables([(5,), (3,), (4,)])
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(LR), op=hvd.DelayCompensated(order=order),
+                                         groups=3)
+    optimizer.build(variables)
+    reducer = optimizer._hvd_ext.reducer
+
+    def reduce(*gradients):
+        return reducer(gradients, variables, **reducer.inputs(optimizer))[0]
+
+    traced = tf.function(reduce).get_concrete_function(*[tf.TensorSpec(v.shape) for v in variables])
+    collectives = [op for op in traced.graph.get_operations() if op.type.startswith("Horovod")]
+    assert len(collectives) == 3 + 3 + 1
+    waits = {}
+    for op in collectives:
+        if op.name.endswith("reduced"):
+            waits[op.name] = sorted(one.name for one in ancestors(op) if one in collectives)
+    gradients = [{one.name for one in ancestors(tensor.op) if one in collectives}
+                 for tensor in traced.outputs]
+    return waits, [any("agree" in name for name in names) for names in gradients]
+
+
+@pytest.mark.ranks
+def test_by_rank_a_bucket_goes_back_when_it_has_arrived(ranks):
+    pool = ranks(2, init="tensorflow")
+    for waits, agreed in pool.run(what_goes_back_after_what, "rank"):
+        assert len(waits) == 3
+        for name, before in waits.items():
+            assert len(before) == 1
+            assert name.replace("reduced", "part0") == before[0]
+        assert agreed == [True] * 3
+    for waits, agreed in pool.run(what_goes_back_after_what, "norm"):
+        assert all(any("agree" in name for name in before) for before in waits.values())
+        assert agreed == [True] * 3
+
+
+def rates_that_differ():
+    """An error in the second step, which applies nothing though buckets have gone back; then on."""
+    variables = made.make_variables([(5,), (3,)])
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(LR), op=hvd.DelayCompensated(order="rank"))
+    made.run_steps(optimizer, variables, hvd.rank(), 1, compiled=True)
+    kept = optimizer._hvd_ext.reducer.mean_square[0]
+    before = made.flat([*variables, kept])
+    optimizer.learning_rate = LR * (1 + hvd.rank())
+    with pytest.raises(tf.errors.InvalidArgumentError, match="learning rates differ at this step"):
+        made.run_steps(optimizer, variables, hvd.rank(), 1, compiled=True, first=1)
+    np.testing.assert_array_equal(made.flat([*variables, kept]), before)
+    optimizer.learning_rate = LR
+    made.run_steps(optimizer, variables, hvd.rank(), 2, compiled=True, first=1)
+    return made.flat(variables), int(optimizer._hvd_ext.reducer.steps)
+
+
+@pytest.mark.ranks
+def test_rates_that_differ_end_the_step_on_all_ranks(ranks):
+    found = ranks(2, init="tensorflow").run(rates_that_differ, timeout=100)
+    for weights, steps in found:
+        np.testing.assert_array_equal(weights, found[0][0])
+        assert steps == 3
 
 
 def other_model_on_rank_1():

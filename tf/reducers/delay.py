@@ -4,6 +4,8 @@ Of every bucket rank s receives slice s of every rank's gradient (alltoall); the
 lengths of their steps, from which all derive the same order; each runs the recursion on its slice,
 and the reduced slices are gathered. Out and back together move ``2 (M-1)/M`` of the bucket's
 bytes, what a ring allreduce moves.
+
+Where the order is that of the ranks, a bucket goes back as soon as it has arrived.
 """
 
 from __future__ import annotations
@@ -50,6 +52,11 @@ class DelayReducer(BucketReducer):
     @property
     def parts(self) -> int:
         return self.options.passes if self.settings.virtual_workers == "microbatch" else 1
+
+    @property
+    def _fixed(self) -> bool:
+        """Whether the order is that of the ranks, whatever their gradients are."""
+        return self.settings.order == "rank" and self.parts == 1
 
     @property
     def _alone(self) -> bool:
@@ -112,26 +119,41 @@ class DelayReducer(BucketReducer):
     def complete(self, started: Started, **inputs: Any) -> tuple[list[tf.Tensor], Any]:
         if self._alone:
             return [started[bucket.index, 0] for bucket in self.buckets], None
-        lr, parts = inputs["lr"], self.parts
+        lr, order = inputs["lr"], tf.range(self.collectives.size * self.parts)
+        if self._fixed:
+            slices = [self._reduce_slice(bucket, started, order, tf.constant(True), lr)
+                      for bucket in self.buckets]
+            reduced = [self._gather(*pair) for pair in zip(slices, self.buckets, strict=True)]
+            # What ends the step on every rank comes last, when no rank waits for another.
+            with tf.control_dependencies(reduced):
+                good = tf.reduce_all(tf.math.is_finite(self._agreed_squares(started, lr)))
+            with tf.control_dependencies([good]):
+                reduced = [tf.identity(one) for one in reduced]
+        else:
+            squares = self._agreed_squares(started, lr)
+            good = tf.reduce_all(tf.math.is_finite(squares))
+            if self.settings.order == "norm":
+                sorted_order = tf.argsort(squares, stable=True, direction="ASCENDING")
+                order = tf.where(good, sorted_order, order)
+            slices = [self._reduce_slice(bucket, started, order, good, lr) for bucket in self.buckets]
+            reduced = [self._gather(*pair) for pair in zip(slices, self.buckets, strict=True)]
+        for bucket, (_, after) in zip(self.buckets, slices, strict=True):
+            self._keep(bucket, after, good)
+        self.steps.assign_add(tf.cast(good, tf.int64))
+        self.unusable_steps.assign_add(1 - tf.cast(good, tf.int64))
+        return reduced, None
+
+    def _agreed_squares(self, started: Started, lr: tf.Tensor) -> tf.Tensor:
+        """The squared lengths of all workers' steps; an error on all ranks whose learning rates differ."""
         squares = [tf.add_n([started[bucket.index, part].square for bucket in self.buckets])
-                   for part in range(parts)]
+                   for part in range(self.parts)]
         lr_square = tf.cast(lr, tf.float64) ** 2
         rows = self.agree([lr, *(square * lr_square for square in squares)])
         check = tf.debugging.Assert(tf.reduce_all(rows[:, 0] == rows[0, 0]), [
             "the ranks' learning rates differ at this step, which DelayCompensated needs to be the same: "
             "give every rank the same schedule and state; by rank:", rows[:, 0]])
         with tf.control_dependencies([check] if check is not None else []):
-            squares = tf.reshape(rows[:, 1:], [-1])
-        good = tf.reduce_all(tf.math.is_finite(squares))
-        order = tf.range(self.collectives.size * parts)
-        if self.settings.order == "norm":
-            sorted_order = tf.argsort(squares, stable=True, direction="ASCENDING")
-            order = tf.where(good, sorted_order, order)
-        slices = [self._reduce_slice(bucket, started, order, good, lr) for bucket in self.buckets]
-        self.steps.assign_add(tf.cast(good, tf.int64))
-        self.unusable_steps.assign_add(1 - tf.cast(good, tf.int64))
-        return [self._gather(own, bucket)
-                for own, bucket in zip(slices, self.buckets, strict=True)], None
+            return tf.reshape(rows[:, 1:], [-1])
 
     def _narrow(self, flat: tf.Tensor) -> tf.Tensor:
         if self.options.half:
@@ -139,7 +161,8 @@ class DelayReducer(BucketReducer):
         return tf.cast(flat, tf.float32) if flat.dtype in NARROW else flat
 
     def _reduce_slice(self, bucket: Bucket, started: Started, order: tf.Tensor, good: tf.Tensor,
-                      lr: tf.Tensor) -> tf.Tensor:
+                      lr: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | None]:
+        """This rank's slice of the bucket, reduced, and MeanSquare after it."""
         by_part = [started[bucket.index, part].received for part in range(self.parts)]
         rows = by_part[0]
         if self.parts > 1:  # by rank and then by part
@@ -153,13 +176,23 @@ class DelayReducer(BucketReducer):
             rows, order, good, lr / (self.collectives.size * self.parts),
             before, self.settings,
             1.0 if mean_of_parts else float(self.parts), divisor)
-        if kept is not None and self.collectives.elastic:
-            kept[first:end].assign(after)
-        elif kept is not None:
-            kept.assign(after)
-        return tf.cast(total, tf.as_dtype(bucket.kind.dtype))
+        return tf.cast(total, tf.as_dtype(bucket.kind.dtype)), after
 
-    def _gather(self, own: tf.Tensor, bucket: Bucket) -> tf.Tensor:
+    def _keep(self, bucket: Bucket, after: tf.Tensor | None, good: tf.Tensor) -> None:
+        """Let MeanSquare be what a step has made of it; what it was, unless the step was good."""
+        if after is None:
+            return
+        kept = self.mean_square[bucket.index]
+        first, end = self._own(bucket) if self.collectives.elastic else (0, None)
+        if self._fixed:  # otherwise the kernel has known it
+            after = tf.where(good, after, kept.read_value()[first:end])
+        if self.collectives.elastic:
+            kept[first:end].assign(after)
+        else:
+            kept.assign(after)
+
+    def _gather(self, reduced: tuple[tf.Tensor, tf.Tensor | None], bucket: Bucket) -> tf.Tensor:
+        own, _ = reduced
         if self.collectives.size == 1:
             return own
         gathered = self.collectives.allgather(

@@ -110,6 +110,9 @@ class Reducer(abc.ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} cannot be used with late=: it has no start_all()")
 
+    def advance(self) -> None:  # noqa: B027
+        """Let an exchange under way go on as far as it can without waiting; called during backward passes."""
+
     def flush(self) -> bool:
         """Put gradients that are late, if any, into ``parameter.grad``; whether there are, to be applied."""
         return False

@@ -10,7 +10,7 @@ import abc
 import itertools
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,10 +31,37 @@ from hvd_ext.options import Options
 from hvd_ext.torch.collectives import SHARED_ERRORS, Collectives, Handle, abandon
 from hvd_ext.torch.reducers.base import Entry, Reducer
 
-_HOLDERS: weakref.WeakValueDictionary[str, BucketReducer] = weakref.WeakValueDictionary()
+Holders = weakref.WeakValueDictionary[tuple[int, str], "BucketReducer"]
+_HOLDERS: Holders = Holders()  # of names, by process set
+_ASKING: Holders = Holders()
 
 Started = Mapping[tuple[int, int], Any]
 """What ``start`` returned, by (number of the bucket, part of the step)."""
+
+
+class Asked:
+    """A few numbers of each rank and what it was given, on their way to all."""
+
+    def __init__(self, collectives: Collectives, number: int, values: Sequence[float], name: str) -> None:
+        row = torch.from_numpy(pack_row(number, values))
+        self._found = unpack_rows(row.numpy()) if collectives.size == 1 else None
+        self._handle = None if self._found else collectives.allgather_async(row, name, kind="agreement")
+
+    def done(self) -> bool:
+        """Whether ``read()`` would not wait."""
+        return self._handle is None or self._handle.done()
+
+    def read(self) -> tuple[list[int], list[list[float]]]:
+        """Every rank's fingerprint and numbers, by rank."""
+        if self._found is None:
+            assert self._handle is not None
+            handle, self._handle = self._handle, None
+            self._found = unpack_rows(handle.wait().numpy())
+        return self._found
+
+    def under_way(self) -> list[Handle]:
+        """The collective, until it has been waited for."""
+        return [] if self._handle is None else [self._handle]
 
 
 class BucketReducer(Reducer):
@@ -57,6 +84,8 @@ class BucketReducer(Reducer):
         self._buffers: dict[tuple[int, int], torch.Tensor] = {}
         self._filled: dict[tuple[int, int], set[Entry]] = {}
         self._started: dict[tuple[int, int], Any] = {}
+        self._back: dict[int, Any] = {}  # by bucket: the second half of an exchange that has two
+        self._asked: Asked | None = None  # about the step under way
         self._sparse: set[Entry] = set()
         self._devices: list[torch.device] = []
         self._fingerprint: tuple[tuple[int, int], Fingerprint] | None = None
@@ -150,13 +179,18 @@ class BucketReducer(Reducer):
         Two models of the same shapes may both have gradients on their way; ranks run them in the same
         order and so choose the same names.
         """
-        base = self.options.prefix + (f".after{len(SHARED_ERRORS)}" if SHARED_ERRORS else "")
-        for name in itertools.chain([base], (f"{base}.{k}" for k in itertools.count(1))):
-            holder = _HOLDERS.get(name)
-            if holder is None or holder is self or not holder._started:
-                _HOLDERS[name] = self
-                self.prefix = name
-                return
+        self.prefix = self._claim(self.options.prefix, _HOLDERS, lambda holder: bool(holder._started))
+
+    def _claim(self, base: str, holders: Holders, busy: Callable[[BucketReducer], bool]) -> str:
+        """The first of ``base``, ``base.1``, ... that no other reducer of these ranks is busy under."""
+        base += f".after{len(SHARED_ERRORS)}" if SHARED_ERRORS else ""
+        for number in itertools.count():
+            key = (self.collectives.process_set.process_set_id, f"{base}.{number}" if number else base)
+            holder = holders.get(key)
+            if holder is None or holder is self or not busy(holder):
+                break
+        holders[key] = self
+        return key[1]
 
     def _start(self, bucket: Bucket, part: int) -> None:
         if not self._started:
@@ -232,26 +266,34 @@ class BucketReducer(Reducer):
             self._fingerprint = key, Fingerprint(tuple(lines))
         return self._fingerprint[1]
 
-    def agree(self, values: Sequence[float]) -> list[list[float]]:
-        """Exchange a few numbers per rank; every rank's, by rank.
+    def ask(self, values: Sequence[float]) -> None:
+        """Start to exchange a few numbers per rank, once a step; ``answers`` waits for them.
 
         Its name is that of the method alone, so that ranks whose models differ meet here.
+        """
+        name = self._claim(f"{self.settings.label}/agree", _ASKING, lambda one: one._asked is not None)
+        self._asked = Asked(self.collectives, self.fingerprint().number, values, name)
+
+    def answers(self) -> list[list[float]]:
+        """Every rank's numbers, by rank.
 
         Raises:
             ValueError: on every rank, when their parameters or settings differ.
         """
-        if self.collectives.size == 1:
-            return [[float(value) for value in values]]
-        mine = self.fingerprint()
-        row = torch.from_numpy(pack_row(mine.number, values))
-        gathered = self.collectives.allgather_async(row, f"{self.settings.label}/agree", kind="agreement")
-        numbers, rows = unpack_rows(gathered.wait().numpy())
+        assert self._asked is not None
+        numbers, rows = self._asked.read()
         if any(number != numbers[0] for number in numbers):
             raise self.disagree(disagreement(
                 "the ranks do not train the same parameters in the same way",
-                self.collectives.allgather_object(mine.lines, f"{self.settings.label}/disagreement"),
+                self.collectives.allgather_object(self.fingerprint().lines,
+                                                  f"{self.settings.label}/disagreement"),
                 "Build the same model and optimizer on every rank"))
         return rows
+
+    def agree(self, values: Sequence[float]) -> list[list[float]]:
+        """Exchange a few numbers per rank: ``ask``, and wait for the ``answers``."""
+        self.ask(values)
+        return self.answers()
 
     def disagree(self, message: str) -> ValueError:
         """The error for what ``agree`` has shown; every rank must raise it."""
@@ -264,13 +306,16 @@ class BucketReducer(Reducer):
             abandon(self.under_way())
             self._buffers = {}
         self._started.clear()
+        self._back.clear()
+        self._asked = None
 
     def under_way(self) -> list[Handle]:
         found = []
-        for one in self._started.values():
+        first = [one for (index, _), one in self._started.items() if index not in self._back]
+        for one in (*first, *self._back.values()):
             found += [part for part in (one if isinstance(one, tuple) else (one,))
                       if isinstance(part, Handle)]
-        return found
+        return found + (self._asked.under_way() if self._asked else [])
 
     def bytes_held(self) -> int:
         """Bytes of flat buffers and of state between steps."""

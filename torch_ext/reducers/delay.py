@@ -4,16 +4,21 @@ Of every bucket rank s receives slice s of every rank's gradient (alltoall, duri
 pass); the ranks exchange the lengths of their steps, from which all derive the same order; each
 runs the recursion on its slice, and the reduced slices are gathered. Out and back together move
 ``2 (M-1)/M`` of the bucket's bytes, what a ring allreduce moves.
+
+Where the order is known before the backward pass ends, a bucket that has arrived goes back at once.
 """
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
+from horovod.common.exceptions import HorovodInternalError
 
 from hvd_ext.buckets import Bucket, Kind, Slot, check_message, slice_sizes
 from hvd_ext.delay.config import DelayCompensated
@@ -21,7 +26,7 @@ from hvd_ext.delay.slices import VirtualWorker, application_order, usable
 from hvd_ext.options import Options
 from hvd_ext.torch.collectives import Collectives, Handle
 from hvd_ext.torch.reducers.base import Entry
-from hvd_ext.torch.reducers.buckets import BucketReducer, Started
+from hvd_ext.torch.reducers.buckets import Asked, BucketReducer, Started
 from hvd_ext.torch.reducers.delay_kernels import (
     Recursion,
     accumulation_dtype,
@@ -40,6 +45,17 @@ class Sent(NamedTuple):
     handle: Handle | None
 
 
+@dataclass
+class Progress:
+    """How far a step's exchange is, and what all its buckets have in common, whenever each goes back."""
+
+    order: list[VirtualWorker] | None = None  # None until it is known
+    good: bool | None = None  # all gradients are finite; None until it is known
+    rates: dict[int, float] = field(default_factory=dict)  # by bucket
+    loss_scale: float | None = None
+    drafts: dict[int, torch.Tensor] = field(default_factory=dict)  # MeanSquare as it will be if good
+
+
 class DelayReducer(BucketReducer):
     """The reducer of ``op=hvd.DelayCompensated(...)``.
 
@@ -49,8 +65,7 @@ class DelayReducer(BucketReducer):
 
     settings: DelayCompensated
 
-    def __init__(self, collectives: Collectives, settings: DelayCompensated,
-                 options: Options) -> None:
+    def __init__(self, collectives: Collectives, settings: DelayCompensated, options: Options) -> None:
         super().__init__(collectives, settings, options)
         self.unusable_steps = 0
         self.mean_square: dict[int, torch.Tensor] = {}
@@ -58,6 +73,9 @@ class DelayReducer(BucketReducer):
         self._receive: dict[tuple[int, int], torch.Tensor] = {}
         self._spare: dict[Entry, torch.Tensor] = {}
         self._present: set[int] = set()
+        self._step = Progress()
+        self._former: dict[int, torch.Tensor] = {}  # MeanSquare before the last step: memory for the next
+        self._advancing = threading.Lock()  # autograd has a thread for each device
 
     # Planning and filling
 
@@ -89,6 +107,19 @@ class DelayReducer(BucketReducer):
         return self.collectives.size * self.parts == 1
 
     @property
+    def _fixed(self) -> bool:
+        """Whether the order is that of the ranks, whatever their gradients are."""
+        return self.settings.order == "rank" and self.parts == 1
+
+    @property
+    def _foreknown(self) -> bool:
+        """Whether the order is known before the gradients are, of ranks that agree on the rest."""
+        from hvd_ext.torch.uneven_data import active  # which imports the wrapper, and that this
+
+        return (self._fixed and self.met == (len(self.entries), self.passes)
+                and self._ranks == self.collectives.size and not active())
+
+    @property
     def _keeps_own(self) -> bool:
         """Whether this rank's own slice does not pass through the alltoall.
 
@@ -106,6 +137,7 @@ class DelayReducer(BucketReducer):
         self._present.add(pass_number - 1 if self.parts > 1 else 0)
         if not self._alone:
             super().gradient_ready(entry, passes_done, pass_number)
+            self.advance()
 
     def fill(self, entry: Entry, bucket: Bucket, slot: Slot, part: int) -> None:
         super().fill(entry, bucket, slot, part)
@@ -117,6 +149,10 @@ class DelayReducer(BucketReducer):
                 entry.parameter.grad = None
 
     def start(self, bucket: Bucket, part: int, flat: torch.Tensor) -> Sent:
+        if not self._started and self._foreknown:
+            self._step.order = [VirtualWorker(rank, 0, 0.0) for rank in range(self.collectives.size)]
+            for one in self.buckets:
+                self._rate(one)
         if self.collectives.size == 1:
             return Sent(square_norm(flat), None)
         name = f"{self.prefix}/bucket{bucket.index}" + (f"/part{part}" if part else "")
@@ -126,14 +162,29 @@ class DelayReducer(BucketReducer):
         if self._keeps_own:
             own, splits[self.collectives.rank] = splits[self.collectives.rank], 0
             sent = flat[own:] if self.collectives.rank == 0 else flat[:bucket.numel - own]
-        return Sent(square_norm(flat),
-                    self.collectives.alltoall_async(sent, splits, name, out=memory))
+        return Sent(square_norm(flat), self.collectives.alltoall_async(sent, splits, name, out=memory))
+
+    def advance(self) -> None:
+        """Start the second half of buckets that have arrived, where the order is known. Never waits.
+
+        Ranks may start others here, or none, and the rest in ``finish()``: the result is the same.
+        """
+        if not self._advancing.acquire(blocking=False):
+            return
+        try:
+            if self._step.order is None and self._asked is not None and self._asked.done():
+                self._settle_if_agreed(self._asked)
+            self._go_back(wait=False)
+        finally:
+            self._advancing.release()
 
     # At the end of the step
 
     def start_all(self) -> None:
         if not self._alone:
             super().start_all()
+            if self._asked is None:
+                self.ask([*(self._rate(bucket) for bucket in self.buckets), *self._squares()])
 
     def finish(self) -> bool:
         self._check_ranks()
@@ -143,110 +194,148 @@ class DelayReducer(BucketReducer):
         return super().finish()
 
     def complete(self, started: Started) -> tuple[list[torch.Tensor], bool]:
-        workers = self._workers(started)
-        good = usable(workers)
-        order = application_order(workers, self.settings.order if good else "rank")
-        gathering = [self._reduce_slice(bucket, started, order, good) for bucket in self.buckets]
+        self._go_back(wait=False)
+        rows = self.answers()
+        if not self._settle(rows):
+            self._go_back(wait=True)  # others may have begun to: no rank is left waiting
+            by_rank = [tuple(dict.fromkeys(row[:-self.parts])) for row in rows]
+            raise self.disagree(
+                "the ranks' learning rates differ at this step, which DelayCompensated needs to be the "
+                f"same: {by_rank} by rank. Give every rank the same schedule, and load the same checkpoint")
+        good = bool(self._step.good)
+        self._go_back(wait=True, in_place=good)
+        gathering = [self._back[bucket.index] for bucket in self.buckets]
         reduced = [one.wait() if isinstance(one, Handle) else one for one in gathering]
+        if good:
+            drafts, kept = self._step.drafts, self.mean_square
+            self._former = {index: kept[index] for index in drafts if index in kept}
+            kept.update(sorted(drafts.items()))
         for entry, gradient in self._spare.items():
             if entry.parameter.grad is None:
                 entry.parameter.grad = gradient
         self.steps += good
         self.unusable_steps += not good
-        return reduced, True  # gradients that are not finite reach every rank as their plain mean
+        return reduced, True  # gradients that are not finite reach every rank in their entries
 
-    def _workers(self, started: Started) -> list[VirtualWorker]:
-        """All ranks' virtual workers of this step, with the squared lengths of their steps."""
-        lrs = {bucket.index: self._lr(bucket) for bucket in self.buckets}
-        keys = sorted(started)
-        norms = torch.stack([started[key].square.double().cpu() for key in keys]).tolist() if keys else []
+    def _squares(self) -> list[float]:
+        """The squared lengths of the steps of this rank's workers."""
+        keys = sorted(self._started)
+        norms = [self._started[key].square.double().cpu() for key in keys]
         squares = [0.0] * self.parts
-        for (index, part), norm in zip(keys, norms, strict=True):
-            squares[part] += lrs[index] ** 2 * norm
+        for (index, part), norm in zip(keys, torch.stack(norms).tolist() if keys else (), strict=True):
+            squares[part] += self._step.rates[index] ** 2 * norm
         if self.parts > 1 or self.absent:
             squares = [s if part in self._present else ABSENT for part, s in enumerate(squares)]
-        rates = [lrs[index] for index in sorted(lrs)]
-        rows = self.agree([*rates, *squares])
-        if any(row[:len(rates)] != rows[0][:len(rates)] for row in rows):
-            by_rank = [tuple(dict.fromkeys(row[:len(rates)])) for row in rows]
-            raise self.disagree(
-                "the ranks' learning rates differ at this step, which DelayCompensated needs to be the "
-                f"same: {by_rank} by rank. Give every rank the same schedule, and load the same checkpoint")
-        return [VirtualWorker(rank, part, square) for rank, row in enumerate(rows)
-                for part, square in enumerate(row[len(rates):]) if square != ABSENT]
+        return squares
 
-    def _reduce_slice(self, bucket: Bucket, started: Started, order: list[VirtualWorker],
-                      good: bool) -> Handle | torch.Tensor:
+    def _settle_if_agreed(self, asked: Asked) -> None:
+        numbers, rows = asked.read()
+        if len(set(numbers)) == 1:  # else finish() raises
+            self._settle(rows)
+
+    def _settle(self, rows: Sequence[Sequence[float]]) -> bool:
+        """Take the order from what the ranks have told, if they have the same learning rates."""
+        if any(row[:-self.parts] != rows[0][:-self.parts] for row in rows):
+            return False
+        workers = [VirtualWorker(rank, part, square) for rank, row in enumerate(rows)
+                   for part, square in enumerate(row[-self.parts:]) if square != ABSENT]
+        good = self._step.good = usable(workers)
+        self._step.order = application_order(workers, self.settings.order if good else "rank")
+        return True
+
+    def _go_back(self, *, wait: bool, in_place: bool = False) -> None:
+        """Reduce and gather buckets that have arrived, or all that are started, if the order is known."""
+        if (order := self._step.order) is None:
+            return
+        try:
+            for bucket in self.buckets:
+                sent = [self._started.get((bucket.index, part)) for part in range(self.parts)]
+                if bucket.index in self._back or None in sent:
+                    continue
+                if wait or all(one.handle is None or one.handle.done() for one in sent):
+                    self._back[bucket.index] = self._reduce_slice(bucket, sent, order, in_place)
+        except BaseException:
+            self._step.order = None  # nothing goes on after it
+            raise
+
+    def _reduce_slice(self, bucket: Bucket, sent: Sequence[Any], order: Sequence[VirtualWorker],
+                      in_place: bool) -> Handle | torch.Tensor:
         """Reduce this rank's slice of a bucket and start gathering it."""
         ranks = self.collectives.size
         if ranks > 1:
             rank, sizes = self.collectives.rank, slice_sizes(bucket.numel, ranks)
             slices = []  # by part and rank
-            for part in range(self.parts):
-                received = started[bucket.index, part].handle.wait()
-                rows = list(received.view(ranks - self._keeps_own, sizes[rank]).unbind())
+            for part, one in enumerate(sent):
+                rows = list(one.handle.wait().view(ranks - self._keeps_own, sizes[rank]).unbind())
                 if self._keeps_own:
                     rows.insert(rank, self.buffer(bucket, part).split(sizes)[rank])
                 slices.append(rows)
-            # What was sent has arrived: its memory serves for the result.
-            out = self.buffer(bucket).split(sizes)[rank]
+            out = self.buffer(bucket).split(sizes)[rank]  # what was sent has arrived: its memory is free
         else:
             slices = [[self.buffer(bucket, part)] for part in range(self.parts)]
             out = self._receive.setdefault((bucket.index, 0), torch.empty_like(slices[0][0]))
         rows = [slices[w.part][w.rank] for w in order]
         if not rows:
             out.zero_()
-        elif good:
-            compensated_sum(rows, self._recursion(bucket), self._mean_square(bucket, out), out)
+        elif self._fixed or self._step.good:  # a fixed order does not wait to know whether it is good
+            compensated_sum(rows, self._recursion(bucket), self._mean_square(bucket, out, in_place), out)
         else:
             plain_sum(rows, out, self._mean_of)
-        if ranks == 1:
-            return out
-        return self.collectives.allgather_async(
+        return out if ranks == 1 else self.collectives.allgather_async(
             out, f"{self.prefix}/bucket{bucket.index}/reduced", out=self._receive[bucket.index, 0])
 
-    def _lr(self, bucket: Bucket) -> float:
-        """The learning rate of the bucket's parameter group at this step."""
-        lr = self.entries[bucket.slots[0].index].group.get("lr")
-        if lr is None:
-            raise ValueError(
-                "DelayCompensated needs the learning rate of every parameter group, and "
-                f"group {bucket.kind.group} has no 'lr'; wrap an optimizer that has one"
-            )
-        return float(lr)
+    def _rate(self, bucket: Bucket) -> float:
+        """The learning rate of the bucket's parameter group, of when this step first asked for it."""
+        rates = self._step.rates
+        if bucket.index not in rates:
+            lr = self.entries[bucket.slots[0].index].group.get("lr")
+            if lr is None:
+                raise ValueError(
+                    "DelayCompensated needs the learning rate of every parameter group, and group "
+                    f"{bucket.kind.group} has no 'lr'; wrap an optimizer that has one")
+            rates[bucket.index] = float(lr)
+        return rates[bucket.index]
 
     def _recursion(self, bucket: Bucket) -> Recursion:
-        settings = self.settings
+        step = self._step
+        if step.loss_scale is None:
+            step.loss_scale = float(self.options.loss_scale())
         # Horovod averages over ranks and sums over backward passes; losses are divided by the
         # passes and multiplied by the loss scale. The workers' own gradients are without both.
-        return Recursion(step=self._lr(bucket) / (self._mean_of * self.parts),
-                         lam=settings.lam, adaptive=settings.keeps_mean_square,
-                         decay=settings.decay, eps=settings.eps,
-                         cumulative=settings.displacement == "cumulative",
-                         scale=self.parts / self.options.loss_scale(),
-                         divisor=self._mean_of)
+        return Recursion.of(self.settings, self._rate(bucket) / (self._mean_of * self.parts),
+                            scale=self.parts / step.loss_scale, divisor=self._mean_of)
 
     # State
 
-    def _mean_square(self, bucket: Bucket, like: torch.Tensor) -> torch.Tensor | None:
+    def _mean_square(self, bucket: Bucket, like: torch.Tensor, in_place: bool) -> torch.Tensor | None:
+        """What the recursion turns into MeanSquare after this step: MeanSquare itself, or a copy."""
         if not self.settings.keeps_mean_square:
             return None
-        if bucket.index not in self.mean_square:
-            self.mean_square[bucket.index] = torch.zeros(
-                like.shape, dtype=accumulation_dtype(like.dtype), device=like.device
-            )
-        return self.mean_square[bucket.index]
+        kept = self.mean_square.get(bucket.index)
+        if kept is None:
+            kept = torch.zeros(like.shape, dtype=accumulation_dtype(like.dtype), device=like.device)
+        if in_place:
+            self.mean_square[bucket.index] = kept
+            return kept
+        draft = self._former.pop(bucket.index, kept)
+        draft = torch.empty_like(kept) if draft is kept or draft.shape != kept.shape else draft
+        return self._step.drafts.setdefault(bucket.index, draft.copy_(kept))
 
     def _check_ranks(self) -> None:
         """After an elastic change of the number of ranks slices have moved: start MeanSquare anew."""
         if self._ranks != self.collectives.size:
             if self.mean_square:
-                warnings.warn(
-                    f"the number of ranks changed from {self._ranks} to {self.collectives.size}: "
-                    "DelayCompensated starts MeanSquare anew", stacklevel=4,
-                )
+                warnings.warn(f"the number of ranks changed from {self._ranks} to {self.collectives.size}: "
+                              "DelayCompensated starts MeanSquare anew", stacklevel=4)
             self.reset_per_rank_state()
             self._ranks = self.collectives.size
+
+    def drain(self) -> None:
+        with contextlib.suppress(HorovodInternalError, ValueError):  # as in what this overrides
+            if self._asked is not None:
+                self._settle_if_agreed(self._asked)
+            self._go_back(wait=True)  # others may have begun to, and wait for this rank
+        super().drain()
 
     def forget(self) -> None:
         if self._started:
@@ -254,13 +343,11 @@ class DelayReducer(BucketReducer):
         super().forget()
         self._present.clear()
         self._spare.clear()
+        self._step = Progress()
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "steps": self.steps,
-            "unusable_steps": self.unusable_steps,
-            "mean_square": {index: ms.clone() for index, ms in self.mean_square.items()},
-        }
+        return {**self.shared_state(), "mean_square": {
+            index: ms.clone() for index, ms in sorted(self.mean_square.items())}}
 
     def shared_state(self) -> dict[str, Any]:
         return {"steps": self.steps, "unusable_steps": self.unusable_steps}
@@ -293,21 +380,19 @@ class DelayReducer(BucketReducer):
             own = slice_sizes(bucket.numel, ranks)[self.collectives.rank] if bucket else None
             if bucket is None or ms.numel() != own:
                 raise ValueError(
-                    f"MeanSquare of bucket {index} has {ms.numel()} elements in the checkpoint and "
-                    f"{own} here: the model, bucket_bytes or groups differ; build the optimizer as "
-                    "it was saved, or pass reset_per_rank_state=True"
-                )
+                    f"MeanSquare of bucket {index} has {ms.numel()} elements in the checkpoint and {own} "
+                    "here: the model, bucket_bytes or groups differ; build the optimizer as it was saved, "
+                    "or pass reset_per_rank_state=True")
             loaded[index] = ms.to(self.parameter(bucket).device, copy=True)
         self.mean_square = loaded
-        self.steps = state["steps"]
-        self.unusable_steps = state["unusable_steps"]
+        self.load_shared_state(state)
 
     def reset_per_rank_state(self) -> None:
         self.mean_square = {}
         self.steps = self.unusable_steps = 0
 
     def bytes_held(self) -> int:
-        held = [*self._receive.values(), *self.mean_square.values()]
+        held = [*self._receive.values(), *self.mean_square.values(), *self._former.values()]
         return super().bytes_held() + sum(t.numel() * t.element_size() for t in held)
 
     def report(self) -> dict[str, Any]:

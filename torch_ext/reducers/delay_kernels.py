@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hvd_ext.delay.config import DelayCompensated
 from hvd_ext.torch import kernels
 
 # Elements a thread takes at a time on the CPU: the five arrays of the recursion stay in its cache.
@@ -34,6 +35,13 @@ class Recursion:
     cumulative: bool
     scale: float = 1.0
     divisor: float = 1.0
+
+    @classmethod
+    def of(cls, settings: DelayCompensated, step: float, *, scale: float, divisor: float) -> Recursion:
+        """The recursion of these settings."""
+        return cls(step=step, lam=settings.lam, adaptive=settings.keeps_mean_square, decay=settings.decay,
+                   eps=settings.eps, cumulative=settings.displacement == "cumulative", scale=scale,
+                   divisor=divisor)
 
     @property
     def strength(self) -> float:

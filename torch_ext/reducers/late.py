@@ -96,7 +96,8 @@ class LateReducer(Reducer):
         self.inner.build(entries)
 
     def gradient_ready(self, entry: Entry, passes_done: int, pass_number: int) -> None:
-        """What is on its way has the inner reducer's memory until the step."""
+        """What is on its way has the inner reducer's memory until the step, and goes on."""
+        self.inner.advance()
 
     # The step
 

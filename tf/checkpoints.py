@@ -137,7 +137,8 @@ def _describe(optimizer: Any) -> dict[str, Any]:
     """What a run that goes on must have in common."""
     wrapper = wrapper_of(optimizer)
     extensions = "no extension" if wrapper is None else ", ".join(
-        type(one).__name__ for one in (wrapper.reducer, wrapper.preconditioner) if one is not None)
+        getattr(one, "saved_as", type(one).__name__) for one in (wrapper.reducer, wrapper.preconditioner)
+        if one is not None)
     return {"front_end": "TensorFlow", "optimizer": type(optimizer).__name__, "extensions": extensions,
             "server": _server(optimizer)}
 
@@ -221,8 +222,10 @@ def _joined(optimizer: Any, found: Found, files: list[dict[str, Any]]) -> dict[s
     for number, variable in enumerate(known):
         reference, kind = references.get(id(as_tf(variable)), (None, ""))
         shape = tuple((variable if reference is None else reference).shape)
-        whole = [file[f"optimizer/{number}"] for file in files
-                 if f"optimizer/{number}" in file and file[f"optimizer/{number}"].shape == shape]
+        saved = [file[f"optimizer/{number}"] for file in files if f"optimizer/{number}" in file]
+        whole = [one for one in saved if one.shape == shape]
+        if not whole and sum(one.size for one in saved) == np.prod(shape):  # pieces, by rank
+            whole = [np.concatenate([one.ravel() for one in saved]).reshape(shape)]
         if not whole:
             raise ValueError(f"no file of {found.folder} has a state {number} of shape {shape} for "
                              f"{name_of(variable)}; build the model and optimizer that were saved")

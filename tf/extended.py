@@ -73,6 +73,10 @@ class Distributed:
         self._hvd_ext.step.update(super()._backend_update_step, grads, trainable_variables,
                                   learning_rate)
 
+    def _var_key(self, variable: Any) -> Any:
+        server = self._hvd_ext.server
+        return super()._var_key(variable if server is None else server.stand_ins.whole(variable))
+
     def scale_loss(self, loss: Any) -> Any:
         """The loss times ``loss_scale_factor``."""
         self._hvd_ext.loss_scaled_by(self)
@@ -104,8 +108,9 @@ class Distributed:
         server = self._hvd_ext.server
         accumulator = name == keras_store.ACCUMULATOR
         if server is None or accumulator or server.has_room(reference_variable):
-            made = super().add_variable_from_reference(reference_variable, name=name,
-                                                       initializer=initializer)
+            stand_in = None if server is None or accumulator else server.stand_ins.of(reference_variable)
+            made = super().add_variable_from_reference(
+                reference_variable if stand_in is None else stand_in, name=name, initializer=initializer)
         else:
             made = self.add_variable(shape=(0,), dtype=reference_variable.dtype,  # .h5: names are unique
                                      name=f"{name_of(reference_variable).replace('/', '_')}_{name}_elsewhere")

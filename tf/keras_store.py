@@ -51,6 +51,9 @@ def _value(optimizer: Any, variable: tf.Variable, collectives: Collectives, name
         return collectives.allreduce(variable.read_value(), f"{name}/accumulated").numpy()
     if server is None:
         return own
+    if reference is not None and server.is_cut(reference):
+        pieces = collectives.allgather(tf.reshape(variable, [-1]), f"{name}/pieces", kind="objects")
+        return pieces.numpy().reshape(tuple(reference.shape))
     owner = EVERY_RANK if reference is None else server.owner(reference)
     if owner == EVERY_RANK:
         everyone = collectives.allgather_object(own.tobytes(), f"{name}/identical")
@@ -204,12 +207,15 @@ def load_plain(optimizer: Any, store: Any) -> None:
         elsewhere = wrapper.server is not None and reference is not None \
             and kind != ACCUMULATOR and not wrapper.server.owns(reference)
         saved, here = np.asarray(store[str(number)]), as_tf(variable)
-        expected = tuple((reference if elsewhere else here).shape)
+        piece = None if wrapper.server is None or reference is None or kind == ACCUMULATOR \
+            else wrapper.server.stand_ins.piece(reference)
+        expected = tuple((reference if elsewhere or piece is not None else here).shape)
         if saved.shape != expected:
             raise ValueError(f"the file's state {number} is of shape {saved.shape}, that of "
                              f"{name_of(variable)} of {expected}: it is of another model or optimizer")
         if not elsewhere:
-            here.assign(saved)
+            here.assign(saved if piece is None
+                        else saved.reshape(-1)[piece.start : piece.stop].reshape(here.shape))
     for variable in list(optimizer.variables)[len(plain):]:
         as_tf(variable).assign(tf.zeros_like(as_tf(variable)))
     wrapper.stamp_rank()

@@ -11,19 +11,19 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import keras
 import tensorflow as tf
 
 from hvd_ext.buckets import Kind, TensorSpec, check_message, plan_buckets, split_groups
-from hvd_ext.servers import Message, Server, by_owner, orthogonalising_cost, owners, shares
+from hvd_ext.servers import Message, Server, by_owner, cut_evenly, held, owners, shares
 from hvd_ext.servers.ownership import EVERY_RANK
 from hvd_ext.tensorflow.collectives import Collectives, refuse_session_graphs
+from hvd_ext.tensorflow.pieces import StandIns, cuts, numel_of, unit_of, update_cost
 from hvd_ext.tensorflow.replies import EXACT, HELD, Replies, check_optimizer
 from hvd_ext.tensorflow.traffic import Cell, put_to_use
 from hvd_ext.tensorflow.uneven_data import EXTENDED
 from hvd_ext.tensorflow.variables import as_tf, name_of
 from hvd_ext.tensorflow.waiting import Waiting
-from hvd_ext.tensorflow.whole_weights import Broadcast, Gathered, Status, broadcasts, numel_of
+from hvd_ext.tensorflow.whole_weights import Broadcast, Gathered, Status, broadcasts
 
 
 class UpdateServer:
@@ -33,11 +33,12 @@ class UpdateServer:
         settings: of the server.
         collectives: the ranks.
         cost: what owners are balanced by, of a variable.
+        cut: whether they own pieces of variables, of equal size.
         groups: Horovod's ``groups=``: which variables share a message under "sharded".
     """
 
     def __init__(self, settings: Server, collectives: Collectives, cost: Callable[[Any], int],
-                 groups: Any = None) -> None:
+                 cut: bool, groups: Any = None) -> None:
         kind = settings.kind
         EXTENDED[self] = f"server={kind!r}"
         self.settings = settings
@@ -49,7 +50,9 @@ class UpdateServer:
         self.served: list[Any] = []
         self.messages: list[Message] = []  # under "sharded", of served variables by number
         self.zero = Cell(1)
+        self.stand_ins = StandIns()
         self._cost = cost
+        self._cut = cut
         self._groups = groups
         self._numbers: dict[int, int] = {}  # of variables that have a place in a message
         self._waiting = Waiting(f"the weights under server={kind!r}")
@@ -73,20 +76,29 @@ class UpdateServer:
 
     def _plan_messages(self, served: Sequence[Any], assigned: Sequence[int]) -> None:
         """Under "sharded": the buckets that gradients go to owners in, and weights come back in."""
-        self.served, self.messages, self._numbers = list(served), [], {}
+        self.served, self.messages, self._numbers, self.stand_ins = list(served), [], {}, StandIns()
         if self.kind != "sharded":
             return
         specs = [TensorSpec(name_of(one), tuple(one.shape), as_tf(one).dtype.size,
                             Kind(as_tf(one).dtype.name)) for one in served]
         empty = {number for number, spec in enumerate(specs) if not spec.numel}
+        units = {number: unit_of(spec.shape) for number, spec in enumerate(specs) if len(spec.shape) == 2}
         groups = split_groups(self._groups, served, key=lambda one: id(as_tf(one)))
         for bucket in plan_buckets(specs, groups=groups):
             check_message(bucket, specs, 'server="sharded"')
-            message = by_owner(bucket, dict(enumerate(assigned)), self.collectives.size).without(empty)
-            if message.numel:
-                self.messages.append(message)
-                self._numbers.update({id(as_tf(served[piece.index])): piece.index
-                                      for piece in message.pieces})
+            ranks = self.collectives.size
+            message = (cut_evenly(bucket, ranks, units) if self._cut else
+                       by_owner(bucket, dict(enumerate(assigned)), ranks)).without(empty)
+            if not message.numel:
+                continue
+            self.messages.append(message)
+            for rank, part in enumerate(message.parts):
+                for piece in part:
+                    variable = served[piece.index]
+                    self._numbers[id(as_tf(variable))] = piece.index
+                    self.owners[id(as_tf(variable))] = rank
+                    if rank == self.collectives.rank and piece.numel < numel_of(variable):
+                        self.stand_ins.make(variable, piece)
 
     def travels(self, variable: Any) -> bool:
         """Whether the variable has a place in a message of "sharded"."""
@@ -127,12 +139,19 @@ class UpdateServer:
         return self.collectives.elastic or self.owns(variable)
 
     def owns(self, variable: Any) -> bool:
-        """Whether this rank keeps the variable's part of the optimizer's state."""
-        return self.owner(variable) in (self.collectives.rank, EVERY_RANK)
+        """Whether this rank keeps the variable's part of the optimizer's state, or a piece of it."""
+        return (self.owner(variable) in (self.collectives.rank, EVERY_RANK)
+                or self.stand_ins.of(variable) is not None)
 
     def owner(self, variable: Any) -> int:
-        """The rank that updates the variable, or ``EVERY_RANK``."""
+        """The rank that updates the variable, of one that is cut its last piece, or ``EVERY_RANK``."""
         return self.owners[id(as_tf(variable))]
+
+    def is_cut(self, variable: Any) -> bool:
+        """Whether several ranks own pieces of the variable."""
+        number = self._numbers.get(id(as_tf(variable)))
+        return self._cut and number is not None and sum(
+            piece.index == number for message in self.messages for piece in message.pieces) > 1
 
     def update(self, update: Callable[[Sequence[Any], Sequence[Any]], None],
                gradients: Sequence[Any], variables: Sequence[Any], prefix: str) -> None:
@@ -151,6 +170,7 @@ class UpdateServer:
         try:
             if replies is not None:
                 before = replies.begin()
+            mine = [self.stand_ins.show(gradient, variable) for gradient, variable in mine]
             if mine:
                 update([gradient for gradient, _ in mine], [variable for _, variable in mine])
         except Exception as error:  # the others wait for this rank's weights: tell them
@@ -205,7 +225,7 @@ class UpdateServer:
     def _plan_of(self, variables: Sequence[Any]) -> list[Broadcast] | list[Gathered]:
         """The messages that bring the weights of variables, the same on every rank."""
         if self.kind == "sharded":
-            return [Gathered(message, self.served) for message in self.messages_of(variables)]
+            return [Gathered(message, self.served, self.stand_ins) for message in self.messages_of(variables)]
         return broadcasts([one for one in variables if self.owner(one) != EVERY_RANK], self.owner)
 
     def _name_of(self, number: int, message: Broadcast | Gathered) -> str:
@@ -248,12 +268,13 @@ class UpdateServer:
     def report(self, kept: Sequence[tf.Variable]) -> dict[str, Any]:
         """Where the update runs, and what of it this rank keeps; ``kept`` is its state."""
         numels = [self.numels[key] for key in self.numels]
-        held = shares([self.owners[key] for key in self.numels], numels, self.collectives.size)
+        owned = held(self.messages, self.collectives.size) if self.kind == "sharded" else shares(
+            [self.owners[key] for key in self.numels], numels, self.collectives.size)
         return {
             "where": self.kind,
-            "owned_elements": held[self.collectives.rank],
+            "owned_elements": owned[self.collectives.rank],
             "elements": sum(numels),
-            "largest_share": max(held, default=0),
+            "largest_share": max(owned, default=0),
             **state_bytes(kept),
             **({} if self.replies is None else {"reply": self.replies.report()}),
         }
@@ -283,13 +304,6 @@ def _broadcast_from(owner: int) -> Callable[[tf.Tensor, Collectives, str], tf.Te
     return lambda given, collectives, name: collectives.broadcast(given, owner, name)
 
 
-def update_cost(optimizer: Any, variable: Any) -> int:
-    """What owners are balanced by: elements; the cost of orthogonalising where Muon does that."""
-    if isinstance(optimizer, keras.optimizers.Muon) and not optimizer._should_use_adamw(variable):
-        return orthogonalising_cost(tuple(variable.shape))
-    return numel_of(variable)
-
-
 def make_server(server: Server | None, optimizer: Any, collectives: Collectives,
                 groups: Any = None) -> UpdateServer | None:
     """The server of a ``server=`` argument; None where every rank applies the update.
@@ -306,4 +320,5 @@ def make_server(server: Server | None, optimizer: Any, collectives: Collectives,
     if optimizer.built:
         raise ValueError(f"server={kind!r} with an optimizer that has state already: make a new "
                          "one, or load the model with hvd.load_model(..., server=...)")
-    return UpdateServer(server, collectives, functools.partial(update_cost, optimizer), groups)
+    return UpdateServer(server, collectives, functools.partial(update_cost, optimizer),
+                        cuts(server, optimizer, collectives), groups)

@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from hvd_ext.servers import Message
 from hvd_ext.tensorflow.collectives import Collectives
+from hvd_ext.tensorflow.pieces import StandIns, numel_of
 from hvd_ext.tensorflow.variables import as_tf
 
 SMALL_BYTES = 2**16  # weights of at most so many bytes travel together; larger ones are not copied
@@ -39,7 +40,7 @@ class Broadcast:
             return tf.raw_ops.Empty(shape=shape, dtype=self.dtype, init=False)
         if not self.packed:
             return as_tf(self.inside[0]).read_value()
-        return _joined(self.inside, status(self.dtype))
+        return _joined([as_tf(one).read_value() for one in self.inside], status(self.dtype))
 
     def send(self, given: tf.Tensor, collectives: Collectives, name: str) -> tf.Tensor:
         """The owner's tensor."""
@@ -67,16 +68,22 @@ class Gathered:
     """A bucket of which every rank sends what it owns, with a status behind it.
 
     Attributes:
-        message: which variables, by number, are whose.
+        message: which pieces of variables, by number, are whose.
         variables: all that are served.
+        stand_ins: hold the pieces that this rank owns in part.
     """
 
     message: Message
     variables: Sequence[Any]
+    stand_ins: StandIns
 
     def give(self, rank: int, status: Callable[[tf.DType], tf.Tensor]) -> tf.Tensor:
         """This rank's part."""
-        return _joined(self._inside(rank), status(tf.as_dtype(self.message.kind.dtype)))
+        own = [self.variables[piece.index] for piece in self.message.parts[rank]]
+        held = [self.stand_ins.of(one) for one in own]
+        return _joined([as_tf(one if stand_in is None else stand_in).read_value()
+                        for one, stand_in in zip(own, held, strict=True)],
+                       status(tf.as_dtype(self.message.kind.dtype)))
 
     def send(self, given: tf.Tensor, collectives: Collectives, name: str) -> tf.Tensor:
         """All ranks' parts, one after another."""
@@ -89,18 +96,22 @@ class Gathered:
         return [(rank, sent[end]) for rank, end in enumerate(ends)]
 
     def take(self, sent: tf.Tensor, rank: int) -> None:
-        """Write the others' weights into the variables."""
+        """Write the owners' weights into the variables."""
         sizes = [numel for part in self.message.parts for numel in (*(piece.numel for piece in part), 1)]
-        pieces = iter(tf.split(sent, sizes))
-        for owner in range(len(self.message.parts)):
-            for variable in self._inside(owner):
-                piece = next(pieces)
-                if owner != rank:
-                    as_tf(variable).assign(tf.reshape(piece, variable.shape))
-            next(pieces)  # the status
-
-    def _inside(self, rank: int) -> list[Any]:
-        return [self.variables[piece.index] for piece in self.message.parts[rank]]
+        values = iter(tf.split(sent, sizes))
+        pieces: dict[int, list[tf.Tensor]] = {}
+        own = set()
+        for owner, part in enumerate(self.message.parts):
+            for piece in part:
+                pieces.setdefault(piece.index, []).append(next(values))
+                if owner == rank and piece.numel == numel_of(self.variables[piece.index]):
+                    own.add(piece.index)  # up to date already
+            next(values)  # the status
+        for index, parts in pieces.items():
+            if index not in own:
+                variable = self.variables[index]
+                as_tf(variable).assign(tf.reshape(tf.concat(parts, axis=0) if len(parts) > 1 else parts[0],
+                                                  variable.shape))
 
 
 def broadcasts(variables: Sequence[Any], owner_of: Callable[[Any], int]) -> list[Broadcast]:
@@ -120,10 +131,5 @@ def broadcasts(variables: Sequence[Any], owner_of: Callable[[Any], int]) -> list
     return plan
 
 
-def _joined(variables: Sequence[Any], status: tf.Tensor) -> tf.Tensor:
-    return tf.concat([*(tf.reshape(as_tf(one).read_value(), [-1]) for one in variables), status], axis=0)
-
-
-def numel_of(variable: Any) -> int:
-    """How many elements a variable has."""
-    return int(tf.TensorShape(variable.shape).num_elements())
+def _joined(values: Sequence[tf.Tensor], status: tf.Tensor) -> tf.Tensor:
+    return tf.concat([*(tf.reshape(one, [-1]) for one in values), status], axis=0)

@@ -148,7 +148,8 @@ def _describe(optimizer: Any) -> dict[str, Any]:
     """What a run that goes on must have in common."""
     wrapper = getattr(optimizer, "_hvd_ext", None)
     extensions = "no extension" if wrapper is None else ", ".join(
-        type(one).__name__ for one in (wrapper.reducer, wrapper.preconditioner) if one is not None)
+        getattr(one, "saved_as", type(one).__name__) for one in (wrapper.reducer, wrapper.preconditioner)
+        if one is not None)
     return {"front_end": "PyTorch", "optimizer": type(optimizer).__name__, "extensions": extensions,
             "server": _server(optimizer)}
 

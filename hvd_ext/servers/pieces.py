@@ -75,17 +75,21 @@ class Message:
         return _laid_out(self.index, self.kind, kept)
 
 
-def cut_evenly(bucket: Bucket, ranks: int) -> Message:
+def cut_evenly(bucket: Bucket, ranks: int, units: Mapping[int, int] | None = None) -> Message:
     """A bucket whose elements are dealt to the ranks in slices of nearly equal size.
 
     A tensor is cut at multiples of ``ALIGNED`` elements only: an update of a piece then goes through
     the processor's vector units as that of the whole tensor does, and gives the same bits.
+
+    Args:
+        units: for tensors, by number, that are cut at multiples of something else, such as their rows.
     """
+    units = units or {}
     parts: list[list[Piece]] = []
     begin = ideal = 0
     for size in slice_sizes(bucket.numel, ranks):
         ideal += size
-        end = _aligned(bucket, ideal)
+        end = _aligned(bucket, ideal, units)
         part = []
         for slot in bucket.slots:
             start, stop = max(begin, slot.offset), min(end, slot.offset + slot.numel)
@@ -96,12 +100,12 @@ def cut_evenly(bucket: Bucket, ranks: int) -> Message:
     return _laid_out(bucket.index, bucket.kind, parts)
 
 
-def _aligned(bucket: Bucket, position: int) -> int:
+def _aligned(bucket: Bucket, position: int, units: Mapping[int, int]) -> int:
     """The place near ``position`` at which a bucket may be cut."""
     for slot in bucket.slots:
-        inside = position - slot.offset
+        inside, unit = position - slot.offset, units.get(slot.index, ALIGNED)
         if 0 < inside < slot.numel:
-            return slot.offset + min(slot.numel, ALIGNED * round(inside / ALIGNED))
+            return slot.offset + min(slot.numel, unit * round(inside / unit))
     return position
 
 

@@ -16,7 +16,7 @@ from tests.tensorflow import made, training  # noqa: E402
 
 pytestmark = pytest.mark.ranks
 
-SHAPES = [(40, 30), (7,), (8, 5, 3), (), (0, 3), (300,), (2, 300)]
+SHAPES = [(40, 32), (7,), (8, 5, 3), (), (0, 3), (300,), (2, 300)]
 OPTIMIZERS = {
     "sgd": lambda: keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True),
     "adamw": lambda: keras.optimizers.AdamW(0.05, weight_decay=0.1),
@@ -199,3 +199,121 @@ def test_muon_orthogonalises_only_what_a_rank_owns(ranks):
     shared = [found["sharded"][1] for found in by_rank]
     assert sorted(shared[0] + shared[1]) == sorted(every)
     assert [(64, 64)] in shared  # balanced by the cost of it, not by elements: the vector has the most
+
+
+def wide_model(tokens=False):
+    """Of variables that are larger than a rank's share."""
+    keras.utils.set_random_seed(7)
+    first = [keras.layers.Embedding(60, 128), keras.layers.Flatten()] if tokens else [
+        keras.layers.Dense(40, activation="tanh"), keras.layers.Dense(128, activation="tanh")]
+    return keras.Sequential([keras.Input((5,), dtype="int32" if tokens else "float32"), *first,
+                             keras.layers.Dense(3)])
+
+
+def pieces(name, tokens, **options):
+    """Weights after ``model.fit``, the shapes of what this rank keeps, and the server's report."""
+    optimizer = hvd.DistributedOptimizer(CUT[name](), server="sharded", **options)
+    model = training.fit(wide_model(tokens), optimizer, hvd.rank(), hvd.size(), tokens=tokens)
+    hvd.assert_replicas_equal(model, optimizer=optimizer)
+    shapes = [tuple(v.shape) for v in optimizer.variables]
+    return training.weights(model), shapes, optimizer.report()["server"]
+
+
+CUT = {
+    "adam": lambda: keras.optimizers.Adam(0.01), "nadam": lambda: keras.optimizers.Nadam(0.01),
+    "lion": lambda: keras.optimizers.Lion(0.001), "ftrl": lambda: keras.optimizers.Ftrl(0.01),
+    "adagrad": lambda: keras.optimizers.Adagrad(0.05), "adadelta": lambda: keras.optimizers.Adadelta(1.0),
+    "rmsprop": lambda: keras.optimizers.RMSprop(0.01, momentum=0.9, centered=True),
+    "adamax": lambda: keras.optimizers.Adamax(0.01), "amsgrad": lambda: hvd.AMSGrad(0.01),
+    "decayed": lambda: keras.optimizers.AdamW(0.01, weight_decay=0.1, global_clipnorm=0.1),
+}
+
+
+def all_pieces(names, tokens):
+    return {name: pieces(name, tokens) for name in names}
+
+
+@pytest.mark.parametrize(("size", "names", "tokens"), [(2, tuple(CUT), False), (4, ("adam",), False),
+                                                       (2, ("adam", "decayed"), True)])
+def test_elementwise_optimizers_are_cut_by_element(ranks, size, names, tokens):
+    by_rank = ranks(size, init="tensorflow").run(all_pieces, names, tokens, timeout=300)
+    for name in names:
+        model = wide_model(tokens)
+        training.fit_joined(model, CUT[name](), size, tokens=tokens)
+        for found in by_rank:
+            for mine, one in zip(found[name][0], training.weights(model), strict=True):
+                # Lion takes signs, of which one at rounding is as good as the other.
+                np.testing.assert_allclose(mine, one, rtol=1e-4, atol=2e-3 if name == "lion" else 2e-5)
+        shares = [found[name][2]["owned_elements"] for found in by_rank]
+        assert sum(shares) == by_rank[0][name][2]["elements"]
+        assert max(shares) - min(shares) <= 2 * 128  # matrices are cut between rows, here of 128
+        cut = [{shape[0] for shape in found[name][1] if shape[1:] == (128,)} for found in by_rank]
+        assert all(rows and max(rows) < (60 if tokens else 40) for rows in cut)
+
+
+def whole_where_it_must_be():
+    """The shapes of state where averages, a norm of each weight or replies need whole variables."""
+    made_of = {"averages": (lambda: keras.optimizers.Adam(0.01, use_ema=True), {}),
+               "clipped": (lambda: keras.optimizers.Adam(0.01, clipnorm=1.0), {}),
+               "muon": (lambda: keras.optimizers.Muon(0.01), {}),
+               "reply": (lambda: keras.optimizers.Adam(0.01), {"server": hvd.Server(
+                   "sharded", reply=hvd.Compression.fp16)})}
+    found = {}
+    for name, (make, options) in made_of.items():
+        optimizer = hvd.DistributedOptimizer(make(), **{"server": "sharded", **options})
+        training.fit(wide_model(), optimizer, hvd.rank(), hvd.size(), epochs=1)
+        found[name] = [tuple(v.shape) for v in optimizer.variables if len(v.shape)]
+    return found
+
+
+def test_what_needs_whole_variables_gets_them(ranks):
+    whole = {(5, 40), (40,), (40, 128), (128,), (128, 3), (3,), (2,), (0,)}  # the stamp is of two numbers
+    for found in ranks(2, init="tensorflow").run(whole_where_it_must_be, timeout=200):
+        for name, shapes in found.items():
+            assert set(shapes) <= whole, name
+
+
+def save_pieces(folder):
+    """Trained, saved in each way, and trained on."""
+    optimizer = hvd.DistributedOptimizer(CUT["adam"](), server="sharded")
+    model = training.fit(wide_model(), optimizer, hvd.rank(), hvd.size())
+    hvd.save_model(model, f"{folder}/model.keras")
+    model.save(f"{folder}/own{hvd.rank()}.keras")
+    hvd.save_checkpoint(f"{folder}/checkpoint", 1, model=model, optimizer=optimizer)
+    training.fit(model, optimizer, hvd.rank(), hvd.size(), epochs=1)
+    return training.weights(model)
+
+
+def load_pieces(folder):
+    found = {}
+    for server in ("sharded", "replicated", "rank0"):
+        model = hvd.load_model(f"{folder}/model.keras", server=server)
+        training.fit(model, model.optimizer, hvd.rank(), hvd.size(), epochs=1)
+        found["model", server] = training.weights(model)
+        model = wide_model()
+        optimizer = hvd.DistributedOptimizer(CUT["adam"](), server=server)
+        optimizer.build(model.trainable_variables)
+        loaded = hvd.load_checkpoint(f"{folder}/checkpoint", model=model, optimizer=optimizer,
+                                     reset_per_rank_state=hvd.size() != 2)
+        assert loaded.step == 1
+        training.fit(model, optimizer, hvd.rank(), hvd.size(), epochs=1)
+        found["checkpoint", server] = training.weights(model)
+    if hvd.size() == 2:
+        model = hvd.load_model(f"{folder}/own{hvd.rank()}.keras", server="sharded")
+        training.fit(model, model.optimizer, hvd.rank(), hvd.size(), epochs=1)
+        found["own", "sharded"] = training.weights(model)
+    return found
+
+
+def test_pieces_are_saved_and_come_back(ranks, tmp_path):
+    straight = ranks(2, init="tensorflow").run(save_pieces, str(tmp_path))
+    for found in ranks(2, init="tensorflow").run(load_pieces, str(tmp_path), timeout=200):
+        for way, weights in found.items():
+            for mine, one in zip(weights, straight[0], strict=True):
+                np.testing.assert_array_equal(mine, one, err_msg=str(way))
+    plain = keras.models.load_model(tmp_path / "model.keras")  # without this package
+    training.fit_joined(plain, plain.optimizer, 4, epochs=1)
+    for found in ranks(4, init="tensorflow").run(load_pieces, str(tmp_path), timeout=200):
+        for weights in found.values():
+            for mine, one in zip(weights, training.weights(plain), strict=True):
+                np.testing.assert_allclose(mine, one, rtol=1e-5, atol=1e-5)

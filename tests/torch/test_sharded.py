@@ -327,6 +327,30 @@ def test_a_checkpoint_loads_on_more_ranks(ranks):
     assert "gather_state_dict()" in refused
 
 
+def between_servers(folder):
+    """A run that is saved under each server goes on under the others, and nothing has to be reset."""
+    found = {}
+    for saver in ("sharded", "replicated"):
+        parameters, optimizer, _ = run("adam", saver, late=False)
+        model = torch.nn.ParameterList(parameters)
+        hvd.save_checkpoint(f"{folder}/{saver}", 1, model=model, optimizer=optimizer)
+        for loader in ("sharded", "replicated"):
+            parameters, optimizer = build("adam", loader)
+            hvd.load_checkpoint(f"{folder}/{saver}", model=torch.nn.ParameterList(parameters),
+                                optimizer=optimizer)
+            for step in range(5, 7):
+                optimizer.zero_grad()
+                backward(parameters, gradients(step))
+                optimizer.step()
+            found[saver, loader] = bits(parameters)
+    return found
+
+
+def test_a_checkpoint_of_one_server_loads_under_another(ranks, tmp_path):
+    for found in ranks(2).run(between_servers, str(tmp_path)):
+        assert len(set(found.values())) == 1
+
+
 def in_a_process_set():
     few = hvd.add_process_set([0, 2])
     parameters, optimizer = build("adam", "sharded", process_set=few)

@@ -17,6 +17,7 @@ from hvd_ext.agreement import Fingerprint
 from hvd_ext.options import Options, Plain
 from hvd_ext.servers import Message
 from hvd_ext.tensorflow.collectives import Collectives
+from hvd_ext.tensorflow.pieces import of_flat, put_back
 from hvd_ext.tensorflow.reducers.base import Gradient
 from hvd_ext.tensorflow.reducers.delay_kernels import accumulation_dtype
 from hvd_ext.tensorflow.reducers.plain import PlainReducer
@@ -27,15 +28,16 @@ from hvd_ext.tensorflow.variables import as_tf
 class ShardedReducer(PlainReducer):
     """Sends gradients to their owners; sparse ones go the plain way.
 
-    What is returned for a variable that another rank owns is this rank's own gradient, which nothing may
-    be made of but nothing: :meth:`owned` says which are whole.
+    What is returned of what another rank owns is this rank's own gradient, of no use to anybody;
+    :meth:`owned` says what is reduced.
 
     Args:
         server: the ``UpdateServer`` that says who owns what.
     """
 
     settings: Plain
-    partial = True  # this rank has the reduced gradients of what it owns only
+    partial = True
+    saved_as = "PlainReducer"  # in checkpoints: it keeps nothing, and may take that one's place
 
     def __init__(self, collectives: Collectives, settings: Plain, options: Options, server: Any) -> None:
         super().__init__(collectives, settings, options)
@@ -55,18 +57,17 @@ class ShardedReducer(PlainReducer):
             reduced[index] = gradient
         arrived = []
         for message in self.server.messages_of([variables[index] for index in sent]):
-            own = [home[id(as_tf(self.server.served[piece.index]))]
-                   for piece in message.parts[self.collectives.rank]]
-            received = self._to_owners(message, [
-                tf.reshape(gradients[home[id(as_tf(self.server.served[piece.index]))]], [-1])
-                for piece in message.pieces])
+            places = [home[id(as_tf(self.server.served[piece.index]))] for piece in message.pieces]
+            received = self._to_owners(message, [of_flat(gradients[place], piece) for place, piece
+                                                 in zip(places, message.pieces, strict=True)])
             arrived.append(received)
+            own = message.parts[self.collectives.rank]
             if not own:
                 continue
             total = self._sum(received, tf.as_dtype(message.kind.dtype))
-            parts = tf.split(total, [piece.numel for piece in message.parts[self.collectives.rank]])
-            for index, part in zip(own, parts, strict=True):
-                reduced[index] = tf.reshape(part, variables[index].shape)
+            for piece, part in zip(own, tf.split(total, [piece.numel for piece in own]), strict=True):
+                place = home[id(as_tf(self.server.served[piece.index]))]
+                reduced[place] = put_back(gradients[place], piece, part)
         put_to_use(arrived, self.server.zero)  # also on a rank that owns nothing of them
         return reduced
 
@@ -90,12 +91,21 @@ class ShardedReducer(PlainReducer):
             total *= tf.cast(1.0 / len(parts), wide)
         return tf.cast(tf.cast(total, rows.dtype), dtype)
 
-    def owned(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[bool]:
-        """Of which variables this rank says what the reduced gradient is: each is one rank's."""
-        return [self.server.owner(variable) == self.collectives.rank
-                if self.server.travels(variable) and not isinstance(gradient, tf.IndexedSlices)
-                else self.collectives.rank == 0
-                for gradient, variable in zip(gradients, variables, strict=True)]
+    def owned(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[tf.Tensor | None]:
+        """Of reduced gradients what this rank speaks for: what it owns, rank 0 for what all ranks have."""
+        rank = self.collectives.rank
+        found: list[tf.Tensor | None] = []
+        for gradient, variable in zip(gradients, variables, strict=True):
+            piece = self.server.stand_ins.piece(variable)
+            if isinstance(gradient, tf.IndexedSlices):  # Keras' norm is of rows as they are, also equal ones
+                found.append(gradient.values if rank == 0 else None)
+            elif not self.server.travels(variable):
+                found.append(gradient if rank == 0 else None)
+            elif piece is not None:
+                found.append(of_flat(gradient, piece))
+            else:
+                found.append(gradient if self.server.owns(variable) else None)
+        return found
 
     def fingerprint(self) -> Fingerprint:
         cut = [f"message {message.index}: {message.splits}" for message in self.server.messages]

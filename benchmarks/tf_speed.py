@@ -9,8 +9,9 @@ the PyTorch benchmarks.
 float32 parameters) into the reduced ones: delay compensation beside Horovod's allreduce of every
 gradient, TopK at ratio 0.01 beside the plain way, ``tf.math.top_k`` of the flat gradient plus
 residual and two allgathers. "bytes" are those that a rank sends in it, counted from the messages,
-beside the allreduce's. "step" is a training step of ResNet-18 on 32 x 32 images with momentum SGD,
-for SENG with a 3 x 3 stem and the settings of ``seng_step``.
+beside the allreduce's. "with update" is that function followed by Adam's update of all weights, under
+``server="sharded"`` beside every rank updating all. "step" is a training step of ResNet-18 on 32 x 32
+images with momentum SGD, for SENG with a 3 x 3 stem and the settings of ``seng_step``.
 """
 
 from __future__ import annotations
@@ -35,11 +36,13 @@ REFRESH, BETWEEN = "SENG, with a refresh", "SENG, between refreshes"
 AMORTISED = f"SENG, one refresh in {UPDATE_FREQ}"
 PLAIN_TOPK = "top_k, allgathers"
 POWERSGD = "PowerSGD, rank 4"
+SHARDED = "Adam, sharded"
 BARS = {
     "exchange": {"delay, adaptive": 1.60, "delay, constant": 1.60, "TopK, exact": 0.40,
                  "TopK, sampled": 0.40, POWERSGD: None},
     "bytes": {"delay, adaptive": 1.05, "delay, constant": 1.05, "TopK, exact": 0.021,
-              "TopK, sampled": 0.021, POWERSGD: None},
+              "TopK, sampled": 0.021, POWERSGD: None, SHARDED: 1.02},
+    "with update": {SHARDED: 1.15},
     "step": {"delay, adaptive": 1.10, "delay, constant": 1.10, BETWEEN: 1.04, REFRESH: 2.50,
              AMORTISED: 1.05},
 }
@@ -134,6 +137,36 @@ def exchanges(turns: int) -> dict[str, Any]:
     return {"seconds": seconds, "sent": sent}
 
 
+def updates(turns: int) -> dict[str, Any]:
+    """Seconds of every exchange with its update and bytes one sends, by server; run on every rank."""
+    import keras
+    import tensorflow as tf
+
+    import hvd_ext.tensorflow as hvd
+
+    rng = np.random.default_rng(hvd.rank())
+    optimizers: dict[str, Any] = {}
+
+    def ours(server: str) -> Run:
+        variables = resnet18(small_stem=False).trainable_variables
+        gradients = [tf.Variable(rng.standard_normal(v.shape).astype("float32"), trainable=False)
+                     for v in variables]
+        optimizer = optimizers[server] = hvd.DistributedOptimizer(
+            keras.optimizers.Adam(1e-3), name=server, server=server)
+        optimizer.build(variables)
+
+        def step() -> Any:
+            found = [tf.identity(gradient) for gradient in gradients]
+            optimizer.apply_gradients(list(zip(found, variables, strict=True)))
+            return variables[-1].value
+
+        return tf.function(step, autograph=False)
+
+    seconds = in_turn({server: ours(server) for server in ("replicated", "sharded")}, turns)
+    return {"seconds": seconds,
+            "sent": {server: sum(one.report()["sent"].values()) for server, one in optimizers.items()}}
+
+
 def training(small_stem: bool, batch: int, name: str, op: Any = None,
              seng: Any = None) -> tuple[Run, Any]:
     """A training step, and its preconditioner."""
@@ -222,6 +255,12 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
              "baseline_ms": exchange[base] * 1e3, "ratio": exchange[way] / exchange[base]}
             for way in BARS["exchange"]
             for base in [PLAIN_TOPK if way.startswith("TopK") else "allreduce"]]
+    found = run(updates, args.turns)
+    update = slowest(found)
+    total = {server: sum(rank["sent"][server] for rank in found) for server in update}
+    rows += [{"what": "with update", "way": SHARDED, "ms": update["sharded"] * 1e3, "baseline": "Adam",
+              "baseline_ms": update["replicated"] * 1e3, "ratio": update["sharded"] / update["replicated"]}]
+    sent[SHARDED] = sent["allreduce"] * total["sharded"] / total["replicated"]
     rows += [{"what": "bytes", "way": way, "baseline": "allreduce",
               "ratio": sent[way] / sent["allreduce"]} for way in BARS["bytes"]]
     for task in (delay_steps, seng_steps):

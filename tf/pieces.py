@@ -129,9 +129,9 @@ def of_flat(tensor: tf.Tensor, piece: Piece) -> tf.Tensor:
     return tf.reshape(tensor, [-1])[piece.start : piece.stop]
 
 
-def put_back(tensor: tf.Tensor, piece: Piece, values: tf.Tensor) -> tf.Tensor:
-    """The tensor with other elements in a piece of it."""
-    if piece.numel == tensor.shape.num_elements():
-        return tf.reshape(values, tensor.shape)
+def put_back(tensor: tf.Tensor, piece: Piece, values: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
+    """A tensor of a variable's ``shape``, which it need not know, with other elements in a piece of it."""
+    if piece.numel == prod(shape):
+        return tf.reshape(values, shape)
     flat = tf.reshape(tensor, [-1])
-    return tf.reshape(tf.concat([flat[: piece.start], values, flat[piece.stop :]], axis=0), tensor.shape)
+    return tf.reshape(tf.concat([flat[: piece.start], values, flat[piece.stop :]], axis=0), shape)

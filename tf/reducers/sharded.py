@@ -49,7 +49,7 @@ class ShardedReducer(PlainReducer):
                 if not isinstance(gradient, tf.IndexedSlices) and self.server.travels(variables[index])]
         self._sent = len(sent)
         home = {id(as_tf(variables[index])): index for index in sent}
-        rest = [index for index in range(len(gradients)) if index not in set(sent)]
+        rest = sorted(set(range(len(gradients))) - set(sent))
         reduced: list[Gradient] = list(gradients)
         everywhere = super()._exchange([gradients[index] for index in rest],
                                        [variables[index] for index in rest])
@@ -66,8 +66,9 @@ class ShardedReducer(PlainReducer):
                 continue
             total = self._sum(received, tf.as_dtype(message.kind.dtype))
             for piece, part in zip(own, tf.split(total, [piece.numel for piece in own]), strict=True):
-                place = home[id(as_tf(self.server.served[piece.index]))]
-                reduced[place] = put_back(gradients[place], piece, part)
+                variable = self.server.served[piece.index]
+                place = home[id(as_tf(variable))]
+                reduced[place] = put_back(gradients[place], piece, part, tuple(variable.shape))
         put_to_use(arrived, self.server.zero)  # also on a rank that owns nothing of them
         return reduced
 

@@ -1,4 +1,5 @@
-"""Time to a target, by the clock: SENG against SGD, AdamW, Muon, SOAP and Shampoo on five problems.
+"""Time to a target, by the clock: SENG against SGD, AdamW, Muon, SOAP, Shampoo and
+K-FAC on five problems.
 
     python -m benchmarks.seng_race --json out/seng_race.json --plot out/seng_race.png
     python -m benchmarks.seng_race --additions --json out/seng_additions.json

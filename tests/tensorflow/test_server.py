@@ -65,7 +65,8 @@ def check_shares(by_rank, server, size):
         assert reports[0]["owned_elements"] == WEIGHTS
     else:
         assert reports[0]["largest_share"] <= WEIGHTS / size + 5 * 8
-        assert min(r["owned_elements"] for r in reports) > 0
+        # Tensors of less than 128 elements are not cut: of four ranks one may have nothing.
+        assert sum(r["owned_elements"] > 0 for r in reports) >= min(size, 3)
 
 
 SHAPES = [(200, 100), (37, 11), (), (50,), (0, 3)]  # the first is sent alone, the others packed

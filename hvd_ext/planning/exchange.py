@@ -56,6 +56,7 @@ class Exchange:
         beside: messages of the step before that travel during this step's compute.
         late: the first stage's messages are sent when the step ends and waited for at the end of the
             next one.
+        goes_on: with ``late``, further stages run beside the next step's backward pass, and not after it.
         refresh: messages of every ``update_freq``-th step, of which each step has its share.
     """
 
@@ -64,6 +65,7 @@ class Exchange:
     end: float = 0.0
     beside: tuple[Message, ...] = ()
     late: bool = False
+    goes_on: bool = False
     refresh: tuple[Message, ...] = ()
     update_freq: int = 1
 

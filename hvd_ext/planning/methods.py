@@ -148,7 +148,7 @@ def delay(setup: Setup) -> Exchange:
         # M rows of numel / M elements.
         second.append(Message("allgather", bucket.numel * FLOAT / ranks, fuses=True,
                               before=setup.ns(work.recursion_ns, bucket.numel)))
-    return Exchange("delay", (Stage(tuple(first)), AGREEMENT, Stage(tuple(second))),
+    return Exchange("delay", (Stage(tuple(first)), AGREEMENT, Stage(tuple(second))), goes_on=True,
                     end=setup.ns(work.pass_ns) + setup.update)
 
 

@@ -125,12 +125,29 @@ def synchronous(exchange: Exchange, workload: Workload, cluster: Cluster, factor
     return rest_of_step(exchange, queue, now) + refresh / exchange.update_freq
 
 
+def beside_backward(exchange: Exchange, queue: Queue, arrived: Sequence[float],
+                    begin: float) -> tuple[float, float]:
+    """Further stages while a backward pass runs: seconds that a rank computes for them, and their end.
+
+    Args:
+        arrived: when the first stage had.
+        begin: of the backward pass, on the slowest rank.
+    """
+    now, work = begin, 0.0
+    for stage in exchange.stages[1:]:
+        now = max(now, *arrived)
+        through, ready = sent_at(stage.messages, now + stage.work)
+        work += through - now
+        arrived, now = queue.serve(stage.messages, ready), through
+    return work, arrived[-1]
+
+
 def late(exchange: Exchange, workload: Workload, cluster: Cluster,
          factors: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Seconds of each step that waits for the exchange of the step before.
 
     A rank goes on as soon as that has arrived, however slow others are at their own step; only an
-    exchange with further stages makes all wait for the slowest.
+    exchange with further stages makes all wait for the slowest, or for the beginning of its backward pass.
 
     Args:
         factors: (steps, M).
@@ -144,11 +161,15 @@ def late(exchange: Exchange, workload: Workload, cluster: Cluster,
     ends = []
     queue = Queue(cluster)
     for row in factors:
+        backward = float((gone + row * workload.compute * workload.forward).max())
         gone = gone + row * workload.compute
         if arrived is not None:
             for message, time in zip(messages, arrived, strict=True):
                 gone = np.maximum(gone, time) + message.after
-            if len(exchange.stages) > 1:
+            if exchange.goes_on:
+                work, end = beside_backward(exchange, queue, arrived, backward)
+                gone = np.maximum(gone + work, end)
+            elif len(exchange.stages) > 1:
                 gone = np.full_like(gone, rest_of_step(exchange, queue, float(gone.max())) - exchange.end)
         begin = float(gone.max())
         through, ready = sent_at(messages, begin)

@@ -70,12 +70,23 @@ def test_a_late_step_takes_the_longer_of_compute_and_exchange(compute):
     assert found.step == pytest.approx(max(compute, ring(4 * NUMEL, 4)))
 
 
-def test_the_second_half_of_a_late_exchange_is_not_hidden():
+def test_the_second_half_of_a_late_exchange_is_hidden_where_it_goes_on():
     half = 3 / 4 * 4 * NUMEL * BYTE + 3 * HOP
     agreement = 3 * 32 * BYTE + 3 * HOP
-    found = step(lambda setup: late(setup, delay(setup)), compute=1.0)
-    assert found.step == pytest.approx(1.0 + agreement + half)
-    assert step(delay).exchange == pytest.approx(agreement + 2 * half)
+    both = agreement + 2 * half
+    assert step(lambda setup: late(setup, delay(setup)), compute=100 * both).step == pytest.approx(100 * both)
+    # The way back begins with the backward pass, a third of the compute after the step, at the earliest.
+    short = step(lambda setup: late(setup, delay(setup)), compute=both)
+    assert short.step == pytest.approx(max(both, half + agreement + max(half, both / 3)))
+    stays = step(lambda setup: replace(late(setup, delay(setup)), goes_on=False), compute=1.0)
+    assert stays.step == pytest.approx(1.0 + agreement + half)
+    assert step(delay).exchange == pytest.approx(both)
+
+
+def test_what_is_computed_for_the_way_back_is_not_hidden():
+    work = replace(FREE, recursion_ns=50.0)
+    took = step(lambda setup: late(setup, delay(setup)), compute=1.0, work=work).step
+    assert took == pytest.approx(1.0 + 50e-9 * NUMEL)
 
 
 def test_sharded_takes_what_an_allreduce_takes():

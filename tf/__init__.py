@@ -23,6 +23,7 @@ from hvd_ext.tensorflow.async_ps import ParameterServer
 from hvd_ext.tensorflow.checkpoints import load_checkpoint, save_checkpoint
 from hvd_ext.tensorflow.compression import Compression
 from hvd_ext.tensorflow.keras2 import install as _install_keras2
+from hvd_ext.tensorflow.muon import Muon
 from hvd_ext.tensorflow.narrow import widened
 from hvd_ext.tensorflow.optimizer import DistributedOptimizer
 from hvd_ext.tensorflow.reducers import register_reducer

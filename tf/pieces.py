@@ -17,6 +17,7 @@ from hvd_ext.servers import Piece, Server, orthogonalising_cost
 from hvd_ext.servers.pieces import ALIGNED
 from hvd_ext.tensorflow.amsgrad import AMSGrad
 from hvd_ext.tensorflow.collectives import Collectives
+from hvd_ext.tensorflow.muon import matrix_shape
 from hvd_ext.tensorflow.variables import as_tf, name_of
 
 # What these do to an element depends on nothing but that element's gradient and state, and on numbers.
@@ -48,7 +49,7 @@ def cuts(server: Server, optimizer: Any, collectives: Collectives) -> bool:
 def update_cost(optimizer: Any, variable: Any) -> int:
     """What owners are balanced by: elements; the cost of orthogonalising where Muon does that."""
     if isinstance(optimizer, keras.optimizers.Muon) and not optimizer._should_use_adamw(variable):
-        return orthogonalising_cost(tuple(variable.shape))
+        return orthogonalising_cost(matrix_shape(variable.shape))
     return numel_of(variable)
 
 

@@ -22,6 +22,7 @@ from hvd_ext.torch.checkpoints import load_checkpoint, save_checkpoint
 from hvd_ext.torch.clipping import clip_grad_norm_
 from hvd_ext.torch.compression import Compression
 from hvd_ext.torch.mpi_ops import *  # noqa: F403
+from hvd_ext.torch.muon import Muon
 from hvd_ext.torch.optimizer import DistributedOptimizer
 from hvd_ext.torch.reducers import register_reducer
 from hvd_ext.torch.replicas import (
@@ -50,6 +51,7 @@ __all__ = [
     "DelayCompensated",
     "DistributedOptimizer",
     "Late",
+    "Muon",
     "ParameterServer",
     "ReplicasDifferError",
     "SENG",

@@ -9,6 +9,7 @@ import torch
 
 from hvd_ext.servers import orthogonalising_cost
 from hvd_ext.torch.amsgrad import AMSGrad
+from hvd_ext.torch.muon import matrix_shape
 
 # What these do to an element depends on nothing but that element's gradient and state, and on numbers.
 ELEMENTWISE = (
@@ -29,8 +30,8 @@ def is_elementwise(optimizer: type) -> bool:
 
 def update_cost(optimizer: type, parameter: torch.Tensor) -> int:
     """What owners are balanced by: bytes; for Muon the cost of orthogonalising."""
-    if optimizer is getattr(torch.optim, "Muon", None):
-        return orthogonalising_cost(tuple(parameter.shape))
+    if issubclass(optimizer, torch.optim.Muon):
+        return orthogonalising_cost(matrix_shape(parameter.shape))
     return parameter.numel() * parameter.element_size()
 
 

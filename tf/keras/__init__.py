@@ -22,6 +22,7 @@ from hvd_ext.tensorflow.checkpoints import load_checkpoint, save_checkpoint
 from hvd_ext.tensorflow.compression import Compression
 from hvd_ext.tensorflow.keras.load import load_model
 from hvd_ext.tensorflow.keras.save import save_model
+from hvd_ext.tensorflow.muon import Muon
 from hvd_ext.tensorflow.narrow import widened
 from hvd_ext.tensorflow.optimizer import KerasDistributedOptimizer as DistributedOptimizer
 from hvd_ext.tensorflow.optimizer import PartialDistributedOptimizer

@@ -113,6 +113,44 @@ def fitted(how: dict[str, Any], wrap: str = "plain", policy: str = "float32",
     return training.weights(model), int(seng.steps), seng.report()["failures"]
 
 
+REDRAWN = {"damping": 0.5, "update_freq": 3, "sketch_size": 20, "redraw": "step"}
+
+
+def fitted_redrawn() -> list[np.ndarray]:
+    """Weights after ``model.fit`` in full coupling, other rows at every step."""
+    model = training.dense_model()
+    seng = hvd.SENG(model, coupling="full", **REDRAWN)
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1, momentum=0.9), preconditioner=seng)
+    training.fit(model, optimizer, hvd.rank(), hvd.size())
+    hvd.assert_replicas_equal(model, optimizer=optimizer)
+    return training.weights(model)
+
+
+def redrawn_without_curvature(settings: dict[str, Any]) -> tuple[float, bool]:
+    """A step of joined, redrawn sketches where a layer has no curvature: how far that one's direction is
+    from g/(1 + lam), and whether all are finite."""
+    model, collectives = network(), Collectives()
+    seng = hvd.SENG(model, update_freq=5, coupling="full", **settings)
+    state = seng.states[0]
+    for number in range(2):
+        found = gradient(model, *map(tf.constant, rank_batch(hvd.rank(), number, 3)))
+        mean = [collectives.allreduce(g, f"g{k}") for k, g in enumerate(found)]
+        p = seng.precondition(mean, model.trainable_variables, collectives)
+        if number == 0:  # as it is before the first refresh
+            state.ready.assign(False)
+            for one in (state.rho, state.offset):
+                one.assign(0)
+            for one in (state.gram, state.lower, *(v for block in state.blocks for v in block.variables)):
+                if one.shape.rank == 2:
+                    one.assign(one[:0, :0] if one is state.gram or one is state.lower else one[:0])
+                elif one.shape.rank == 4:
+                    one.assign(one[:, :, :0, :0])
+    seng.close()
+    own = places(seng, model.trainable_variables)[0]
+    error = max(float(tf.reduce_max(tf.abs(p[k] - mean[k] / (1 + settings["damping"])))) for k in own)
+    return error, all(bool(tf.reduce_all(tf.math.is_finite(one))) for one in p)
+
+
 def taped(compiled: bool, scale: float | None, coupling: str = "lagged") -> list[np.ndarray]:
     """Weights after steps with a tape, the loss scaled by its optimizer or not."""
     model = training.dense_model()

@@ -58,12 +58,16 @@ JOINED = {
     "implicit, factored": {"sketch": None, "explicit_threshold": 0, "rank": 4},
     "implicit, sketched rows": {"row_sketch": 7, "explicit_threshold": 0, "rank": 4, "uc": "exact"},
     "explicit, leverage": {"sketch": "leverage", "sketch_size": 60},
+    "explicit, redrawn": {"sketch_size": 60, "redraw": "step"},
+    "implicit, redrawn": {"row_sketch": 7, "explicit_threshold": 0, "rank": 4, "redraw": "step"},
+    "leverage, redrawn": {"sketch": "leverage", "sketch_size": 60, "redraw": "step"},
 }
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_full_equals_one_process_on_the_joined_batch(ranks, size):
-    names = [name for name in JOINED if (name == "implicit, sketched rows") == (size == 4)]
+    on_four = ("implicit, sketched rows", "implicit, redrawn")
+    names = [name for name in JOINED if (name in on_four) == (size == 4)]
     cases = [{"damping": LAM, **JOINED[name]} for name in names]
     everyone = ranks(size, init="tensorflow").run(on_ranks.joined, cases, 3, timeout=300)
 
@@ -102,6 +106,28 @@ def test_fit_equals_one_process_however_the_loss_is_scaled(ranks, size):
                                         strict=True):
                 np.testing.assert_array_equal(mine, first)
                 np.testing.assert_allclose(mine, one, rtol=1e-4, atol=1e-5, err_msg=f"{how} {wrap}")
+
+
+def test_fit_redraws_joined_sketches(ranks):
+    model = training.dense_model()
+    seng = hvd.SENG(model, **on_ranks.REDRAWN)
+
+    class Preconditioned(keras.optimizers.SGD):
+        def _clip_gradients(self, grads):
+            return seng.precondition(grads, model.trainable_variables, Alone())
+
+    training.fit_joined(model, Preconditioned(0.1, momentum=0.9), 2)
+    for weights in ranks(2, init="tensorflow").run(on_ranks.fitted_redrawn, timeout=150):
+        for mine, one in zip(weights, training.weights(model), strict=True):
+            np.testing.assert_allclose(mine, one, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["explicit, redrawn", "implicit, redrawn"])
+def test_no_rank_waits_for_sketches_of_a_layer_without_curvature(ranks, name):
+    settings = {"damping": LAM, **JOINED[name]}
+    for error, finite in ranks(2, init="tensorflow").run(on_ranks.redrawn_without_curvature, settings):
+        assert error < 1e-6
+        assert finite
 
 
 @pytest.mark.parametrize("size", [2])

@@ -73,8 +73,3 @@ def test_rows_of_factors_are_drawn_anew():
     assert rows[0]
     assert rows[0] != rows[1] != rows[2]
     assert all(int(state.taken_at) == 0 for state in seng.states)
-
-
-def test_joined_sketches_are_not_redrawn():
-    with pytest.raises(ValueError, match='redraw must be "refresh" with coupling="full" under TensorFlow'):
-        hvd.SENG(network(), damping=LAM, redraw="step", coupling="full")

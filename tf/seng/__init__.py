@@ -70,9 +70,6 @@ class SENG(tf.Module):
             raise TypeError(f"model must be a keras.Model, got {model!r}")
         super().__init__(name=name)
         self.settings = Settings(**settings)
-        if self.settings.redraw == "step" and self.settings.coupling == "full":
-            raise ValueError('redraw must be "refresh" with coupling="full" under TensorFlow, which gathers '
-                             'sketches at refreshes only, got "step"; choose coupling="block", or PyTorch')
         self._half = model.dtype_policy.name == "mixed_float16"
         self._scale_of: Any = None
         self._still_scaled = False

@@ -194,10 +194,14 @@ class LayerSystem(tf.Module):
         self.traces.call(factored, "factor", [lam, self.gram, self.lower, self.jitter])
 
     def redraw(self, at: tf.Tensor, lam: tf.Tensor, context: Context) -> None:
-        """Other sampled rows for the curvature there is (SENG Algorithm 1), of this rank's samples.
+        """Other sampled rows for the curvature there is (SENG Algorithm 1).
 
-        Without curvature, or should the new small system have no factor, everything stays.
+        Without curvature, or should the new small system have no factor, everything stays. Joined ranks
+        exchange their sketches; all call it in the same order.
         """
+        if context.joined:
+            self._redraw_together(at, lam, context)
+            return
         names = [block.used(context) for block in self.blocks]
         variables = [[getattr(block, name) for name in own]
                      for block, own in zip(self.blocks, names, strict=True)]
@@ -233,6 +237,34 @@ class LayerSystem(tf.Module):
         self.traces.call(redrawn, ("redraw", self.kind), [
             at, lam, tf.constant(self.layer.key), self.ready, self.gram, self.lower, self.jitter,
             *(one for own in variables for one in own)])
+
+    def _redraw_together(self, at: tf.Tensor, lam: tf.Tensor, context: Context) -> None:
+        """``redraw`` of the system of all ranks: they all have curvature of the layer, or none of them."""
+        names = [block.used(context) for block in self.blocks]
+        variables = [getattr(block, name) for block, own in zip(self.blocks, names, strict=True)
+                     for name in own]
+        given = iter(variables)
+        parts = [{name: self.traces.value(next(given)) for name in own} for own in names]
+        before = [dict(own) for own in parts]
+        # Also without curvature, of empty tensors: within a branch of a branch no rank may wait for another.
+        for block, own in zip(self.blocks, parts, strict=True):
+            block.sketch(own, at, tf.constant(self.layer.key), context)
+        gram = tf.add_n([tf.cast(block.gram(own), tf.float64)
+                         for block, own in zip(self.blocks, parts, strict=True)]) / context.root ** 2
+        lower, jitter, good = kernels.factor(gram, lam)
+        new = [(self.traces.handle(one), value) for one, value, was in zip(
+            variables, (own[name] for own, mine in zip(parts, names, strict=True) for name in mine),
+            (own[name] for own, mine in zip(before, names, strict=True) for name in mine), strict=True)
+            if value is not was]
+        new += [(self.traces.handle(one), value)
+                for one, value in ((self.gram, gram), (self.lower, lower), (self.jitter, jitter))]
+
+        def commit() -> tf.Tensor:
+            for handle, value in new:
+                write(handle, value)
+            return tf.constant(True)
+
+        tf.cond(tf.logical_and(self.traces.value(self.ready), good), commit, lambda: tf.constant(False))
 
     # Used at every step
 

@@ -1,6 +1,7 @@
 """What the extensions cost under TensorFlow, each beside its baseline in the same run.
 
     python -m benchmarks.tf_speed --json out/tf_speed.json
+    python -m benchmarks.tf_speed --hosts 4 --rate 1gbit --turns 5   # "with update" over emulated hosts
 
 Ways take turns, on ranks of one thread; ratios are of medians of the slowest rank, bars those of
 the PyTorch benchmarks.
@@ -243,6 +244,25 @@ def slowest(found: list[dict[str, Any]]) -> dict[str, float]:
                                                   strict=True)) for way in found[0]["seconds"]}
 
 
+def served(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of what ``updates`` found on every rank."""
+    update = slowest(found)
+    total = {server: sum(rank["sent"][server] for rank in found) for server in update}
+    return [{"what": "with update", "way": SHARDED, "ms": update["sharded"] * 1e3, "baseline": "Adam",
+             "baseline_ms": update["replicated"] * 1e3, "ratio": update["sharded"] / update["replicated"]},
+            {"what": "bytes", "way": SHARDED, "baseline": "allreduce",
+             "ratio": total["sharded"] / total["replicated"]}]
+
+
+def over_hosts(hosts: int, rate: str, turns: int) -> list[dict[str, Any]]:
+    """``updates`` with one rank a host."""
+    from tests.cluster.hosts import Cluster
+
+    with Cluster(hosts, rate=rate) as cluster, cluster.ranks(
+            init="tensorflow", env={"HOROVOD_CYCLE_TIME": "1"}) as ranks:
+        return served(ranks.run(updates, turns, timeout=900))
+
+
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Runs all; the rows of the table."""
     def run(task: Callable[..., Any], *given: int) -> list[dict[str, Any]]:
@@ -255,14 +275,9 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
              "baseline_ms": exchange[base] * 1e3, "ratio": exchange[way] / exchange[base]}
             for way in BARS["exchange"]
             for base in [PLAIN_TOPK if way.startswith("TopK") else "allreduce"]]
-    found = run(updates, args.turns)
-    update = slowest(found)
-    total = {server: sum(rank["sent"][server] for rank in found) for server in update}
-    rows += [{"what": "with update", "way": SHARDED, "ms": update["sharded"] * 1e3, "baseline": "Adam",
-              "baseline_ms": update["replicated"] * 1e3, "ratio": update["sharded"] / update["replicated"]}]
-    sent[SHARDED] = sent["allreduce"] * total["sharded"] / total["replicated"]
     rows += [{"what": "bytes", "way": way, "baseline": "allreduce",
-              "ratio": sent[way] / sent["allreduce"]} for way in BARS["bytes"]]
+              "ratio": sent[way] / sent["allreduce"]} for way in BARS["bytes"] if way in sent]
+    rows += served(run(updates, args.turns))
     for task in (delay_steps, seng_steps):
         times = slowest(run(task, args.steps, args.batch))
         if REFRESH in times:
@@ -270,7 +285,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         rows += [{"what": "step", "way": way, "ms": times[way] * 1e3, "baseline": "plain",
                   "baseline_ms": times["plain"] * 1e3, "ratio": times[way] / times["plain"]}
                  for way in BARS["step"] if way in times]
-    return [{**row, "bar": BARS[row["what"]][row["way"]]} for row in rows]
+    return rows
 
 
 def missed(row: dict[str, Any]) -> bool:
@@ -286,10 +301,14 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=15, help="exchanges measured of each way")
     parser.add_argument("--steps", type=int, default=7, help="training steps measured of each way")
     parser.add_argument("--batch", type=int, default=32, help="images per rank")
+    parser.add_argument("--hosts", type=int, help="only \"with update\", on so many emulated hosts")
+    parser.add_argument("--rate", default="1gbit", help="of the hosts' links")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    rows = measure(args)
-    table = Table(title=f"TensorFlow, {args.ranks} ranks of one thread")
+    rows = over_hosts(args.hosts, args.rate, args.turns) if args.hosts else measure(args)
+    rows = [{**row, "bar": BARS[row["what"]][row["way"]]} for row in rows]
+    where = f"{args.hosts} hosts at {args.rate}" if args.hosts else f"{args.ranks} ranks of one thread"
+    table = Table(title=f"TensorFlow, {where}")
     for column in ("what", "way", "ms", "baseline", "its ms", "ratio", "at most"):
         table.add_column(column, justify="right" if column in ("ms", "its ms", "ratio") else "left")
     for row in rows:
@@ -305,7 +324,7 @@ def main() -> None:
             console.print(f"{row['what']} of {row['way']}: missed; {why}.")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"ranks": args.ranks, "rows": rows}, indent=1))
+        args.json.write_text(json.dumps({"ranks": args.hosts or args.ranks, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

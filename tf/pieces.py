@@ -86,11 +86,11 @@ class StandIns:
 
     def of(self, variable: Any) -> tf.Variable | None:
         """The variable's stand-in, if it has one."""
-        return self._made[id(as_tf(variable))][1] if id(as_tf(variable)) in self._made else None
+        return self._made.get(id(as_tf(variable)), (None, None))[1]
 
     def piece(self, variable: Any) -> Piece | None:
         """The piece that the variable's stand-in holds."""
-        return self._made[id(as_tf(variable))][0] if id(as_tf(variable)) in self._made else None
+        return self._made.get(id(as_tf(variable)), (None, None))[0]
 
     def whole(self, variable: Any) -> Any:
         """What a stand-in stands for; anything else as it is."""

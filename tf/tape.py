@@ -30,14 +30,7 @@ from hvd_ext.tensorflow.reducers import (
     check_preconditioner,
     make_reducer,
 )
-from hvd_ext.tensorflow.reducers.base import (
-    Reducer,
-    before_reduce,
-    divide_by_ranks,
-    precondition,
-    report,
-    times,
-)
+from hvd_ext.tensorflow.reducers.base import Reducer, before_reduce, divide_by_ranks, precondition, report
 from hvd_ext.tensorflow.variables import as_tf, made_apart, make_state
 
 KEPT = "_hvd_ext_tape"
@@ -114,9 +107,9 @@ class _DistributedGradientTape(tf.GradientTape):
             return reducer(gradients, variables)
         # What is not linear in the gradient must see it without the loss's scale.
         scale = tf.convert_to_tensor(loss_scale(self._optimizer), tf.float32)
-        reduced, good = reducer([times(gradient, 1.0 / scale) for gradient in gradients], variables,
+        reduced, good = reducer([_times(gradient, 1.0 / scale) for gradient in gradients], variables,
                                 **reducer.inputs(self._optimizer))
-        return [times(gradient, scale) for gradient in reduced], good
+        return [_times(gradient, scale) for gradient in reduced], good
 
     @tf.autograph.experimental.do_not_convert
     def get_local_and_global_gradients(
@@ -271,3 +264,11 @@ def kept_reducer(owner: Any, settings: TapeSettings) -> Reducer:
             del kept[next(iter(kept))]
         kept[settings] = settings.make()
     return kept[settings]
+
+
+def _times(gradient: Any, factor: tf.Tensor) -> Any:
+    """A gradient times a 0-D number."""
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(gradient.values * tf.cast(factor, gradient.dtype), gradient.indices,
+                                gradient.dense_shape)
+    return None if gradient is None else gradient * tf.cast(factor, gradient.dtype)

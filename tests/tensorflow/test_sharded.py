@@ -143,7 +143,8 @@ def test_bytes_are_those_of_an_allreduce(ranks, size):
     for clipnorm in (None, 1.0):
         sharded = ranks(size, init="tensorflow").run(bytes_of, "sharded", clipnorm)
         for way in (0, 1):  # a rank sends more than another where its share is smaller
-            assert sum(one[way] for one in sharded) <= 1.02 * sum(one[way] for one in dense)
+            ratio = sum(one[way] for one in sharded) / sum(one[way] for one in dense)
+            assert 0.99 <= ratio <= 1.02
 
 
 def with_missing_gradients(server):
@@ -271,6 +272,7 @@ def test_what_needs_whole_variables_gets_them(ranks):
     for found in ranks(2, init="tensorflow").run(whole_where_it_must_be, timeout=200):
         for name, shapes in found.items():
             assert set(shapes) <= whole, name
+            assert any(len(shape) == 2 for shape in shapes), name
 
 
 def save_pieces(folder):

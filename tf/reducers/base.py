@@ -241,14 +241,6 @@ def divide_by_ranks(gradient: Gradient | None, collectives: Collectives) -> Grad
     return gradient / collectives.size_op(gradient.dtype)
 
 
-def times(gradient: Gradient | None, factor: tf.Tensor) -> Gradient | None:
-    """A gradient times a 0-D number."""
-    if isinstance(gradient, tf.IndexedSlices):
-        return tf.IndexedSlices(gradient.values * tf.cast(factor, gradient.dtype), gradient.indices,
-                                gradient.dense_shape)
-    return None if gradient is None else gradient * tf.cast(factor, gradient.dtype)
-
-
 def report(reducer: Reducer, preconditioner: Any = None) -> dict[str, Any]:
     """Bytes by kind, and the figures of each extension in use.
 

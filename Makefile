@@ -9,6 +9,7 @@ FRAMEWORKS ?= $(if $(wildcard $(VENV)/.ready-tensorflow-torch-*),torch tensorflo
 endif
 FRAMEWORKS ?= torch tensorflow
 PYTEST_ARGS ?=
+SIDE_BY_SIDE := -n logical --maxprocesses 8
 
 comma := ,
 empty :=
@@ -40,7 +41,7 @@ SUM := $(shell cat $(SOURCES) | cksum | tr ' ' '-')
 TOOLS := $(VENV)/.tools-$(SUM)
 READY := $(VENV)/.ready-$(subst $(space),-,$(FRAMEWORKS))-$(SUM)
 
-.PHONY: setup demo test test-quick test-soak test-cluster test-zoo test-gpu-build test-triton lint bench doctor clean
+.PHONY: setup demo test test-quick test-long test-soak test-cluster test-zoo test-gpu-build test-triton lint bench doctor clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -49,11 +50,18 @@ setup: $(READY)
 demo: $(READY)
 	$(PY) -m examples.demo --framework $(FRAMEWORK)
 
+# Side by side what needs no ranks, then what starts them: ranks take all cores. Either may be empty (5).
 test: $(READY)
-	$(PY) -m pytest $(PYTEST_ARGS)
+	@$(PY) -m pytest $(SIDE_BY_SIDE) -m "not ranks" $(PYTEST_ARGS); alone=$$?; \
+	  $(PY) -m pytest -m ranks $(PYTEST_ARGS); ranks=$$?; \
+	  case $$alone-$$ranks in 0-0|0-5|5-0) ;; *) echo "failed: $$alone without ranks, $$ranks with them"; exit 1;; esac
 
 test-quick: $(READY)
-	$(PY) -m pytest -m "(not slow and not ranks) or smoke" $(PYTEST_ARGS)
+	$(PY) -m pytest $(SIDE_BY_SIDE) -m "(not slow and not ranks) or smoke" $(PYTEST_ARGS)
+
+# What `make test` has no minutes for.
+test-long: $(READY)
+	$(PY) -m pytest -m long $(PYTEST_ARGS)
 
 test-soak: $(READY)
 	$(PY) -m pytest -m soak $(PYTEST_ARGS)

@@ -50,7 +50,7 @@ setup(
         "race": ["pytorch_optimizer>=4.1", "curvlinops-for-pytorch==3.0.1", "torchvision==0.28.*"],
         "zoo": ["timm", "transformers", "torchvision==0.28.*"],  # the torchvision of this torch
         "dev": [f"mpi4py=={VERSIONS['MPI4PY']}", "numba", "hypothesis", "pytest", "pytest-timeout",
-                "ruff", "mypy", "scikit-learn", "matplotlib", "tensorboard"],
+                "pytest-xdist", "ruff", "mypy", "scikit-learn", "matplotlib", "tensorboard"],
     },
     entry_points={"console_scripts": ["hvd-ext = hvd_ext.cli.main:main"]},
 )

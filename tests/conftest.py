@@ -20,7 +20,7 @@ hypothesis.settings.register_profile("new", deadline=None)
 hypothesis.settings.load_profile("same")
 
 # Markers of tests that run only when ``-m`` names them; each has a target of its own in the Makefile.
-ON_REQUEST = {"soak", "cluster", "zoo", "gpu_build"}
+ON_REQUEST = {"long", "soak", "cluster", "zoo", "gpu_build"}
 
 # Files that import a framework, of which none can be collected without it; ranks' own imports come on top.
 NEEDS = {

@@ -24,7 +24,7 @@ class Measured:
 
 
 class Table:
-    """Lines that are printed as they come, then written to ``out/`` and into the page.
+    """Lines that are printed and written to ``out/`` as they come, then into the page.
 
     Args:
         name: of the file, and of the comment in the page that the table follows.
@@ -35,7 +35,7 @@ class Table:
         self._name = name
         columns = ("model", "parameters", "with a rule", "samples on", "error", *more,
                    "why the rest has none")
-        right = ("parameters", "with a rule", "error", *more)
+        right = ("parameters", "with a rule", "error", *(one for one in more if one != "replicas equal"))
         self.lines = [f"| {' | '.join(columns)} |",
                       f"|{'|'.join('--:' if one in right else '---' for one in columns)}|"]
         print("\n".join(self.lines))
@@ -48,13 +48,12 @@ class Table:
                  *more, causes)
         self.lines.append(f"| {' | '.join(cells)} |")
         print(self.lines[-1], flush=True)
-
-    def write(self, *, docs: bool) -> None:
-        """Into ``out/``, and with ``docs`` between the page's two comments."""
         out = Path("out")
         out.mkdir(exist_ok=True)
         (out / f"{self._name}.md").write_text("\n".join(self.lines) + "\n")
-        if docs:
-            page, begin = Path("docs/seng.md"), f"<!-- out/{self._name}.md -->"
-            head, rest = page.read_text().split(begin)
-            page.write_text("\n".join([f"{head}{begin}", *self.lines, END]) + rest.split(END, 1)[1])
+
+    def into_docs(self) -> None:
+        """Between the page's two comments."""
+        page, begin = Path("docs/seng.md"), f"<!-- out/{self._name}.md -->"
+        head, rest = page.read_text().split(begin)
+        page.write_text("\n".join([f"{head}{begin}", *self.lines, END]) + rest.split(END, 1)[1])

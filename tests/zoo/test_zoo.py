@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
-import torch
 
-import hvd_ext.torch as hvd
 from tests.zoo import lacking
-from tests.zoo.measure import LAM, B, build, loss_of, measure
+from tests.zoo.measure import measure
+from tests.zoo.steps import MODELS, trained
 from tests.zoo.timm_models import TIMM
-from tests.zoo.transformers_models import TRANSFORMERS
 
 FEW = ("ConvNeXt", "EfficientNet", "NFNet", "Swin", "BERT", "GPT-2", "OPT", "Llama", "Mixtral")
-MODELS = {**TIMM, **TRANSFORMERS}
 # Tables of positions and the like weigh much in models as small as these; in Mamba a fourth is used without
 # its modules, in Swin v2 half is the network of fixed width that makes a table of positions.
 LEAST = 0.75
@@ -32,26 +27,6 @@ def test_direction_is_the_dense_one(name):
     assert found.coverage > LESS.get(name, LEAST), found.line
     assert "rows" not in found.placements
     assert len(found.said) == len({text[:60] for text in found.said}), "more than one warning for a cause"
-
-
-def trained(name: str) -> bytes:
-    """Weights after a few steps in float32, of data that differs from rank to rank."""
-    model, inputs = build(MODELS[name], torch.float32)
-    torch.manual_seed(hvd.rank())
-    inputs = MODELS[name].inputs(B)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        seng = hvd.SENG(model.train(), damping=LAM, update_freq=2, name=f"zoo {name}")
-        optimizer = hvd.DistributedOptimizer(
-            torch.optim.SGD(model.parameters(), lr=0.01), named_parameters=model.named_parameters(),
-            preconditioner=seng)
-        for _ in range(3):
-            optimizer.zero_grad()
-            loss_of(model, inputs, MODELS[name].output).backward()
-            optimizer.step()
-    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
-    assert any(row["held"] != "identity" for row in seng.report()["layers"])
-    return b"".join(p.detach().numpy().tobytes() for p in model.parameters())
 
 
 @pytest.mark.ranks

@@ -61,7 +61,18 @@ class TorchBuffer(HostBuffer):
         )
         self._views = [part.view(p.shape) for part, p in
                        zip(self._flat.split(sizes), model.parameters, strict=True)]
+        self._leaving: list[torch.cuda.Event] = []  # copies out of it that the host has not waited for
         super().__init__(self._flat if model.cuda_aware else self._flat.numpy())
+
+    @property
+    def wire(self) -> Any:
+        """What MPI sends and receives; nothing is being copied out of it any more."""
+        self._settle()
+        return self._wire
+
+    @wire.setter
+    def wire(self, memory: Any) -> None:
+        self._wire = memory
 
     def take_weights(self) -> None:
         """Copies the parameters into the buffer."""
@@ -72,11 +83,11 @@ class TorchBuffer(HostBuffer):
         self._take([p.grad for p in self._model.parameters])
 
     def put_weights(self) -> None:
-        """Copies the buffer into the parameters."""
+        """Copies the buffer into the parameters; a GPU waits for it, the host does not."""
         with torch.no_grad():
             for p, view in zip(self._model.parameters, self._views, strict=True):
                 p.copy_(view, non_blocking=True)
-        self._wait()
+        self._leaving += self._events()
 
     def largest(self) -> float:
         """The largest magnitude in the buffer; NaN if any entry is NaN."""
@@ -89,9 +100,11 @@ class TorchBuffer(HostBuffer):
 
     def write(self, entries: Any) -> None:
         """Overwrites the buffer with a NumPy array."""
+        self._settle()
         self._flat.copy_(torch.from_numpy(entries))
 
     def _take(self, tensors: Sequence[torch.Tensor | None]) -> None:
+        self._settle()
         with torch.no_grad():
             for view, tensor in zip(self._views, tensors, strict=True):
                 if tensor is None:
@@ -99,13 +112,17 @@ class TorchBuffer(HostBuffer):
                 else:
                     view.copy_(tensor.to_dense() if tensor.is_sparse else tensor,
                                non_blocking=True)
-        self._wait()
+        for event in self._events():  # MPI must not overtake a copy from a GPU
+            event.synchronize()
 
-    def _wait(self) -> None:
-        """Copies between a GPU and pinned memory go on by themselves; MPI must not overtake them."""
-        if self._model.on_cuda:
-            for device in {p.device for p in self._model.parameters if p.is_cuda}:
-                torch.cuda.current_stream(device).synchronize()
+    def _events(self) -> list[torch.cuda.Event]:
+        """Of the work queued on each GPU of the model so far."""
+        devices = {p.device for p in self._model.parameters if p.is_cuda}
+        return [torch.cuda.current_stream(device).record_event() for device in devices]
+
+    def _settle(self) -> None:
+        while self._leaving:
+            self._leaving.pop().synchronize()
 
 
 class ParameterServer(Core):

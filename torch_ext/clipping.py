@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from hvd_ext.torch.host_copies import on_host
 from hvd_ext.torch.reducers.base import Reducer
 
 
@@ -59,7 +60,8 @@ def clip_grad_norm_(optimizer: torch.optim.Optimizer, max_norm: float,
 def _norm(gradients: Sequence[torch.Tensor], norm_type: float) -> torch.Tensor:
     """The p-norm of all of them together, 0-D float64 on the CPU."""
     values = [one.coalesce().values() if one.is_sparse else one for one in gradients]
-    norms = [torch.linalg.vector_norm(one, norm_type).double().cpu() for one in values if one.numel()]
+    norms = [one.double() for one in on_host(
+        torch.linalg.vector_norm(one, norm_type) for one in values if one.numel())]
     return torch.linalg.vector_norm(torch.stack(norms or [torch.zeros((), dtype=torch.float64)]), norm_type)
 
 

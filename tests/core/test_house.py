@@ -58,7 +58,7 @@ FRONT_ENDS = {"torch": ROOT / "torch_ext", "tensorflow": ROOT / "tf"}
 TENSORFLOW_ALONE = {"tape", "traffic", "variables", "keras_store", "keras_hooks", "keras2", "narrow",
                     "waiting", "retracing", "padded",
                     *(f"seng/{name}" for name in ("traces", "start", "einsum", "table"))}
-TORCH_ALONE = {"passes", "mpi_ops", "copies", "lightning", "owned_state", "kernels",
+TORCH_ALONE = {"passes", "mpi_ops", "copies", "lightning", "owned_state", "kernels", "host_copies",
                "kernels_triton",
                *(f"seng/{name}" for name in ("attention", "eager", "functions", "joint", "light", "lookup",
                                              "packs", "parameters", "per_sample", "shifted", "tied"))}

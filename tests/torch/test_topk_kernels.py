@@ -122,3 +122,14 @@ def test_a_gpu_gives_the_bits_of_the_cpu(name):
         results.append((positions.cpu(), flat.cpu(), messages.cpu(), mean.cpu()))
     for cpu, cuda in zip(*results, strict=True):
         assert torch.equal(cpu, cuda)
+
+
+@pytest.mark.parametrize("name", FLATS)
+@pytest.mark.parametrize("ratio", [1e-5, 0.01, 0.6])
+def test_a_device_of_its_own_takes_the_same_of_equals(name, ratio):
+    """What is done where the host must not wait for numbers, against what is done on a CPU."""
+    flat = FLATS[name](torch.Generator().manual_seed(1)).abs()
+    k = keep_count(flat.numel(), ratio)
+    least = torch.topk(flat, k, sorted=False).values.min()
+    keep = kernels._with_equals(flat > least, flat, least, k)
+    assert torch.equal(keep.nonzero().flatten(), kernels.largest(flat, k))

@@ -3,9 +3,8 @@
 Of every bucket rank s receives slice s of every rank's gradient (alltoall, during the backward
 pass); the ranks exchange the lengths of their steps, from which all derive the same order; each
 runs the recursion on its slice, and the reduced slices are gathered. Out and back together move
-``2 (M-1)/M`` of the bucket's bytes, what a ring allreduce moves.
-
-Where the order is known before the backward pass ends, a bucket that has arrived goes back at once.
+``2 (M-1)/M`` of the bucket's bytes, what a ring allreduce moves. Where the order is known before
+the backward pass ends, a bucket that has arrived goes back at once.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from hvd_ext.delay.config import DelayCompensated
 from hvd_ext.delay.slices import VirtualWorker, application_order, usable
 from hvd_ext.options import Options
 from hvd_ext.torch.collectives import Collectives, Handle
+from hvd_ext.torch.host_copies import HostCopy
 from hvd_ext.torch.reducers.base import Entry
 from hvd_ext.torch.reducers.buckets import Asked, BucketReducer, Started
 from hvd_ext.torch.reducers.delay_kernels import (
@@ -39,10 +39,10 @@ ABSENT = -1.0  # in place of a squared norm: this rank had no such micro-batch
 
 
 class Sent(NamedTuple):
-    """A bucket on its way: its squared norm, 0-D, and the alltoall, None on a single rank."""
+    """A bucket on its way: the alltoall, None on a single rank, and its squared norm, 0-D."""
 
-    square: torch.Tensor
     handle: Handle | None
+    square: HostCopy
 
 
 @dataclass
@@ -153,16 +153,18 @@ class DelayReducer(BucketReducer):
             self._step.order = [VirtualWorker(rank, 0, 0.0) for rank in range(self.collectives.size)]
             for one in self.buckets:
                 self._rate(one)
+        return Sent(handle=self._send(bucket, part, flat), square=HostCopy(square_norm(flat)))
+
+    def _send(self, bucket: Bucket, part: int, flat: torch.Tensor) -> Handle | None:
         if self.collectives.size == 1:
-            return Sent(square_norm(flat), None)
+            return None
         name = f"{self.prefix}/bucket{bucket.index}" + (f"/part{part}" if part else "")
         memory = self._receive.setdefault((bucket.index, part), flat.new_empty(0))
         splits = slice_sizes(bucket.numel, self.collectives.size)
-        sent = flat
         if self._keeps_own:
             own, splits[self.collectives.rank] = splits[self.collectives.rank], 0
-            sent = flat[own:] if self.collectives.rank == 0 else flat[:bucket.numel - own]
-        return Sent(square_norm(flat), self.collectives.alltoall_async(sent, splits, name, out=memory))
+            flat = flat[own:] if self.collectives.rank == 0 else flat[:bucket.numel - own]
+        return self.collectives.alltoall_async(flat, splits, name, out=memory)
 
     def advance(self) -> None:
         """Start the second half of buckets that have arrived, where the order is known. Never waits.
@@ -219,11 +221,9 @@ class DelayReducer(BucketReducer):
 
     def _squares(self) -> list[float]:
         """The squared lengths of the steps of this rank's workers."""
-        keys = sorted(self._started)
-        norms = [self._started[key].square.double().cpu() for key in keys]
         squares = [0.0] * self.parts
-        for (index, part), norm in zip(keys, torch.stack(norms).tolist() if keys else (), strict=True):
-            squares[part] += self._step.rates[index] ** 2 * norm
+        for (index, part), sent in sorted(self._started.items()):
+            squares[part] += self._step.rates[index] ** 2 * float(sent.square.read())
         if self.parts > 1 or self.absent:
             squares = [s if part in self._present else ABSENT for part, s in enumerate(squares)]
         return squares

@@ -17,7 +17,9 @@ import torch
 from hvd_ext.buckets import DENSE, Bucket, Kind, Slot
 from hvd_ext.exclude import check_names
 from hvd_ext.options import Options
+from hvd_ext.torch import host_copies
 from hvd_ext.torch.collectives import Collectives, Handle
+from hvd_ext.torch.host_copies import HostCopy
 from hvd_ext.torch.reducers.base import Entry, measured
 from hvd_ext.torch.reducers.buckets import BucketReducer, Started
 
@@ -42,6 +44,8 @@ class FeedbackReducer(BucketReducer):
         self._scale_now: float | None = None
         self._finite = True
         self._square = 0.0
+        self._norms: list[tuple[Bucket, HostCopy]] = []  # of gradients on a GPU
+        self._flags: list[HostCopy] = []
         self._last: dict[str, Any] = {}
 
     # What a subclass says
@@ -128,13 +132,41 @@ class FeedbackReducer(BucketReducer):
         return self.collectives.allreduce_async_(flat, f"{self.prefix}/bucket{bucket.index}",
                                                  op=horovod.Average, kind="dense")
 
+    def _gradients(self, bucket: Bucket) -> list[torch.Tensor]:
+        found = (self.dense(self.entries[slot.index]) for slot in bucket.slots)
+        return [gradient for gradient in found if gradient is not None]
+
     def _measure(self, bucket: Bucket) -> bool:
-        """Whether the bucket's gradients are finite; their norm goes into the report."""
-        gradients = [g for g in (self.dense(self.entries[slot.index]) for slot in bucket.slots)
-                     if g is not None]
+        """Whether the bucket's gradients are finite; their norm goes into the report.
+
+        What a GPU has to say of either is on its way to the host, and True is assumed until it is there.
+        """
+        gradients = self._gradients(bucket)
+        if gradients and not host_copies.at_once(gradients[0]):
+            self._norms.append((bucket, HostCopy(torch.nn.utils.get_total_norm(gradients))))
+            return True
         norm, finite = measured(gradients)
         self._square += norm * norm
         return finite
+
+    def finite(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor's elements are finite, else all ranks skip the step; of a GPU's as above."""
+        flag = tensor.isfinite().all()
+        if not host_copies.at_once(tensor):
+            self._flags.append(HostCopy(flag))
+            return True
+        finite = bool(flag)
+        self._finite &= finite
+        return finite
+
+    def _hear_from_gpus(self) -> None:
+        for bucket, copy in self._norms:
+            norm, finite = float(copy.read()), True
+            if not math.isfinite(norm):
+                norm, finite = measured(self._gradients(bucket))
+            self._square += norm * norm
+            self._finite &= finite
+        self._finite &= all(bool(flag.read()) for flag in self._flags)
 
     def complete(self, started: Started) -> tuple[list[torch.Tensor], bool]:
         good = self._agree_to_go_on()
@@ -158,6 +190,7 @@ class FeedbackReducer(BucketReducer):
         Raises:
             ValueError: on every rank, when they are not at the same step with the same settings.
         """
+        self._hear_from_gpus()
         rows = self.agree([float(self._finite), float(self.attempts), self._scale(), *self.agreed()])
         if any(row[1:] != rows[0][1:] for row in rows):
             raise self.disagree(
@@ -183,6 +216,8 @@ class FeedbackReducer(BucketReducer):
         self._scale_now = None
         self._finite = True
         self._square = 0.0
+        self._norms.clear()
+        self._flags.clear()
 
     # State
 

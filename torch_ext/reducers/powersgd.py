@@ -14,6 +14,7 @@ from hvd_ext.buckets import Bucket
 from hvd_ext.options import Options
 from hvd_ext.powersgd import Matrix, PowerSGD, first_q, matrices, sizes
 from hvd_ext.torch.collectives import Collectives, Handle
+from hvd_ext.torch.host_copies import HostCopy
 from hvd_ext.torch.reducers import powersgd_kernels as kernels
 from hvd_ext.torch.reducers.feedback import FeedbackReducer
 
@@ -29,6 +30,7 @@ class PowerSGDReducer(FeedbackReducer):
     def __init__(self, collectives: Collectives, settings: PowerSGD, options: Options) -> None:
         super().__init__(collectives, settings, options)
         self.q: dict[int, torch.Tensor] = {}
+        self._any: dict[int, HostCopy] = {}  # whether Q has anything but zeros, asked after a step
 
     def _matrices(self, bucket: Bucket) -> list[Matrix]:
         return matrices(bucket, self.specs, self.settings.rank)
@@ -36,8 +38,8 @@ class PowerSGDReducer(FeedbackReducer):
     def _q(self, bucket: Bucket, like: torch.Tensor) -> torch.Tensor:
         """All Q of the bucket that this step begins with, flat."""
         step = 0 if self.settings.warm_start else self.attempts
-        kept = self.q.get(bucket.index)
-        if kept is None or not self.settings.warm_start or not bool(kept.any()):
+        kept, asked = self.q.get(bucket.index), self._any.pop(bucket.index, None)
+        if kept is None or not self.settings.warm_start or not bool(asked.read() if asked else kept.any()):
             drawn = first_q(self._matrices(bucket), (self.settings.seed, bucket.index, step))
             self.q[bucket.index] = torch.from_numpy(drawn).to(like)
         return self.q[bucket.index]
@@ -46,8 +48,7 @@ class PowerSGDReducer(FeedbackReducer):
         """``P = D Q``, and its mean over the ranks."""
         p = kernels.left_factors(total, self._q(bucket, total), self._matrices(bucket))
         # g + e may overflow where neither does.
-        if not (finite and bool(p.isfinite().all())):
-            self._finite = False
+        if not (self.finite(p) and finite):
             p.zero_()
         return self._mean(p, bucket, "p")
 
@@ -62,6 +63,7 @@ class PowerSGDReducer(FeedbackReducer):
         result = []
         for (bucket, p), handle in zip(received, sent, strict=True):
             q = handle.wait() if isinstance(handle, Handle) else handle
+            self._any[bucket.index] = HostCopy(q.any())
             left, mean = self.swap(bucket)
             kernels.expand(p, q, self._matrices(bucket), left, mean)
             result.append(mean)
@@ -86,6 +88,7 @@ class PowerSGDReducer(FeedbackReducer):
                              "rank=, bucket_bytes= and groups= that it was saved with, or pass "
                              "reset_per_rank_state=True")
         super().load_state_dict(state)
+        self._any.clear()
         for index, q in state["q"].items():
             buffer = self.buffer(self.buckets[index])
             self.q[index] = q.to(device=buffer.device, dtype=buffer.dtype, copy=True)
@@ -93,6 +96,7 @@ class PowerSGDReducer(FeedbackReducer):
     def reset_per_rank_state(self) -> None:
         super().reset_per_rank_state()
         self.q = {}
+        self._any.clear()
 
     def figures(self) -> dict[str, Any]:
         numbers = sum(one.p.numel + one.q.numel for bucket in self.buckets

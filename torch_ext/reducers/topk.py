@@ -70,8 +70,7 @@ class TopKReducer(FeedbackReducer):
             seed = (self.settings.seed, self.attempts, bucket.index)
             positions = kernels.select(total, self._segments(bucket), self.settings, seed)
             # g + e may overflow where neither does; the largest would be among the chosen.
-            finite = bool(total[positions].isfinite().all())
-            self._finite &= finite
+            finite = self.finite(total[positions])
         if finite:
             values = kernels.split(total, positions, dtype)
         else:

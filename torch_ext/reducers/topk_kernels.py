@@ -42,9 +42,9 @@ def select(flat: torch.Tensor, segments: Sequence[Segment], config: TopK,
 def _select_one(piece: torch.Tensor, k: int, config: TopK, seed: tuple[int, ...]) -> torch.Tensor:
     ranks = sample_ranks(piece.numel(), k, config.selection)
     if ranks:
-        sample = torch.topk(_sample(piece, seed), ranks[-1]).values
+        sample = torch.topk(_sample(piece, seed), ranks[-1]).values.tolist()
         for rank in ranks:
-            threshold = float(sample[rank - 1])
+            threshold = sample[rank - 1]
             found, magnitudes = kernels.above(piece, threshold, 2 * k) or _above(piece, threshold)
             if found.numel() > k:
                 return found[largest(magnitudes, k)]
@@ -60,10 +60,19 @@ def largest(magnitudes: torch.Tensor, k: int) -> torch.Tensor:
         return _positions(magnitudes > 0)
     least = _largest_but(magnitudes, k - 1)
     keep = magnitudes > least
+    if magnitudes.device.type != "cpu":
+        return _positions(_with_equals(keep, magnitudes, least, k))
     if least > 0:
         equal = _positions(magnitudes == least)
         keep[equal[: k - int(keep.sum())]] = True
     return _positions(keep)
+
+
+def _with_equals(keep: torch.Tensor, magnitudes: torch.Tensor, least: torch.Tensor, k: int) -> torch.Tensor:
+    """``keep`` and the first that equal ``least``, if that is not zero, up to ``k``; nothing is read on
+    the host, which would wait for the device."""
+    equal = (magnitudes == least) & (least > 0)
+    return keep | (equal & (equal.cumsum(0) <= k - keep.sum()))
 
 
 def _largest_but(magnitudes: torch.Tensor, rank: int) -> torch.Tensor:

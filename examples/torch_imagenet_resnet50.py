@@ -71,10 +71,10 @@ class Images(torch.utils.data.Dataset):
 
 
 def network(name: str, classes: int) -> torch.nn.Module:
-    """torchvision's, where it is installed, else our own of the same shape."""
+    """torchvision's, where it is installed and fits this torch, else our own of the same shape."""
     try:
         from torchvision import models
-    except ImportError:
+    except (ImportError, RuntimeError):  # the latter: its operators are those of another build of torch
         from examples import resnet as models  # type: ignore[no-redef]
     return getattr(models, name)(**{"num_classes" if "torchvision" in models.__name__ else
                                     "classes": classes})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -58,36 +58,58 @@ def _size_of(item: pytest.Item) -> int:
     return int(callspec.params.get("size", 2)) if callspec else 2
 
 
+class Pool:
+    """``ranks(n, init="torch")``: n running ranks, kept for the next test that asks for the same.
+
+    Only one set of ranks lives at a time: Horovod's background thread takes a third of a core while it has
+    nothing to do. ``end()`` is for a test that starts ranks of its own.
+    """
+
+    def __init__(self) -> None:
+        self._asked = (0, "")
+        self._ranks: Ranks | None = None
+
+    def __call__(self, size: int, init: str = "torch") -> Ranks:
+        kept = self._ranks
+        if kept is None or self._asked != (size, init) or not (kept.alive and kept.folder.exists()):
+            self.end()
+            self._asked, self._ranks = (size, init), Ranks(size, init=init)
+        assert self._ranks is not None
+        return self._ranks
+
+    def end(self) -> None:
+        """End the ranks that are kept."""
+        if self._ranks is not None:
+            self._ranks.close()
+        self._ranks = None
+
+
 @pytest.fixture(scope="session")
-def _pools() -> Iterator[dict[tuple[int, str], Ranks]]:
-    pools: dict[tuple[int, str], Ranks] = {}
-    yield pools
-    for pool in pools.values():
-        pool.close()
+def _pool() -> Iterator[Pool]:
+    pool = Pool()
+    yield pool
+    pool.end()
 
 
 @pytest.fixture
-def ranks(_pools: dict[tuple[int, str], Ranks]) -> Callable[..., Ranks]:
-    """``ranks(n, init="torch")``: n running ranks, kept for the next test that asks for the same.
+def ranks(_pool: Pool) -> Pool:
+    """Ranks that several tests use."""
+    return _pool
 
-    Only one set of ranks lives at a time, so that idle ones do not take the cores.
-    """
 
-    def get(size: int, init: str = "torch") -> Ranks:
-        pool = _pools.get((size, init))
-        if pool is not None and pool.alive and pool.folder.exists():
-            return pool
-        for other in _pools.values():
-            other.close()
-        _pools.clear()
-        pool = _pools[(size, init)] = Ranks(size, init=init)
-        return pool
+@pytest.fixture(autouse=True)
+def _room(request: pytest.FixtureRequest, _pool: Pool) -> None:
+    if request.node.get_closest_marker("ranks") and not _kept(request.node):
+        _pool.end()
 
-    return get
+
+def _kept(item: pytest.Item) -> bool:
+    """Whether a test uses the ranks of others."""
+    return "ranks" in getattr(item, "fixturenames", ())
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Group a file's tests by number of ranks, so that ranks start seldom; skip what cannot run here."""
+    """Group a file's tests by the ranks they use, so that ranks start seldom; skip what cannot run here."""
     asked = set(re.findall(r"\w+", config.option.markexpr))
     left = [item for item in items if any(mark.name in ON_REQUEST - asked for mark in item.iter_markers())]
     if left:
@@ -99,7 +121,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in hosts:
             item.add_marker(pytest.mark.skip(reason=why))
     order = {path: number for number, path in enumerate(dict.fromkeys(i.path for i in items))}
-    items.sort(key=lambda item: (order[item.path], _size_of(item)))
+    items.sort(key=lambda item: (order[item.path], _kept(item), _size_of(item)))
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     try:

@@ -11,7 +11,7 @@ from hvd_ext.delay.engine import replay
 from tests.async_ps.program import run_program
 from tests.async_ps.runs import flat, gradient, start
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.waits]
 OPTIONS = {"lr": 0.02, "rule": "dc-asgd-c", "lam": 0.3}
 
 

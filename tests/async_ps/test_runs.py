@@ -10,7 +10,7 @@ from hvd_ext.delay.engine import replay
 from hvd_ext.delay.momentum import AutoMomentum
 from tests.async_ps import runs
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.waits]
 
 RULES = [("asgd", None), ("dc-asgd-c", 0.3), ("dc-asgd-a", 1.0)]
 

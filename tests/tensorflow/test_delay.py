@@ -37,7 +37,8 @@ def weights_of_steps(rules, compiled):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("size", "compiled"), [(2, True), (2, False), (4, True)])
+@pytest.mark.parametrize(("size", "compiled"), [
+    (2, True), (2, False), pytest.param(4, True, marks=pytest.mark.long)])
 def test_sgd_lands_where_the_oracle_does(ranks, size, compiled):
     in_torch = torch_tests()
     rules = in_torch.RULES if compiled and size == 2 else {"adaptive": {}}

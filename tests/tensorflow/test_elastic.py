@@ -35,10 +35,11 @@ def sizes(path):
 
 
 @pytest.mark.parametrize("methods", [
-    pytest.param(("delay", "seng", "topk_sharded", "topk_late"), id="some"),
+    pytest.param(("delay", "seng", "topk_sharded", "topk_late"), id="some", marks=pytest.mark.long),
     pytest.param(tuple(METHODS), id="all", marks=pytest.mark.soak)])
 def test_ranks_come_and_go(ranks, tmp_path, methods):
     """2, 3, 2, 3 and 2 ranks: one leaves in good order, one is killed."""
+    ranks.end()
     status, log = run_elastic("tests.tensorflow.elastic_program", tmp_path, *methods, seconds=450, gloo=GLOO)
     assert status == 0, log[-6000:]
     seen = sizes(tmp_path / "seen.localhost.0")
@@ -52,8 +53,10 @@ def test_ranks_come_and_go(ranks, tmp_path, methods):
         assert result["lost_residuals"] == (1 if feedback else None), method
 
 
+@pytest.mark.long
 def test_ranks_come_and_go_in_fit(ranks, tmp_path):
     """2, 3 and 2 ranks, all in good order."""
+    ranks.end()
     status, log = run_elastic("tests.tensorflow.elastic_program", tmp_path, gloo=GLOO)
     assert status == 0, log[-6000:]
     fitted = sizes(tmp_path / "fitted.localhost.0")

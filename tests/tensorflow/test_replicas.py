@@ -49,7 +49,7 @@ def fitted(names, eagerly):
 @pytest.mark.ranks
 @pytest.mark.parametrize(("size", "names", "eagerly"), [
     (2, tuple(CASES), False), (2, ("topk", "delay", "lagged", "sharded"), True),
-    (4, tuple(CASES), False),
+    pytest.param(4, tuple(CASES), False, marks=pytest.mark.long),
 ])
 def test_replicas_are_the_same_bits_after_fit(ranks, size, names, eagerly):
     by_rank = ranks(size, init="tensorflow").run(fitted, names, eagerly, timeout=250)

@@ -18,10 +18,11 @@ from tests.tensorflow.seng_cases import EXACT, LAM, Alone  # noqa: E402
 
 pytestmark = pytest.mark.ranks
 
+FOUR = pytest.param(4, marks=pytest.mark.long)
 BOTH = {**EXACT, "explicit_threshold": 100, "rank": 10**6, "uc": "exact"}
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, FOUR])
 @pytest.mark.parametrize("coupling", ["block", "lagged", "full"])
 def test_couplings_are_their_equations(ranks, size, coupling):
     everyone = ranks(size, init="tensorflow").run(
@@ -64,7 +65,7 @@ JOINED = {
 }
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, FOUR])
 def test_full_equals_one_process_on_the_joined_batch(ranks, size):
     on_four = ("implicit, sketched rows", "implicit, redrawn")
     names = [name for name in JOINED if (name in on_four) == (size == 4)]

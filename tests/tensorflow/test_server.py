@@ -40,7 +40,8 @@ def trained(server, names):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("size", "names"), [(2, tuple(OPTIMIZERS)), (4, ("momentum", "averages"))])
+@pytest.mark.parametrize(("size", "names"), [
+    (2, tuple(OPTIMIZERS)), pytest.param(4, ("momentum", "averages"), marks=pytest.mark.long)])
 def test_same_trajectory_with_state_only_at_the_owner(ranks, size, names):
     one = {name: training.weights(training.fit_joined(training.dense_model(), OPTIMIZERS[name](), size))
            for name in names}
@@ -100,7 +101,7 @@ def with_topk():
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_topk_and_amsgrad_behind_each_server(ranks, size):
     by_rank = ranks(size, init="tensorflow").run(with_topk, timeout=200)
     total = sum(int(np.prod(shape)) for shape in SHAPES)
@@ -185,6 +186,7 @@ def load_elsewhere(folder):
 
 
 @pytest.mark.ranks
+@pytest.mark.long
 def test_one_file_loads_under_every_server_and_number_of_ranks(ranks, tmp_path):
     folder = str(tmp_path)
     saves = ranks(2, init="tensorflow").run(save_each, folder, timeout=200)

@@ -191,7 +191,8 @@ CASES = {
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("size", "compiled"), [(2, True), (2, False), (4, True)])
+@pytest.mark.parametrize(("size", "compiled"), [
+    (2, True), (2, False), pytest.param(4, True, marks=pytest.mark.long)])
 def test_thirty_steps_of_algorithm_1(ranks, size, compiled):
     cases = CASES if size == 2 and compiled else {"bucket": KEEP}
     found = ranks(size, init="tensorflow").run(amsgrad_steps, cases, 30, compiled, timeout=200)

@@ -25,6 +25,7 @@ pytestmark = [pytest.mark.ranks, pytest.mark.slow]
     pytest.param(tuple(METHODS), id="all", marks=pytest.mark.soak)])
 def test_ranks_come_and_go(ranks, tmp_path, methods):
     """2, 3, 2, 3 and 2 ranks: one leaves in good order, one is killed."""
+    ranks.end()
     status, log = run_elastic("tests.torch.elastic_program", tmp_path, *methods)
     assert status == 0, log[-6000:]
     seen = [line.split()[:2] for line in (tmp_path / "seen.localhost.0").read_text().splitlines()]

@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from tests.ranks import Ranks
+from tests.ranks import run_ranks
 from tests.zoo import lacking
 from tests.zoo.table import Table
 
@@ -34,16 +34,15 @@ def of_torch(names: Sequence[str], table: Table, *, times: bool) -> list[str]:
             print(f"{why}: its models are left out")
         else:
             models |= group
-    with Ranks(2) as ranks:
-        for name, model in models.items():
-            if names and name not in names:
-                continue
-            found = measure(model)
-            one, other = ranks.run(trained, name, timeout=180.0)
-            if found.error > model.limit or one != other:
-                beyond.append(name)
-            ratios = [f"{ratio:.2f}" for ratio in slowed(name)] if times else ["not measured"] * 2
-            table.add(name, found, [YES_NO[one == other], *ratios])
+    for name, model in models.items():
+        if names and name not in names:
+            continue
+        found = measure(model)
+        one, other = run_ranks(trained, 2, name, timeout=180.0)
+        if found.error > model.limit or one != other:
+            beyond.append(name)
+        ratios = [f"{ratio:.2f}" for ratio in slowed(name)] if times else ["not measured"] * 2
+        table.add(name, found, [YES_NO[one == other], *ratios])
     return beyond
 
 
@@ -54,16 +53,16 @@ def of_keras(names: Sequence[str], table: Table, *, times: bool) -> list[str]:
     from tests.zoo.on_ranks import one_batch
 
     beyond = []
-    with Ranks(2, init="tensorflow") as ranks:
-        for name, side in FAMILIES.items():
-            if names and name not in names:
-                continue
-            found = measure(name)
-            one, other = (result["digest"] for result in ranks.run(one_batch, name, side, timeout=550.0))
-            same = bool((one == other).all())
-            if found.error > LIMIT or not same:
-                beyond.append(name)
-            table.add(name, found, [YES_NO[same], f"{first_step(name):.1f}" if times else "not measured"])
+    for name, side in FAMILIES.items():
+        if names and name not in names:
+            continue
+        found = measure(name)
+        results = run_ranks(one_batch, 2, name, side, timeout=550.0, init="tensorflow")
+        one, other = (result["digest"] for result in results)
+        same = bool((one == other).all())
+        if found.error > LIMIT or not same:
+            beyond.append(name)
+        table.add(name, found, [YES_NO[same], f"{first_step(name):.1f}" if times else "not measured"])
     return beyond
 
 

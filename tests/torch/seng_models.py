@@ -108,6 +108,36 @@ class Experts(nn.Module):
         return self.head(out.reshape(x.shape).mean(1))
 
 
+class Packed(nn.Module):
+    """Experts in one parameter, given tokens and where each goes, one after another: not to be vectorised."""
+
+    def __init__(self, width: int = 4, experts: int = 3) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(experts, width, width) / width**0.5)
+
+    def forward(self, rows: torch.Tensor, goes: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(rows)
+        for k in goes.unique():
+            mine = (goes == k).nonzero().flatten()
+            out = out.index_add(0, mine, torch.tanh(rows[mine] @ self.weight[k]))
+        return out
+
+
+class PackedExperts(nn.Module):
+    """As :class:`Experts`, with :class:`Packed` weights."""
+
+    def __init__(self, width: int = 4, experts: int = 3) -> None:
+        super().__init__()
+        self.embed, self.packed = nn.Linear(width, width), Packed(width, experts)
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, T, E)
+        x = torch.tanh(self.embed(x))
+        rows = x.reshape(-1, x.shape[-1])
+        goes = (rows[:, 0].detach() > 0).long() + (rows[:, 1].detach() > 0).long()
+        return self.head(self.packed(rows, goes).reshape(x.shape).mean(1))
+
+
 class Graphs(nn.Module):
     """A batch of graphs: (nodes, E), the mean over neighbours, and which graph a node is of."""
 

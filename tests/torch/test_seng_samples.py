@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import hvd_ext.torch as hvd
+from hvd_ext.torch.seng.per_sample import MOST_CALLS
 from tests.reference import seng as reference
 from tests.torch import seng_models as models
 from tests.torch.per_sample import by_single_samples, flat_gradient, held_u
@@ -147,6 +148,24 @@ def test_experts_count_rows_as_samples_and_say_so_once(experts):
     if experts == 3:
         assert "could not refresh experts.2: it was not used" in about[1]
     assert {row["samples"] for row in seng.report()["layers"]} >= {"rows", "axis 0"}
+
+
+@pytest.mark.parametrize("subsample", [None, 3])
+def test_packed_experts_are_run_once_for_each_sample(subsample):
+    """Of more tokens than :data:`per_sample.MOST_CALLS`, which one by one would be refused."""
+    torch.manual_seed(0)
+    tokens = MOST_CALLS // B + 1
+    model, x = models.PackedExperts().double(), torch.randn(B, tokens, 4).double()
+    seng = hvd.SENG(model, damping=LAM, sketch=None, update_freq=1, subsample=subsample)
+    if subsample is None:
+        compare(model, (x,), lambda i: (x[i:i + 1],), seng)
+    else:
+        mean_loss(model(x), torch.randn(B, 3).double()).backward()
+        seng.step()
+    rows = {row["layer"]: row for row in seng.report()["layers"]}
+    assert rows["packed"]["samples"] == "contiguous"
+    assert rows["packed"]["rho"] == (subsample or B)
+    assert rows["packed"]["refused"] is None
 
 
 def test_strict_refuses_rows():

@@ -22,8 +22,8 @@ from torch.utils import _pytree as pytree
 
 from hvd_ext.torch.seng.rules import Factors, PerSample, Pick, Registered, rule_for, same_convolution
 
-MOST_CALLS = 256  # a module that cannot be vectorised is run once for each row, up to so many
-CHUNK = 32        # rows that are run at once
+MOST_CALLS = 256  # a module that cannot be vectorised is run once for each sample, up to so many
+CHUNK = 32        # samples that are run at once
 
 
 @dataclass
@@ -107,13 +107,13 @@ def _product(rows: torch.Tensor, columns: torch.Tensor, pick: Pick, module: nn.M
 def vjp_rule(module: nn.Module, call: Any, gz: torch.Tensor | None, pick: Pick) -> PerSample:
     """``u_i``, the gradient of ``sum(gz_i * module(x_i))``, for any module that treats samples apart.
 
-    ``gz`` is None where a recurrent module's states alone were used.
+    ``gz`` is None where a recurrent module's states alone were used. Rows of one sample are run together.
 
     Batch norms get the statistics of the whole batch as given, as SENG's rule for them does.
 
     Raises:
         ValueError: the module does not work on one sample, or cannot be vectorised and there are
-            more rows than :data:`MOST_CALLS`.
+            more samples than :data:`MOST_CALLS`.
     """
     axis = int(getattr(pick, "axis", 0))
     parameters = {name: p.detach() for name, p in parameters_of(module).items() if p.requires_grad}
@@ -123,17 +123,23 @@ def vjp_rule(module: nn.Module, call: Any, gz: torch.Tensor | None, pick: Pick) 
              and leaf.dim() > axis and leaf.shape[axis] == rows]
     if not split:
         raise ValueError("its output has other rows than its input")
-    held = [pick(leaves[k].movedim(axis, 0)) for k in split]
+    joined = getattr(pick, "join", lambda: 1)()
+
+    def by_sample(tensor: torch.Tensor, at: int) -> torch.Tensor:
+        """(samples, rows of each, ...)"""
+        return pick(tensor.movedim(at, 0)).unflatten(0, (-1, joined))
+
+    held = [by_sample(leaves[k], axis) for k in split]
     dtype = next(iter(parameters.values())).dtype
     held = [t.to(dtype) if t.is_floating_point() else t for t in held]
     # Which output, the axis of its samples, and the gradient by it.
-    known = [] if gz is None else [(0, axis, pick(gz))]
-    known += [(k, 1, pick(g.movedim(1, 0))) for k, g in call.states.items()]
+    known = [] if gz is None else [(0, axis, by_sample(gz, 0))]
+    known += [(k, 1, by_sample(g, 1)) for k, g in call.states.items()]
 
     def share(*these: torch.Tensor) -> dict[str, torch.Tensor]:
         row = list(leaves)
         for k, one in zip(split, these[:len(split)], strict=True):
-            row[k] = one.unsqueeze(axis)
+            row[k] = one.movedim(0, axis)
         args, kwargs = pytree.tree_unflatten(row, spec)
 
         def run(values: dict[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -141,7 +147,7 @@ def vjp_rule(module: nn.Module, call: Any, gz: torch.Tensor | None, pick: Pick) 
             return [out[k] for k, _, _ in known]
 
         out, pull = vjp(run, parameters)
-        pulled = [g.unsqueeze(at).to(z.dtype) for z, g, (_, at, _) in
+        pulled = [g.movedim(0, at).to(z.dtype) for z, g, (_, at, _) in
                   zip(out, these[len(split):], known, strict=True)]
         return pull(pulled)[0]  # type: ignore[no-any-return]
 

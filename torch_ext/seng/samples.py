@@ -157,6 +157,7 @@ class Pick:
         self._index = None if index is None else torch.from_numpy(index.copy())
         self._in_order = index is not None and placement == CONTIGUOUS
         self.samples = self.kept = rows if index is None else len(index)
+        self._joined = False
 
     def front(self, tensor: torch.Tensor) -> torch.Tensor:
         """With the axis that holds the samples first."""
@@ -178,9 +179,14 @@ class Pick:
                 tensor[missing] = 0
         return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
 
+    def join(self) -> int:
+        """Rows of each sample, of a rule whose result has them joined already."""
+        self._joined = True
+        return 1 if self._index is None else self._index.shape[1]
+
     def regroup(self, result: Result) -> Result:
         """A rule's result with the rows of each sample joined."""
-        if self._index is None:
+        if self._index is None or self._joined:
             return result
         m = self._index.shape[1]
         if isinstance(result, Factors):

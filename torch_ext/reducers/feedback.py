@@ -44,7 +44,7 @@ class FeedbackReducer(BucketReducer):
         self._scale_now: float | None = None
         self._finite = True
         self._square = 0.0
-        self._norms: list[tuple[Bucket, HostCopy]] = []  # of gradients on a GPU
+        self._norms: list[HostCopy] = []  # of gradients on a GPU: their norm and their largest magnitude
         self._flags: list[HostCopy] = []
         self._last: dict[str, Any] = {}
 
@@ -132,18 +132,16 @@ class FeedbackReducer(BucketReducer):
         return self.collectives.allreduce_async_(flat, f"{self.prefix}/bucket{bucket.index}",
                                                  op=horovod.Average, kind="dense")
 
-    def _gradients(self, bucket: Bucket) -> list[torch.Tensor]:
-        found = (self.dense(self.entries[slot.index]) for slot in bucket.slots)
-        return [gradient for gradient in found if gradient is not None]
-
     def _measure(self, bucket: Bucket) -> bool:
         """Whether the bucket's gradients are finite; their norm goes into the report.
 
         What a GPU has to say of either is on its way to the host, and True is assumed until it is there.
         """
-        gradients = self._gradients(bucket)
+        gradients = [g for g in (self.dense(self.entries[slot.index]) for slot in bucket.slots)
+                     if g is not None]
         if gradients and not host_copies.at_once(gradients[0]):
-            self._norms.append((bucket, HostCopy(torch.nn.utils.get_total_norm(gradients))))
+            norms = [torch.nn.utils.get_total_norm(gradients, power) for power in (2.0, math.inf)]
+            self._norms.append(HostCopy(torch.stack(norms)))
             return True
         norm, finite = measured(gradients)
         self._square += norm * norm
@@ -160,12 +158,10 @@ class FeedbackReducer(BucketReducer):
         return finite
 
     def _hear_from_gpus(self) -> None:
-        for bucket, copy in self._norms:
-            norm, finite = float(copy.read()), True
-            if not math.isfinite(norm):
-                norm, finite = measured(self._gradients(bucket))
+        for copy in self._norms:
+            norm, largest = copy.read().tolist()  # the norm of huge but finite gradients overflows
             self._square += norm * norm
-            self._finite &= finite
+            self._finite &= math.isfinite(largest) and not math.isnan(norm)
         self._finite &= all(bool(flag.read()) for flag in self._flags)
 
     def complete(self, started: Started) -> tuple[list[torch.Tensor], bool]:

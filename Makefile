@@ -53,8 +53,8 @@ demo: $(READY)
 # Side by side what leaves cores to others, then ranks, which take all of them. Either may be empty (5).
 test: $(READY)
 	@$(PY) -m pytest $(SIDE_BY_SIDE) -m "not ranks or waits" $(PYTEST_ARGS); first=$$?; \
-	  $(PY) -m pytest -m "ranks and not waits" $(PYTEST_ARGS); then=$$?; \
-	  case $$first-$$then in 0-0|0-5|5-0) ;; *) echo "exit status $$first side by side, $$then of ranks"; exit 1;; esac
+	  $(PY) -m pytest -m "ranks and not waits" $(PYTEST_ARGS); second=$$?; \
+	  case $$first-$$second in 0-0|0-5|5-0) ;; *) echo "exit status $$first side by side, $$second of ranks"; exit 1;; esac
 
 test-quick: $(READY)
 	$(PY) -m pytest $(SIDE_BY_SIDE) -m "(not slow and not ranks) or smoke" $(PYTEST_ARGS)

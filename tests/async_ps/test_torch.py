@@ -1,5 +1,7 @@
 """The PyTorch front end, beside a Horovod that runs in the same program."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -145,6 +147,17 @@ def test_flat_and_back_keeps_every_entry(dtypes):
     parameters[0].grad[0, 0] = float("nan")
     buffer.take_gradients()
     assert np.isnan(buffer.largest())
+
+
+@pytest.mark.parametrize("use", [lambda b: b.wire, lambda b: b.write(np.zeros(6, np.float32)),
+                                 lambda b: b.take_gradients()])
+def test_a_buffer_is_not_used_before_what_is_copied_out_of_it_is_gone(use):
+    waited = []
+    buffer = TorchModel([torch.zeros(6, requires_grad=True)]).buffer()
+    buffer._leaving = [SimpleNamespace(synchronize=lambda: waited.append(1))]
+    for _ in range(2):
+        use(buffer)
+    assert waited == [1]
 
 
 def test_parameters_that_cannot_travel_are_refused():

@@ -51,6 +51,7 @@ def with_answers(at_once):
     try:
         for name, options in COMPRESSED.items():
             parameters = make_parameters(SHAPES)
+            before = bits(parameters)
             optimizer = hvd.DistributedOptimizer(torch.optim.SGD(parameters, 0.1), named(parameters),
                                                  **options())
             for step in range(7):
@@ -62,6 +63,7 @@ def with_answers(at_once):
                     gradients[0][:2, :2] = 1e20
                 backward(parameters, gradients)
                 optimizer.step()
+            assert bits(parameters) != before
             report = optimizer.report()
             found[name] = bits(parameters), report["steps"], report["skipped_steps"], report["gradient_norm"]
     finally:
@@ -74,7 +76,8 @@ def test_what_is_heard_late_changes_no_bit(ranks):
     """As on a GPU, where a bucket is on its way before the host knows whether it is finite."""
     at_once, late = (ranks(2).run(with_answers, when) for when in (True, False))
     assert late == at_once
-    for name, (weights, steps, skipped, _) in at_once[0].items():
+    for name, (weights, steps, skipped, norm) in at_once[0].items():
+        assert norm > 0, name
         assert weights == at_once[1][name][0], name
         assert (steps, skipped) == (5 if name == "late" else 6, 1), name  # one is on its way
 

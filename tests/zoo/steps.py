@@ -22,6 +22,7 @@ TURNS = 15
 def trained(name: str) -> bytes:
     """Weights after a few steps in float32, of data that differs from rank to rank; every rank calls it."""
     model, inputs = build(MODELS[name], torch.float32)
+    before = [p.detach().clone() for p in model.parameters()]
     torch.manual_seed(hvd.rank())
     inputs = MODELS[name].inputs(B)
     with warnings.catch_warnings():
@@ -35,6 +36,7 @@ def trained(name: str) -> bytes:
             loss_of(model, inputs, MODELS[name].output).backward()
             optimizer.step()
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    assert any(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
     assert any(row["held"] != "identity" for row in seng.report()["layers"])
     return b"".join(p.detach().numpy().tobytes() for p in model.parameters())
 

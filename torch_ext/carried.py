@@ -9,6 +9,7 @@ import torch
 
 from hvd_ext.torch.collectives import SHARED_ERRORS
 from hvd_ext.torch.extended import ExtendedOptimizer
+from hvd_ext.torch.optimizer_state import load_wrapped
 
 Commit = dict[str, Any]
 
@@ -56,8 +57,8 @@ class Carried:
         commit, own = copy.deepcopy(commit), copy.deepcopy(own)
         wrapper.forget()
         SHARED_ERRORS.extend(["before this commit"] * (commit["errors"] - len(SHARED_ERRORS)))
-        wrapper.load_wrapped(commit["wrapped"], commit["server"],
-                             super(ExtendedOptimizer, optimizer).load_state_dict)
+        load_wrapped(wrapper, commit["wrapped"], commit["server"],
+                     super(ExtendedOptimizer, optimizer).load_state_dict)
         wrapper.reducer.take_back(commit["reducer"], own)
         if wrapper.preconditioner is not None and same_ranks:
             wrapper.preconditioner.load_state_dict(commit["preconditioner"])

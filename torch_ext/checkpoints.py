@@ -20,8 +20,8 @@ import torch
 from hvd_ext import run_checkpoints
 from hvd_ext.run_checkpoints import Contents, Found, Loaded, rank_file
 from hvd_ext.torch.collectives import Collectives
+from hvd_ext.torch.optimizer_state import STATE_KEY
 from hvd_ext.torch.pieces import join_states
-from hvd_ext.torch.wrapper import STATE_KEY
 
 MODEL = "model.pt"
 

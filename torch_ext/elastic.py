@@ -20,11 +20,12 @@ from horovod.torch.functions import broadcast_object
 
 from hvd_ext import aliases
 from hvd_ext.elastic import Place, Reunion
+from hvd_ext.torch import optimizer_state
 from hvd_ext.torch.carried import Carried, Commit
 from hvd_ext.torch.collectives import Collectives
 from hvd_ext.torch.extended import ExtendedOptimizer
+from hvd_ext.torch.optimizer_state import STATE_KEY
 from hvd_ext.torch.replicas import broadcast_optimizer_state
-from hvd_ext.torch.wrapper import STATE_KEY
 
 __all__ = ["ElasticSampler", "TorchState", "run"]
 __path__: list[str] = []  # hvd_ext.torch.elastic.sampler and .state are Horovod's
@@ -129,7 +130,8 @@ class ExtendedOptimizerHandler(state.OptimizerStateHandler):  # type: ignore[mis
         reunion = Reunion.of(Collectives().allgather_object(self._place, "hvd_ext/places"))
         if reunion.first:
             wrapper.regroup()  # the ranks may have changed before training began
-            wrapper.load_shared_state(broadcast_object(wrapper.shared_state(), 0, "hvd_ext/shared_state"))
+            optimizer_state.load_shared_state(wrapper, broadcast_object(
+                optimizer_state.shared_state(wrapper), 0, "hvd_ext/shared_state"))
         elif reunion.changed:
             self._rejoin(reunion)
         broadcast_optimizer_state(self.value, 0)

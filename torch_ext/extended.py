@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from hvd_ext.torch import optimizer_state
 from hvd_ext.torch.copies import reduce_wrapped
 from hvd_ext.torch.reducers.base import Reducer
 from hvd_ext.torch.wrapper import Wrapper
@@ -148,14 +149,14 @@ class ExtendedOptimizer(torch.optim.Optimizer):
         With ``server="sharded"`` (and with "rank0" on the other ranks) the moments of parameters
         that another rank owns are not in it; see ``gather_state_dict``.
         """
-        return self._hvd_ext.state_dict(super().state_dict(), gather=False)
+        return optimizer_state.state_dict(self._hvd_ext, super().state_dict(), gather=False)
 
     def gather_state_dict(self) -> dict[str, Any]:
         """As ``state_dict()``, with the moments of all parameters, whichever rank owns them.
 
         A collective: call it on every rank. What it gives can be loaded under any ``server=``.
         """
-        return self._hvd_ext.state_dict(super().state_dict(), gather=True)
+        return optimizer_state.state_dict(self._hvd_ext, super().state_dict(), gather=True)
 
     def load_state_dict(self, state_dict: dict[str, Any], *,
                         reset_per_rank_state: bool = False) -> None:
@@ -170,7 +171,7 @@ class ExtendedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: the state is another rank's or of another number of ranks.
         """
-        self._hvd_ext.load_state_dict(state_dict, super().load_state_dict,
-                                      reset_per_rank_state=reset_per_rank_state)
+        optimizer_state.load_state_dict(self._hvd_ext, state_dict, super().load_state_dict,
+                                        reset_per_rank_state=reset_per_rank_state)
         self._synchronized = False
         self._should_synchronize = True

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import ParallelStrategy  # type: ignore[import
 import hvd_ext.torch as hvd
 from hvd_ext.servers import settings_of
 from hvd_ext.torch.extended import ExtendedOptimizer
-from hvd_ext.torch.wrapper import STATE_KEY
+from hvd_ext.torch.optimizer_state import STATE_KEY
 
 BY_RANK = "hvd_ext_by_rank"
 

@@ -1,4 +1,4 @@
-"""An optimizer with extensions in its step: hooks, the step, state.
+"""An optimizer with extensions in its step: hooks and the step. Its state is in ``optimizer_state.py``.
 
 The way of a gradient, in :class:`Wrapper`: backward hook -> reducer -> ``synchronize()``: reduced, then
 preconditioned -> the user's clipping, if any -> ``step()``: the update, where ``server=`` says.
@@ -15,12 +15,11 @@ import torch
 
 from hvd_ext.composition import public_name
 from hvd_ext.names import checked_names
-from hvd_ext.torch.collectives import SHARED_ERRORS, Collectives
+from hvd_ext.torch.collectives import Collectives
 from hvd_ext.torch.passes import Passes
 from hvd_ext.torch.reducers.base import Entry, Reducer
 from hvd_ext.watch import WATCH
 
-STATE_KEY = "hvd_ext"
 LIVE: weakref.WeakSet[Wrapper] = weakref.WeakSet()  # the wrappers of this process
 
 
@@ -250,77 +249,7 @@ class Wrapper:
         if self.preconditioner is not None:
             self.preconditioner.attach(self.collectives, self.optimizer)
 
-    # State and figures
-
-    def state_dict(self, state: dict[str, Any], *, gather: bool) -> dict[str, Any]:
-        """The wrapped optimizer's state and, under "hvd_ext", this rank's of the extensions."""
-        own: dict[str, Any] = {"rank": self.collectives.rank, "size": self.collectives.size,
-                               "reducer": self.reducer.state_dict()}
-        if self.preconditioner is not None:
-            own["preconditioner"] = self.preconditioner.state_dict()
-        if self.server is not None:
-            serve = self.server.gather if gather else self.server.state_dict
-            state, own["server"] = serve(state)
-        return {**state, STATE_KEY: own}
-
-    def shared_state(self) -> dict[str, Any]:
-        """What is the same on every rank: a rank that joins takes it over."""
-        return {"errors": len(SHARED_ERRORS), "reducer": self.reducer.shared_state(),
-                "step": None if self.preconditioner is None else self.preconditioner.shared_state()}
-
-    def load_shared_state(self, state: dict[str, Any]) -> None:
-        """Take over what another rank's ``shared_state()`` gave, and meet the ranks anew."""
-        self.forget()
-        SHARED_ERRORS[:] = ["before this rank joined"] * state["errors"]
-        self.reducer.load_shared_state(state["reducer"])
-        if self.preconditioner is not None:
-            self.preconditioner.load_shared_state(state["step"])
-        self.reducer.met = None
-
-    def load_state_dict(self, state_dict: dict[str, Any], load: Callable[[dict[str, Any]], None], *,
-                        reset_per_rank_state: bool) -> None:
-        """Restore the extensions, and with ``load`` the wrapped optimizer."""
-        state_dict = dict(state_dict)
-        own = state_dict.pop(STATE_KEY, None)
-        if own is not None and not (reset_per_rank_state or self.reducer.staleness) \
-                and own.get("reducer", {}).get("late"):
-            raise ValueError("this state was saved with late= and may hold a gradient that is still to be "
-                             "applied; pass late= here too, or reset_per_rank_state=True to drop it")
-        if own is not None and not (reset_per_rank_state or getattr(self.server, "replies", None)) \
-                and own.get("server", {}).get("reply"):
-            raise ValueError("this state was saved with Server(reply=...), and the weights that its ranks "
-                             "held lack what was still to be sent; pass reply= here too, or save the model "
-                             "within optimizer.exact_weights() and pass reset_per_rank_state=True")
-        here = (self.collectives.rank, self.collectives.size)
-        per_rank = own is not None and any(own.get(key) for key in ("reducer", "preconditioner"))
-        if per_rank and not reset_per_rank_state and (own["rank"], own["size"]) != here:
-            raise ValueError(
-                f"this state was saved by rank {own['rank']} of {own['size']} and is loaded by rank "
-                f"{here[0]} of {here[1]}, but the extensions keep state per rank; save and load "
-                "one file per rank, or pass reset_per_rank_state=True to start that state anew"
-            )
-        self.forget()
-        self.load_wrapped(state_dict, None if own is None else own.get("server"), load)
-        anew = own is None or reset_per_rank_state
-        if anew or "reducer" not in own:
-            self.reducer.reset_per_rank_state()
-        else:
-            self.reducer.load_state_dict(own["reducer"])
-        if self.preconditioner is not None:
-            if anew or "preconditioner" not in own:
-                self.preconditioner.reset_state()
-            else:
-                self.preconditioner.load_state_dict(own["preconditioner"])
-
-    def load_wrapped(self, state: dict[str, Any], mark: dict[str, Any] | None,
-                     load: Callable[[dict[str, Any]], None]) -> None:
-        """Restore the wrapped optimizer with ``load``; ``mark`` is the server's, from the same state."""
-        if self.server is not None:
-            state = self.server.load_state_dict(state, mark)
-        load(state)
-        original = self.original()
-        if original is not None:  # a scheduler that was made before wrapping goes on setting its groups
-            original.param_groups, original.state = self.optimizer.param_groups, self.optimizer.state
+    # Figures
 
     def report(self) -> dict[str, Any]:
         """Figures of the last step: bytes by kind, and those of each extension in use."""

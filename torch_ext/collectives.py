@@ -53,12 +53,11 @@ class Handle:
         """The result of the collective, a tensor on the device of its input."""
         result = wait_for(self.ticket, self.name)
         tensor = result[0] if isinstance(result, tuple) else result
-        if self.into:
-            return _copied_back([tensor], self.into)[0]
         if not self.counted:
             for kind, count in by_kind(self.kind, nbytes(tensor)).items():
                 self.collectives.traffic.add(kind, received=count)
-        return tensor if self.dtype is None else tensor.view(self.dtype)
+        tensor = tensor if self.dtype is None else tensor.view(self.dtype)
+        return _copied_back([tensor], self.into)[0] if self.into else tensor
 
     def wait_all(self) -> list[torch.Tensor]:
         """The results of a grouped collective, in the order of its inputs."""
@@ -104,8 +103,8 @@ class Collectives:
                          kind: str = "gradients", **scale: float) -> Handle:
         """Reduce ``tensor`` over the ranks, in place.
 
-        bfloat16 travels and is added up as float32, and the result is rounded once; what is not
-        contiguous travels as a contiguous copy.
+        bfloat16 travels and is added up as float32, and the result is rounded once; bool and integers of
+        less than 32 bits travel as int32. A tensor that is not contiguous travels as a contiguous copy.
         """
         sent = _addable(tensor)
         ticket = _submit(horovod.allreduce_async_, sent, name=name, op=op,
@@ -137,6 +136,7 @@ class Collectives:
         ``out`` lends memory for the result, which is resized in place: fresh memory for every
         message costs more in page faults than the message itself on a CPU.
         """
+        tensor = tensor.contiguous()
         memory = _memory(out, tensor)
         counts = torch.tensor(splits, dtype=torch.int32)
         ticket = _submit(mpi_ops._alltoall_async, carrier(tensor), counts, memory,
@@ -160,6 +160,7 @@ class Collectives:
         A message that holds several kinds says with ``kind`` how many bytes are of each. ``out``
         lends memory for the result, as in :meth:`alltoall_async`.
         """
+        tensor = tensor.contiguous()
         memory = _memory(out, tensor)
         ticket = _submit(mpi_ops._allgather_async, carrier(tensor), memory, name, self.process_set)
         for part, own in by_kind(kind, nbytes(tensor)).items():
@@ -170,13 +171,15 @@ class Collectives:
     def broadcast_async_(self, tensor: torch.Tensor, root: int, name: str, *,
                          kind: str = "weights") -> Handle:
         """Copy the tensor of member ``root`` of the process set to all, in place."""
-        ticket = _submit(horovod.broadcast_async_, carrier(tensor), self.global_rank(root), name=name,
+        sent = tensor.detach().contiguous()
+        ticket = _submit(horovod.broadcast_async_, carrier(sent), self.global_rank(root), name=name,
                          process_set=self.process_set)
         if self.rank == root:
             self.traffic.add(kind, sent=(self.size - 1) * nbytes(tensor))
         else:
             self.traffic.add(kind, received=nbytes(tensor))
-        return Handle(self, ticket, kind, name=name, memory=tensor)
+        return Handle(self, ticket, kind, dtype=tensor.dtype, name=name, memory=sent,
+                      into=() if sent.data_ptr() == tensor.data_ptr() else (tensor,))
 
     def meet(self, mine: Fingerprint) -> None:
         """Compare what must be the same on all ranks, whatever else they were given.
@@ -269,15 +272,22 @@ def _over(handle: Handle) -> bool:
     return True
 
 
+# What Horovod's collectives do not take, and the dtype of the same size that carries the same bits.
+CARRIERS = {torch.bfloat16: torch.int16, torch.bool: torch.uint8}
+# And the dtype that is added up in its place.
+ADDABLE = {torch.bfloat16: torch.float32,
+           **dict.fromkeys((torch.bool, torch.uint8, torch.int8, torch.int16), torch.int32)}
+
+
 def carrier(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory under a dtype that Horovod can move; it knows no bfloat16."""
-    return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+    """The same memory under a dtype that Horovod can move; it knows neither bfloat16 nor bool."""
+    return tensor.view(CARRIERS[tensor.dtype]) if tensor.dtype in CARRIERS else tensor
 
 
 def _addable(tensor: torch.Tensor) -> torch.Tensor:
-    """What is added up in the tensor's place: Horovod takes neither bfloat16 nor other layouts."""
-    if tensor.dtype == torch.bfloat16:
-        return tensor.detach().float().contiguous()
+    """A tensor that Horovod can add up in this one's place: the same where it can be, else a copy."""
+    if tensor.dtype in ADDABLE:
+        return tensor.detach().to(ADDABLE[tensor.dtype]).contiguous()
     return tensor if tensor.is_contiguous() else tensor.detach().contiguous()
 
 

@@ -15,7 +15,7 @@ from hvd_ext.torch.collectives import Collectives, carrier
 
 
 def broadcast_parameters(params: Any, root_rank: int) -> None:
-    """Horovod's function, for weights of any layout (``channels_last``) and bfloat16 too.
+    """Horovod's function, for weights of any layout (``channels_last``), bfloat16 and bool too.
 
     A tensor that is not contiguous travels as a contiguous copy; layouts may differ between ranks.
 
@@ -39,7 +39,7 @@ def broadcast_parameters(params: Any, root_rank: int) -> None:
         if not tensor.is_contiguous():
             whole = tensor.detach().contiguous()
             copies.append((tensor, whole))
-        sent.append((name, carrier(whole.detach()) if whole.dtype == torch.bfloat16 else whole))
+        sent.append((name, carrier(whole.detach())))
     functions.broadcast_parameters(sent, root_rank)
     with torch.no_grad():
         for tensor, whole in copies:

@@ -21,8 +21,8 @@ class Model(torch.nn.Module):
         self.weights = torch.nn.ParameterList(make_parameters(SHAPES, dtype=dtype))
 
 
-def made(server, optimizer="adam"):
-    model = Model()
+def made(server, optimizer="adam", dtype=SINGLE):
+    model = Model(dtype)
     return model, hvd.DistributedOptimizer(OPTIMIZERS[optimizer][0](model.parameters()), server=server,
                                            named_parameters=model.named_parameters(),
                                            compression=topk(0.05, min_size=1, values="float32"))
@@ -34,8 +34,8 @@ def both_weights(model, optimizer):
         return held, bits(model.parameters())
 
 
-def saved_and_gone_on(server, optimizer, folder):
-    model, distributed = made(server, optimizer)
+def saved_and_gone_on(server, optimizer, folder, dtype):
+    model, distributed = made(server, optimizer, dtype)
     train(list(model.parameters()), distributed, range(5))
     hvd.save_checkpoint(folder, 5, model=model, optimizer=distributed)
     own = copy.deepcopy({"model": model.state_dict(), "optimizer": distributed.state_dict()})
@@ -46,7 +46,7 @@ def saved_and_gone_on(server, optimizer, folder):
     end = both_weights(model, distributed)
     ends = {}
     for way in ("file", "own", "own, model last", "whole", "commit"):
-        model, distributed = made(server, optimizer)
+        model, distributed = made(server, optimizer, dtype)
         train(list(model.parameters()), distributed, range(20, 21))
         if way == "file":
             assert hvd.load_checkpoint(folder, model=model, optimizer=distributed).step == 5
@@ -87,20 +87,21 @@ def loaded_elsewhere(server, folder, model_state, whole):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(("kind", "reply", "optimizer"), [
-    ("sharded", topk(selection="sampled"), "adam"), ("rank0", hvd.Compression.fp16, "adam"),
-    ("sharded", topk(0.02), "rprop")])
-def test_checkpoints_go_on_bit_for_bit(ranks, kind, reply, optimizer):
+@pytest.mark.parametrize(("kind", "reply", "optimizer", "dtype"), [
+    ("sharded", topk(selection="sampled"), "adam", SINGLE), ("rank0", hvd.Compression.fp16, "adam", SINGLE),
+    ("sharded", topk(0.02), "rprop", SINGLE), ("rank0", topk(0.02), "adam", torch.bfloat16),
+    ("sharded", topk(0.02), "adam", torch.bfloat16)])
+def test_checkpoints_go_on_bit_for_bit(ranks, kind, reply, optimizer, dtype):
     with tempfile.TemporaryDirectory() as folder:
         server = hvd.Server(kind, reply=reply)
-        everyone = ranks(2).run(saved_and_gone_on, server, optimizer, folder)
+        everyone = ranks(2).run(saved_and_gone_on, server, optimizer, folder, dtype)
         for then, end, ends, file, _, _ in everyone:
             assert then[0] != then[1]
             assert file == then[1]  # the model of a checkpoint is w
             for way, (at_once, later) in ends.items():
                 assert at_once == then, way
                 assert later == end, way
-        if optimizer != "adam":
+        if optimizer != "adam" or dtype != SINGLE:
             return
         then, *_, model_state, whole = everyone[0]
         for size in (1, 3):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
@@ -42,9 +43,14 @@ def test_an_exchange_under_way_is_a_wait_until_it_is_over():
     thread = threading.Thread(target=step, args=(tf.constant(1.0),))
     thread.start()
     assert reached.wait(60)
-    seen = waiting.look()
+    # The graph may run ``between`` before it writes when the exchange began: look again, as the watch does.
+    seen, deadline = waiting.look(), time.monotonic() + 60
+    while seen is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+        seen = waiting.look()
     go_on.set()
     thread.join(60)
+    assert not thread.is_alive()
     assert seen is not None
     assert seen.what == "an exchange"
     assert waiting.look() is None

@@ -7,13 +7,13 @@ is asked for (``broadcast_variables``, ``server=``) the 16 bits travel as an int
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
+from hvd_ext.signatures import copy_signature
 from hvd_ext.tensorflow.collectives import NARROW
 
 
@@ -26,19 +26,17 @@ def widened(operation: Callable[..., Any]) -> Callable[..., Any]:
 
     first = next(iter(inspect.signature(operation).parameters))
 
-    @functools.wraps(operation)
-    def run(*args: Any, **options: Any) -> Any:
-        if not args and first not in options:
-            return operation(**options)  # says what is missing
-        given, args = (args[0], args[1:]) if args else (options.pop(first), ())
+    @copy_signature(operation, tf.autograph.experimental.do_not_convert)
+    def run(**arguments: Any) -> Any:
+        given = arguments[first]
         if isinstance(given, (list, tuple)):
             if not any(_is_narrow(one) for one in given):
-                return operation(given, *args, **options)
-            results = operation([_wide(one) for one in given], *args, **options)
+                return operation(**arguments)
+            results = operation(**{**arguments, first: [_wide(one) for one in given]})
             return [_as(result, one) for result, one in zip(results, given, strict=True)]
         if not _is_narrow(given):
-            return operation(given, *args, **options)
-        result = operation(_wide(given), *args, **options)
+            return operation(**arguments)
+        result = operation(**{**arguments, first: _wide(given)})
         if isinstance(result, tuple) and not isinstance(given, tf.IndexedSlices):
             return _as(result[0], given), *result[1:]
         return _as(result, given)

@@ -164,6 +164,17 @@ def KerasDistributedOptimizer(
     return optimizer
 
 
+def StandaloneKerasDistributedOptimizer(
+        optimizer: Any, name: str | None = None, device_dense: str = "", device_sparse: str = "",
+        compression: Any = horovod.Compression.none, sparse_as_dense: bool = False,
+        gradient_predivide_factor: float = 1.0, op: Any = horovod.Average, num_groups: int = 0,
+        groups: Any = None, **options: Any) -> Any:
+    """``KerasDistributedOptimizer`` with the argument order of ``horovod.keras``."""
+    return KerasDistributedOptimizer(
+        optimizer, name, device_dense, device_sparse, compression, sparse_as_dense,
+        gradient_predivide_factor, op, num_groups=num_groups, groups=groups, **options)
+
+
 def PartialDistributedOptimizer(
         optimizer: Any, name: str | None = None, device_dense: str = "", device_sparse: str = "",
         compression: Any = horovod.Compression.none, sparse_as_dense: bool = False,

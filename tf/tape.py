@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ import tensorflow as tf
 from hvd_ext.buckets import check_groups
 from hvd_ext.composition import method_of, public_name
 from hvd_ext.options import Options
+from hvd_ext.signatures import copy_signature
 from hvd_ext.tensorflow import keras_hooks
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.keras_hooks import refuse_xla
@@ -124,7 +125,12 @@ class _DistributedGradientTape(tf.GradientTape):
         return kept, [pair for pair in pairs if id(as_tf(pair[0])) not in self._local_sources]
 
 
-@tf.autograph.experimental.do_not_convert
+def _unconverted(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, which AutoGraph leaves alone, with its signature and defaults."""
+    return copy_signature(function, tf.autograph.experimental.do_not_convert)(function)
+
+
+@_unconverted
 def distributed_tape(gradtape: tf.GradientTape, device_dense: str = "", device_sparse: str = "",
                      compression: Any = horovod.Compression.none, sparse_as_dense: bool = False,
                      op: Any = horovod.Average, gradient_predivide_factor: float = 1.0,
@@ -186,12 +192,18 @@ def distributed_tape(gradtape: tf.GradientTape, device_dense: str = "", device_s
                                     preconditioner)
 
 
-@tf.autograph.experimental.do_not_convert
-def partial_distributed_tape(gradtape: tf.GradientTape, *args: Any, local_layers: Any = None,
-                             **options: Any) -> Any:
+@_unconverted
+def partial_distributed_tape(gradtape: tf.GradientTape, device_dense: str = "", device_sparse: str = "",
+                             compression: Any = horovod.Compression.none, sparse_as_dense: bool = False,
+                             op: Any = horovod.Average, gradient_predivide_factor: float = 1.0,
+                             num_groups: int = 0, groups: Any = None,
+                             process_set: Any = horovod.global_process_set, local_layers: Any = None,
+                             scale_local_gradients: bool = True, **extensions: Any) -> Any:
     """A distributed tape that leaves the gradients of ``local_layers`` on their rank."""
     local = local_variables(local_layers)
-    tape = distributed_tape(gradtape, *args, **options)
+    tape = distributed_tape(
+        gradtape, device_dense, device_sparse, compression, sparse_as_dense, op, gradient_predivide_factor,
+        num_groups, groups, process_set, scale_local_gradients, **extensions)
     for variable in local:
         tape.register_local_source(variable)
     return tape

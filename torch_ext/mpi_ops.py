@@ -7,7 +7,7 @@ autograd has to follow it. All other dtypes go to Horovod as they are.
 
 from __future__ import annotations
 
-import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from horovod.torch import mpi_ops
 
 from hvd_ext import aliases
+from hvd_ext.signatures import copy_signature
 from hvd_ext.torch.collectives import carrier
 
 __getattr__ = aliases.names_of(__name__, "horovod.torch.mpi_ops")
@@ -24,18 +25,20 @@ _FINISH: dict[Any, Finish] = {}  # by handle: what makes Horovod's answer the ca
 
 
 def _for_bfloat16(name: str) -> Callable[..., Any]:
-    """Horovod's function ``name``, taking bfloat16 too."""
+    """Horovod's function ``name``, with its signature, taking bfloat16 too."""
     horovods = getattr(mpi_ops, name)
+    first = next(iter(inspect.signature(horovods).parameters))
     moves = any(kind in name for kind in ("allgather", "broadcast", "alltoall"))
     grouped, later, in_place = name.startswith("grouped"), "async" in name, name.endswith("_")
 
-    @functools.wraps(horovods)
-    def call(given: Any, *args: Any, **kwargs: Any) -> Any:
+    @copy_signature(horovods)
+    def call(**arguments: Any) -> Any:
+        given = arguments[first]
         tensors: Sequence[torch.Tensor] = given if grouped else [given]
         if not any(_is_bfloat16(tensor) for tensor in tensors):
-            return horovods(given, *args, **kwargs)
+            return horovods(**arguments)
         sent = [_sent(tensor, moves, in_place or later) for tensor in tensors]
-        answer = horovods(sent if grouped else sent[0], *args, **kwargs)
+        answer = horovods(**{**arguments, first: sent if grouped else sent[0]})
 
         def finish(answer: Any) -> Any:
             if grouped:

@@ -60,7 +60,7 @@ def test_a_module_that_is_only_horovods_is_the_same_module():
 
 def test_what_keras_does_otherwise_is_ours_under_every_name():
     ours = hvd_ext.tensorflow.keras
-    assert hvd_ext.keras.DistributedOptimizer is ours.DistributedOptimizer
+    assert hvd_ext.keras.PartialDistributedOptimizer is ours.PartialDistributedOptimizer
     assert hvd_ext.keras.callbacks is ours.callbacks
     assert importlib.import_module("hvd_ext.keras.elastic") is ours.elastic
     assert hvd_ext.tensorflow._executing_eagerly()

@@ -25,6 +25,7 @@ from hvd_ext.torch.copies import copy_as_wrapped
 from hvd_ext.torch.extended import extend
 from hvd_ext.torch.loss_scale import loss_scale
 from hvd_ext.torch.reducers import REDUCERS, make_reducer
+from hvd_ext.torch.separability import check_separable
 from hvd_ext.torch.server import make_server
 
 __getattr__ = aliases.names_of(__name__, "horovod.torch.optimizer")
@@ -72,7 +73,8 @@ def DistributedOptimizer(
 
     Raises:
         TypeError: ``late`` is something else.
-        ValueError: an argument is outside its limits, or extensions cannot be combined.
+        ValueError: an argument is outside its limits, extensions cannot be combined, or the optimizer cannot
+            be used with ``server``.
     """
     if hasattr(optimizer, "_hvd_ext") or "horovod" in type(optimizer).__module__:
         raise ValueError("the optimizer is a DistributedOptimizer already; wrap it once")
@@ -101,6 +103,8 @@ def DistributedOptimizer(
     )
     placed = None if server is None else make_server(server)
     where = None if placed is None else placed.where
+    if placed is not None:
+        check_separable(optimizer, placed.settings)
     reducer = make_reducer(
         Collectives(process_set), options, op=op, compression=compression,
         predivide=gradient_predivide_factor, server=where,

@@ -20,9 +20,11 @@ from hvd_ext.servers import Server, settings_of
 from hvd_ext.tensorflow import keras_hooks
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.extended import Distributed
+from hvd_ext.tensorflow.pieces import cuts
 from hvd_ext.tensorflow.reducers import check_preconditioner, make_reducer
 from hvd_ext.tensorflow.reducers.late import LateReducer
 from hvd_ext.tensorflow.reducers.plain import PlainReducer
+from hvd_ext.tensorflow.separability import check_separable
 from hvd_ext.tensorflow.server import make_server
 from hvd_ext.tensorflow.wrapper import Wrapper
 
@@ -93,7 +95,8 @@ def KerasDistributedOptimizer(
     Raises:
         RuntimeError: Keras runs on another backend than TensorFlow.
         TypeError: ``optimizer`` is no Keras optimizer.
-        ValueError: it is distributed already, or arguments contradict each other.
+        ValueError: it is distributed already, arguments contradict each other, or the optimizer cannot be
+            used with ``server``.
         NotImplementedError: an extension that the TensorFlow front end does not have.
     """
     keras_hooks.require_tensorflow_backend("hvd.DistributedOptimizer")
@@ -129,6 +132,7 @@ def KerasDistributedOptimizer(
     placed = make_server(settings, optimizer, collectives, groups)
     if placed is not None:
         check_extension(optimizer, f"server={where!r}")
+        check_separable(optimizer, placed.settings, cut=cuts(placed.settings, optimizer, collectives))
     options = Options(
         prefix=name or type(optimizer).__name__, passes=passes, groups=groups,
         average_passes=average_aggregated_gradients, sparse_as_dense=sparse_as_dense,

@@ -60,26 +60,23 @@ class Trial:
         """
         if not self.chosen:
             return
-        elementwise = is_elementwise(self.kind)
-        failure: Exception | None = None
+        elementwise, failures = is_elementwise(self.kind), []
         for precision, sparse in (("float64", False), ("float32", False), ("float32", True)):
             try:
-                differ, settings = self.compare(precision, sparse=sparse, elementwise=elementwise)
+                whole = self._run([(number, None) for number in range(len(self.chosen))], precision, sparse)
             except Exception as error:
-                failure = failure or error
+                failures.append(error)
                 continue
-            if differ:
-                raise ValueError(separability.depends_on_others(self.kind.__name__, elementwise, settings))
+            self._compare(whole, precision, sparse, elementwise)
             return
         if not elementwise:
-            why = f"its step() raised {type(failure).__name__}: {failure}"
-            raise ValueError(separability.untried(self.kind.__name__, "sharded", why)) from failure
+            why = separability.untried(self.kind.__name__, "sharded", failures[0])
+            raise ValueError(why) from failures[0]
 
-    def compare(self, precision: str, *, sparse: bool, elementwise: bool) -> tuple[bool, list[str]]:
-        """Whether the updates of parts differ from that of all, and settings of groups that do."""
+    def _compare(self, whole: Run, precision: str, sparse: bool, elementwise: bool) -> None:
+        """Compare the update of all with those of parts."""
         numbers = range(len(self.chosen))
-        whole = self._run([(number, None) for number in numbers], precision, sparse)
-        differ, settings = False, []
+        differ, settings = False, set()
         for number in numbers:
             shape = separability.small_shape(self.chosen[number][0].shape)
             beside = whole
@@ -87,13 +84,19 @@ class Trial:
                 others = [(other, None) for other in numbers if other != number]
                 beside = self._run([(number, None), *others], precision, sparse)
             for cut in _cuts(shape) if elementwise and not whole.draws else [None]:
-                part = self._run([(number, cut)], precision, sparse)
+                try:
+                    part = self._run([(number, cut)], precision, sparse)
+                except Exception as error:
+                    raise ValueError(
+                        separability.fails_in_part(self.kind.__name__, "sharded", error)) from error
                 weights = [w if cut is None else w.reshape(-1)[slice(*cut)] for w in beside.weights[number]]
                 differ |= separability.differs([w.numpy() for w in weights],
                                                [w.numpy() for w in part.weights[number]], precision)
                 group = self.chosen[number][1]
-                settings += separability.differing_settings(beside.settings[group], part.settings[group])
-        return differ or bool(settings), sorted(set(settings))
+                settings |= {*separability.differing_settings(beside.settings[group], part.settings[group])}
+        if differ or settings:
+            raise ValueError(
+                separability.depends_on_others(self.kind.__name__, elementwise, sorted(settings)))
 
     def _run(self, parts: Sequence[tuple[int, Cut | None]], precision: str, sparse: bool) -> Run:
         """Update parameters, by number, or elements of them."""

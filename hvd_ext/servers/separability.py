@@ -94,8 +94,16 @@ def depends_on_others(name: str, elementwise: bool, settings: Sequence[str] = ()
             "server='rank0'")
 
 
-def untried(name: str, where: str, why: str) -> str:
+def fails_in_part(name: str, where: str, error: Exception) -> str:
+    """The message where the optimizer runs on all parameters and not on what one rank owns."""
+    return (f"server={where!r} cannot be used with {name}: it fails where a rank keeps the state of some "
+            f"parameters only ({type(error).__name__}: {_first_line(error)}). Use server='replicated'")
+
+
+def untried(name: str, where: str, why: Exception | str) -> str:
     """The message where the optimizer could not be tried."""
+    if isinstance(why, Exception):
+        why = f"its update raised {type(why).__name__}: {_first_line(why)}"
     return (f"server={where!r} needs an optimizer that updates every parameter by itself, and {name} could "
             f"not be tried on made-up parameters: {why}. Use server='replicated'; if it does update every "
             "parameter by itself, set the class attribute separable = True")
@@ -106,3 +114,7 @@ def beyond_step(name: str, where: str, methods: Sequence[str]) -> str:
     calls = " and ".join(f"{one}()" for one in methods)
     return (f"server={where!r} cannot be used with {name}: its {calls} would change only the weights whose "
             "state this rank keeps, and replicas would differ. Use server='replicated'")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")

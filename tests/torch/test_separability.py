@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import horovod.torch as horovod
 import pytest
 import torch
 from torch.optim import Optimizer
@@ -321,9 +320,14 @@ def test_what_torch_has_and_nobody_knows_of():
     assert all(is_elementwise(kind) == (kind in separability.ELEMENTWISE) for kind in kinds)
 
 
-def test_distributed_optimizer_refuses_at_construction():
-    horovod.init()
+def construct():
     for server in ("sharded", Server("sharded", reply=hvd.Compression.fp16)):
         with pytest.raises(ValueError, match="cannot be used with NormClipped"):
             hvd.DistributedOptimizer(NormClipped(parameters()), server=server)
     hvd.DistributedOptimizer(NormClipped(parameters()), server="rank0")
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("size", [1, 2])
+def test_distributed_optimizer_refuses_at_construction(ranks, size):
+    ranks(size).run(construct)

@@ -285,6 +285,48 @@ def test_weights_that_were_set_count(ranks):
     assert ranks(2).run(set_by_hand) == [([True] * 3, [True] * 3)] * 2
 
 
+OWNERS_OF_NOTHING = {
+    "adam": (lambda p: torch.optim.Adam(p, LR), [(10,)], topk(min_size=0)),
+    "muon": (lambda p: hvd.Muon(p, lr=LR), [(40, 40)], topk()),
+    "adafactor": (lambda p: torch.optim.Adafactor(p, lr=LR), [(40, 40)], topk(per_tensor=True)),
+    "sampled": (lambda p: torch.optim.Adafactor(p, lr=LR), [(40, 40)], topk(selection="sampled")),
+    "half": (lambda p: torch.optim.Adafactor(p, lr=LR), [(40, 40)], hvd.Compression.fp16),
+    "in groups": (lambda p: hvd.Muon(p, lr=LR), [(40, 40), (40, 30)], topk()),
+}
+
+
+def owning_nothing(kind):
+    """By case: whether some rank owns nothing of a message, the weights before and after three steps, the
+    exact ones, and how many parameters the gathered state has."""
+    found = {}
+    for case, (make, shapes, reply) in OWNERS_OF_NOTHING.items():
+        parameters = make_parameters(shapes, dtype=torch.float32)
+        optimizer = hvd.DistributedOptimizer(make(parameters), named_parameters=named(parameters),
+                                             server=hvd.Server(kind, reply=reply),
+                                             groups=2 if case == "in groups" else None)
+        start = bits(parameters)
+        for step in range(3):
+            optimizer.zero_grad()
+            sum((w * (hvd.rank() + 1 + step)).pow(2).sum() for w in parameters).backward()
+            optimizer.step()
+        nothing = any(0 in message.splits for message in optimizer._hvd_ext.server.messages)
+        with optimizer.exact_weights():
+            exact = bits(parameters)
+        found[case] = (nothing, start, bits(parameters), exact, len(optimizer.gather_state_dict()["state"]))
+    return found
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("kind", "size"), [("sharded", 2), ("sharded", 3), ("rank0", 2)])
+def test_a_rank_may_own_nothing_of_a_message(ranks, kind, size):
+    first, *others = ranks(size).run(owning_nothing, kind)
+    for case, (nothing, start, end, _, states) in first.items():
+        assert nothing, case
+        assert start != end, case
+        assert states == len(OWNERS_OF_NOTHING[case][1]), case
+    assert all(other == first for other in others)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_sum_of_bits_depends_on_values_alone(dtype):
     memory = torch.randn(40, dtype=dtype)

@@ -31,6 +31,8 @@ def select(flat: torch.Tensor, segments: Sequence[Segment], config: TopK,
     Returns:
         int64 positions in ``flat``, rising.
     """
+    if not segments:
+        return torch.empty(0, dtype=torch.int64, device=flat.device)
     chosen = []
     for number, segment in enumerate(segments):
         piece = flat[segment.offset : segment.offset + segment.numel]

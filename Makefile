@@ -41,7 +41,7 @@ SUM := $(shell cat $(SOURCES) | cksum | tr ' ' '-')
 TOOLS := $(VENV)/.tools-$(SUM)
 READY := $(VENV)/.ready-$(subst $(space),-,$(FRAMEWORKS))-$(SUM)
 
-.PHONY: setup demo test test-quick test-long test-soak test-cluster test-zoo test-gpu-build test-triton lint bench doctor clean
+.PHONY: setup demo test test-quick test-long test-portable test-soak test-cluster test-zoo test-gpu-build test-triton lint bench doctor clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -62,6 +62,10 @@ test-quick: $(READY)
 # What `make test` has no minutes for.
 test-long: $(READY)
 	$(PY) -m pytest -m long $(PYTEST_ARGS)
+
+# Tests without ranks under other instruction sets and beside a busy loop, three times each: many hours.
+test-portable: $(READY)
+	$(PY) -m scripts.portable_tests -- $(SIDE_BY_SIDE) $(PYTEST_ARGS)
 
 test-soak: $(READY)
 	$(PY) -m pytest -m soak $(PYTEST_ARGS)

@@ -117,9 +117,14 @@ class Step:
         if not self.wrapper.standard:  # one that has its own way from ``apply`` to its update
             gradients = self.reduce(gradients)
         apply(gradients, self.variables)
-        if not self.reduced:
+        if not (self.reduced or self._accumulates_eagerly()):
             raise RuntimeError("the wrapped optimizer updated its variables without passing the "
                                "gradients on to be reduced; please report this optimizer")
+
+    def _accumulates_eagerly(self) -> bool:
+        """Whether Keras may only have added to its accumulators: a graph has the update in a branch."""
+        return bool(self.wrapper.standard and self.optimizer.gradient_accumulation_steps
+                    and tf.executing_eagerly())
 
     def reduce(self, gradients: Sequence[Any]) -> list[Any]:
         """The gradients over all ranks, preconditioned; those of local variables scaled if asked."""
@@ -266,6 +271,12 @@ class Wrapper:
         """Tell the preconditioner whose ``scale_loss`` the loss goes through."""
         if self.preconditioner is not None:
             self.preconditioner.scaled_by(optimizer)
+
+    def end_skipped_pass(self, skipped: Any) -> None:
+        """A pass whose gradients are not finite has ended (if ``skipped``): it comes to no step."""
+        self.end_pass(skipped)
+        if self.scaling is not None:
+            self.scaling.note_pass(skipped)
 
     def end_pass(self, ended: Any = True) -> None:
         """Tell the preconditioner that a pass has ended (if ``ended``), applied or not."""

@@ -56,10 +56,12 @@ def test_horovods_arguments(ranks, options):
 
 
 @ranked
-@pytest.mark.parametrize("options", [{"run_eagerly": True}, {"steps_per_execution": 3}], ids=str)
-def test_ways_to_run_a_step(ranks, options):
-    by_rank = ranks(2, init="tensorflow").run(fit_distributed, "momentum", {}, options)
-    one = training.fit_joined(training.dense_model(), training.OPTIMIZERS["momentum"](), 2)
+@pytest.mark.parametrize(("case", "options"), [
+    ("momentum", {"run_eagerly": True}), ("momentum", {"steps_per_execution": 3}),
+    ("accumulation", {"run_eagerly": True})], ids=str)
+def test_ways_to_run_a_step(ranks, case, options):
+    by_rank = ranks(2, init="tensorflow").run(fit_distributed, case, {}, options)
+    one = training.fit_joined(training.dense_model(), training.OPTIMIZERS[case](), 2)
     assert_alike(by_rank, training.weights(one))
 
 

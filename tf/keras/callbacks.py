@@ -109,7 +109,8 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
         end_epoch: the first epoch after it, or None.
         staircase: change at the start of an epoch rather than of every batch.
         momentum_correction: when the learning rate changes by a factor, scale the momentum
-            buffers by it too (Goyal et al. 2017, section 3.1).
+            buffers of SGD and RMSprop by it too (Goyal et al. 2017, section 3.1); those of other
+            optimizers do not contain it.
         steps_per_epoch: batches in an epoch, where Keras cannot tell.
     """
 
@@ -315,11 +316,16 @@ class ReportCallback(keras.callbacks.Callback):
 
 
 def _momenta(optimizer: Any) -> Iterable[Any]:
-    """The momentum buffers of SGD and RMSprop, which hold steps and so carry the learning rate."""
+    """The momentum buffers of SGD and RMSprop, which hold steps and so carry the learning rate.
+
+    Those of other optimizers hold gradients (Muon, Adam): they stay as they are.
+    """
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-    if not getattr(optimizer, "momentum", None) or not optimizer.built:
+    if not isinstance(optimizer, keras.optimizers.SGD | keras.optimizers.RMSprop):
         return ()
-    buffers = getattr(optimizer, "momentums", None) or getattr(optimizer, "_momentums", ())
+    if not optimizer.momentum or not optimizer.built:
+        return ()
+    buffers = optimizer.momentums if isinstance(optimizer, keras.optimizers.SGD) else optimizer._momentums
     return [buffer for buffer in buffers if buffer is not None]
 
 

@@ -1,7 +1,8 @@
 """What Keras decides without asking the optimizer: two decisions that ranks must share, and a scale.
 
 Keras offers no hook for them, so three methods of its classes are extended once, when the first
-distributed optimizer is made. They behave as before for every other optimizer.
+distributed optimizer is made. They behave as before for every other optimizer. A ``LossScaleOptimizer``
+around a distributed one, which ``model.compile`` makes under mixed_float16, has its public methods too.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import tensorflow as tf
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 ATTRIBUTE = "_hvd_ext"
+# Methods that Keras' own optimizers do not have.
+PUBLIC_METHODS = ("exact_weights", "flush", "register_local_var", "report", "reset_per_rank_state")
 
 
 def wrapper_of(optimizer: Any) -> Any:
@@ -59,7 +62,7 @@ def refuse_xla(what: str) -> None:
 
 @functools.cache
 def install() -> None:
-    """Extend the three methods. Does nothing when called again."""
+    """Extend Keras' classes. Does nothing when called again."""
     scaled = keras.optimizers.LossScaleOptimizer
     check_finite = scaled.check_finite
 
@@ -71,8 +74,10 @@ def install() -> None:
         if wrapper is None:
             return finite
         refuse_xla("hvd.DistributedOptimizer")
+        if wrapper.scaling is not None:
+            finite = wrapper.scaling.counts_as_finite(finite)
         finite = wrapper.collectives.all_true(finite, f"{wrapper.options.prefix}/finite")
-        wrapper.end_pass(tf.logical_not(finite))
+        wrapper.end_skipped_pass(tf.logical_not(finite))
         return finite
 
     scaled.check_finite = check_finite_on_all_ranks
@@ -86,6 +91,15 @@ def install() -> None:
         return scale_loss(self, loss)
 
     scaled.scale_loss = scale_loss_and_say_so
+
+    def find_in_inner(self: Any, name: str) -> Any:
+        # Called for what is nowhere else.
+        inner = self.__dict__.get("inner_optimizer")
+        if name in PUBLIC_METHODS and wrapper_of(inner) is not None:
+            return getattr(distributed_part(inner), name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    scaled.__getattr__ = find_in_inner
 
     trainer = next(kind for kind in keras.Model.__mro__
                    if "_resolve_auto_jit_compile" in kind.__dict__)

@@ -114,8 +114,6 @@ def KerasDistributedOptimizer(
             average_aggregated_gradients, num_groups, groups, process_set, scale_local_gradients,
             preconditioner=preconditioner, server=server,
             reset_per_rank_state=reset_per_rank_state, late=late)
-        object.__setattr__(optimizer, "report", optimizer.inner_optimizer.report)
-        object.__setattr__(optimizer, "flush", optimizer.inner_optimizer.flush)
         return optimizer
     passes = checks.whole("backward_passes_per_step", backward_passes_per_step, low=1)
     if passes > 1 and optimizer.gradient_accumulation_steps:

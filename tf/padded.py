@@ -14,10 +14,11 @@ from hvd_ext.watch import WATCH
 ENDLESS = -1
 
 
-def padded(dataset: Any, collectives: Collectives, weighing: Weighing) -> Any:
+def padded(dataset: Any, collectives: Collectives, weighing: Weighing) -> tuple[Any, bool]:
     """``dataset`` with its first batch again, at weight 0, until the longest of the ranks' ends.
 
-    One exchange of the numbers of batches, here; none later.
+    The second result is whether any rank sees a batch again. One exchange of the numbers of batches, here;
+    none later.
 
     Raises:
         TypeError: it is no ``tf.data.Dataset`` of (inputs, targets) or (inputs, targets, sample weights).
@@ -43,7 +44,8 @@ def padded(dataset: Any, collectives: Collectives, weighing: Weighing) -> Any:
     again = dataset.take(1) if mine else tf.data.Dataset.from_tensors(empty_batch(dataset))
     whole = dataset.concatenate(again.repeat()) if mine else again.repeat()
     both = tf.data.Dataset.zip((whole.take(steps), tf.data.Dataset.from_tensor_slices(weights)))
-    return both.map(_weighed).apply(tf.data.experimental.assert_cardinality(steps))
+    return (both.map(_weighed).apply(tf.data.experimental.assert_cardinality(steps)),
+            any(len(sizes) < steps for sizes in by_rank))
 
 
 def _no_targets(dataset: Any) -> str | None:

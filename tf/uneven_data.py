@@ -7,6 +7,7 @@ One small sum before each step says who has a batch.
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,6 +29,29 @@ from hvd_ext.uneven import JOIN, LATE, WEIGHTS, Weighing, check
 from hvd_ext.watch import WATCH
 
 EXTENDED: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()  # what join cannot serve
+JOINING: weakref.WeakSet[Any] = weakref.WeakSet()  # layers that look at the batches of all ranks
+PADDED: weakref.WeakSet[Any] = weakref.WeakSet()  # datasets in which some rank sees a batch again
+PADDED_STATISTICS = (
+    "padded() with {layers}: the batch that a rank sees again, with the sample weight 0, would enter the "
+    "statistics of all ranks; train in a loop over hvd.uneven(optimizer).batches(dataset), where it does not")
+
+
+def in_use(kept: Any) -> list[Any]:
+    """What a weak container holds, without what is only not collected yet."""
+    if len(kept) > 0:
+        gc.collect()
+    return list(kept)
+
+
+@functools.cache
+def batch_weight() -> Cell:
+    """What a loss of this rank's batch weighs in the step that is under way: 1 outside of ``hvd.uneven``.
+
+    0 on a rank that shadows the others: layers that join the ranks' batches leave its batch out.
+    """
+    cell = Cell(1, tf.float64)
+    cell.assign(tf.ones((1,), tf.float64))
+    return cell
 
 
 class Scaling:
@@ -42,13 +66,22 @@ class Scaling:
     def set(self, before: float, after: float) -> None:
         """Choose the factors of the next step."""
         self._factors.assign(tf.constant([before, after], tf.float64))
+        batch_weight().assign(tf.constant([before], tf.float64))
 
     def before(self, gradients: Sequence[Any]) -> list[Any]:
         """This rank's gradients times its factor; zeros where that is 0, whatever they are."""
         if self.refused:
             raise RuntimeError(self.refused)
-        self._used.assign(self._used.read() + 1)
+        self.note_pass(True)
         return self._times(gradients, 0)
+
+    def note_pass(self, made: Any) -> None:
+        """Count a pass, if ``made``: one whose gradients are scaled, or not finite and left out."""
+        self._used.assign(self._used.read() + tf.cast(made, tf.int64))
+
+    def counts_as_finite(self, finite: Any) -> tf.Tensor:
+        """Whether this rank's gradients are ``finite``, or count as zeros whatever they are."""
+        return tf.logical_or(finite, tf.equal(self._factors.read()[0], 0))
 
     def after(self, gradients: Sequence[Any]) -> list[Any]:
         """The reduced gradients times the factor of all."""
@@ -165,13 +198,20 @@ class Uneven:
         Raises:
             TypeError: it is anything else.
             ValueError: on every rank, when a rank's has no end, none has a batch or ``weigh=`` differs; or
-                where the reduction is not linear in each rank's gradient and ``weigh`` is not "ranks".
+                where the reduction is not linear in each rank's gradient and ``weigh`` is not "ranks", or
+                where a batch would be seen again and there is a SyncBatchNormalization.
             RuntimeError: on every rank but that one, when a rank's cannot be read.
         """
         if not self._linear and self._weighing.by != "ranks":
             raise ValueError(f"padded() with weigh={self._weighing.by!r} needs a reduction that is linear in "
                              "each rank's gradient; use weigh='ranks', or batches() in a loop")
-        return padded(dataset, self._collectives, self._weighing)
+        made, again = padded(dataset, self._collectives, self._weighing)
+        if again:
+            joining = sorted(layer.name for layer in in_use(JOINING) if layer.trainable)
+            if joining:
+                raise ValueError(PADDED_STATISTICS.format(layers=f"SyncBatchNormalization ({joining[0]})"))
+            PADDED.add(made)
+        return made
 
     def _factors(self, mine: bool, samples: int, active: int, total: float) -> tuple[float, float]:
         """Before and after the reduction. Of a linear one all can be put before, pass by pass."""
@@ -244,9 +284,7 @@ def join(*args: Any, **options: Any) -> Any:
     Raises:
         RuntimeError: names ``hvd.uneven``.
     """
-    if len(EXTENDED) > 0:
-        gc.collect()  # what is no longer in use does not count
-    if len(EXTENDED) > 0:
+    if in_use(EXTENDED):
         what = next(iter(EXTENDED.values()))
         raise RuntimeError(JOIN.format(what=what))
     return horovod.join(*args, **options)

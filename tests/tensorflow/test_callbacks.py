@@ -137,6 +137,32 @@ def test_momentum_correction_scales_the_buffers():
     assert optimizer.momentum == 0.9
 
 
+@pytest.mark.parametrize(("make", "factor"), [
+    (lambda: keras.optimizers.SGD(0.1, momentum=0.9), 0.25),
+    (lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.RMSprop(0.1, momentum=0.9)), 0.25),
+    (lambda: keras.optimizers.SGD(0.1), None), (lambda: keras.optimizers.RMSprop(0.1), None),
+    (lambda: keras.optimizers.Muon(0.1), 1.0), (lambda: hvd.Muon(0.1), 1.0),
+    (lambda: keras.optimizers.Adam(0.1), 1.0), (lambda: keras.optimizers.Nadam(0.1), 1.0),
+    (lambda: keras.optimizers.Lion(0.1), 1.0)])
+def test_momentum_correction_is_for_buffers_that_hold_steps(make, factor):
+    """Of Muon and Adam they hold gradients, whatever the learning rate was."""
+    model, optimizer = training.dense_model(), make()
+    model.compile(optimizer, "mse")
+    optimizer.build(model.trainable_variables)
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    buffers = [one for one in inner.variables if "momentum" in one.path]
+    assert bool(buffers) == (factor is not None)
+    for one in buffers:
+        one.assign(tf.ones(one.shape))
+    callback = hvd.callbacks.LearningRateScheduleCallback(0.1, lambda epoch: 0.25)
+    callback.set_model(model)
+    callback.on_epoch_begin(0)
+    callback.on_train_batch_begin(0)
+    assert float(inner.learning_rate) == pytest.approx(0.025)
+    for one in buffers:
+        np.testing.assert_allclose(one.numpy(), factor, rtol=1e-6)
+
+
 def elastic_state():
     model = training.dense_model()
     model.compile(hvd.DistributedOptimizer(keras.optimizers.Adam(0.01)), "mse")
@@ -218,6 +244,51 @@ def test_reports_for_tensorboard(ranks, tmp_path):
                 written[event.step, value.tag] = float(tf.make_ndarray(value.tensor))
         assert {step for step, _ in written} == {6, 12}
         assert {tag: value for (step, tag), value in written.items() if step == 12} == pytest.approx(last)
+
+
+def reports_under_mixed_precision():
+    """By way to come to a LossScaleOptimizer: figures written, and its public methods."""
+    keras.config.set_dtype_policy("mixed_float16")
+    found = {}
+    try:
+        for way in ("compile", "given"):
+            optimizer = keras.optimizers.SGD(0.1)
+            if way == "given":
+                optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+            optimizer = hvd.DistributedOptimizer(optimizer, compression=hvd.Compression.topk(0.5, min_size=1))
+            shown = {}
+
+            class Writer:
+                def add_scalar(self, name, value, step, shown=shown):
+                    shown[name] = value
+
+            model = training.fit(training.dense_model(), optimizer, hvd.rank(), hvd.size(), epochs=1,
+                                 callbacks=[hvd.callbacks.ReportCallback(Writer())])
+            outer = model.optimizer
+            assert isinstance(outer, keras.optimizers.LossScaleOptimizer)
+            residual = outer.inner_optimizer._hvd_ext.reducer.residual[0]
+            assert float(tf.norm(residual)) > 0.0
+            outer.flush()
+            with outer.exact_weights():
+                pass
+            outer.reset_per_rank_state()
+            with pytest.raises(ValueError, match="after the optimizer was built"):
+                outer.register_local_var(model.trainable_variables[0])
+            found[way] = shown["hvd_ext/residual_norm"], float(tf.norm(residual))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    plain = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1))
+    assert not hasattr(plain, "report")
+    assert not hasattr(plain, "flush")
+    return found
+
+
+@pytest.mark.ranks
+def test_a_loss_scale_optimizer_has_the_methods_of_the_distributed_one(ranks):
+    for found in ranks(2, init="tensorflow").run(reports_under_mixed_precision, timeout=150):
+        for norm, after in found.values():
+            assert norm > 0.0
+            assert after == 0.0
 
 
 def test_a_report_that_nobody_can_write():

@@ -133,6 +133,46 @@ def test_a_shadow_is_a_rank_with_gradients_of_zero(ranks):
             np.testing.assert_allclose(mine, expected, atol=1e-6, err_msg=name)  # float32 is sent
 
 
+def overflows(graph, spoiled):
+    """Loss scale, iterations and weights after a first step that overflows: the loss scale's, or of data.
+
+    ``spoiled``: the batch that rank 1 shadows with, its last one, has an infinite row, of which a shadow's
+    gradients must not tell; the scale itself overflows nothing then.
+    """
+    model = model_of()
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.LossScaleOptimizer(
+        keras.optimizers.SGD(RATE), initial_scale=2.0 ** (4 if spoiled else 18)))
+
+    def step(x, y):
+        with tf.GradientTape() as tape:
+            loss = tf.cast(tf.reduce_mean((model(x) - y) ** 2), tf.float16)  # so that gradients overflow
+            scaled = optimizer.scale_loss(tf.cast(loss, tf.float32))
+        optimizer.apply(tape.gradient(scaled, model.trainable_variables), model.trainable_variables)
+
+    batches = rows("two and five", hvd.rank())
+    if spoiled and hvd.rank() == 0:
+        batches[-1] = (batches[-1][0] * np.inf, batches[-1][1])
+    run = tf.function(step) if graph else step
+    with hvd.uneven(optimizer) as data:
+        for x, y in data.batches([tuple(map(tf.constant, batch)) for batch in batches]):
+            run(x, y)
+    hvd.assert_replicas_equal(model)
+    return float(optimizer.dynamic_scale), int(optimizer.iterations), training.weights(model)[0]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_step_that_overflows_is_one_of_the_loop(ranks, graph):
+    pool = ranks(2, init="tensorflow")
+    for scale, iterations, weight in pool.run(overflows, graph, False, timeout=120):
+        assert (scale, iterations) == (2.0**15, 2)
+        assert np.isfinite(weight).all()
+    # Rank 0 has two batches; in the second all skip, in the three that it shadows nobody does.
+    for scale, iterations, weight in pool.run(overflows, graph, True, timeout=120):
+        assert (scale, iterations) == (8.0, 4)
+        assert np.isfinite(weight).all()
+
+
 def faults():
     """What goes wrong on one rank is an error on all; afterwards training goes on."""
     model = model_of()

@@ -11,6 +11,7 @@ import tensorflow as tf
 from hvd_ext import aliases
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.keras_hooks import refuse_xla, require_tensorflow_backend
+from hvd_ext.tensorflow.uneven_data import JOINING, PADDED, PADDED_STATISTICS, batch_weight, in_use
 
 NAME = "sync_batch_norm"  # Keras' own names are counted per process: ranks may differ in them
 
@@ -21,7 +22,8 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
 
     The ranks' batches may differ in size, also be empty; a mask counts as in Keras. Each forward
     pass in training gathers 2 C + 1 numbers a rank (C channels), each backward pass sums M times
-    as many. Outputs, gradients and moving statistics are those of one process with all rows.
+    as many. Outputs, gradients and moving statistics are those of one process with all rows; in a loop
+    over ``hvd.uneven`` without those of a rank that has run out of batches.
 
     Args:
         fused: must be False, as in Horovod.
@@ -40,13 +42,21 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         super().__init__(**kwargs)
         self.supports_jit = False  # XLA has no kernels for Horovod's collectives
         self.process_set = horovod.global_process_set if process_set is None else process_set
+        JOINING.add(self)
 
     def _moments(self, inputs: Any, mask: Any) -> tuple[Any, Any]:
-        """Mean and variance, (C,) each, over the rows of all ranks."""
+        """Mean and variance, (C,) each, over the rows of all ranks.
+
+        Raises:
+            ValueError: a dataset of ``hvd.uneven(...).padded(...)`` is in use.
+        """
         collectives = Collectives(self.process_set, counted=False)
         if not self.process_set.included() or collectives.size == 1:
             return super()._moments(inputs, mask)
         refuse_xla("hvd.SyncBatchNormalization")
+        if in_use(PADDED):
+            raise ValueError(PADDED_STATISTICS.format(layers=f"SyncBatchNormalization ({self.name})"))
+        weight = tf.cast(tf.reshape(batch_weight().read(), ()), inputs.dtype)
         channels = tf.shape(inputs)[self.axis]
         if mask is None:
             rows = tf.cast(tf.size(inputs) // tf.maximum(channels, 1), inputs.dtype)
@@ -59,8 +69,10 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         away = inputs - mean if mask is None else tf.where(shown, inputs - mean, tf.zeros_like(inputs))
         squares = tf.reduce_sum(tf.square(away), self._reduction_axes)
         row = tf.concat([rows[None], tf.reshape(mean, [-1]), squares], axis=0)
+        row = tf.where(weight > 0, row, tf.zeros_like(row))
+        width = inputs.shape[self.axis]
         counts, means, squares = tf.split(
-            gather_rows(collectives, row), [1, inputs.shape[self.axis], inputs.shape[self.axis]], axis=1)
+            gather_rows(collectives, row, weight), [1, width, width], axis=1)
         # Chan et al. 1979, eq. 2.1: exact where E[x^2] - E[x]^2 would cancel.
         total = tf.maximum(tf.reduce_sum(counts), 1)
         mean = tf.reduce_sum(counts * means, axis=0) / total
@@ -68,15 +80,21 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         return mean, variance
 
 
-def gather_rows(collectives: Collectives, row: tf.Tensor) -> tf.Tensor:
-    """Every rank's ``row``, (n,), one below the other, (M, n); differentiable on all ranks."""
+def gather_rows(collectives: Collectives, row: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
+    """Every rank's ``row``, (n,), one below the other, (M, n); differentiable on all ranks.
+
+    ``weight``, 0-D, is what this rank's loss, and then its gradients, are multiplied with. As its rows enter
+    the losses of all ranks, each of these comes back by its own weight, divided by this rank's.
+    """
     ranks, rank = collectives.size, collectives.rank
 
     @tf.custom_gradient
     def gather(row: tf.Tensor) -> tuple[tf.Tensor, Any]:
         def backward(upstream: tf.Tensor) -> tf.Tensor:
-            total = collectives.allreduce(upstream, f"{NAME}/backward", op=horovod.Sum)
-            return total[rank]
+            counts = weight > 0
+            mine = tf.where(counts, upstream * weight, tf.zeros_like(upstream))
+            total = collectives.allreduce(mine, f"{NAME}/backward", op=horovod.Sum)
+            return tf.where(counts, total[rank] / weight, tf.zeros_like(row))
 
         return collectives.allgather(row[None], NAME, rows=ranks), backward
 

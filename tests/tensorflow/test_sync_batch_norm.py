@@ -189,3 +189,81 @@ def test_what_cannot_be_converted():
         hvd.convert_sync_batchnorm(keras.Sequential([keras.Input((3,)), OwnNorm()]))
     with pytest.raises(ValueError, match="fused must be False"):
         hvd.SyncBatchNormalization(fused=True)
+
+
+BATCHES = ((3, 4), (2, 2))  # by rank: how many batches, of how many rows
+
+
+def batches_of(rank):
+    rng = np.random.default_rng([5, rank])
+    count, size = BATCHES[rank]
+    return [(rng.normal(size=(size, 5)) + rank, rng.normal(size=(size, 3))) for _ in range(count)]
+
+
+def normalised(kind):
+    keras.utils.set_random_seed(3)
+    return keras.Sequential([
+        keras.Input((5,), dtype="float64"), keras.layers.Dense(6, dtype="float64"),
+        kind(momentum=0.5, dtype="float64"), keras.layers.Dense(3, dtype="float64")])
+
+
+def step_of(model, optimizer):
+    def step(x, y):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((model(x, training=True) - y) ** 2)
+        gradients = tape.gradient(loss, model.trainable_variables)
+        optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+
+    return step
+
+
+def uneven_on_ranks(graph):
+    model = normalised(hvd.SyncBatchNormalization)
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.125))
+    step = step_of(model, optimizer)
+    run = tf.function(step, reduce_retracing=True) if graph else step
+    with hvd.uneven(optimizer, weigh="samples") as data:
+        for x, y in data.batches(batches_of(hvd.rank())):
+            run(tf.constant(x), tf.constant(y))
+    hvd.assert_replicas_equal(model, statistics=True)
+    return training.weights(model)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_rank_without_a_batch_has_no_part_in_the_statistics(ranks, graph):
+    first, _ = ranks(2, init="tensorflow").run(uneven_on_ranks, graph, timeout=120)
+    model = normalised(keras.layers.BatchNormalization)
+    step, by_rank = step_of(model, keras.optimizers.SGD(0.125)), [batches_of(rank) for rank in range(2)]
+    for number in range(3):
+        now = [batches[number] for batches in by_rank if number < len(batches)]
+        step(*(np.concatenate(parts) for parts in zip(*now, strict=True)))
+    for mine, one in zip(first, training.weights(model), strict=True):
+        np.testing.assert_allclose(mine, one, rtol=1e-10, atol=1e-12)
+
+
+def padded_with_statistics():
+    """A dataset in which a rank sees a batch again, and a layer that would join it: either made first."""
+    data = tf.data.Dataset.from_tensor_slices((np.zeros((8, 5)), np.zeros((8, 3)))).batch(2)
+    mine = data.take(2 + hvd.rank())
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
+    plain = normalised(keras.layers.BatchNormalization)
+    plain.compile(optimizer, "mse")
+    again = hvd.uneven(optimizer).padded(mine)
+    plain.fit(again, verbose=0)
+    model = normalised(hvd.SyncBatchNormalization)
+    with pytest.raises(ValueError, match=r"enter the statistics.*batches\(dataset\)"):
+        model(np.zeros((2, 5)), training=True)
+    del again
+    model(np.zeros((2, 5)), training=True)
+    with pytest.raises(ValueError, match=r"padded\(\) with SyncBatchNormalization"):
+        hvd.uneven(optimizer).padded(mine)
+    hvd.uneven(optimizer).padded(data)  # as many on every rank
+    model.trainable = False
+    hvd.uneven(optimizer).padded(mine)
+    return True
+
+
+@pytest.mark.ranks
+def test_padded_batches_are_refused(ranks):
+    assert ranks(2, init="tensorflow").run(padded_with_statistics, timeout=120) == [True, True]

@@ -220,6 +220,19 @@ class Collectives:
         gathered = self.allgather_async(mine, name, kind="objects").wait()
         return [pickle.loads(part.numpy().tobytes()) for part in gathered.split(sizes.tolist())]
 
+    def broadcast_object(self, thing: Any, root: int, name: str) -> Any:
+        """The picklable ``thing`` of member ``root`` of the process set, on all ranks."""
+        if self.size == 1:
+            return thing
+        mine = self.rank == root
+        data = bytearray(pickle.dumps(thing)) if mine else bytearray()
+        count = torch.tensor([len(data)])
+        self.broadcast_async_(count, root, f"{name}/size", kind="objects").wait()
+        flat = torch.frombuffer(data, dtype=torch.uint8) if mine else torch.empty(
+            int(count), dtype=torch.uint8)
+        self.broadcast_async_(flat, root, name, kind="objects").wait()
+        return thing if mine else pickle.loads(flat.numpy().tobytes())
+
 
 def _submit(collective: Any, *args: Any, **kwargs: Any) -> Any:
     """Start a collective of Horovod's.

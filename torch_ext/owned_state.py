@@ -8,6 +8,7 @@ import torch
 
 from hvd_ext.servers import OwnedState, check_loadable
 from hvd_ext.torch.pieces import cut_state, join_states
+from hvd_ext.torch.state_exchange import gather_states
 from hvd_ext.torch.whole_weights import LABEL
 
 if TYPE_CHECKING:
@@ -42,18 +43,21 @@ def owned(server: UpdateServer) -> OwnedState:
 
 
 def gather(server: UpdateServer, state: dict[str, Any]) -> dict[str, Any]:
-    """The complete state from what each rank holds; a collective."""
+    """The complete state from what each rank holds; a collective of one message a bucket."""
     known = numbers(server)
-    whole = dict(state["state"])
-    for number, parameter in enumerate(server.parameters):
-        saved, piece = known[id(parameter)], server.pieces.get(number)
-        mine = None if piece is None else (piece.start, state["state"].get(saved))
-        everyone = server.collectives.allgather_object(mine, f"{LABEL}/state")
-        found = sorted((one for one in everyone if one is not None and one[1] is not None),
-                       key=lambda one: one[0])
-        if found:
-            whole[saved] = join_states([one for _, one in found], parameter.shape)
-    return {**state, "state": whole}
+    mine = {}
+    for number, piece in server.pieces.items():
+        saved = known[id(server.parameters[number])]
+        if saved in state["state"]:
+            mine[saved] = piece.start, state["state"][saved]
+    parts: dict[int, list[tuple[int, Any]]] = {}
+    for one in gather_states(server.collectives, mine, f"{LABEL}/state"):
+        for saved, part in one.items():
+            parts.setdefault(saved, []).append(part)
+    parameters = in_order(server)
+    whole = {saved: join_states([one for _, one in sorted(found, key=lambda part: part[0])],
+                                parameters[saved].shape) for saved, found in sorted(parts.items())}
+    return {**state, "state": {**state["state"], **whole}}
 
 
 def cut_to(server: UpdateServer, state: dict[str, Any], mark: OwnedState | None) -> dict[str, Any]:

@@ -134,9 +134,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for _ in range(options.repeats):
         turn("sgd", plain.step)
         for coupling, trainer in trainers.items():
-            before = trainer.seng.waited
+            before = trainer.seng._step.waited
             turn(coupling, trainer.step)
-            waited[coupling] += trainer.seng.waited - before
+            waited[coupling] += trainer.seng._step.waited - before
     for _ in range(options.refreshes):
         turn("sgd", plain.step)
         for coupling, trainer in trainers.items():

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from hvd_ext import checks
+from hvd_ext import meeting as checksum
 
 WEIGHTS = ("ranks", "active", "samples")
 JOIN = ("hvd.join() knows allreduce only, and {what} uses other collectives too: the ranks that go on would "
@@ -78,3 +82,101 @@ def missing_samples() -> ValueError:
     """The error of a step that was not told its batch's size."""
     return ValueError("weigh='samples' needs the size of every batch: call samples(len(batch)) on what "
                       "`with hvd.uneven(...) as data` gives, before loss.backward()")
+
+
+CODES = ("update", "abandon", "gather", "clip")
+
+
+@dataclass(frozen=True)
+class Attendance:
+    """Who has a batch in a step.
+
+    Attributes:
+        active: how many ranks.
+        samples: those of all their batches.
+        root: the lowest of these ranks; None where there is none.
+        alike: all ranks, also those without a batch, have the same optimizer settings.
+        ranks: M.
+    """
+
+    active: int
+    samples: float
+    root: int | None
+    alike: bool
+    ranks: int
+
+    @property
+    def missing(self) -> bool:
+        """Whether some rank has no batch and some rank has one."""
+        return 0 < self.active < self.ranks
+
+    @classmethod
+    def of(cls, total: npt.NDArray[np.float64], ranks: int) -> Attendance:
+        """From the sum of all ranks' :func:`attendance_row`."""
+        present = np.flatnonzero(total[2 + checksum.WORDS :])
+        return cls(round(total[0]), float(total[1]), int(present[0]) if present.size else None,
+                   _alike(total[2 : 2 + checksum.WORDS]), ranks)
+
+
+def attendance_row(active: bool, samples: float, settings: int, rank: int,
+                   ranks: int) -> npt.NDArray[np.float64]:
+    """What a rank adds to the sum before a step: (2 + WORDS + M,).
+
+    Args:
+        active: it has a batch.
+        samples: of the batch.
+        settings: a digest of the optimizer's settings.
+    """
+    present = np.zeros(ranks)
+    present[rank] = active
+    return np.concatenate([[active, samples], checksum.words(settings), present])
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What ranks with a batch do with reduced gradients.
+
+    Attributes:
+        code: one of ``CODES``.
+        touched: the loop may have changed the gradients.
+        max_norm, norm_type: of "clip".
+        alike: as in :class:`Attendance`.
+    """
+
+    code: str
+    touched: bool = False
+    max_norm: float = 0.0
+    norm_type: float = 0.0
+    alike: bool = True
+
+    def row(self, settings: int, *, root: bool) -> npt.NDArray[np.float64]:
+        """What a rank with a batch adds to the sum; ``root`` for one of them."""
+        counts = [float(self.code == code) for code in CODES]
+        details = [self.touched, self.max_norm, self.norm_type] if root else [0.0, 0.0, 0.0]
+        return np.concatenate([counts, details, checksum.words(settings)])
+
+    @staticmethod
+    def empty_row(settings: int) -> npt.NDArray[np.float64]:
+        """What a rank without a batch adds."""
+        return np.concatenate([np.zeros(len(CODES) + 3), checksum.words(settings)])
+
+    @classmethod
+    def of(cls, total: npt.NDArray[np.float64], active: int) -> Decision:
+        """From the sum of all rows.
+
+        Raises:
+            RuntimeError: on every rank, when ranks that have a batch did different things.
+        """
+        counts = total[: len(CODES)]
+        chosen = int(np.argmax(counts))
+        if round(counts[chosen]) != active:
+            found = {code: round(count) for code, count in zip(CODES, counts, strict=True) if count}
+            raise RuntimeError(
+                "inside hvd.uneven the ranks that have a batch treated reduced gradients differently: "
+                f"{found} (number of ranks); the loop must clip, skip and step alike on all of them")
+        touched, max_norm, norm_type = total[len(CODES) : len(CODES) + 3].tolist()
+        return cls(CODES[chosen], bool(touched), max_norm, norm_type, _alike(total[len(CODES) + 3 :]))
+
+
+def _alike(words: npt.NDArray[np.float64]) -> bool:
+    return checksum.same(words.astype(np.int64))

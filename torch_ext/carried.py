@@ -65,7 +65,7 @@ class Carried:
         elif wrapper.preconditioner is not None:  # the curvature is taken anew at the next step
             wrapper.preconditioner.reset_state()
             wrapper.preconditioner.load_shared_state(commit["step"])
-        optimizer._synchronized, optimizer._should_synchronize = False, True
+        optimizer._should_synchronize = True
 
 
 def on_host(thing: Any) -> Any:

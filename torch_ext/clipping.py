@@ -9,6 +9,7 @@ import torch
 
 from hvd_ext.torch.host_copies import on_host
 from hvd_ext.torch.reducers.base import Reducer
+from hvd_ext.torch.wrapper import Wrapper
 
 
 def clip_grad_norm_(optimizer: torch.optim.Optimizer, max_norm: float,
@@ -42,8 +43,15 @@ def clip_grad_norm_(optimizer: torch.optim.Optimizer, max_norm: float,
         raise ValueError(f"max_norm must be at least 0, got {max_norm}")
     if not norm_type > 0:
         raise ValueError(f"norm_type must be above 0, got {norm_type}; 2 for the Euclidean norm")
-    wrapper.reduce_once()
-    reducer = wrapper.reducer
+    wrapper.synchronize(settle=True)
+    return clip_reduced_gradients(wrapper, max_norm, norm_type)
+
+
+def clip_reduced_gradients(wrapper: Wrapper, max_norm: float, norm_type: float) -> torch.Tensor:
+    """The same for gradients that are reduced."""
+    reducer, optimizer = wrapper.reducer, wrapper.optimizer
+    if reducer.partial and wrapper.uneven is not None:
+        wrapper.uneven.clipping_follows(max_norm, norm_type)
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not gradients:
         return torch.zeros(())

@@ -5,7 +5,6 @@ What it does at a step is in ``wrapper.py``.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,7 +31,6 @@ def extend(optimizer: torch.optim.Optimizer, named_parameters: Any, reducer: Red
     extended = cls.__new__(cls)
     # A scheduler that already watches the optimizer has put a step of its own into the instance.
     extended.__dict__.update({k: v for k, v in vars(optimizer).items() if k != "step"})
-    extended._synchronized = False
     extended._should_synchronize = True
     if preconditioner is not None and grad_scaler is not None:
         preconditioner.set_grad_scaler(grad_scaler)
@@ -46,7 +44,6 @@ class ExtendedOptimizer(torch.optim.Optimizer):
     """The methods of an extended optimizer beside its own class's; Horovod's names and meanings."""
 
     _hvd_ext: Wrapper
-    _synchronized: bool
     _should_synchronize: bool
 
     @property
@@ -63,12 +60,26 @@ class ExtendedOptimizer(torch.optim.Optimizer):
     def synchronize(self) -> None:
         """Wait for the reduced gradients and precondition them; ``parameter.grad`` holds them after.
 
-        Under ``server="sharded"`` that takes another exchange, which ``step()`` alone does not need.
+        Then either ``step()`` within ``skip_synchronize()`` applies them, or ``zero_grad()`` throws them
+        away: what an extension keeps between steps is then as if this step had not been. Under
+        ``server="sharded"`` this takes another exchange, which ``step()`` alone does not need.
+
+        Raises:
+            RuntimeError: a backward pass has added to gradients that are reduced already, which the
+                extension in use cannot reduce again.
         """
-        if not self._hvd_ext.reduced:
-            self._hvd_ext.synchronize()
+        self._hvd_ext.synchronize(settle=self._hvd_ext.closure is not None)
         self._hvd_ext.gather_gradients()
-        self._synchronized = True
+
+    @property
+    def _synchronized(self) -> bool:
+        """Horovod's: ``synchronize()`` has been called in this step."""
+        return self._hvd_ext.state.reduced and not self._hvd_ext.state.settled
+
+    @_synchronized.setter
+    def _synchronized(self, value: bool) -> None:
+        if not value:  # a script gives the step up
+            self._hvd_ext.abandon()
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
@@ -82,47 +93,60 @@ class ExtendedOptimizer(torch.optim.Optimizer):
     def _distributed_step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Synchronize, unless inside ``skip_synchronize()``, and take the wrapped optimizer's step.
 
-        A closure is evaluated once, before the gradients are synchronized.
+        A closure is evaluated once. Gradients are reduced at the end of the ``loss.backward()`` in it: what
+        follows there, such as clipping, sees reduced gradients.
+
+        Raises:
+            RuntimeError: the update would use gradients that are not reduced, or are reduced twice.
         """
         loss = None
         if closure is not None:
-            if self._hvd_ext.server is not None:
-                self._hvd_ext.server.refuse_closure()
-            with torch.enable_grad():
+            with torch.enable_grad(), self._hvd_ext.reducing_in_closure(self._should_synchronize):
                 loss = closure()
-        if self._should_synchronize and not self._hvd_ext.reduced:
-            if self._synchronized:
-                warnings.warn(
-                    "optimizer.step() called without optimizer.skip_synchronize() context after "
-                    "optimizer.synchronize(). This can cause training slowdown. You may want to "
-                    "consider using optimizer.skip_synchronize() context if you use "
-                    "optimizer.synchronize() in your code.", stacklevel=2,
-                )
-            self._hvd_ext.synchronize()
-        self._synchronized = False
+        self._hvd_ext.synchronize_for_step(self._should_synchronize)
         result = self._hvd_ext.update(super(type(self), self).step)
         return loss if closure is not None else result
 
     def zero_grad(self, *args: Any, **kwargs: Any) -> None:
-        """As the wrapped optimizer's; refused while gradients are on their way."""
-        if self._hvd_ext.begun() and not self._synchronized:
+        """As the wrapped optimizer's; refused while gradients are on their way.
+
+        After ``synchronize()`` it throws the step away, on all ranks alike.
+        """
+        if self._hvd_ext.begun() and not self._hvd_ext.state.reduced:
             raise AssertionError(
                 "optimizer.zero_grad() was called after loss.backward() but before "
                 "optimizer.step() or optimizer.synchronize(). This is prohibited as it can cause "
                 "a race condition."
             )
+        self._hvd_ext.abandon()
         super().zero_grad(*args, **kwargs)
 
-    def flush(self) -> None:
+    def skip_step(self) -> None:
+        """Throw the step away that ``synchronize()`` has reduced, on all ranks alike; nothing without one.
+
+        As ``zero_grad()``, which leaves a delayed gradient (``late=``) waiting for the next step: this one
+        throws away what ``synchronize()`` has handed out, such as a spike.
+
+        Raises:
+            RuntimeError: gradients are on their way.
+        """
+        self._hvd_ext.skip()
+
+    def flush(self, before_update: Callable[[], Any] | None = None) -> None:
         """Take the update that is still to come with ``late=``; without, nothing.
 
         A collective: call it on every rank after the last step, and before weights are used otherwise.
+        ``parameter.grad`` is the same before and after; a step that was reduced and not taken is thrown away.
+
+        Args:
+            before_update: called between the two halves of this step, while ``parameter.grad`` holds the
+                gradient without the loss's scale: for what the loop does between ``synchronize()`` and
+                ``step()``, such as ``lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)``.
 
         Raises:
             RuntimeError: a step has begun.
         """
-        self._hvd_ext.flush(super(type(self), self).step)
-        self._synchronized = False
+        self._hvd_ext.flush(super(type(self), self).step, before_update)
 
     @contextmanager
     def exact_weights(self) -> Iterator[None]:
@@ -141,7 +165,7 @@ class ExtendedOptimizer(torch.optim.Optimizer):
 
     def report(self) -> dict[str, Any]:
         """Figures of the last step: bytes by kind, and those of each extension in use."""
-        return self._hvd_ext.report()
+        return optimizer_state.report(self._hvd_ext)
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state and, under "hvd_ext", this rank's of the extensions.
@@ -173,5 +197,4 @@ class ExtendedOptimizer(torch.optim.Optimizer):
         """
         optimizer_state.load_state_dict(self._hvd_ext, state_dict, super().load_state_dict,
                                         reset_per_rank_state=reset_per_rank_state)
-        self._synchronized = False
         self._should_synchronize = True

@@ -97,3 +97,14 @@ def load_wrapped(wrapper: Wrapper, state: dict[str, Any], mark: dict[str, Any] |
     original = wrapper.original()
     if original is not None:  # a scheduler that was made before wrapping goes on setting its groups
         original.param_groups, original.state = wrapper.optimizer.param_groups, wrapper.optimizer.state
+
+
+def report(wrapper: Wrapper) -> dict[str, Any]:
+    """Figures of the last step: bytes by kind, and those of each extension in use."""
+    traffic = wrapper.collectives.traffic
+    figures = {"sent": dict(traffic.last_sent), "received": dict(traffic.last_received),
+               **wrapper.reducer.report()}
+    for name, extension in (("preconditioner", wrapper.preconditioner), ("server", wrapper.server)):
+        if extension is not None:
+            figures[name] = extension.report()
+    return figures

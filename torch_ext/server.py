@@ -98,19 +98,6 @@ class UpdateServer:
         return (self.where == "replicated" or not self.collectives.included
                 or self.collectives.size == 1)
 
-    def refuse_closure(self) -> None:
-        """Called when ``step(closure)`` was.
-
-        Raises:
-            ValueError: the update does not run on all ranks, which a closure would need.
-        """
-        if not self.alone:
-            raise ValueError(
-                f"step(closure) cannot be used with server={self.where!r}: only the owner of "
-                "a parameter runs the update, while every rank would have to run the closure; call "
-                "loss.backward() and then step(), or use server='replicated'"
-            )
-
     # Who owns what
 
     def plan(self) -> None:

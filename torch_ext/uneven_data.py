@@ -1,8 +1,9 @@
 """Uneven data: ranks that run out of batches at different times, and end together.
 
 A rank that has left its loop shadows the others: it takes part in their steps with gradients of zero until
-nobody has a batch. Each step carries one more small sum, ``[active, samples]``, which a rank submits at the
-first gradient of the step and a shadowing rank before it does anything else.
+nobody has a batch. Each step carries one more small sum, who has a batch, which a rank submits at the first
+gradient of the step and a shadowing rank before it does anything else. Where some rank has none, a second one
+follows the reduction: what the loop does with the reduced gradients, which the shadowing ranks do as well.
 """
 
 from __future__ import annotations
@@ -12,13 +13,26 @@ from contextlib import contextmanager
 from typing import Any
 
 import horovod.torch as horovod
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from hvd_ext.agreement import digest
 from hvd_ext.composition import describe_settings
+from hvd_ext.torch.clipping import clip_reduced_gradients
 from hvd_ext.torch.collectives import SHARED_ERRORS, Handle, abandon
 from hvd_ext.torch.wrapper import LIVE
-from hvd_ext.uneven import JOIN, LATE, Weighing, check, check_samples, missing_samples
+from hvd_ext.uneven import (
+    JOIN,
+    LATE,
+    Attendance,
+    Decision,
+    Weighing,
+    attendance_row,
+    check,
+    check_samples,
+    missing_samples,
+)
 
 _OPEN: list[Uneven] = []
 
@@ -44,17 +58,19 @@ def uneven(optimizer: Any, weigh: str = "ranks", *,
 
     A rank that comes to the end of the block goes on taking part in the steps of the others, with
     gradients of zero (TopK and PowerSGD: with its residual) and with every update, so that the weights
-    stay the same on all ranks. The block ends on all ranks together. A step that was begun when the
-    batches ended (``backward_passes_per_step``) is taken with the micro-batches it has. An error inside
-    the block leaves it at once.
+    stay the same on all ranks. What the loop does between ``synchronize()`` and ``step()``, such as clipping
+    or unscaling, need not run there: the gradients it leaves, the parameter groups' settings and the
+    GradScaler's scale come from a rank that has a batch. The block ends on all ranks together. A step that
+    was begun when the batches ended (``backward_passes_per_step``) is taken with the micro-batches it has.
+    An error inside the block leaves it at once.
 
     Args:
         optimizer: a ``DistributedOptimizer``.
         weigh: what the mean is taken over. "ranks": all of them, as if those without a batch had gradients
             of zero. "active": those that have a batch. "samples": every rank's gradient weighs as many
             samples as ``samples(n)`` says; the ranks then meet at the first gradient of each step.
-        on_shadow_step: called after each step that this rank takes without a batch, for what the loop does
-            beside it: a learning-rate schedule must step here too.
+        on_shadow_step: called after each update that this rank makes without a batch, for what the loop
+            does beside it, such as stepping a schedule, which this rank will need after the block.
 
     Raises:
         TypeError: the optimizer is not one of ``DistributedOptimizer``'s.
@@ -101,9 +117,12 @@ class Uneven:
         self._name = f"uneven.{digest(shapes) & 0xFFFF:04x}"
         self._samples = 0.0
         self._handle: Handle | None = None
-        self._total: tuple[int, float] | None = None  # active ranks and samples of this step
+        self._attendance: Attendance | None = None  # of this step
         self._sent = 0.0
         self._weighed: set[torch.Tensor] = set()
+        self._reduced: Attendance | None = None  # of a step that is reduced, until it is applied or abandoned
+        self._decision: Decision | None = None  # that this rank follows
+        self.touched = False  # the loop may have changed the reduced gradients
 
     def samples(self, count: float) -> None:
         """Say how many samples the batch has whose backward pass follows; micro-batches add up.
@@ -125,32 +144,36 @@ class Uneven:
 
     def begin(self, *, active: bool) -> None:
         """Tell the others, once a step, whether this rank has a batch."""
-        if self._handle is not None or self._total is not None:
+        if self._handle is not None or self._attendance is not None:
             return
         if active and self.weigh == "samples" and not self._samples:
             raise missing_samples()
         self._sent = self._samples if active else 0.0
-        row = torch.tensor([float(active), self._sent], dtype=torch.float64)
-        if not self._wrapper.collectives.included or self._wrapper.collectives.size == 1:
-            self._total = int(active), self._sent
+        collectives = self._wrapper.collectives
+        if not collectives.included or collectives.size == 1:
+            self._attendance = Attendance(int(active), self._sent, 0 if active else None, True, 1)
             return
-        after = f".after{len(SHARED_ERRORS)}" if SHARED_ERRORS else ""
-        self._handle = self._wrapper.collectives.allreduce_async_(
-            row, f"{self._name}{after}/active", op=horovod.Sum, kind="agreement")
+        row = attendance_row(active, self._sent, digest(shared_settings(self._wrapper)), collectives.rank,
+                             collectives.size)
+        self._handle = self._sum(row, "active")
 
-    def total(self) -> tuple[int, float]:
-        """How many ranks have a batch in this step, and how many samples all together."""
-        if self._total is None:
+    def _sum(self, row: npt.NDArray[np.float64], what: str) -> Handle:
+        after = f".after{len(SHARED_ERRORS)}" if SHARED_ERRORS else ""
+        return self._wrapper.collectives.allreduce_async_(
+            torch.from_numpy(row), f"{self._name}{after}/{what}", op=horovod.Sum, kind="agreement")
+
+    def attendance(self) -> Attendance:
+        """Who has a batch in this step."""
+        if self._attendance is None:
             assert self._handle is not None
             handle, self._handle = self._handle, None
-            ranks, samples = handle.wait().tolist()
-            self._total = int(ranks), samples
-        return self._total
+            self._attendance = Attendance.of(handle.wait().numpy(), self._wrapper.collectives.size)
+        return self._attendance
 
     def _weigh(self, parameter: torch.Tensor) -> None:
         """Multiply a gradient that is about to be sent by its weight."""
         self._weighed.add(parameter)
-        factor = self._weighing().before(self._sent, self.total()[1])
+        factor = self._weighing().before(self._sent, self.attendance().samples)
         if factor != 1.0 and parameter.grad is not None:
             parameter.grad.detach().mul_(factor)
 
@@ -165,21 +188,26 @@ class Uneven:
             for entry in reducer.entries:
                 if entry.parameter not in self._weighed:
                     self._weigh(entry.parameter)
-        reducer.active = self.total()[0] if self.weigh == "active" else None
+        found = self.attendance()
+        reducer.active = found.active if self.weigh == "active" else None
+        if found.missing and not found.alike:
+            self._follow_settings(found)
 
     def after_reduce(self) -> None:
         """Turn the mean over all ranks into the one that was asked for."""
-        reducer = self._wrapper.reducer
-        factor = 1.0 if reducer.counts_active else self._weighing().after(self.total()[0])
+        reducer, found = self._wrapper.reducer, self.attendance()
+        factor = 1.0 if reducer.counts_active else self._weighing().after(found.active)
         if factor != 1.0:
             for entry in reducer.entries:
                 if entry.parameter.grad is not None:
                     entry.parameter.grad.detach().mul_(factor)
+        self.step_over()
+        self._reduced = found
 
     def step_over(self) -> None:
         """The step is reduced, or dropped on all ranks alike."""
         if self._handle is not None:
-            self.total()
+            self.attendance()
         self._forget_step()
 
     def forget(self) -> None:
@@ -190,42 +218,153 @@ class Uneven:
         self._forget_step()
 
     def _forget_step(self) -> None:
-        self._total = None
+        self._attendance = self._reduced = self._decision = None
         self._samples = self._sent = 0.0
         self._weighed.clear()
         self._wrapper.reducer.active = None
 
+    # What the loop does with reduced gradients, where some rank has no loop any more
+
+    def update_follows(self) -> None:
+        """They are applied: as the first rank with a batch has them, if the loop may have changed them."""
+        decision, found = self._decide(Decision("update", touched=self.touched)), self._reduced
+        self._reduced = self._decision = None
+        if decision is None or found is None:
+            return
+        if not decision.alike:
+            self._follow_settings(found)
+        if decision.touched and not self._wrapper.reducer.partial:
+            self._share_gradients(found)
+
+    def abandon_follows(self) -> None:
+        """They are thrown away."""
+        self._decide(Decision("abandon"))
+        self._reduced = self._decision = None
+
+    def gather_follows(self) -> None:
+        """All ranks get all of them."""
+        self._decide(Decision("gather"))
+
+    def clipping_follows(self, max_norm: float, norm_type: float) -> None:
+        """Each rank clips those it owns by the norm of all."""
+        self._decide(Decision("clip", max_norm=max_norm, norm_type=norm_type))
+
+    def _decide(self, decision: Decision | None) -> Decision | None:
+        """Tell ranks without a batch, or learn there (None), what is done; None where all have one."""
+        found, known = self._reduced, self._decision
+        if found is None or not found.missing or known is not None:
+            return known
+        settings = digest(shared_settings(self._wrapper))
+        row = Decision.empty_row(settings) if decision is None else decision.row(
+            settings, root=self._wrapper.collectives.rank == found.root)
+        return Decision.of(self._sum(row, "decision").wait().numpy(), found.active)
+
+    def _follow_settings(self, found: Attendance) -> None:
+        """Take over the settings of a rank that has a batch, on ranks that have none."""
+        collectives = self._wrapper.collectives
+        everyone = collectives.allgather_object(shared_settings(self._wrapper), f"{self._name}/settings")
+        if self._absent:
+            take_settings(self._wrapper, everyone[found.root or 0])
+
+    def _share_gradients(self, found: Attendance) -> None:
+        """Bring the gradients of a rank that has a batch to all."""
+        collectives, root, handles = self._wrapper.collectives, found.root or 0, []
+        entries = self._wrapper.reducer.entries
+        present = torch.tensor([entry.parameter.grad is not None for entry in entries], dtype=torch.uint8)
+        collectives.broadcast_async_(present, root, f"{self._name}/present", kind="gradients").wait()
+        for number, entry in enumerate(entries):
+            parameter = entry.parameter
+            if not present[number]:
+                parameter.grad = None
+                continue
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            sent = (gradient.to_dense() if gradient.is_sparse else gradient).detach().contiguous()
+            handles.append((parameter, gradient, sent, collectives.broadcast_async_(
+                sent, root, f"{self._name}/gradient{number}", kind="gradients")))
+        with torch.no_grad():
+            for parameter, gradient, sent, handle in handles:
+                handle.wait()
+                if gradient.is_sparse:
+                    parameter.grad = sent.to_sparse(1)
+                else:
+                    parameter.grad = gradient if gradient.is_contiguous() else gradient.copy_(sent)
+
     # A rank that has none
+
+    @property
+    def _absent(self) -> bool:
+        return bool(self._wrapper.reducer.absent)
 
     def shadow(self) -> None:
         """Take part in the others' steps until no rank has a batch."""
-        if self._wrapper.begun() and not self._optimizer._synchronized:
+        if self._wrapper.begun():
             self._optimizer.step()  # with the micro-batches it has
+        self._wrapper.abandon()
         while True:
             self.begin(active=False)
-            if self.total()[0] == 0:
+            if self.attendance().active == 0:
                 return
             self._wrapper.reducer.absent = True
             try:
-                self._take_step()
+                updated = self._take_step()
             finally:
                 self._wrapper.reducer.absent = False
-            self.shadow_steps += 1
-            if self._on_shadow_step is not None:
+            self.shadow_steps += updated
+            if updated and self._on_shadow_step is not None:
                 self._on_shadow_step()
 
-    def _take_step(self) -> None:
-        for entry in self._wrapper.reducer.entries:
+    def _take_step(self) -> bool:
+        """A step of the others; whether they made an update."""
+        wrapper = self._wrapper
+        for entry in wrapper.reducer.entries:
             entry.parameter.grad = None
-        scaler = self._wrapper.grad_scaler
-        if scaler is None or not scaler.is_enabled():
-            self._optimizer.step()
-            return
-        scaler.scale(torch.zeros((), device=self._wrapper.reducer.entries[0].parameter.device))
-        self._optimizer.synchronize()
-        with self._optimizer.skip_synchronize():
-            scaler.step(self._optimizer)
-        scaler.update()
+        wrapper.synchronize(settle=True)
+        while True:
+            decision = self._decision = self._decide(None)
+            assert decision is not None
+            if decision.code == "update":
+                self._optimizer.step()
+                return True
+            if decision.code == "abandon":
+                wrapper.abandon()
+                return False
+            if decision.code == "gather":
+                wrapper.gather_gradients()
+            else:
+                clip_reduced_gradients(wrapper, decision.max_norm, decision.norm_type)
+            self._decision = None
+
+
+def shared_settings(wrapper: Any) -> dict[str, Any]:
+    """What ranks without a batch take over: numbers and texts of the parameter groups, the loss scale."""
+    scaler = wrapper.grad_scaler
+    groups = []
+    for group in wrapper.optimizer.param_groups:
+        plain = {key: _plain(value) for key, value in group.items() if key != "params"}
+        groups.append({key: value for key, value in plain.items() if value is not NotImplemented})
+    return {"groups": groups, "scaler": None if scaler is None else scaler.state_dict()}
+
+
+def _plain(value: Any) -> Any:
+    """A setting as numbers and text; NotImplemented for anything else."""
+    if isinstance(value, torch.Tensor):
+        return value.tolist() if value.numel() <= 16 else NotImplemented
+    if isinstance(value, (tuple, list)):
+        parts = [_plain(one) for one in value]
+        return NotImplemented if NotImplemented in parts else tuple(parts)
+    return value if value is None or isinstance(value, (bool, int, float, str)) else NotImplemented
+
+
+def take_settings(wrapper: Any, settings: dict[str, Any]) -> None:
+    """Take over what :func:`shared_settings` gave on another rank."""
+    for group, values in zip(wrapper.optimizer.param_groups, settings["groups"], strict=True):
+        for key, value in values.items():
+            if isinstance(group.get(key), torch.Tensor):
+                group[key].copy_(torch.tensor(value, dtype=group[key].dtype))
+            else:
+                group[key] = value
+    if wrapper.grad_scaler is not None and settings["scaler"]:
+        wrapper.grad_scaler.load_state_dict(settings["scaler"])
 
 
 def join(device: int = -1) -> int:

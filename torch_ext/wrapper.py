@@ -1,20 +1,24 @@
 """An optimizer with extensions in its step: hooks and the step. Its state is in ``optimizer_state.py``.
 
 The way of a gradient, in :class:`Wrapper`: backward hook -> reducer -> ``synchronize()``: reduced, then
-preconditioned -> the user's clipping, if any -> ``step()``: the update, where ``server=`` says.
+preconditioned -> the user's clipping, if any -> ``step()``: the update, where ``server=`` says. What follows
+what is decided in ``hvd_ext/step.py``.
 """
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 
 from hvd_ext.composition import public_name
 from hvd_ext.names import checked_names
+from hvd_ext.step import WARNING, ReducedGradients, StepState
+from hvd_ext.torch.closures import ClosureReduction
 from hvd_ext.torch.collectives import Collectives
 from hvd_ext.torch.passes import Passes
 from hvd_ext.torch.reducers.base import Entry, Reducer
@@ -41,8 +45,9 @@ class Wrapper:
         self.preconditioner = preconditioner
         self.server = server
         self._names = checked_names(optimizer.param_groups, named_parameters)
-        self._good = True  # the step that synchronize() began may be taken
-        self.reduced = False  # hvd.clip_grad_norm_ has reduced this step's gradients
+        self.state = StepState()
+        self._reduced_gradients = ReducedGradients()
+        self.closure: ClosureReduction | None = None  # while step() evaluates a closure
         self._passes = Passes(reducer)
         self._hooks: dict[torch.Tensor, Any] = {}
         self._ranks = self.collectives.size if self.collectives.included else 0
@@ -66,66 +71,137 @@ class Wrapper:
         """The ranks that the optimizer's gradients are reduced over."""
         return self.reducer.collectives
 
-    # The step
+    # The step: synchronize() and update() are its two halves
 
-    def synchronize(self) -> None:
-        """First half of a step: reduce, then precondition."""
-        self._good = True
+    def synchronize(self, *, settle: bool = False) -> None:
+        """accumulating -> reduced, where that is not so yet: reduce, then precondition.
+
+        Args:
+            settle: ``step()`` is to take the reduced gradients as they are, also outside of
+                ``skip_synchronize()``.
+        """
         if not self.collectives.included:
             return
-        try:
-            self._watch()
-            self._meet_ranks()
-            self.reducer.meet(f"preconditioner: {type(self.preconditioner).__name__}",
-                              *(["server: None"] if self.server is None else self.server.settings.lines()))
-            if self.preconditioner is not None:
-                self.preconditioner.before_reduce()
+        with self._failing_together():
+            if (settle and self.state.reduced and not self.state.extended) \
+                    or not self.state.reduces_on_synchronize(self.method, repeatable=self._repeatable):
+                self.state.settled |= settle
+                return
+            self._reduce()
+            self.state.settled = settle
             if self.uneven is not None:
-                self.uneven.before_reduce()
-            self._good = self.reducer.finish()
-            if self.uneven is not None:
-                self.uneven.after_reduce()
-                self.uneven.step_over()
-            if self._good and self.preconditioner is not None:
-                self.preconditioner.precondition()
-        except BaseException:
-            self.reducer.forget()
-            if self.uneven is not None:
-                self.uneven.forget()
-            raise
-        finally:
-            self._passes.forget()
+                self.uneven.touched = True
+
+    def synchronize_for_step(self, synchronizes: bool) -> None:
+        """What ``step()`` still has to reduce; ``synchronizes`` is False within ``skip_synchronize()``."""
+        if not self.collectives.included:
+            return
+        state = self.state
+        with self._failing_together():
+            if state.reduces_on_step(self.method, synchronizes=synchronizes, begun=self.begun(),
+                                     repeatable=self._repeatable, ranks=self.collectives.size):
+                if state.reduced:
+                    warnings.warn(WARNING, stacklevel=4)
+                self._reduce()
+                if self.uneven is not None:
+                    self.uneven.touched = False
+
+    def _reduce(self) -> None:
+        self._watch()
+        self._meet_ranks()
+        self.reducer.meet(f"preconditioner: {type(self.preconditioner).__name__}",
+                          *(["server: None"] if self.server is None else self.server.settings.lines()))
+        if self.preconditioner is not None:
+            self.preconditioner.before_reduce()
+        if self.uneven is not None:
+            self.uneven.before_reduce()
+        good = self.reducer.finish()
+        if self.uneven is not None:
+            self.uneven.after_reduce()
+        if good and self.preconditioner is not None:
+            self.preconditioner.precondition()
+        self.state.begin_reduced(good)
+        self._passes.forget()
+        if not self._repeatable and (good or self.reducer.staleness):
+            self._reduced_gradients.remember((e.parameter, e.parameter.grad) for e in self.reducer.entries)
         WATCH.step_over()
         self.collectives.traffic.step()
 
-    def reduce_once(self) -> None:
-        """Reduce this step's gradients, unless that has been done, and have ``step()`` not do it again."""
-        if not self.reduced and not self.optimizer._synchronized:  # type: ignore[attr-defined]
-            self.synchronize()
-        self.reduced = True
-
-    def gather_gradients(self) -> None:
-        """Bring reduced gradients that only their owners have to all ranks."""
-        if self.collectives.included:
-            self.reducer.gather_gradients()
+    @contextmanager
+    def _failing_together(self) -> Iterator[None]:
+        """After an error, which all ranks raise, nothing of the step is left and the next one may begin."""
+        try:
+            yield
+        except BaseException:
+            self._passes.forget()
+            self.reducer.forget()
+            if self.uneven is not None:
+                self.uneven.forget()
+            with suppress(Exception):  # the error that is being raised says more
+                self._drop_pending()
+            raise
 
     def update(self, inner_step: Callable[[], Any]) -> Any:
-        """Second half of a step: the wrapped optimizer's update, on the ranks where it belongs.
+        """reduced -> applied: commit what is pending, then the wrapped optimizer's update where it belongs.
 
         A step that the ranks agreed to skip is not taken.
         """
-        self.reduced = False
-        if not self._good:
+        if not self.collectives.included:
+            return inner_step()
+        good, reduced = self.state.good, self.state.reduced
+        if reduced:
+            if self.uneven is not None:
+                self.uneven.update_follows()
+            self.state.reset()
+            self._reduced_gradients.forget()
+            self.reducer.commit()
+            if self.preconditioner is not None:
+                self.preconditioner.commit() if good else self.preconditioner.abandon()
+        if not good:
             return None
-        if self.server is None or not self.collectives.included:
+        if self.server is None:
             return inner_step()
         result = self.server.step(inner_step)
         self.reducer.updated()
         self.collectives.traffic.step(same=True)
         return result
 
-    def flush(self, inner_step: Callable[[], Any]) -> None:
-        """Take the update of gradients that are late, if there is one.
+    def abandon(self) -> None:
+        """reduced -> accumulating: the reduced gradients are thrown away, on all ranks alike."""
+        if self.state.reduced:
+            self._drop_step()
+        self.state.reset()
+        self._reduced_gradients.forget()
+
+    def _drop_step(self) -> None:
+        if self.uneven is not None:
+            self.uneven.abandon_follows()
+        self._drop_pending()
+        if self.begun():  # a backward pass has added to them, and what it sent is on its way
+            self._passes.forget()
+            self.reducer.drain()
+
+    def skip(self) -> None:
+        """reduced -> accumulating: as ``abandon()``, and a delayed gradient that was handed out is gone too.
+
+        Raises:
+            RuntimeError: gradients are on their way.
+        """
+        if self.begun():
+            raise RuntimeError("skip_step() was called after loss.backward() and before "
+                               "optimizer.synchronize(); synchronize first")
+        if self.state.reduced:
+            self.reducer.skip()
+        self.abandon()
+
+    def _drop_pending(self) -> None:
+        self.state.reset()
+        self.reducer.abandon()
+        if self.preconditioner is not None:
+            self.preconditioner.abandon()
+
+    def flush(self, inner_step: Callable[[], Any], before_update: Callable[[], Any] | None) -> None:
+        """Take the update of gradients that are late, if there is one; ``parameter.grad`` stays as it is.
 
         Raises:
             RuntimeError: a step has begun.
@@ -134,8 +210,49 @@ class Wrapper:
             return
         if self.begun():
             raise RuntimeError("flush() was called between backward() and step(); call it after step()")
-        self._good = self.reducer.flush()
-        self.update(inner_step)
+        self.abandon()
+        kept = [(p, p.grad) for group in self.optimizer.param_groups for p in group["params"]]
+        try:
+            with self._failing_together():
+                good = self.reducer.flush()
+            self.state.begin_reduced(good)
+            if good and before_update is not None:
+                before_update()
+            self.update(inner_step)
+        finally:
+            for parameter, gradient in kept:
+                parameter.grad = gradient
+
+    # Gradients that are thrown away, or added to
+
+    @property
+    def method(self) -> str:
+        """The extension in the way of a second reduction, as a user wrote it."""
+        if self.preconditioner is not None:
+            return f"preconditioner={type(self.preconditioner).__name__}"
+        if self.uneven is not None:
+            return "hvd.uneven"
+        return self.reducer.name
+
+    @property
+    def _repeatable(self) -> bool:
+        return self.reducer.repeatable and self.preconditioner is None and self.uneven is None
+
+    def _leave_reduced_by_backward(self, parameter: torch.Tensor) -> None:
+        """A backward pass has followed a reduction: on top of its gradients, or in place of them."""
+        if self._reduced_gradients.includes(parameter, parameter.grad):
+            self.state.extended = True
+        elif self._repeatable:
+            self.state.extended = self.state.reduced
+        elif self.state.reduced and not self.state.extended:
+            self._drop_step()  # a backward pass may still add to others of them
+
+    def gather_gradients(self) -> None:
+        """Bring reduced gradients that only their owners have to all ranks."""
+        if self.collectives.included and self.reducer.partial:
+            if self.uneven is not None:
+                self.uneven.gather_follows()
+            self.reducer.gather_gradients()
 
     @contextmanager
     def exact_weights(self) -> Iterator[None]:
@@ -147,7 +264,7 @@ class Wrapper:
         if self.server is None or not self.collectives.included:
             yield
             return
-        if self.begun():
+        if self.begun() or self.state.reduced:
             raise RuntimeError("exact_weights() was entered between backward() and step(); enter it after "
                                "step()")
         with self.server.exact_weights():
@@ -157,6 +274,25 @@ class Wrapper:
         """Whether gradients of this step are on their way."""
         return bool(self._passes.done)
 
+    def has_all_gradients(self) -> bool:
+        """Whether every parameter has its gradient of this step's last backward pass."""
+        return all(self._passes.done[entry.parameter] >= self.reducer.passes
+                   for entry in self.reducer.entries if entry.parameter.requires_grad)
+
+    @contextmanager
+    def reducing_in_closure(self, synchronizes: bool) -> Iterator[None]:
+        """While ``step()`` evaluates a closure; ``synchronizes`` is False within ``skip_synchronize()``."""
+        if not (synchronizes and self.collectives.included):
+            yield
+            return
+        self.closure = ClosureReduction(self)
+        try:
+            yield
+            with self._failing_together():
+                self.closure.check_gradients_unchanged()
+        finally:
+            self.closure = None
+
     def set_passes(self, passes: int) -> None:
         """Change the number of backward passes per step; between steps only."""
         self.forget()
@@ -164,7 +300,7 @@ class Wrapper:
 
     def forget(self) -> None:
         """Drop what was begun for this step, on all ranks alike."""
-        self.reduced = False
+        self.abandon()
         self._passes.forget()
         self.reducer.drain()
         if self.uneven is not None:
@@ -209,11 +345,16 @@ class Wrapper:
             self = ours()
             if self is None:
                 return
+            if self.state.reduced or self._reduced_gradients:
+                self._leave_reduced_by_backward(parameter)
+                if self.state.extended and not self._repeatable:
+                    return  # an error, in synchronize() or step()
             if self.uneven is not None:
                 last = self._passes.done[parameter] + 1 >= self.reducer.passes
                 self.uneven.gradient_ready(parameter, last=last)
-            self.reduced = False
             self._passes.gradient_ready(entry)
+            if self.closure is not None:
+                self.closure.gradient_ready(parameter)
 
         return hook
 
@@ -250,16 +391,6 @@ class Wrapper:
             self.preconditioner.attach(self.collectives, self.optimizer)
 
     # Figures
-
-    def report(self) -> dict[str, Any]:
-        """Figures of the last step: bytes by kind, and those of each extension in use."""
-        traffic = self.collectives.traffic
-        figures = {"sent": dict(traffic.last_sent), "received": dict(traffic.last_received),
-                   **self.reducer.report()}
-        for name, extension in (("preconditioner", self.preconditioner), ("server", self.server)):
-            if extension is not None:
-                figures[name] = extension.report()
-        return figures
 
 
 def _remove(hooks: dict[torch.Tensor, Any]) -> None:

@@ -145,6 +145,8 @@ def reduced_gradients(lrs, spoil=None):
             optimizer.param_groups[0]["lr"] = 100.0
         optimizer.synchronize()
         seen.append(flat([p.grad for p in parameters]))
+        with optimizer.skip_synchronize():
+            optimizer.step()
         kept.append(flat(square for _, square in sorted(reducer_of(optimizer).mean_square.items())))
     assert early[1:] == [ALL_BUT_LAST] * (len(lrs) - 1)
     return seen, kept

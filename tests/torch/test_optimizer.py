@@ -111,8 +111,9 @@ def check_clipping_and_misuse():
     optimizer.zero_grad()
     backward(parameters, worker_gradients(UNEVEN, worker=hvd.rank(), step=1))
     optimizer.synchronize()
-    with pytest.warns(UserWarning, match="skip_synchronize"):
+    with pytest.raises(RuntimeError, match=r"DelayCompensated cannot do: .*skip_synchronize\(\)"):
         optimizer.step()
+    optimizer.zero_grad()
 
     def closure():
         optimizer.zero_grad()
@@ -303,6 +304,12 @@ class Noting:
     def precondition(self):
         self.calls.append("precondition")
 
+    def commit(self):
+        self.calls.append("commit")
+
+    def abandon(self):
+        self.calls.append("abandon")
+
 
 def check_change_of_size():
     """What an elastic change of the number of ranks does, as seen by the optimizer."""
@@ -311,14 +318,14 @@ def check_change_of_size():
     optimizer = delayed(parameters, preconditioner=noting)
     take_steps(optimizer, parameters, [0])
     size = f"attach {hvd.size()}"
-    assert noting.calls == [size, "before", "precondition"]
+    assert noting.calls == [size, "before", "precondition", "commit"]
     optimizer._hvd_ext._ranks = optimizer._hvd_ext.reducer._ranks = hvd.size() + 1
     if hvd.size() > 1:
         with pytest.warns(UserWarning, match="starts MeanSquare anew"):
             take_steps(optimizer, parameters, [1])
     else:
         take_steps(optimizer, parameters, [1])
-    assert noting.calls[3:] == [size, "before", "precondition"]
+    assert noting.calls[4:] == [size, "before", "precondition", "commit"]
     optimizer = delayed(parameters := make_parameters(), server="sharded")
     optimizer._hvd_ext._ranks = hvd.size() + 1
     backward(parameters, worker_gradients(UNEVEN, worker=hvd.rank(), step=0))

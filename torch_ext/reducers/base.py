@@ -17,8 +17,8 @@ import torch
 from horovod.common.exceptions import HorovodInternalError
 
 from hvd_ext.agreement import Fingerprint
-from hvd_ext.composition import describe_settings
-from hvd_ext.options import Options
+from hvd_ext.composition import describe_settings, public_name, public_op
+from hvd_ext.options import Options, Plain
 from hvd_ext.torch.collectives import Collectives, Handle
 from hvd_ext.torch.kernels import implementation
 from hvd_ext.versions import HVD_EXT
@@ -75,6 +75,15 @@ class Reducer(abc.ABC):
     staleness = 0
     """Steps by which the gradients that ``finish()`` gives are late."""
 
+    repeatable = False
+    """Whether reducing gradients a second time before the update gives what one process would have."""
+
+    @property
+    def name(self) -> str:
+        """What a user wrote to get this reducer, for errors."""
+        settings = self.settings
+        return public_op(settings.op) if isinstance(settings, Plain) else public_name(settings)
+
     @property
     def parts(self) -> int:
         """How many exchanges of its own a step has: one, unless every backward pass is."""
@@ -121,8 +130,20 @@ class Reducer(abc.ABC):
     def finish(self) -> bool:
         """Wait for the reduced gradients and put them into ``parameter.grad``.
 
+        What the reducer keeps between steps stays as it is until ``commit()``.
+
         Returns whether the step may be taken; False, on all ranks, when it must be skipped.
         """
+
+    def commit(self) -> None:  # noqa: B027
+        """The update is about to be made: what ``finish()`` has left pending holds from here on."""
+
+    def abandon(self) -> None:  # noqa: B027
+        """The reduced gradients are not used: drop what ``finish()`` has left pending, on all ranks alike."""
+
+    def skip(self) -> None:
+        """As ``abandon()``; gradients that were kept from a step before, and handed out now, are gone too."""
+        self.abandon()
 
     partial = False
     """Whether this rank has the reduced gradients of what it owns only, until ``gather_gradients()``."""

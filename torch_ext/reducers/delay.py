@@ -13,8 +13,8 @@ import contextlib
 import threading
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from horovod.common.exceptions import HorovodInternalError
@@ -34,26 +34,7 @@ from hvd_ext.torch.reducers.delay_kernels import (
     plain_sum,
     square_norm,
 )
-
-ABSENT = -1.0  # in place of a squared norm: this rank had no such micro-batch
-
-
-class Sent(NamedTuple):
-    """A bucket on its way: the alltoall, None on a single rank, and its squared norm, 0-D."""
-
-    handle: Handle | None
-    square: HostCopy
-
-
-@dataclass
-class Progress:
-    """How far a step's exchange is, and what all its buckets have in common, whenever each goes back."""
-
-    order: list[VirtualWorker] | None = None  # None until it is known
-    good: bool | None = None  # all gradients are finite; None until it is known
-    rates: dict[int, float] = field(default_factory=dict)  # by bucket
-    loss_scale: float | None = None
-    drafts: dict[int, torch.Tensor] = field(default_factory=dict)  # MeanSquare as it will be if good
+from hvd_ext.torch.reducers.delay_step import ABSENT, Progress, Sent
 
 
 class DelayReducer(BucketReducer):
@@ -75,6 +56,7 @@ class DelayReducer(BucketReducer):
         self._present: set[int] = set()
         self._step = Progress()
         self._former: dict[int, torch.Tensor] = {}  # MeanSquare before the last step: memory for the next
+        self._pending: dict[int, torch.Tensor] | None = None  # MeanSquare, if the reduced step is taken
         self._advancing = threading.Lock()  # autograd has a thread for each device
 
     # Planning and filling
@@ -205,19 +187,27 @@ class DelayReducer(BucketReducer):
                 "the ranks' learning rates differ at this step, which DelayCompensated needs to be the "
                 f"same: {by_rank} by rank. Give every rank the same schedule, and load the same checkpoint")
         good = bool(self._step.good)
-        self._go_back(wait=True, in_place=good)
+        self._go_back(wait=True)
         gathering = [self._back[bucket.index] for bucket in self.buckets]
         reduced = [one.wait() if isinstance(one, Handle) else one for one in gathering]
-        if good:
-            drafts, kept = self._step.drafts, self.mean_square
-            self._former = {index: kept[index] for index in drafts if index in kept}
-            kept.update(sorted(drafts.items()))
+        self._pending = self._step.drafts if good else None
+        self.unusable_steps += not good
         for entry, gradient in self._spare.items():
             if entry.parameter.grad is None:
                 entry.parameter.grad = gradient
-        self.steps += good
-        self.unusable_steps += not good
         return reduced, True  # gradients that are not finite reach every rank in their entries
+
+    def commit(self) -> None:
+        if self._pending is not None:
+            kept, drafts = self.mean_square, self._pending
+            self._former = {index: kept[index] for index in drafts if index in kept}
+            kept.update(sorted(drafts.items()))
+            self.steps += 1
+        self._pending = None
+
+    def abandon(self) -> None:
+        self._former.update(self._pending or {})
+        self._pending = None
 
     def _squares(self) -> list[float]:
         """The squared lengths of the steps of this rank's workers."""
@@ -243,7 +233,7 @@ class DelayReducer(BucketReducer):
         self._step.order = application_order(workers, self.settings.order if good else "rank")
         return True
 
-    def _go_back(self, *, wait: bool, in_place: bool = False) -> None:
+    def _go_back(self, *, wait: bool) -> None:
         """Reduce and gather buckets that have arrived, or all that are started, if the order is known."""
         if (order := self._step.order) is None:
             return
@@ -253,13 +243,13 @@ class DelayReducer(BucketReducer):
                 if bucket.index in self._back or None in sent:
                     continue
                 if wait or all(one.handle is None or one.handle.done() for one in sent):
-                    self._back[bucket.index] = self._reduce_slice(bucket, sent, order, in_place)
+                    self._back[bucket.index] = self._reduce_slice(bucket, sent, order)
         except BaseException:
             self._step.order = None  # nothing goes on after it
             raise
 
-    def _reduce_slice(self, bucket: Bucket, sent: Sequence[Any], order: Sequence[VirtualWorker],
-                      in_place: bool) -> Handle | torch.Tensor:
+    def _reduce_slice(self, bucket: Bucket, sent: Sequence[Any],
+                      order: Sequence[VirtualWorker]) -> Handle | torch.Tensor:
         """Reduce this rank's slice of a bucket and start gathering it."""
         ranks = self.collectives.size
         if ranks > 1:
@@ -278,7 +268,7 @@ class DelayReducer(BucketReducer):
         if not rows:
             out.zero_()
         elif self._fixed or self._step.good:  # a fixed order does not wait to know whether it is good
-            compensated_sum(rows, self._recursion(bucket), self._mean_square(bucket, out, in_place), out)
+            compensated_sum(rows, self._recursion(bucket), self._mean_square(bucket, out), out)
         else:
             plain_sum(rows, out, self._mean_of)
         return out if ranks == 1 else self.collectives.allgather_async(
@@ -307,16 +297,13 @@ class DelayReducer(BucketReducer):
 
     # State
 
-    def _mean_square(self, bucket: Bucket, like: torch.Tensor, in_place: bool) -> torch.Tensor | None:
-        """What the recursion turns into MeanSquare after this step: MeanSquare itself, or a copy."""
+    def _mean_square(self, bucket: Bucket, like: torch.Tensor) -> torch.Tensor | None:
+        """What the recursion turns into MeanSquare as it is once the step is taken: a copy of it."""
         if not self.settings.keeps_mean_square:
             return None
         kept = self.mean_square.get(bucket.index)
         if kept is None:
             kept = torch.zeros(like.shape, dtype=accumulation_dtype(like.dtype), device=like.device)
-        if in_place:
-            self.mean_square[bucket.index] = kept
-            return kept
         draft = self._former.pop(bucket.index, kept)
         draft = torch.empty_like(kept) if draft is kept or draft.shape != kept.shape else draft
         return self._step.drafts.setdefault(bucket.index, draft.copy_(kept))
@@ -388,6 +375,7 @@ class DelayReducer(BucketReducer):
         self.load_shared_state(state)
 
     def reset_per_rank_state(self) -> None:
+        self.abandon()
         self.mean_square = {}
         self.steps = self.unusable_steps = 0
 

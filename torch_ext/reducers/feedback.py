@@ -27,10 +27,11 @@ from hvd_ext.torch.reducers.buckets import BucketReducer, Started
 class FeedbackReducer(BucketReducer):
     """What is common to compressions with error feedback, such as TopK.
 
-    A bucket keeps two flat buffers: the residual e, and g + e of this step. When the step is taken
-    they change places: what is left of g + e is the next residual, and the old one's memory takes
-    the mean. A step in which some rank's gradient is not finite is skipped by all ranks; e is then
-    what it was. Residuals are float32, float64 for float64 gradients, and follow the loss scale.
+    A bucket keeps three flat buffers: the residual e, g + e of this step, and the mean. After the
+    exchange the rest of g + e is the pending residual; when the step is taken it becomes e, and e's
+    memory takes the next g + e. A step in which some rank's gradient is not finite is skipped by all
+    ranks, and one whose gradients are thrown away is dropped; e is then what it was. Residuals are
+    float32, float64 for float64 gradients, and follow the loss scale.
 
     The settings have ``compresses(name, shape)``, ``exclude`` and ``error_feedback``.
     """
@@ -40,6 +41,9 @@ class FeedbackReducer(BucketReducer):
         self.skipped_steps = 0
         self.lost_residuals = 0  # of ranks that have left
         self.residual: dict[int, torch.Tensor] = {}
+        self._means: dict[int, torch.Tensor] = {}  # memory for the mean
+        self._pending: float | None = None  # the loss scale of a step that is reduced and not taken
+        self._left: set[int] = set()  # buckets whose buffer holds the pending residual
         self._kept_scale = 1.0  # the loss scale that the residual carries
         self._scale_now: float | None = None
         self._finite = True
@@ -174,9 +178,8 @@ class FeedbackReducer(BucketReducer):
             means = self.means([(bucket, received[bucket.index]) for bucket in compressed])
             received.update({bucket.index: mean
                              for bucket, mean in zip(compressed, means, strict=True)})
-            self._kept_scale = self._scale()
+            self._pending = self._scale()
         self._note(good)
-        self.steps += good
         self.skipped_steps += not good
         return [received[bucket.index] for bucket in self.buckets], good
 
@@ -198,14 +201,28 @@ class FeedbackReducer(BucketReducer):
         return all(row[0] == 1.0 for row in rows)
 
     def swap(self, bucket: Bucket) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is left of g + e, from now on the residual, and memory for the mean, uninitialised."""
+        """What is left of g + e, the residual once the step is taken, and memory for the mean."""
         left = self.buffer(bucket)
         if not self.settings.error_feedback:
             return left, left
-        memory = self.residual.get(bucket.index)
-        memory = torch.empty_like(left) if memory is None else memory
-        self.residual[bucket.index], self._buffers[bucket.index, 0] = left, memory
-        return left, memory
+        if bucket.index not in self._means:
+            self._means[bucket.index] = torch.empty_like(left)
+        self._left.add(bucket.index)
+        return left, self._means[bucket.index]
+
+    def commit(self) -> None:
+        if self._pending is None:
+            return
+        for index in self._left:  # the mean's memory is free: it has been copied into the gradients
+            free = self.residual[index] if index in self.residual else self._means.pop(index)
+            self.residual[index], self._buffers[index, 0] = self._buffers[index, 0], free
+        self.steps += 1
+        self._kept_scale = self._pending
+        self.abandon()
+
+    def abandon(self) -> None:
+        self._pending = None
+        self._left = set()
 
     def forget(self) -> None:
         super().forget()
@@ -301,6 +318,7 @@ class FeedbackReducer(BucketReducer):
 
     def reset_per_rank_state(self) -> None:
         self.forget()
+        self.abandon()
         self.residual = {}
         self.steps = self.skipped_steps = 0
         self._kept_scale = 1.0
@@ -322,7 +340,7 @@ class FeedbackReducer(BucketReducer):
 
     def bytes_held(self) -> int:
         return super().bytes_held() + sum(t.numel() * t.element_size()
-                                          for t in self.residual.values())
+                                          for t in (*self.residual.values(), *self._means.values()))
 
     def report(self) -> dict[str, Any]:
         """Figures of the last step; norms are of this rank's gradient and residual, unscaled."""

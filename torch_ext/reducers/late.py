@@ -5,6 +5,7 @@ take what the last step sent -> send this step's -> compensate what was taken ->
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,9 +18,14 @@ from hvd_ext.options import Options
 from hvd_ext.torch.collectives import Handle
 from hvd_ext.torch.reducers.base import Entry, Reducer, measured
 from hvd_ext.torch.reducers.delay_kernels import accumulation_dtype
-from hvd_ext.torch.reducers.late_kernels import compensate
+from hvd_ext.torch.reducers.late_kernels import advance_mean_square, compensate
 
 KEY = "late"
+WARN_AFTER = 3  # steps thrown away in a row
+KEPT_WAITING = (
+    f"{WARN_AFTER} steps in a row were thrown away (zero_grad() after synchronize()) while the same delayed "
+    "gradient waits: each took its own gradients with it, and the one that waits is handed out again. To "
+    "skip what synchronize() has handed out, a spike for example, call optimizer.skip_step()")
 
 
 class HeldScale:
@@ -52,8 +58,11 @@ class LateReducer(Reducer):
     """Hands out what the reducer ``inner`` was given one step before.
 
     At a step the exchange of the last step's gradients ends and that of this step's begins, so that at
-    most one is on its way. ``parameter.grad`` of the step is the memory that its exchange ends in; the
-    next backward pass gets other memory. The first step hands out nothing, and is not taken.
+    most one is on its way. ``parameter.grad`` of the step is the memory that its exchange ends in, and what
+    is handed out is other memory. The first step hands out nothing, and is not taken.
+
+    The gradient that waits stays until an update has used it. A step that is thrown away takes its own
+    gradients with it, not the one that waits; unless that one is not finite, which no step could use.
 
     Args:
         make: makes the inner reducer from options.
@@ -70,9 +79,13 @@ class LateReducer(Reducer):
         self.late = late
         self.updates = 0
         self.mean_square: dict[Entry, torch.Tensor] = {}
-        self._before: dict[Entry, torch.Tensor] = {}  # the weights at which what was sent was taken
+        self._before: dict[Entry, torch.Tensor] = {}  # the weights at which what waits was taken
         self._flying: dict[Entry, torch.Tensor | None] | None = None  # parameter.grad of what was sent
         self._arrived: Arrived | None = None
+        self._handed_out = False  # this step has been reduced, and neither taken nor thrown away
+        self._memory: dict[Entry, torch.Tensor] = {}  # of what is handed out
+        self._corrected = False  # what was handed out is compensated
+        self._thrown_away = 0  # steps in a row, with the same gradient waiting
 
     @property
     def passes(self) -> int:
@@ -91,6 +104,10 @@ class LateReducer(Reducer):
     def linear(self) -> bool:
         return False
 
+    @property
+    def name(self) -> str:
+        return "late="
+
     def build(self, entries: Sequence[Entry]) -> None:
         super().build(entries)
         self.inner.build(entries)
@@ -103,32 +120,73 @@ class LateReducer(Reducer):
 
     def finish(self) -> bool:
         self._arrive()
-        arrived = self._arrived
         try:
             self._send()
-            good = self._hand_out(arrived)
+            good = self._hand_out(self._now())
         except BaseException:
             self.forget()
             raise
-        self._arrived = None
-        self._keep_weights()
+        self._handed_out = True
         return good
 
     def flush(self) -> bool:
-        """Hand out what the last step has sent, and send nothing; whether there is an update to make."""
+        """Hand out what waits, without the loss's scale; whether there is an update to make."""
         self._arrive()
-        arrived, self._arrived = self._arrived, None
-        return arrived is not None and self._hand_out(arrived)
+        if self._arrived is None:
+            return False
+        good = self._hand_out(1.0)
+        if good and self._arrived.scale != 1.0:  # a GradScaler would skip it
+            good = measured([entry.parameter.grad for entry in self.entries])[1]
+        self._handed_out = True
+        return good
+
+    def commit(self) -> None:
+        if not self._handed_out:
+            return
+        if self._corrected:
+            assert self._arrived is not None
+            for entry, gradient in self._arrived.gradients.items():
+                if entry in self._before and (kept := self._mean_square(entry)) is not None:
+                    advance_mean_square(kept, gradient, self.late, self._arrived.scale)
+        self.updates += self._arrived is not None and self._arrived.good
+        self._arrived = None
+        self._keep_weights()
+        self._handed_out, self._thrown_away = False, 0
+
+    def abandon(self) -> None:
+        if not self._handed_out:
+            return
+        self._handed_out = False
+        if self._arrived is not None and not self._usable(self._arrived):
+            self._arrived = None  # what this step has sent waits in its place
+            self._keep_weights()
+            return
+        self.inner.drain()
+        self._flying = None
+        self._scale.held = None
+        self._thrown_away += self._arrived is not None
+        if self._thrown_away == WARN_AFTER:
+            warnings.warn(KEPT_WAITING, stacklevel=4)
+
+    def skip(self) -> None:
+        """Throw away also the gradient that waits, at the end of a step that was reduced."""
+        if self._handed_out:
+            self._arrived, self._handed_out, self._thrown_away = None, False, 0
+            self._keep_weights()
+
+    def _usable(self, arrived: Arrived) -> bool:
+        return arrived.good and measured(list(arrived.gradients.values()))[1]
 
     def _arrive(self) -> None:
         """Wait for what the last step has sent, if it has not been waited for."""
-        if self._flying is None:
+        if self._flying is None or self._handed_out:  # what this step has sent is not its successor's yet
             return
         own = [entry.parameter.grad for entry in self.entries]
         try:
             for entry in self.entries:
                 entry.parameter.grad = self._flying.get(entry)
             good = self.inner.finish()
+            self.inner.commit()  # the step that sent it was taken
             # Those that were made dense on their way (sparse_as_dense) come back sparse.
             gradients = {entry: entry.parameter.grad.to_dense() for entry in self.entries}
         finally:
@@ -152,27 +210,32 @@ class LateReducer(Reducer):
         self.inner.start_all()
         self._flying = {entry: entry.parameter.grad for entry in self.entries}
 
-    def _hand_out(self, arrived: Arrived | None) -> bool:
-        """Put what was reduced into ``parameter.grad``, compensated; whether it may be applied."""
-        if arrived is None:
-            for entry in self.entries:
-                entry.parameter.grad = torch.zeros_like(entry.parameter)
-            return False
-        rescale = self._now() / arrived.scale
-        correct = arrived.good and self.late.lam > 0 and measured(list(arrived.gradients.values()))[1]
+    def _compensates(self) -> bool:
+        arrived = self._arrived
+        return (arrived is not None and arrived.good and self.late.lam > 0
+                and measured(list(arrived.gradients.values()))[1])
+
+    def _hand_out(self, scale: float) -> bool:
+        """Put what waits into ``parameter.grad``, compensated, with this loss scale; whether to apply it."""
+        arrived = self._arrived
+        rescale = 1.0 if arrived is None else scale / arrived.scale
+        correct = self._corrected = self._compensates()
         for entry in self.entries:
-            parameter = entry.parameter
-            gradient = arrived.gradients.get(entry)
-            if gradient is None:  # of a parameter that has joined since
-                parameter.grad = torch.zeros_like(parameter)
-                continue
-            if correct and entry in self._before:
+            out = self._memory.get(entry)
+            if out is None or (self._flying is not None and self._flying.get(entry) is out):
+                out = self._memory[entry] = torch.empty_like(entry.parameter, requires_grad=False)
+            gradient = None if arrived is None else arrived.gradients.get(entry)
+            entry.parameter.grad = out
+            if arrived is None or gradient is None:  # of a parameter that has joined since
+                out.zero_()
+            elif correct and entry in self._before:
                 with torch.no_grad():
-                    compensate(gradient, parameter, self._before[entry], self._mean_square(entry),
-                               self.late, arrived.scale)
-            parameter.grad = gradient.mul_(rescale) if rescale != 1.0 else gradient
-        self.updates += arrived.good
-        return arrived.good
+                    compensate(gradient, entry.parameter, self._before[entry], self._mean_square(entry),
+                               self.late, arrived.scale, out)
+                out.mul_(rescale) if rescale != 1.0 else None
+            else:
+                torch.mul(gradient, rescale, out=out)
+        return arrived is not None and arrived.good
 
     def _now(self) -> float:
         """The loss scale of this step."""
@@ -187,8 +250,8 @@ class LateReducer(Reducer):
         return self.mean_square[entry]
 
     def _keep_weights(self) -> None:
-        """Keep the weights of this step: those at which what it has sent was taken."""
-        if self.late.lam == 0:
+        """Keep the weights of this step, before its update: those at which what it has sent was taken."""
+        if self.late.lam == 0 or self._flying is None:
             return
         for entry in self.entries:
             if entry not in self._before:
@@ -201,7 +264,8 @@ class LateReducer(Reducer):
 
     def forget(self) -> None:
         self.inner.forget()
-        self._flying = self._arrived = None
+        self._flying = None
+        self._handed_out = False
         self._scale.held = None
 
     def drain(self) -> None:
@@ -211,6 +275,7 @@ class LateReducer(Reducer):
         """Drop also what the last step has sent, on all ranks alike."""
         self.inner.drain()
         self.forget()
+        self._arrived = None
 
     def under_way(self) -> list[Handle]:
         return self.inner.under_way()

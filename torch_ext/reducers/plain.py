@@ -27,6 +27,8 @@ class PlainReducer(Reducer):
         self._started: list[tuple[list[Entry], Any, list[Any]]] = []
         self._sparse: set[Entry] = set()  # whose gradients have been sparse
 
+    repeatable = True  # as Horovod does it
+
     @property
     def averages(self) -> bool:
         return bool(self.settings.op == horovod.Average)

@@ -30,6 +30,8 @@ class PowerSGDReducer(FeedbackReducer):
     def __init__(self, collectives: Collectives, settings: PowerSGD, options: Options) -> None:
         super().__init__(collectives, settings, options)
         self.q: dict[int, torch.Tensor] = {}
+        self._next_q: dict[int, torch.Tensor] = {}  # of a step that is reduced and not taken
+        self._free_q: dict[int, torch.Tensor] = {}  # memory for it
         self._any: dict[int, HostCopy] = {}  # whether Q has anything but zeros, asked after a step
 
     def _matrices(self, bucket: Bucket) -> list[Matrix]:
@@ -38,8 +40,9 @@ class PowerSGDReducer(FeedbackReducer):
     def _q(self, bucket: Bucket, like: torch.Tensor) -> torch.Tensor:
         """All Q of the bucket that this step begins with, flat."""
         step = 0 if self.settings.warm_start else self.attempts
-        kept, asked = self.q.get(bucket.index), self._any.pop(bucket.index, None)
+        kept, asked = self.q.get(bucket.index), self._any.get(bucket.index)
         if kept is None or not self.settings.warm_start or not bool(asked.read() if asked else kept.any()):
+            self._any.pop(bucket.index, None)
             drawn = first_q(self._matrices(bucket), (self.settings.seed, bucket.index, step))
             self.q[bucket.index] = torch.from_numpy(drawn).to(like)
         return self.q[bucket.index]
@@ -58,12 +61,14 @@ class PowerSGDReducer(FeedbackReducer):
         for bucket, p in received:
             found = self._matrices(bucket)
             kernels.orthogonalize(p, found)
-            q = kernels.right_factors(self.buffer(bucket), p, found, self.q[bucket.index])
+            memory = self._free_q.pop(bucket.index, None)
+            q = kernels.right_factors(self.buffer(bucket), p, found, torch.empty_like(self.q[bucket.index])
+                                      if memory is None else memory)
             sent.append(self._mean(q, bucket, "q"))
         result = []
         for (bucket, p), handle in zip(received, sent, strict=True):
             q = handle.wait() if isinstance(handle, Handle) else handle
-            self._any[bucket.index] = HostCopy(q.any())
+            self._next_q[bucket.index] = q
             left, mean = self.swap(bucket)
             kernels.expand(p, q, self._matrices(bucket), left, mean)
             result.append(mean)
@@ -74,6 +79,18 @@ class PowerSGDReducer(FeedbackReducer):
             return factors
         return self.collectives.allreduce_async_(
             factors, f"{self.prefix}/bucket{bucket.index}/{which}", kind="factors")
+
+    def commit(self) -> None:
+        for index, q in self._next_q.items():
+            self._free_q[index], self.q[index] = self.q[index], q
+            self._any[index] = HostCopy(q.any())
+        self._next_q = {}
+        super().commit()
+
+    def abandon(self) -> None:
+        self._free_q.update(self._next_q)
+        self._next_q = {}
+        super().abandon()
 
     # State
 
@@ -105,4 +122,5 @@ class PowerSGDReducer(FeedbackReducer):
         return {"sent_fraction": numbers / compressed if compressed else 1.0}
 
     def bytes_held(self) -> int:
-        return super().bytes_held() + sum(q.numel() * q.element_size() for q in self.q.values())
+        factors = (*self.q.values(), *self._next_q.values(), *self._free_q.values())
+        return super().bytes_held() + sum(q.numel() * q.element_size() for q in factors)

@@ -56,6 +56,15 @@ class ShardedReducer(Reducer):
         self._received: dict[int, torch.Tensor] = {}
         self._partial = False
 
+    @property
+    def repeatable(self) -> bool:
+        """Every rank must have all of a gradient before another one is added to it."""
+        return bool(self.settings.op == horovod.Average) and not self._partial
+
+    @property
+    def name(self) -> str:
+        return "server='sharded' after hvd.clip_grad_norm_" if self._partial else "server='sharded'"
+
     # Planning
 
     def build(self, entries: Sequence[Entry]) -> None:
@@ -191,6 +200,9 @@ class ShardedReducer(Reducer):
     def partial(self) -> bool:
         """Whether this rank has the reduced gradients of what it owns only."""
         return self._partial
+
+    def abandon(self) -> None:
+        self.updated()
 
     def updated(self) -> None:
         if self._partial:  # what is left is neither this rank's gradient nor the reduced one

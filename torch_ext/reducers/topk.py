@@ -117,6 +117,14 @@ class TopKReducer(FeedbackReducer):
             found[bucket.index] = mean.div_(ranks) if ranks > 1 else mean
         return [found[bucket.index] for bucket, _ in received]
 
+    def commit(self) -> None:
+        self.sparse.commit()
+        super().commit()
+
+    def abandon(self) -> None:
+        super().abandon()
+        self.sparse.abandon()
+
     def forget(self) -> None:
         if self._started:  # what is under way may still write into it
             self._received = {}

@@ -75,6 +75,7 @@ class SparseAllreduce:
         self.collectives = collectives
         self.settings = settings
         self.owned: dict[int, Owned] = {}
+        self._pending: dict[int, Owned] = {}  # of a step that is reduced and not taken
         self.imbalance = 1.0
         self.applied = 0
 
@@ -149,14 +150,23 @@ class SparseAllreduce:
             message, f"{prefix}/bucket{one.bucket.index}/means", kind=layout.parts())
 
     def _move_on(self, one: Summed, table: sparse.Numbers) -> None:
-        """Keep the rest; where ranges change it becomes part of this rank's e, times M."""
+        """Keep the rest, pending; where ranges change it becomes part of this rank's e, times M."""
         owned = self.owned[one.bucket.index]
-        if self.settings.error_feedback:
-            owned.residual = one.mean
+        rest = one.mean if self.settings.error_feedback else None
         following = owned.ranges.after(table)
-        if following.age == 0:
-            self.fold(one.bucket.index, one.left)
-        owned.ranges = following
+        if following.age == 0 and rest is not None:
+            _add_to_residual(Owned(owned.ranges, owned.rank, rest), one.left)
+            rest = None
+        self._pending[one.bucket.index] = Owned(following, owned.rank, rest)
+
+    def commit(self) -> None:
+        """The step is taken: what it left pending holds."""
+        self.owned.update(self._pending)
+        self.abandon()
+
+    def abandon(self) -> None:
+        """The step is not taken: drop what it left pending."""
+        self._pending = {}
 
     def holds(self, bucket: Bucket) -> bool:
         """Whether this rank keeps anything of the bucket as an owner."""
@@ -171,8 +181,7 @@ class SparseAllreduce:
         owned = self.owned.get(number)
         if owned is None or owned.residual is None:
             return
-        low, high = owned.ranges.of(owned.rank)
-        residual[low:high].add_(owned.residual, alpha=owned.ranges.ranks * scale)
+        _add_to_residual(owned, residual, scale)
         owned.residual = owned.residual if keep else None
 
     # State and figures
@@ -200,3 +209,10 @@ class SparseAllreduce:
     def bytes_held(self) -> int:
         """Bytes of residuals."""
         return sum(t.numel() * t.element_size() for t in self.residuals())
+
+
+def _add_to_residual(owned: Owned, residual: torch.Tensor, scale: float = 1.0) -> None:
+    """Add an owner's residual, which counts whole in the mean, to its e (numel,), which counts 1/M."""
+    assert owned.residual is not None
+    low, high = owned.ranges.of(owned.rank)
+    residual[low:high].add_(owned.residual, alpha=owned.ranges.ranks * scale)

@@ -8,7 +8,6 @@ in ``step.py``, the refresh of the curvature in ``refresh.py``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import horovod.torch as horovod
@@ -27,17 +26,10 @@ from hvd_ext.torch.seng.joint import Joint
 from hvd_ext.torch.seng.kernels import all_finite
 from hvd_ext.torch.seng.packs import Frames
 from hvd_ext.torch.seng.parameters import Parameters
-from hvd_ext.torch.seng.refresh import Refresh, Refreshed
+from hvd_ext.torch.seng.pending import Candidate, Pending, pending_state
+from hvd_ext.torch.seng.refresh import Refresh
 from hvd_ext.torch.seng.state import State
 from hvd_ext.torch.seng.step import Lagged, Step
-
-
-@dataclass
-class Candidate:
-    """A refresh that counts once the step's gradient is known to be finite."""
-
-    refreshed: Refreshed
-    lagged: Lagged | None
 
 
 class SENG:
@@ -153,7 +145,6 @@ class SENG:
         self._step.collectives = self._collectives
         self._refresh = None
         if self._ranks not in (0, ranks):
-            # Ranks that have joined have no curvature; the refresh that follows gives it to all.
             self.state.lagged, self.state.systems, self.state.due = Lagged(), {}, True
             self._forget_step()
             self._arm()
@@ -181,8 +172,7 @@ class SENG:
         """After the backward pass, before the gradients' reduction is waited for: take what was
         captured on a refresh step. Nothing counts before ``precondition()`` sees the gradient."""
         self._prepared = True
-        # One that is still there belongs to a step that was not taken.
-        self._discard()
+        self._discard()  # one that is still there belongs to a step that was not taken
         state = self.state
         if self._checked and not state.due:
             return
@@ -219,8 +209,8 @@ class SENG:
     def precondition(self) -> None:
         """Replace every ``parameter.grad``, reduced and the same on all ranks, by p, in place.
 
-        A gradient that is not finite is left as it is, with the whole state, so that a gradient
-        scaler can back off.
+        What is kept between steps stays as it is until ``commit()``. A gradient that is not finite is left
+        as it is, so that a gradient scaler can back off.
 
         Raises:
             RuntimeError: no parameter has a gradient.
@@ -238,15 +228,37 @@ class SENG:
         if not all_finite(held):
             self._skip()
             return
-        self._commit()
-        self._direct(parameters)
-        self.state.step += 1
-        self.state.due = self.state.due or self.state.step % self.settings.update_freq == 0
-        self._arm()
+        self._drop_pending()
+        self._pending = self._with_refresh()
+        state = self._pending.state
+        self._direct(parameters, state)
+        state.step += 1
+        state.due = state.due or state.step % self.settings.update_freq == 0
 
-    def _direct(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+    def commit(self) -> None:
+        """The step is taken: its curvature and counters hold from here on."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self.state, self._trust = pending.state, pending.trust
+            self._arm()
+
+    def abandon(self) -> None:
+        """The step is not taken: keep nothing of it; on all ranks alike."""
+        self._drop_pending()
+        self._discard()
+        self._prepared = False
+        if self.state.due:
+            self.capture.start(self.state.step, self._trust)
+
+    def _drop_pending(self) -> None:
+        """Drop what ``precondition()`` left pending; its messages must have been received before."""
+        pending, self._pending = self._pending, None
+        if pending is not None and pending.state.lagged is not self.state.lagged:
+            pending.state.lagged.finish(self._step)
+
+    def _direct(self, parameters: Sequence[torch.nn.Parameter], state: State) -> None:
         """Gradients into directions: by the layers' curvature, by ``other`` without one."""
-        state, settings = self.state, self.settings
+        settings = self.settings
         lam = settings.damping_at(state.step)
         if settings.redraw == "step":
             state.systems = self._refresher().redraw(state.systems, state.step, lam)
@@ -289,36 +301,27 @@ class SENG:
         if any(p.grad is not None for p in self._parameters.now()):
             self.before_reduce()
         self.precondition()
+        self.commit()
 
     def refresh_next(self) -> None:
         """Take the curvature anew at the next step, whatever ``update_freq`` says. On all ranks."""
         self.state.due = True
+        if self._pending is not None:
+            self._pending.state.due = True
         self._arm()
 
-    def _commit(self) -> None:
-        """Put a refresh's curvature in place; warn about what failed."""
+    def _with_refresh(self) -> Pending:
+        """The state with a refresh's curvature in place, if there is one; warns about what failed."""
         candidate, self._candidate = self._candidate, None
-        if candidate is None:
-            return
-        state, new = self.state, candidate.refreshed
-        fresh = {layer: reason for layer, reason in new.trust.refused.items()
-                 if layer not in self._trust.refused}
-        self._trust.accepted.update(new.trust.accepted)
-        self._trust.refused.update(fresh)
-        both = {**state.systems, **new.systems}
-        state.systems = {layer: both[layer] for layer in self.layers
-                         if layer in both and layer not in self._trust.refused}
-        self._joint = new.joint
-        state.lagged = candidate.lagged or Lagged(state.lagged.pending)
-        state.step = new.step
-        # With nothing captured anywhere the next step tries again.
-        state.due = not new.systems
-        for layer in new.failures:
-            state.failures[layer.name] = state.failures.get(layer.name, 0) + 1
-        self._notices.refused({layer.name: reason for layer, reason in fresh.items()})
-        self._notices.by_rows([layer.name for layer in new.by_rows], self.capture.samples.trouble)
-        self._notices.failed({layer.name: reason for layer, reason in new.failures.items()},
-                             {layer.name for layer in state.systems})
+        pending, fresh = pending_state(self.state, self._trust, candidate, self.layers)
+        if candidate is not None:
+            new = candidate.refreshed
+            self._joint = new.joint
+            self._notices.refused({layer.name: reason for layer, reason in fresh.items()})
+            self._notices.by_rows([layer.name for layer in new.by_rows], self.capture.samples.trouble)
+            self._notices.failed({layer.name: reason for layer, reason in new.failures.items()},
+                                 {layer.name for layer in pending.state.systems})
+        return pending
 
     def _skip(self) -> None:
         """Leave a gradient that is not finite alone, and all that would have followed from it."""
@@ -342,6 +345,7 @@ class SENG:
     def _forget_step(self) -> None:
         """Nothing is under way, and the ranks have not compared their states yet."""
         self._candidate: Candidate | None = None
+        self._pending: Pending | None = None
         self._prepared = self._checked = False
 
     def _arm(self) -> None:
@@ -375,6 +379,7 @@ class SENG:
 
     def reset_state(self) -> None:
         """Start anew: no curvature, step 0, a refresh at the next step."""
+        self._drop_pending()
         self._drop_lagged()
         self._forget_step()
         self.state, self._trust = State(), Trust()
@@ -386,14 +391,8 @@ class SENG:
             self._find_ranks()
         return max(1, self._ranks)
 
-    @property
-    def waited(self) -> float:
-        """Seconds spent waiting for messages so far."""
-        return self._step.waited
-
     def report(self) -> CurvatureReport:
-        """Coverage in one line; per layer kind, sizes, bytes, coefficient norm, jitter, age; prints as a
-        table."""
+        """Coverage in a line; per layer sizes, bytes, coefficient norm, jitter, age; prints as a table."""
         return self.state.report(self.layers, self.settings, list(self.model.parameters()),
-                                 ranks=self.ranks(), waited=self.waited, trust=self._trust,
+                                 ranks=self.ranks(), waited=self._step.waited, trust=self._trust,
                                  missing=self._missing, samples=self.capture.samples.placements)

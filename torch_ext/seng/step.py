@@ -48,7 +48,7 @@ class Step:
         Layers that have no such gradient yet take this step's, as "block" does.
 
         Args:
-            lagged: what the step before left.
+            lagged: what the step before left; its messages are waited for.
             lam_next: the damping of the next step; None when that one refreshes the curvature, so
                 that its message can be made only then.
 
@@ -66,7 +66,9 @@ class Step:
             after.previous = joint.copies()
         else:
             following.update(joint.messages(lam_next, self.uc))
-        joint.subtract({layer: self.wait(started[layer]) for layer in joint.systems}, lam, self.uc)
+        means = {layer: self.wait(started[layer]) for layer in joint.systems}
+        lagged.pending.update({layer: mean for layer, mean in means.items() if layer in lagged.pending})
+        joint.subtract(means, lam, self.uc)
         for layer, message in following.items():
             # Under way from here on, during the next forward and backward pass.
             after.pending[layer] = self.start(layer, message)

@@ -1,0 +1,346 @@
+"""What a training loop's calls mean, in float64 NumPy: all ranks in one process, one operation after another.
+
+A program is a list of operations (:data:`OPERATIONS`). :class:`Model` says what the weights are after each,
+or which error ends it. A step that is reduced has pending values; the update commits them, everything else
+drops them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tests.reference.spars_ams import top_k
+
+Vector = npt.NDArray[np.float64]
+
+OPERATIONS = ("backward", "synchronize", "step", "step_in_skip", "zero_grad", "clear", "clip", "torch_clip",
+              "save", "load", "flush", "skip_step", "closure", "add_group", "overflow")
+LR, MOMENTUM, CLIP = 0.05, 0.9, 0.6
+
+
+@dataclass
+class Method:
+    """How gradients are reduced: plain, TopK ("topk"), or delay compensated ("delay", "adaptive").
+
+    Attributes:
+        kind: the method.
+        ranks: M.
+        buckets: elements that travel together, by their number.
+        state: what it keeps between steps.
+    """
+
+    kind: str
+    ranks: int
+    buckets: list[slice] = field(default_factory=list)
+    state: dict[str, Any] = field(default_factory=dict)
+    ratio: float = 0.3
+    lam: float = 0.8
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether reduced gradients may be reduced again."""
+        return self.kind == "plain"
+
+    def reduce(self, gradients: Sequence[Vector]) -> tuple[Vector, dict[str, Any], bool]:
+        """The reduced gradient, the pending state, and whether the step may be taken."""
+        finite = all(np.isfinite(g).all() for g in gradients)
+        if self.kind == "topk":
+            return self._top_k(gradients, finite)
+        if self.kind == "plain" or self.ranks == 1 or not finite:
+            return np.sum(gradients, axis=0) / self.ranks, self.state, True
+        return self._compensate(gradients)
+
+    def _top_k(self, gradients: Sequence[Vector], finite: bool) -> tuple[Vector, dict[str, Any], bool]:
+        if not finite:
+            return np.full_like(gradients[0], np.nan), self.state, False
+        residuals, total = [], np.zeros_like(gradients[0])
+        for rank, gradient in enumerate(gradients):
+            kept = self.state.get("residuals", [np.zeros(0)] * self.ranks)[rank]
+            a = gradient + np.pad(kept, (0, len(gradient) - len(kept)))
+            sent = np.zeros_like(a)
+            for bucket in self.buckets:
+                length = bucket.stop - bucket.start
+                chosen = top_k(a[bucket], max(1, round(self.ratio * length))) + bucket.start
+                sent[chosen] = a[chosen]
+            residuals.append(a - sent)
+            total += sent
+        return total / self.ranks, {"residuals": residuals}, True
+
+    def _compensate(self, gradients: Sequence[Vector]) -> tuple[Vector, dict[str, Any], bool]:
+        size = len(gradients[0])
+        squares = [float(np.dot(g, g)) for g in gradients]
+        order = sorted(range(self.ranks), key=lambda rank: (squares[rank], rank))
+        kept = self.state.get("mean_square", np.zeros(0))
+        mean_square = np.pad(kept, (0, size - len(kept)))
+        displacement, total = np.zeros(size), np.zeros(size)
+        for rank in order:
+            g, lam = gradients[rank], self.lam
+            if self.kind == "adaptive":
+                mean_square = 0.95 * mean_square + 0.05 * g * g
+                lam = self.lam / np.sqrt(mean_square + 1e-7)
+            compensated = g + lam * g * g * displacement
+            total += compensated
+            displacement -= LR / self.ranks * compensated
+        return total / self.ranks, {"mean_square": mean_square}, True
+
+
+class ProgramError(Exception):
+    """The program ends here with an error on all ranks; its first argument names the error's type."""
+
+
+class Unspecified(Exception):
+    """What this operation means here is not specified: it is left out of the program."""
+
+
+@dataclass
+class Model:
+    """The state of a training loop.
+
+    Attributes:
+        weights, momentum: flat; ``momentum`` None before the first update, by bucket of parameters.
+        gradients: each rank's ``.grad``, None where it is None.
+        done: backward passes since the last step.
+        waiting: with ``late``, the gradient that the next update applies.
+    """
+
+    method: Method
+    weights: Vector
+    passes: int = 1
+    late: bool = False
+    late_lam: float = 0.0
+    partial: bool = False  # each rank has what it owns only, from the second reduction on
+    momentum: list[Vector | None] = field(default_factory=lambda: [None])
+    groups: list[slice] = field(default_factory=list)
+    gradients: list[Vector] | None = None
+    done: int = 0
+    reduced: bool = False
+    settled: bool = False
+    extended: bool = False
+    good: bool = True
+    pending: dict[str, Any] = field(default_factory=dict)
+    sent: Vector | None = None  # with ``late``: this step's reduced gradient
+    waiting: Vector | None = None
+    before: Vector | None = None  # the weights at which it was taken
+    gathered: bool = True
+    planned: bool = False
+    saved: dict[str, Any] | None = None
+
+    @property
+    def repeatable(self) -> bool:
+        return self.method.repeatable and not self.late and self.gathered
+
+    def run(self, operation: str, gradients: Sequence[Vector]) -> None:
+        """Carry out an operation.
+
+        Raises:
+            ProgramError: it is an error on all ranks.
+            Unspecified: it is to be left out.
+        """
+        getattr(self, operation)(gradients)
+
+    def backward(self, gradients: Sequence[Vector]) -> None:
+        if self.done == self.passes:
+            raise ProgramError("AssertionError")
+        skipped = not self.good and not self.late  # nothing could be made of the gradients
+        if self.reduced and (self.gradients is None or skipped) and not self.method_reduces_again():
+            self.abandon()
+        elif self.reduced:
+            self.extended = True
+            if not self.repeatable:
+                self.gradients = [a + b for a, b in zip(self.gradients or [], gradients, strict=True)]
+                return
+        self.done += 1
+        self.gradients = list(gradients) if self.gradients is None else [
+            a + b for a, b in zip(self.gradients, gradients, strict=True)]
+
+    def method_reduces_again(self) -> bool:
+        return self.method.repeatable and not self.late
+
+    def overflow(self, gradients: Sequence[Vector]) -> None:
+        if self.method.kind != "topk":
+            raise Unspecified
+        self.backward([gradients[0] * np.inf, *gradients[1:]])
+
+    def synchronize(self, _: Any = None) -> None:
+        if self.extended and not self.repeatable:
+            raise ProgramError("RuntimeError")
+        if self.gradients is None and self.done:
+            raise Unspecified
+        if not self.reduced or (self.repeatable and not (self.settled and not self.extended)):
+            self._reduce()
+        self.gathered = True
+
+    def _reduce(self) -> None:
+        if self.gradients is None:
+            raise Unspecified
+        mean, self.pending, self.good = self.method.reduce(self.gradients)
+        self.done, self.reduced, self.settled, self.extended = 0, True, False, False
+        self.gathered = not (self.partial and self.planned)
+        self.planned = True
+        if self.late:
+            self.sent = mean
+            mean, self.good = self._compensated(), self.waiting is not None
+        self.gradients = [mean.copy() for _ in self.gradients]
+
+    def _compensated(self) -> Vector:
+        """The gradient that waits, for the weights as they are now."""
+        size = len(self.weights)
+        if self.waiting is None or self.before is None:
+            return np.zeros(size)
+        g, before = (np.pad(one, (0, size - len(one))) for one in (self.waiting, self.before))
+        return g + self.late_lam * g * g * (self.weights - before)
+
+    def step(self, _: Any = None, *, synchronizes: bool = True) -> None:
+        if self.extended and not self.repeatable:
+            raise ProgramError("RuntimeError")
+        if self.reduced and self.gradients is None:
+            raise Unspecified
+        if synchronizes and not self.reduced:
+            self._reduce()
+        elif not synchronizes:
+            if self.done and self.method.ranks > 1:
+                raise ProgramError("RuntimeError")
+            if not self.reduced:
+                raise Unspecified
+        elif not (self.settled and not self.extended):
+            if not self.repeatable:
+                raise ProgramError("RuntimeError")
+            self._reduce()
+        self._update()
+
+    def step_in_skip(self, _: Any = None) -> None:
+        self.step(synchronizes=False)
+
+    def _update(self) -> None:
+        self.method.state = self.pending
+        if self.late:
+            self.waiting, self.before = self.sent, self.weights.copy()
+        if self.good:
+            assert self.gradients is not None
+            self._apply(self.gradients[0])
+        if self.partial:  # the loop clears them
+            self.gradients = None
+        self._accumulate_again()
+
+    def _apply(self, gradient: Vector) -> None:
+        for number, group in enumerate(self.groups):
+            kept = self.momentum[number]
+            now = gradient[group] if kept is None else MOMENTUM * kept + gradient[group]
+            self.momentum[number] = now
+            self.weights[group] -= LR * now
+
+    def _accumulate_again(self) -> None:
+        self.done = 0
+        self.reduced = self.settled = self.extended = False
+        self.good, self.gathered = True, True
+
+    def abandon(self) -> None:
+        """Drop what is pending."""
+        self._accumulate_again()
+
+    def zero_grad(self, _: Any = None) -> None:
+        if self.done and not self.reduced:
+            raise ProgramError("AssertionError")
+        self.gradients = None
+        self.abandon()
+
+    def clear(self, _: Any = None) -> None:
+        """``model.zero_grad()``, of which the optimizer learns nothing."""
+        if not self.reduced or self.extended:
+            raise Unspecified
+        self.gradients = None
+
+    def clip(self, _: Any = None) -> None:
+        """``hvd.clip_grad_norm_``."""
+        if self.gradients is None:
+            raise Unspecified
+        if not self.reduced or self.extended:
+            if self.extended and not self.repeatable:
+                raise ProgramError("RuntimeError")
+            self._reduce()
+        self.settled = True
+        self._clip()
+
+    def torch_clip(self, _: Any = None) -> None:
+        """``torch.nn.utils.clip_grad_norm_`` on what ``.grad`` holds."""
+        if not self.reduced or self.extended or self.gradients is None or not self.gathered:
+            raise Unspecified
+        self._clip()
+
+    def _clip(self) -> None:
+        assert self.gradients is not None
+        norm = float(np.linalg.norm(self.gradients[0]))
+        factor = min(1.0, CLIP / (norm + 1e-6)) if np.isfinite(norm) else np.nan
+        self.gradients = [g * factor for g in self.gradients]
+
+    def closure(self, gradients: Sequence[Vector]) -> None:
+        """``step(closure)``: ``zero_grad()``, a backward pass and clipping in the closure."""
+        if self.passes > 1:
+            raise Unspecified
+        self.zero_grad()
+        self.backward(gradients)
+        self._reduce()
+        self._clip()
+        self._update()
+
+    def flush(self, _: Any = None) -> None:
+        if not self.late:
+            raise Unspecified
+        if self.done:
+            raise ProgramError("RuntimeError")
+        kept = self.gradients
+        self.abandon()
+        if self.waiting is not None:
+            self._apply(self._compensated())
+            self.waiting = None
+        self.gradients = kept
+
+    def skip_step(self, _: Any = None) -> None:
+        if self.done:
+            raise ProgramError("RuntimeError")
+        if self.reduced and self.late:
+            self.waiting, self.before, self.method.state = self.sent, self.weights.copy(), self.pending
+        self.gradients = None  # the loop clears them
+        self.abandon()
+
+    def add_group(self, _: Any = None) -> None:
+        if self.done or self.reduced or len(self.groups) > 2:
+            raise Unspecified
+        self.gradients = None
+        self.groups.append(slice(len(self.weights), len(self.weights) + NEW_SIZE))
+        self.method.buckets.append(self.groups[-1])
+        self.momentum.append(None)
+        self.weights = np.concatenate([self.weights, new_weights(len(self.groups))])
+
+    def save(self, _: Any = None) -> None:
+        """``state_dict()``, also in the middle of a step: what holds then."""
+        if self.late and self.done:
+            raise Unspecified
+        self.saved = {"weights": self.weights.copy(), "groups": len(self.groups),
+                      "momentum": [None if m is None else m.copy() for m in self.momentum],
+                      "state": self.method.state,
+                      "waiting": self.waiting, "before": self.before}
+
+    def load(self, _: Any = None) -> None:
+        """``load_state_dict()`` of what was saved, and ``model.zero_grad()``."""
+        if self.saved is None or self.saved["groups"] != len(self.groups):
+            raise Unspecified
+        self.weights = self.saved["weights"].copy()
+        self.momentum = [None if m is None else m.copy() for m in self.saved["momentum"]]
+        self.method.state, self.waiting = self.saved["state"], self.saved["waiting"]
+        self.before = self.saved["before"]
+        self.gradients = None
+        self.abandon()
+
+
+NEW_SIZE = 4
+
+
+def new_weights(number: int) -> Vector:
+    """The weights of a parameter that joins as group ``number``."""
+    return np.random.default_rng(100 + number).standard_normal(NEW_SIZE)

@@ -24,10 +24,10 @@ from hvd_ext.torch.compression import Compression
 from hvd_ext.torch.mpi_ops import *  # noqa: F403
 from hvd_ext.torch.muon import Muon
 from hvd_ext.torch.optimizer import DistributedOptimizer
+from hvd_ext.torch.optimizer_broadcast import broadcast_optimizer_state
 from hvd_ext.torch.reducers import register_reducer
 from hvd_ext.torch.replicas import (
     assert_replicas_equal,
-    broadcast_optimizer_state,
     broadcast_parameters,
 )
 from hvd_ext.torch.seng import SENG

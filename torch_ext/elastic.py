@@ -11,6 +11,7 @@ import copy
 from dataclasses import replace
 from typing import Any
 
+import torch
 from horovod.common.exceptions import HostsUpdatedInterrupt
 from horovod.torch.elastic import *  # noqa: F403
 from horovod.torch.elastic import TorchState as HorovodTorchState
@@ -24,8 +25,9 @@ from hvd_ext.torch import optimizer_state
 from hvd_ext.torch.carried import Carried, Commit
 from hvd_ext.torch.collectives import Collectives
 from hvd_ext.torch.extended import ExtendedOptimizer
+from hvd_ext.torch.optimizer_broadcast import broadcast_optimizer_state
 from hvd_ext.torch.optimizer_state import STATE_KEY
-from hvd_ext.torch.replicas import broadcast_optimizer_state
+from hvd_ext.torch.replicas import broadcast_parameters
 
 __all__ = ["ElasticSampler", "TorchState", "run"]
 __path__: list[str] = []  # hvd_ext.torch.elastic.sampler and .state are Horovod's
@@ -157,9 +159,26 @@ class ExtendedOptimizerHandler(state.OptimizerStateHandler):  # type: ignore[mis
         return Place(collectives.rank, collectives.size)
 
 
+class OptimizerHandler(state.OptimizerStateHandler):  # type: ignore[misc]
+    """Horovod's handler of other optimizers; a rank that joins takes no step to get the root's state."""
+
+    def sync(self) -> None:
+        """Bring rank 0's state to all ranks."""
+        broadcast_optimizer_state(self.value, 0)
+
+
+class ModelHandler(state.ModelStateHandler):  # type: ignore[misc]
+    """Horovod's handler of models, for weights of any layout and dtype."""
+
+    def sync(self) -> None:
+        """Bring rank 0's weights and buffers to all ranks."""
+        broadcast_parameters(self.value.state_dict(), 0)
+
+
 def _install() -> None:
     registry: list[tuple[Any, Any]] = state.get_handler_registry()
-    registry.insert(0, (ExtendedOptimizer, ExtendedOptimizerHandler))
+    registry[:0] = [(ExtendedOptimizer, ExtendedOptimizerHandler),
+                    (torch.optim.Optimizer, OptimizerHandler), (torch.nn.Module, ModelHandler)]
 
 
 _install()

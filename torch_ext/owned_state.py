@@ -82,19 +82,3 @@ def cut_to(server: UpdateServer, state: dict[str, Any], mark: OwnedState | None)
             found = cut_state(found, parameter.shape, piece.start, piece.stop)
         kept[key] = found
     return {**state, "state": kept}
-
-
-def broadcast_settings(server: UpdateServer, root: int) -> None:
-    """What ``UpdateServer.broadcast_settings`` says."""
-    filled = [bool(server.optimizer.state.get(server.parameters[number])) for number in server.pieces]
-    settings = [{key: value for key, value in group.items() if key != "params"}
-                for group in server.optimizer.param_groups]
-    everyone = server.collectives.allgather_object((any(filled) if filled else None, settings),
-                                                   f"{LABEL}/settings")
-    if len({has for has, _ in everyone if has is not None}) > 1:
-        raise ValueError(
-            f"under server={server.where!r} some ranks have optimizer state and others have "
-            "none; call load_state_dict() with the checkpoint on every rank, then broadcast"
-        )
-    for group, values in zip(server.optimizer.param_groups, everyone[root][1], strict=True):
-        group.update(values)

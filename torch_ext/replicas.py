@@ -1,9 +1,7 @@
-"""Replicas: one rank's optimizer state brought to all, and whether all models are the same bits."""
+"""Replicas: one rank's weights brought to all, and whether all models are the same bits."""
 
 from __future__ import annotations
 
-import contextlib
-import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -44,59 +42,6 @@ def broadcast_parameters(params: Any, root_rank: int) -> None:
     with torch.no_grad():
         for tensor, whole in copies:
             tensor.copy_(whole)
-
-
-# Horovod's function with ours in place of its broadcast of tensors: moments have the weights' layout.
-_broadcast_state = types.FunctionType(
-    functions.broadcast_optimizer_state.__code__,
-    {**vars(functions), "broadcast_parameters": broadcast_parameters}, "broadcast_optimizer_state",
-    functions.broadcast_optimizer_state.__defaults__)
-
-
-def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int,
-                              model: torch.nn.Module | None = None) -> None:
-    """Horovod's function; an error where state that is kept per rank would not come along.
-
-    With ``server="rank0"`` or ``"sharded"`` moments stay with their owners: only the parameter
-    groups' settings are broadcast, and a checkpoint is to be loaded on every rank.
-
-    A checkpoint read on one rank and broadcast brings the wrapped optimizer's state, but the
-    extensions' state is each rank's own. When the ranks' differ in age, that is an error.
-
-    Raises:
-        ValueError: on every rank, when some have extension state of other steps than the root's.
-    """
-    wrapper = getattr(optimizer, "_hvd_ext", None)
-    if wrapper is not None and wrapper.collectives.included:
-        ages = wrapper.collectives.allgather_object(
-            wrapper.reducer.state_dict().get("steps", 0), "hvd_ext/state_age"
-        )
-        if len(set(ages)) > 1:
-            raise ValueError(
-                f"the ranks' extension state is of different steps ({ages}, by rank); load each "
-                "rank's own checkpoint before broadcasting, or load the one file on every rank "
-                "with load_state_dict(state, reset_per_rank_state=True)"
-            )
-    server = None if wrapper is None else wrapper.server
-    if server is not None and not server.alone:
-        server.broadcast_settings(root_rank)
-    elif optimizer is not None:
-        fresh = not optimizer.state_dict()["state"]
-        everyone = Collectives().allgather_object(fresh, "hvd_ext/state_is_fresh")
-        with _weights_kept(optimizer, fresh and not all(everyone)):
-            _broadcast_state(optimizer, root_rank, model)
-
-
-@contextlib.contextmanager
-def _weights_kept(optimizer: torch.optim.Optimizer, needed: bool) -> Iterator[None]:
-    """Horovod makes the state of a fresh optimizer by a step with gradients of zero. Where the root has state
-    already, as when only it has read a checkpoint, weight decay would move the others' weights alone."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]] if needed else []
-    before = [parameter.detach().clone() for parameter in parameters]
-    yield
-    with torch.no_grad():
-        for parameter, weight in zip(parameters, before, strict=True):
-            parameter.copy_(weight)
 
 
 def assert_replicas_equal(model: torch.nn.Module | Iterable[tuple[str, torch.Tensor]], *,

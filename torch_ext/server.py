@@ -327,17 +327,6 @@ class UpdateServer:
         numbers = owned_state.numbers(self)
         return {"reply": self.replies.gather(numbers) if gather else self.replies.state_dict(numbers)}
 
-    def broadcast_settings(self, root: int) -> None:
-        """Give every rank the parameter groups' settings (learning rate, ...) of rank ``root``.
-
-        Moments stay where they are owned; each rank loads its own.
-
-        Raises:
-            ValueError: on every rank, when some owners have state and others have none.
-        """
-        self.plan()
-        owned_state.broadcast_settings(self, root)
-
     def exact(self) -> dict[int, torch.Tensor]:
         """The exact weights of what comes back compressed, 1-D, by the parameter's ``id``; a collective."""
         if self.replies is None or self.alone:

@@ -59,8 +59,8 @@ TENSORFLOW_ALONE = {"tape", "traffic", "variables", "keras_store", "keras_hooks"
                     "waiting", "retracing", "padded",
                     *(f"seng/{name}" for name in ("traces", "start", "einsum", "table"))}
 TORCH_ALONE = {"passes", "mpi_ops", "copies", "lightning", "owned_state", "kernels", "host_copies",
-               "kernels_triton", "optimizer_state", "state_exchange", "closures", "reducers/delay_step",
-               "seng/pending",
+               "kernels_triton", "optimizer_state", "optimizer_broadcast", "state_exchange", "closures",
+               "reducers/delay_step", "seng/pending",
                *(f"seng/{name}" for name in ("attention", "eager", "functions", "joint", "light", "lookup",
                                              "packs", "parameters", "per_sample", "shifted", "tied"))}
 LONGEST = 400  # lines

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hvd_ext.torch import broadcast_optimizer_state
 from tests.torch import horovod_examples as examples
 
 pytestmark = pytest.mark.ranks
@@ -23,7 +24,13 @@ EXTENSIONS = {
 def example(name, module, extension, folder, options):
     hvd = importlib.import_module(module)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    return getattr(examples, name)(hvd, EXTENSIONS[extension], folder, **options)
+    theirs = hvd.broadcast_optimizer_state
+    # Horovod's takes a step with gradients of zero, in which weight decay moves the weights.
+    hvd.broadcast_optimizer_state = broadcast_optimizer_state
+    try:
+        return getattr(examples, name)(hvd, EXTENSIONS[extension], folder, **options)
+    finally:
+        hvd.broadcast_optimizer_state = theirs
 
 
 @pytest.mark.parametrize(("name", "options"), [

@@ -121,7 +121,9 @@ class Uneven:
         self._sent = 0.0
         self._weighed: set[torch.Tensor] = set()
         self._reduced: Attendance | None = None  # of a step that is reduced, until it is applied or abandoned
+        self._last: Attendance | None = None  # of the last step that was reduced
         self._decision: Decision | None = None  # that this rank follows
+        self._absent = False  # this rank has had no batch in the last step
         self.touched = False  # the loop may have changed the reduced gradients
 
     def samples(self, count: float) -> None:
@@ -202,7 +204,7 @@ class Uneven:
                 if entry.parameter.grad is not None:
                     entry.parameter.grad.detach().mul_(factor)
         self.step_over()
-        self._reduced = found
+        self._reduced = self._last = found
 
     def step_over(self) -> None:
         """The step is reduced, or dropped on all ranks alike."""
@@ -291,10 +293,6 @@ class Uneven:
 
     # A rank that has none
 
-    @property
-    def _absent(self) -> bool:
-        return bool(self._wrapper.reducer.absent)
-
     def shadow(self) -> None:
         """Take part in the others' steps until no rank has a batch."""
         if self._wrapper.begun():
@@ -303,8 +301,10 @@ class Uneven:
         while True:
             self.begin(active=False)
             if self.attendance().active == 0:
+                if not self.attendance().alike and self._last is not None:
+                    self._follow_settings(self._last)
                 return
-            self._wrapper.reducer.absent = True
+            self._absent = self._wrapper.reducer.absent = True
             try:
                 updated = self._take_step()
             finally:

@@ -96,11 +96,10 @@ class Wrapper:
         """What ``step()`` still has to reduce; ``synchronizes`` is False within ``skip_synchronize()``."""
         if not self.collectives.included:
             return
-        state = self.state
         with self._failing_together():
-            if state.reduces_on_step(self.method, synchronizes=synchronizes, begun=self.begun(),
-                                     repeatable=self._repeatable, ranks=self.collectives.size):
-                if state.reduced:
+            if self.state.reduces_on_step(self.method, synchronizes=synchronizes, begun=self.begun(),
+                                          repeatable=self._repeatable, ranks=self.collectives.size):
+                if self.state.reduced:
                     warnings.warn(WARNING, stacklevel=4)
                 self._reduce()
                 if self.uneven is not None:
@@ -149,6 +148,7 @@ class Wrapper:
         if not self.collectives.included:
             return inner_step()
         good, reduced = self.state.good, self.state.reduced
+        self._drop_begun()
         if reduced:
             if self.uneven is not None:
                 self.uneven.update_follows()
@@ -177,7 +177,11 @@ class Wrapper:
         if self.uneven is not None:
             self.uneven.abandon_follows()
         self._drop_pending()
-        if self.begun():  # a backward pass has added to them, and what it sent is on its way
+        self._drop_begun()
+
+    def _drop_begun(self) -> None:
+        """Drop what a backward pass after the reduction has sent, on all ranks alike."""
+        if self.begun():
             self._passes.forget()
             self.reducer.drain()
 
@@ -282,14 +286,13 @@ class Wrapper:
     @contextmanager
     def reducing_in_closure(self, synchronizes: bool) -> Iterator[None]:
         """While ``step()`` evaluates a closure; ``synchronizes`` is False within ``skip_synchronize()``."""
-        if not (synchronizes and self.collectives.included):
-            yield
-            return
-        self.closure = ClosureReduction(self)
+        if synchronizes and self.collectives.included:
+            self.closure = ClosureReduction(self)
         try:
             yield
-            with self._failing_together():
-                self.closure.check_gradients_unchanged()
+            if self.closure is not None:
+                with self._failing_together():
+                    self.closure.check_gradients_unchanged()
         finally:
             self.closure = None
 

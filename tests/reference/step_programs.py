@@ -178,6 +178,9 @@ class Model:
     def _reduce(self) -> None:
         if self.gradients is None:
             raise Unspecified
+        planned = self.method.buckets[-1].stop
+        if planned < len(self.weights):  # all that has joined since then
+            self.method.buckets.append(slice(planned, len(self.weights)))
         mean, self.pending, self.good = self.method.reduce(self.gradients)
         self.done, self.reduced, self.settled, self.extended = 0, True, False, False
         self.gathered = not (self.partial and self.planned)
@@ -313,7 +316,6 @@ class Model:
             raise Unspecified
         self.gradients = None
         self.groups.append(slice(len(self.weights), len(self.weights) + NEW_SIZE))
-        self.method.buckets.append(self.groups[-1])
         self.momentum.append(None)
         self.weights = np.concatenate([self.weights, new_weights(len(self.groups))])
 

@@ -222,7 +222,7 @@ class LateReducer(Reducer):
         correct = self._corrected = self._compensates()
         for entry in self.entries:
             out = self._memory.get(entry)
-            if out is None or (self._flying is not None and self._flying.get(entry) is out):
+            if out is None or out is entry.parameter.grad:  # which is on its way, or the caller's in flush()
                 out = self._memory[entry] = torch.empty_like(entry.parameter, requires_grad=False)
             gradient = None if arrived is None else arrived.gradients.get(entry)
             entry.parameter.grad = out

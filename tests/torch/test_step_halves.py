@@ -1,0 +1,194 @@
+"""What stands between the two halves of a step: thrown-away gradients, closures, flushes, spikes."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+import hvd_ext.torch as hvd
+from tests.torch.problems import backward, bits, flat, make_parameters, named, worker_gradients
+from tests.torch.seng_on_ranks import LAM, data, loss_of, network
+
+pytestmark = pytest.mark.ranks
+SHAPES = [(7, 3), (5,)]
+
+
+def train_seng(settings, discarding, cleared_by):
+    """Weights and state after six steps, with passes in between that are thrown away."""
+    model = network()
+    seng = hvd.SENG(model, damping=LAM, update_freq=2, **settings)
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1),
+                                         named_parameters=model.named_parameters(), preconditioner=seng)
+    for step in range(6):
+        if discarding:
+            (1e3 * loss_of(model, data(hvd.rank(), 50 + step, 7))).backward()
+            optimizer.synchronize()
+            optimizer.zero_grad()
+            if cleared_by == "twice":
+                (1e3 * loss_of(model, data(hvd.rank(), 70 + step, 4))).backward()
+                optimizer.synchronize()
+                optimizer.zero_grad()
+        loss_of(model, data(hvd.rank(), step, 5)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    state = seng.state_dict()
+    return bits(model.parameters()), state["step"], state["skipped"], state["failures"]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("settings", [{}, {"coupling": "lagged"}, {"coupling": "full"}, {"redraw": "step"}],
+                         ids=str)
+@pytest.mark.parametrize("cleared_by", ["once", "twice"])
+def test_seng_keeps_nothing_of_a_pass_that_is_thrown_away(ranks, size, settings, cleared_by):
+    pool = ranks(size)
+    if "redraw" in settings:
+        settings = {**settings, "sketch": "uniform", "sketch_size": 20}
+    expected = pool.run(train_seng, settings, False, cleared_by)
+    assert pool.run(train_seng, settings, True, cleared_by) == expected
+    assert expected[0][1] == 6
+
+
+def skip_a_spike(options, skip):
+    """Weights after eight steps; the gradient of step 3 is a spike, and is skipped where it is seen."""
+    parameters = make_parameters(SHAPES, dtype=torch.float64)
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(parameters, lr=0.05), named(parameters), **options())
+    seen, skipped = [], 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(8):
+            gradients = worker_gradients(SHAPES, worker=hvd.rank(), step=step)
+            backward(parameters, [g * (1e4 if step == 3 else 1.0) for g in gradients])
+            optimizer.synchronize()
+            norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
+            seen.append(norm)
+            if norm > 100:
+                getattr(optimizer, skip)()
+                optimizer.zero_grad()
+                skipped += 1
+                continue
+            with optimizer.skip_synchronize():
+                optimizer.step()
+            optimizer.zero_grad()
+    return skipped, bits(parameters), float(np.abs(flat(parameters)).max())
+
+
+def topk():
+    return {"compression": hvd.Compression.topk(0.3, min_size=0)}
+
+
+def late():
+    return {"late": hvd.Late()}
+
+
+@pytest.mark.parametrize(("options", "skip"), [(topk, "zero_grad"), (topk, "skip_step"), (late, "skip_step")])
+def test_a_spike_is_skipped_once(ranks, options, skip):
+    found = ranks(2).run(skip_a_spike, options, skip)
+    assert [one[0] for one in found] == [1, 1]
+    assert found[0][1] == found[1][1]
+    assert found[0][2] < 10
+
+
+def skip_forever():
+    """A late spike that is thrown away again and again is named."""
+    parameters = make_parameters(SHAPES)
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(parameters, lr=0.05), named(parameters),
+                                         late=hvd.Late())
+    backward(parameters, worker_gradients(SHAPES, worker=hvd.rank(), step=0))
+    optimizer.step()
+    for step in (1, 2):
+        optimizer.zero_grad()
+        backward(parameters, worker_gradients(SHAPES, worker=hvd.rank(), step=step))
+        optimizer.synchronize()
+    optimizer.zero_grad()
+    backward(parameters, worker_gradients(SHAPES, worker=hvd.rank(), step=3))
+    optimizer.synchronize()
+    with pytest.warns(UserWarning, match=r"optimizer\.skip_step\(\)"):
+        optimizer.zero_grad()
+
+
+def test_a_late_gradient_that_is_never_taken_is_named(ranks):
+    ranks(2).run(skip_forever)
+
+
+def flush_scaled(scale, clip):
+    """What flush() moves the weights by, and whether ``.grad`` is as it was."""
+    parameters = make_parameters(SHAPES, dtype=torch.float64)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1.0)
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(parameters, lr=1.0), named(parameters),
+                                         late=hvd.Late(0.0, adaptive=False), grad_scaler=scaler)
+    for step in range(3):
+        optimizer.zero_grad()
+        gradients = worker_gradients(SHAPES, worker=hvd.rank(), step=step)
+        scaler.scale(torch.zeros(()))  # as of the loss
+        backward(parameters, [g * scale for g in gradients])
+        optimizer.synchronize()
+        scaler.unscale_(optimizer)
+        with optimizer.skip_synchronize():
+            scaler.step(optimizer)
+        scaler.update()
+    before, held = flat(parameters), [p.grad for p in parameters]
+    values = bits(held)
+    optimizer.flush((lambda: torch.nn.utils.clip_grad_norm_(parameters, clip)) if clip else None)
+    assert all(p.grad is one for p, one in zip(parameters, held, strict=True))
+    assert bits([p.grad for p in parameters]) == values
+    return before - flat(parameters)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_a_flush_applies_the_gradient_without_the_losses_scale(ranks, scale):
+    expected = sum(flat(worker_gradients(SHAPES, worker=w, step=2)) for w in range(2)) / 2
+    for moved in ranks(2).run(flush_scaled, scale, None):
+        np.testing.assert_allclose(moved, expected, rtol=1e-12)
+    for moved in ranks(2).run(flush_scaled, scale, 0.01):
+        assert np.linalg.norm(moved) == pytest.approx(0.01, rel=1e-3)
+
+
+def closures(options):
+    """Clipping in a closure, with a parameter that the loss does not reach, and an error in it."""
+    parameters = make_parameters(SHAPES, dtype=torch.float64)
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(parameters, lr=1.0), named(parameters), **options())
+    before = flat(parameters)
+
+    def closure(skip=(), synchronize=False, error=None):
+        optimizer.zero_grad()
+        backward(parameters, worker_gradients(SHAPES, worker=hvd.rank(), step=0), skip=skip)
+        if synchronize:
+            optimizer.synchronize()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 0.01)
+        if error is not None:
+            raise error
+        return norm
+
+    norm = float(optimizer.step(closure))
+    moved = float(np.linalg.norm(flat(parameters) - before))
+    with pytest.raises(RuntimeError, match=r"call optimizer\.synchronize\(\) in the closure"):
+        optimizer.step(lambda: closure(skip=(1,)))
+    optimizer.zero_grad()
+    before = flat(parameters)
+    optimizer.step(lambda: closure(skip=(1,), synchronize=True))
+    again = float(np.linalg.norm(flat(parameters) - before))
+    with pytest.raises(KeyError):
+        optimizer.step(lambda: closure(error=KeyError("the user's")))
+    optimizer.zero_grad()
+    backward(parameters, worker_gradients(SHAPES, worker=hvd.rank(), step=1))
+    optimizer.step()
+    return norm, moved, again, bits(parameters)
+
+
+def plain():
+    return {}
+
+
+@pytest.mark.parametrize("options", [plain, topk])
+def test_clipping_in_a_closure_sees_reduced_gradients(ranks, options):
+    found = ranks(2).run(closures, options)
+    mean = sum(flat(worker_gradients(SHAPES, worker=w, step=0)) for w in range(2)) / 2
+    for norm, moved, again, _ in found:
+        if options is plain:
+            assert norm == pytest.approx(np.linalg.norm(mean), rel=1e-12)
+        assert moved == pytest.approx(0.01, rel=1e-3)
+        assert again == pytest.approx(0.01, rel=1e-3)
+    assert found[0][3] == found[1][3]

@@ -227,8 +227,6 @@ class Wrapper:
             for parameter, gradient in kept:
                 parameter.grad = gradient
 
-    # Gradients that are thrown away, or added to
-
     @property
     def method(self) -> str:
         """The extension in the way of a second reduction, as a user wrote it."""
@@ -332,10 +330,10 @@ class Wrapper:
         if not any(parameter.requires_grad and parameter not in hooks
                    for group in self.optimizer.param_groups for parameter in group["params"]):
             return
-        fresh = [entry for entry in self._entries()
-                 if entry.parameter.requires_grad and entry.parameter not in hooks]
         if not self.collectives.included:
             return
+        fresh = [entry for entry in self._entries() if entry.parameter.requires_grad
+                 and entry.parameter not in hooks]
         for entry in fresh:
             self._hooks[entry.parameter] = (
                 entry.parameter.register_post_accumulate_grad_hook(self._hook(entry)))

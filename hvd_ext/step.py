@@ -116,7 +116,7 @@ class ReducedGradients:
     def includes(self, parameter: Any, gradient: Any) -> bool:
         """Whether ``gradient`` is still the parameter's of the reduction."""
         known = self._known.get(parameter)
-        return known is not None and known() is gradient
+        return known is not None and gradient is not None and known() is gradient
 
 
 def accumulated_after_reduction(method: str) -> str:

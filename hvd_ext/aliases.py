@@ -28,11 +28,26 @@ def offer(package: str, target: str) -> Lookup:
     Returns:
         What to assign to the package's ``__getattr__``; see :func:`names_of`.
     """
-    if not any(isinstance(finder, _Aliases) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Aliases())
-    found = next(finder for finder in sys.meta_path if isinstance(finder, _Aliases))
-    found.targets[package] = target
+    _finder().targets[package] = target
     return names_of(package, target)
+
+
+def offer_packages(package: str, target: str, packages: Sequence[str], names: Sequence[str]) -> Lookup:
+    """Let ``package.X`` be ``target.X`` for these packages X and names of ``target``, and for nothing else.
+
+    For a package of ours beside Horovod's front ends, which must not hand out ``horovod.torch`` as its own.
+    """
+    found = _finder()
+    found.packages.update({f"{package}.{name}": f"{target}.{name}" for name in packages})
+
+    def lookup(name: str) -> Any:
+        if name in packages:
+            return importlib.import_module(f"{package}.{name}")
+        if name in names:
+            return getattr(importlib.import_module(target), name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return lookup
 
 
 def names_of(module: str, target: str) -> Lookup:
@@ -56,37 +71,66 @@ def names_of(module: str, target: str) -> Lookup:
 
 
 class _Aliases(MetaPathFinder):
-    """Finds ``hvd_ext.torch.X`` as ``horovod.torch.X``."""
+    """Finds ``hvd_ext.torch.X`` as ``horovod.torch.X``.
+
+    Attributes:
+        targets: by package of ours, where modules are that it lacks.
+        packages: by name under ours, the whole package that is meant.
+    """
 
     def __init__(self) -> None:
         self.targets: dict[str, str] = {}
+        self.packages: dict[str, str] = {}
 
     def find_spec(self, fullname: str, path: Sequence[str] | None,
                   target: ModuleType | None = None) -> ModuleSpec | None:
         for package, horovods in self.targets.items():
             if fullname.startswith(f"{package}."):
-                parent = fullname.rpartition(".")[0]
-                aliased = parent in sys.modules and sys.modules[parent].__name__ != parent
-                # Modules of ours win; below a package of Horovod's a second copy would be loaded.
-                if not aliased and PathFinder.find_spec(fullname, path) is not None:
-                    return None
-                name = horovods + fullname[len(package):]
-                found = _spec(name)
-                if found is not None:
-                    return ModuleSpec(fullname, _Same(name), origin=found.origin,
-                                      is_package=found.submodule_search_locations is not None)
+                return self._alias(fullname, horovods + fullname[len(package):], path)
+        for package, horovods in self.packages.items():
+            if f"{fullname}.".startswith(f"{package}."):
+                return self._alias(fullname, horovods + fullname[len(package):], path)
         return None
+
+    @staticmethod
+    def _alias(fullname: str, name: str, path: Sequence[str] | None) -> ModuleSpec | None:
+        parent = fullname.rpartition(".")[0]
+        aliased = parent in sys.modules and sys.modules[parent].__name__ != parent
+        # Modules of ours win; below a package of Horovod's a second copy would be loaded.
+        if not aliased and PathFinder.find_spec(fullname, path) is not None:
+            return None
+        found = _spec(name)
+        if found is None:
+            return None
+        return ModuleSpec(fullname, _Same(fullname, name), origin=found.origin,
+                          is_package=found.submodule_search_locations is not None)
+
+
+def _finder() -> _Aliases:
+    for finder in sys.meta_path:
+        if isinstance(finder, _Aliases):
+            return finder
+    finder = _Aliases()
+    sys.meta_path.insert(0, finder)
+    return finder
 
 
 class _Same(Loader):
     """Loads the module of that name, and leaves what it says of itself as it is."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, alias: str, name: str) -> None:
+        self._alias = alias
         self._name = name
         self._spec: ModuleSpec | None = None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        module = importlib.import_module(self._name)
+        try:
+            module = importlib.import_module(self._name)
+        except ImportError as error:
+            raise type(error)(
+                f"{self._alias} is {self._name}, and `import {self._name}` fails here: {error}. Install the "
+                "missing package; a training script needs no more than hvd_ext.torch, hvd_ext.tensorflow or "
+                "hvd_ext.tensorflow.keras", name=error.name) from error
         self._spec = module.__spec__
         return module
 

@@ -7,12 +7,15 @@ Horovod shut down, so that the wait ends in an error. A rank that is at work on 
 evaluation, a checkpoint) counts as progress: it is waited for.
 
 A rank that ends with an exception tells the others, which then end too, with its reason in their error.
+A script that catches the error of a wait that was given up, and goes on to its end, ends with status 70.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import faulthandler
+import logging
 import os
 import sys
 import threading
@@ -78,8 +81,10 @@ class Watch:
         self._now: Wait | None = None
         self._steps = 0
         self._abort: Callable[[], None] = lambda: None
+        self._aborting: threading.Thread | None = None
         self._running: Callable[[], bool] = lambda: True
         self._thread: threading.Thread | None = None
+        self._uncaught = False  # this process ends with an exception
 
     @property
     def listener(self) -> Listener | None:
@@ -124,6 +129,7 @@ class Watch:
         self.rank, self._abort, self._running = rank, abort, running
         if self._thread is None:
             _bound_the_end_after_errors(self)
+            atexit.register(self._bound_the_end)  # after hvd.init(), so before Horovod's own shutdown
         if self._thread is None or not self._thread.is_alive():
             self.verdict = None
             self._thread = threading.Thread(target=self._run, name="hvd_ext watch", daemon=True)
@@ -190,8 +196,46 @@ class Watch:
         with contextlib.suppress(AttributeError, ValueError, OSError):  # stderr may be no file here
             faulthandler.dump_traceback(file=sys.stderr.fileno(), all_threads=True)
         if not _elastic():  # there the launcher goes on without this process
-            threading.Thread(target=self._abort, daemon=True).start()
+            self._start_abort()
         self._end_unless_over(wait)
+
+    def _start_abort(self) -> None:
+        """End all pending collectives with an error, in a thread: that may take long, or forever."""
+        self._aborting = threading.Thread(target=self._abort, daemon=True)
+        self._aborting.start()
+
+    def await_abort(self) -> bool:
+        """Let Horovod finish its shutdown, for some seconds; whether it has.
+
+        Horovod waits forever when it is shut down from two threads at once: call this before
+        ``horovod.shutdown()``.
+        """
+        thread = self._aborting
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(GRACE / 2)
+        return thread is None or not thread.is_alive()
+
+    def _bound_the_end(self) -> None:
+        """At exit, before Horovod's shutdown: see that a process whose waits were given up ends."""
+        if self.verdict is None or self._uncaught or _elastic():
+            return
+        if self.await_abort() and self._running():  # Horovod was initialised once more
+            self.verdict = None
+            return
+        _flush()
+        _end_process_in(GRACE / 2)
+
+    def end_failed_process(self) -> None:
+        """At exit, after Horovod's shutdown: a process whose waits were given up has failed.
+
+        The script caught the error; without this its launcher would take it for a success.
+        """
+        if self.verdict is None or self._uncaught or _elastic():
+            return
+        print(f"hvd_ext: rank {self.rank} ends with status {EXIT_STATUS}: {self.verdict}", file=sys.stderr)
+        logging.shutdown()
+        _flush()
+        os._exit(EXIT_STATUS)
 
     def failed(self, kind: type[BaseException], error: BaseException) -> bool:
         """This process ends with an exception; whether the others must hear of it: it is its own."""
@@ -213,13 +257,23 @@ class Watch:
         if told:
             time.sleep(PARTING)
 
+    def fail(self, what: str) -> None:
+        """Give up this process's waits, and have the other processes give up theirs: ``what`` happened."""
+        if self.verdict is not None:
+            return
+        self.verdict = f"rank {self.rank} failed: {what}"
+        print(f"hvd_ext: {self.verdict}", file=sys.stderr, flush=True)
+        self.tell_the_others(what)  # first: the shutdown ends their waits without a reason
+        if not _elastic():
+            self._start_abort()
+
     def told(self, rank: int, what: str) -> None:
         """Another rank has failed: its exchanges will never come."""
         if self.verdict is not None:
             return
         self.verdict = f"rank {rank} failed: {what}. Its traceback is in its output"
         print(f"hvd_ext: rank {self.rank} ends because {self.verdict}", file=sys.stderr, flush=True)
-        threading.Thread(target=self._abort, daemon=True).start()
+        self._start_abort()
         wait = self.waiting()
         if wait is not None:
             threading.Thread(target=self._end_unless_over, args=(wait,), daemon=True).start()
@@ -268,18 +322,32 @@ def _bound_the_end_after_errors(watch: Watch) -> None:
     before = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        watch._uncaught = not hasattr(sys, "ps1")
         must_tell = watch.failed(kind, error)
         before(kind, error, trace)  # first: once another rank has ended, the launcher may kill this one
         if not hasattr(sys, "ps1"):
             sys.stderr.flush()
             if must_tell:
                 watch.tell_the_others(f"{kind.__name__}: {error}")
-            timer = threading.Timer(GRACE, os._exit, [EXIT_STATUS])
-            timer.daemon = True
-            timer.start()
+            _end_process_in(GRACE)
 
     sys.excepthook = hook
 
 
+def _end_process_in(seconds: float) -> None:
+    """End the process unless it has ended by itself until then."""
+    timer = threading.Timer(seconds, os._exit, [EXIT_STATUS])
+    timer.daemon = True
+    timer.start()
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError, OSError):  # it may be closed, or no file
+            stream.flush()
+
+
 WATCH = Watch()
 """The watch of this process."""
+
+atexit.register(WATCH.end_failed_process)

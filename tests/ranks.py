@@ -184,6 +184,22 @@ def run_ranks(function: Callable[..., Any], size: int = 2, *args: Any, timeout: 
         ranks.close(kill=not check)
 
 
+def run_program(module: str, *arguments: str, framework: str, size: int = 2, launcher: str = "mpirun",
+                seconds: float = 300.0, **environment: str) -> tuple[int, str]:
+    """The launcher's exit status and output of ``python -m module arguments`` on ranks of its own."""
+    variables = environment_of_ranks(**environment)
+    command = command_of(framework, module, *arguments, environment=variables)
+    process = subprocess.Popen(launch_command(size, command, launcher), cwd=ROOT, env=variables, text=True,
+                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               start_new_session=True)
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        kill_tree(process.pid)
+        raise RankFailure(f"{module} {arguments} did not end\n{process.communicate()[0][-4000:]}") from None
+    return process.returncode, output
+
+
 def environment_of_ranks(**more: str) -> dict[str, str]:
     """This process's environment with what ranks of the tests need, and ``more``."""
     # Idle ranks negotiate once a cycle; the default of 1 ms keeps the cores busy with nothing.

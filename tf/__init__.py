@@ -35,6 +35,7 @@ from hvd_ext.tensorflow.tape import distributed_tape as DistributedGradientTape
 from hvd_ext.tensorflow.tape import partial_distributed_tape as PartialDistributedGradientTape
 from hvd_ext.tensorflow.uneven_data import join, uneven
 from hvd_ext.tensorflow.variables import broadcast_variables
+from hvd_ext.tensorflow.waiting import shutdown
 
 openmpi.set_opal_prefix()
 __getattr__ = aliases.offer(__name__, "horovod.tensorflow")

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+import horovod.tensorflow as horovod
 import tensorflow as tf
 
 from hvd_ext.tensorflow.variables import made_apart
@@ -70,6 +71,12 @@ class Waiting:
             self._failed = begun
             return None
         return Wait(self._what, begun + self._offset)
+
+
+def shutdown() -> None:
+    """Horovod's; after a shutdown by :mod:`hvd_ext.watch`, if one is under way."""
+    WATCH.await_abort()
+    horovod.shutdown()
 
 
 def _in_tensorflow() -> bool:

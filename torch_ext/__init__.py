@@ -20,6 +20,7 @@ from hvd_ext.torch.amsgrad import AMSGrad
 from hvd_ext.torch.async_ps import ParameterServer
 from hvd_ext.torch.checkpoints import load_checkpoint, save_checkpoint
 from hvd_ext.torch.clipping import clip_grad_norm_
+from hvd_ext.torch.collectives import shutdown
 from hvd_ext.torch.compression import Compression
 from hvd_ext.torch.mpi_ops import *  # noqa: F403
 from hvd_ext.torch.muon import Muon
@@ -69,5 +70,6 @@ __all__ = [
     "register_reducer",
     "register_seng_rule",
     "save_checkpoint",
+    "shutdown",
     "uneven",
 ]

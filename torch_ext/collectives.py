@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 import os
 import pickle
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -248,6 +249,12 @@ def _submit(collective: Any, *args: Any, **kwargs: Any) -> Any:
         raise HorovodInternalError(WATCH.verdict) from error
 
 
+def shutdown() -> None:
+    """Horovod's; after a shutdown by :mod:`hvd_ext.watch`, if one is under way."""
+    WATCH.await_abort()
+    horovod.shutdown()
+
+
 def wait_for(ticket: Any, what: str) -> Any:
     """Horovod's result of a collective, waited for as long as :mod:`hvd_ext.watch` allows.
 
@@ -261,6 +268,24 @@ def wait_for(ticket: Any, what: str) -> Any:
         if WATCH.verdict is None:
             raise
         raise HorovodInternalError(WATCH.verdict) from error
+    finally:
+        WATCH.end()
+
+
+def await_pending() -> None:
+    """Wait until every collective that this process has begun is over, without taking its result.
+
+    Raises:
+        HorovodInternalError: the wait was given up.
+    """
+    given_up = {handle.ticket for handle in _UNFINISHED}
+    WATCH.begin("the collectives under way")
+    try:
+        for ticket in set(mpi_ops._handle_map) - given_up:
+            while not horovod.poll(ticket):
+                time.sleep(0.0005)
+    except (HorovodInternalError, ValueError) as error:
+        raise HorovodInternalError(WATCH.verdict or str(error)) from error
     finally:
         WATCH.end()
 

@@ -33,6 +33,7 @@ from hvd_ext.tensorflow.seng.rules import register_seng_rule
 from hvd_ext.tensorflow.sync_batch_norm import SyncBatchNormalization, convert_sync_batchnorm
 from hvd_ext.tensorflow.uneven_data import join, uneven
 from hvd_ext.tensorflow.variables import broadcast_variables
+from hvd_ext.tensorflow.waiting import shutdown
 
 __getattr__ = aliases.names_of(__name__, "horovod.tensorflow.keras")
 

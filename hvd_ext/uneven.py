@@ -15,8 +15,6 @@ from hvd_ext import checks
 from hvd_ext import meeting as checksum
 
 WEIGHTS = ("ranks", "active", "samples")
-JOIN = ("hvd.join() knows allreduce only, and {what} uses other collectives too: the ranks that go on would "
-        "wait for this one; put the loop over the batches into `with hvd.uneven(optimizer):` instead")
 LATE = ("hvd.uneven cannot be combined with late=: a gradient would be weighed by another step's samples; "
         "give all ranks as many batches, or drop late=")
 

@@ -17,6 +17,7 @@ import horovod.tensorflow as horovod
 import keras
 import tensorflow as tf
 
+from hvd_ext import join_barrier
 from hvd_ext.composition import public_name
 from hvd_ext.delay import DelayCompensated
 from hvd_ext.options import Plain
@@ -25,7 +26,7 @@ from hvd_ext.tensorflow import keras_hooks
 from hvd_ext.tensorflow.padded import empty_batch, padded
 from hvd_ext.tensorflow.traffic import Cell
 from hvd_ext.topk import TopK
-from hvd_ext.uneven import JOIN, LATE, WEIGHTS, Weighing, check
+from hvd_ext.uneven import LATE, WEIGHTS, Weighing, check
 from hvd_ext.watch import WATCH
 
 EXTENDED: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()  # what join cannot serve
@@ -278,16 +279,35 @@ def uneven(optimizer: Any, weigh: str = "ranks") -> Uneven:
     return Uneven(optimizer, weigh)
 
 
-def join(*args: Any, **options: Any) -> Any:
-    """Horovod's ``join``; an error where an extension is in use.
+def join() -> Any:
+    """Horovod's ``join``: wait for all ranks; the last rank to join.
+
+    A rank that waits takes part in the others' allreduces with zeros. Where an optimizer of this process
+    has an extension, that is impossible, and all ranks have to come here after the same number of steps.
 
     Raises:
-        RuntimeError: names ``hvd.uneven``.
+        RuntimeError: an extension is in use, and another rank trains on, or this is inside a graph.
     """
-    if in_use(EXTENDED):
-        what = next(iter(EXTENDED.values()))
-        raise RuntimeError(JOIN.format(what=what))
-    return horovod.join(*args, **options)
+    extensions = in_use(EXTENDED)
+    if extensions and horovod.size() > 1:
+        _await_all_ranks(EXTENDED[extensions[0]])
+    return horovod.join()
+
+
+def _await_all_ranks(extension: str) -> None:
+    if not tf.executing_eagerly():
+        raise RuntimeError(f"hvd.join() with {extension} inside of a tf.function; call it outside, where it "
+                           "can wait for all ranks")
+    WATCH.start(horovod.rank(), horovod.shutdown, horovod.is_initialized)
+    # Under another process set a rank may well train on without this one. Nothing else can be under way:
+    # graphs end with their exchanges.
+    global_only = len(horovod.mpi_ops._basics._get_process_set_ids_and_ranks()) == 1
+    WATCH.begin(join_barrier.NAME)
+    try:
+        with join_barrier.fail_if_a_rank_trains_on(extension, idle=lambda: global_only):
+            horovod.allreduce(tf.ones(1), name=join_barrier.NAME, op=horovod.Sum)
+    finally:
+        WATCH.end()
 
 
 def _times(gradient: Any, factor: tf.Tensor) -> Any:

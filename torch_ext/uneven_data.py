@@ -17,13 +17,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hvd_ext import join_barrier
 from hvd_ext.agreement import digest
 from hvd_ext.composition import describe_settings
 from hvd_ext.torch.clipping import clip_reduced_gradients
-from hvd_ext.torch.collectives import SHARED_ERRORS, Handle, abandon
+from hvd_ext.torch.collectives import SHARED_ERRORS, Collectives, Handle, abandon, await_pending
 from hvd_ext.torch.wrapper import LIVE
 from hvd_ext.uneven import (
-    JOIN,
     LATE,
     Attendance,
     Decision,
@@ -33,6 +33,7 @@ from hvd_ext.uneven import (
     check_samples,
     missing_samples,
 )
+from hvd_ext.watch import WATCH
 
 _OPEN: list[Uneven] = []
 
@@ -368,13 +369,26 @@ def take_settings(wrapper: Any, settings: dict[str, Any]) -> None:
 
 
 def join(device: int = -1) -> int:
-    """Horovod's: wait for all ranks, taking part in their allreduces with zeros; the last rank to join.
+    """Horovod's: wait for all ranks; the last rank to join.
+
+    A rank that waits takes part in the others' allreduces with zeros. Where an optimizer of this process
+    has an extension, that is impossible, and all ranks have to come here after the same number of steps.
 
     Raises:
-        RuntimeError: an optimizer of this process has an extension that needs other collectives.
+        RuntimeError: an extension is in use, and another rank trains on.
     """
-    for wrapper in list(LIVE):
-        what = wrapper.beyond_allreduce()
-        if what is not None and wrapper.collectives.size > 1:
-            raise RuntimeError(JOIN.format(what=what))
+    extensions = [what for wrapper in list(LIVE) if wrapper.collectives.size > 1
+                  and (what := wrapper.beyond_allreduce() or (wrapper.reducer.staleness and "late="))]
+    if extensions and horovod.size() > 1:
+        _await_all_ranks(extensions[0])
     return int(horovod.join(device))
+
+
+def _await_all_ranks(extension: str) -> None:
+    WATCH.start(horovod.rank(), horovod.shutdown, horovod.is_initialized)
+    await_pending()  # Horovod's join loses what is still under way, such as the exchange of late=
+    # Under another process set a rank may well train on without this one.
+    global_only = len(horovod.mpi_ops._basics._get_process_set_ids_and_ranks()) == 1
+    with join_barrier.fail_if_a_rank_trains_on(extension, idle=lambda: global_only):
+        Collectives().allreduce_async_(torch.ones(1), join_barrier.NAME, op=horovod.Sum,
+                                       kind="agreement").wait()

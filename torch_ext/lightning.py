@@ -5,6 +5,7 @@ Ranks are started by ``horovodrun`` or ``mpirun``, as any Horovod script's.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,12 +22,21 @@ from hvd_ext.torch.optimizer_state import STATE_KEY
 BY_RANK = "hvd_ext_by_rank"
 
 
+def reduce_gradients(optimizer: Any) -> None:
+    """Reduce this step's gradients, unless they are; ``step()`` then takes them as they are."""
+    if isinstance(optimizer, LightningOptimizer):
+        optimizer = optimizer._optimizer
+    if isinstance(optimizer, ExtendedOptimizer):
+        optimizer._hvd_ext.synchronize(settle=True)
+
+
 class HorovodStrategy(ParallelStrategy):  # type: ignore[misc,unused-ignore]
     """Every optimizer of the module becomes a ``hvd.DistributedOptimizer``.
 
     A checkpoint holds the extensions' state of all ranks, and the moments of all parameters, whichever
     rank has them; ``Trainer.fit(ckpt_path=...)`` on as many ranks goes on from there bit for bit.
-    ``server="rank0"`` and ``"sharded"`` cannot be used: Lightning steps with a closure.
+    Gradients are reduced before ``gradient_clip_val``, ``clip_gradients()`` and ``on_before_optimizer_step``
+    see them. ``server="rank0"`` and ``"sharded"`` cannot be used: Lightning steps with a closure.
 
     Args:
         preconditioner: a function of the module that makes one, such as
@@ -101,6 +111,9 @@ class HorovodStrategy(ParallelStrategy):  # type: ignore[misc,unused-ignore]
             raise ValueError("preconditioner= goes with one optimizer, and configure_optimizers() made "
                              f"{len(self.optimizers)}")
         options = self._options if made is None else {**self._options, "preconditioner": made}
+        scaler = getattr(self.precision_plugin, "scaler", None)
+        if scaler is not None:
+            options = {"grad_scaler": scaler, **options}
         names = {id(p): name for name, p in self.lightning_module.named_parameters()}
         wrapped = {}
         for optimizer in self.optimizers:
@@ -113,6 +126,26 @@ class HorovodStrategy(ParallelStrategy):  # type: ignore[misc,unused-ignore]
             # The schedule was made before wrapping and would take the first step for none.
             config.scheduler.optimizer._opt_called = True
         self.optimizers = list(wrapped.values())
+        self._reduce_before_clipping()
+
+    def _reduce_before_clipping(self) -> None:
+        """``clip_gradients()`` of manual optimization, too, sees reduced gradients."""
+        clip = self.precision_plugin.clip_gradients
+
+        @functools.wraps(clip)
+        def clip_reduced(optimizer: Any, *args: Any, **kwargs: Any) -> None:
+            reduce_gradients(optimizer)
+            clip(optimizer, *args, **kwargs)
+
+        self.precision_plugin.clip_gradients = clip_reduced
+
+    def post_backward(self, closure_loss: torch.Tensor) -> None:
+        """After the last backward pass of a step: with 16-mixed nothing else stands before unscaling."""
+        super().post_backward(closure_loss)
+        module = self.lightning_module
+        if module.automatic_optimization and not module.trainer.fit_loop._should_accumulate():
+            for optimizer in self.optimizers:
+                reduce_gradients(optimizer)
 
     # Exchange
 

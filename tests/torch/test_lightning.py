@@ -77,6 +77,87 @@ def test_fit_and_go_on_from_a_checkpoint(ranks, tmp_path, case):
         assert whole[0][1] == 12
 
 
+LIMIT = 0.05  # well below every norm, so that all steps are clipped
+ROWS = torch.randn(32, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def clipped(way):
+    """A training whose gradients are clipped: the weights, and the norms that a hook has seen."""
+    import lightning.pytorch as pl
+    from lightning.pytorch.plugins.precision import MixedPrecision
+
+    import hvd_ext.torch as hvd
+    from hvd_ext.lightning import HorovodStrategy
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = way != "manual"
+            self.net, self.norms = clipped_net(), []
+
+        def training_step(self, batch, index):
+            loss = clipped_loss(self.net, batch[0], self.global_rank)
+            if way != "manual":
+                return loss
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            self.clip_gradients(optimizer, LIMIT, "norm")
+            return optimizer.step()
+
+        def on_before_optimizer_step(self, optimizer):
+            self.norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters()])))
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.5, momentum=0.9)
+
+    scaled = {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=64.0))]}
+    trainer = pl.Trainer(strategy=HorovodStrategy(), accelerator="cpu", devices=1, max_epochs=1, logger=False,
+                         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+                         use_distributed_sampler=False, **(scaled if way == "16-mixed" else {}),
+                         **({} if way == "manual" else {"gradient_clip_val": LIMIT}),
+                         accumulate_grad_batches=2 if way == "accumulated" else 1)
+    model = Module()
+    data = torch.utils.data.TensorDataset(ROWS[hvd.rank()::2])
+    trainer.fit(model, torch.utils.data.DataLoader(data, batch_size=4))
+    return [p.tolist() for p in model.net.parameters()], model.norms
+
+
+def clipped_net():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).double()
+
+
+def clipped_loss(net, rows, rank):
+    with torch.autocast("cpu", enabled=False):
+        return net(rows).pow(2).mean() * (1 + 2 * rank)  # norms that differ by rank
+
+
+def clipped_by_one_process(passes):
+    net, norms = clipped_net(), []
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9)
+    for step in range(4 // passes):
+        optimizer.zero_grad()
+        for number in range(passes * step, passes * (step + 1)):
+            for rank in range(2):
+                rows = ROWS[rank::2][4 * number:4 * number + 4]
+                (clipped_loss(net, rows, rank) / (2 * passes)).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(net.parameters(), LIMIT)))
+        optimizer.step()
+    return [p.tolist() for p in net.parameters()], norms
+
+
+@pytest.mark.parametrize("way", ["automatic", "accumulated", "manual", "16-mixed"])
+def test_clipping_sees_reduced_gradients(ranks, way):
+    first, second = ranks(2).run(clipped, way, timeout=120)
+    assert first == second
+    weights, norms = clipped_by_one_process(2 if way == "accumulated" else 1)
+    for found, wanted in zip(first[0], weights, strict=True):
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-9, atol=1e-12)
+    if way != "manual":
+        assert first[1] == pytest.approx(norms, rel=1e-9)
+
+
 def refused():
     from hvd_ext.lightning import HorovodStrategy
 

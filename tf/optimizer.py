@@ -12,6 +12,7 @@ from typing import Any
 import horovod.tensorflow as horovod
 import keras
 import tensorflow as tf
+from horovod.tensorflow import DistributedOptimizer as HorovodOptimizer
 
 from hvd_ext import checks
 from hvd_ext.delay.late import check_late
@@ -59,7 +60,7 @@ def DistributedOptimizer(optimizer: Any, name: str | None = None, use_locking: b
     if any(value is not None for value in extensions.values()):
         raise NotImplementedError(
             f"{', '.join(extensions)}: not for a tf.compat.v1 optimizer; use a Keras optimizer")
-    return horovod.DistributedOptimizer(optimizer, use_locking=use_locking, **shared)
+    return HorovodOptimizer(optimizer, use_locking=use_locking, **shared)
 
 
 def KerasDistributedOptimizer(

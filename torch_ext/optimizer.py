@@ -12,6 +12,7 @@ from typing import Any
 
 import horovod.torch as horovod
 import torch
+from horovod.torch.optimizer import DistributedOptimizer as HorovodOptimizer
 
 from hvd_ext import aliases, composition
 from hvd_ext.agreement import digest
@@ -86,7 +87,7 @@ def DistributedOptimizer(
     if alone and (op == horovod.Adasum or isinstance(optimizer, torch.optim.LBFGS)):
         if compression is horovod.Compression.none:
             compression = WideCompressor
-        return copy_as_wrapped(horovod.DistributedOptimizer(
+        return copy_as_wrapped(HorovodOptimizer(
             optimizer, named_parameters, compression, backward_passes_per_step, op,
             gradient_predivide_factor, num_groups, groups, sparse_as_dense, process_set,
         ))

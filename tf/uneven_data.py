@@ -296,7 +296,7 @@ def join() -> Any:
 
 def _await_all_ranks(extension: str) -> None:
     if not tf.executing_eagerly():
-        raise RuntimeError(f"hvd.join() with {extension} inside of a tf.function; call it outside, where it "
+        raise RuntimeError(f"hvd.join() with {extension} inside of a graph; call it outside, where it "
                            "can wait for all ranks")
     WATCH.start(horovod.rank(), horovod.shutdown, horovod.is_initialized)
     # Under another process set a rank may well train on without this one. Nothing else can be under way:

@@ -7,6 +7,7 @@ nothing, nothing is built.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 
 from hvd_ext.agreement import digest, disagreement
-from hvd_ext.torch import owned_state
+from hvd_ext.state import dropped_message
+from hvd_ext.torch import optimizer_state, owned_state
 from hvd_ext.torch.collectives import Collectives
 from hvd_ext.torch.state_exchange import broadcast_state
 
@@ -29,6 +31,9 @@ def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int,
     With ``server="rank0"`` or ``"sharded"`` moments stay with their owners, and only the settings of the
     parameter groups (learning rate, ...) are broadcast.
 
+    Where the ranks' extensions are not at the same point, as when only the root has loaded a checkpoint, what
+    they share comes from the root too, and what each rank keeps of its own begins new, with a warning.
+
     Args:
         optimizer: a torch optimizer, distributed or not.
         root_rank: the global rank whose state all get.
@@ -36,8 +41,7 @@ def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int,
 
     Raises:
         ValueError: on every rank: LBFGS, whose state Horovod does not broadcast either; a rank that does not
-            exist; optimizers with other parameters; moments that only some of their owners have loaded, or
-            extensions that are not at the same step.
+            exist; optimizers with other parameters; moments that only some of their owners have loaded.
     """
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("cannot broadcast torch.optim.LBFGS state")
@@ -46,15 +50,31 @@ def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int,
         raise ValueError(f"root_rank must be a global rank from 0 to {ranks.size - 1}, got {root_rank!r}")
     if ranks.size == 1:
         return
-    _check_ages(optimizer)
     everyone: list[Holding] = ranks.allgather_object(_holding(optimizer), NAME)
     _check_parameters(ranks, optimizer, everyone)
     _check_owners(everyone)
     root = everyone[root_rank]
-    tree = {"groups": _settings(optimizer), "state": None if root.server else _state(optimizer)}
+    levels = [one for one in everyone if one.extension is not None]
+    differ = len({one.extension for one in levels}) > 1
+    extended = getattr(optimizer, "_hvd_ext", None)
+    wrapper = extended if differ and extended is not None and extended.collectives.included else None
+    if wrapper is not None:
+        wrapper.forget()
+        wrapper.reducer.drop_in_flight()
+    tree = {"groups": _settings(optimizer), "state": None if root.server else _state(optimizer),
+            "extension": None if wrapper is None else optimizer_state.shared_state(wrapper)}
     tree = broadcast_state(ranks, tree, root_rank, f"{NAME}/values")
     if ranks.rank != root_rank:
         _install(optimizer, tree)
+    if wrapper is not None and tree["extension"] is not None:
+        optimizer_state.begin_from(wrapper, tree["extension"])
+        dropped = sorted({label for one in levels for label in one.kept})
+        if dropped and ranks.rank == 0 and any(one.extension[0] is None for one in levels if one.extension):
+            warnings.warn(dropped_message(dropped, (
+                "broadcast_optimizer_state has found the ranks at different points of training and brought "
+                f"all of them to rank {root_rank}'s")), stacklevel=2)
+    if extended is not None:
+        extended.loaded = None
 
 
 @dataclass(frozen=True)
@@ -66,24 +86,32 @@ class Holding:
         server: its ``server=``, where moments are owned by some ranks only; else None.
         members: the global ranks that share the optimizer.
         filled: whether this rank has state of what it owns; None where it owns nothing.
+        extension: where the extensions are: what was loaded since the last step, and their counters; None
+            on a rank that uses none.
+        kept: what this rank's extensions keep of their own, for a message.
     """
 
     parameters: int
     server: str | None
     members: tuple[int, ...]
     filled: bool | None
+    extension: tuple[Any, ...] | None = None
+    kept: tuple[str, ...] = ()
 
 
 def _holding(optimizer: torch.optim.Optimizer) -> Holding:
-    server = _sharing_server(optimizer)
+    server, number = _sharing_server(optimizer), digest(_parameter_lines(optimizer))
+    wrapper = getattr(optimizer, "_hvd_ext", None)
+    extension, kept = None, ()
+    if wrapper is not None and wrapper.collectives.included:
+        extension, kept = optimizer_state.progress(wrapper)
     if server is None:
-        return Holding(digest(_parameter_lines(optimizer)), None, (), None)
+        return Holding(number, None, (), None, extension, kept)
     server.plan()
     filled = [bool(server.optimizer.state.get(server.parameters[number])) for number in server.pieces]
     collectives = server.collectives
     members = tuple(collectives.global_rank(rank) for rank in range(collectives.size))
-    return Holding(digest(_parameter_lines(optimizer)), server.where, members,
-                   any(filled) if filled else None)
+    return Holding(number, server.where, members, any(filled) if filled else None, extension, kept)
 
 
 def _sharing_server(optimizer: torch.optim.Optimizer) -> Any:
@@ -107,27 +135,17 @@ def _check_parameters(ranks: Collectives, optimizer: torch.optim.Optimizer,
 
 
 def _check_owners(everyone: Iterable[Holding]) -> None:
+    everyone = list(everyone)
     for one in everyone:
+        owners = [other for other in everyone if other.members == one.members and other.filled is not None]
         if one.server is not None and len({
-                other.filled for other in everyone
-                if other.members == one.members and other.filled is not None}) > 1:
+                (other.filled, other.filled and other.extension and other.extension[0] is None)
+                for other in owners}) > 1:
             raise ValueError(
-                f"under server={one.server!r} some ranks have optimizer state and others have none; call "
-                "load_state_dict() with the checkpoint on every rank, then broadcast")
-
-
-def _check_ages(optimizer: torch.optim.Optimizer) -> None:
-    wrapper = getattr(optimizer, "_hvd_ext", None)
-    if wrapper is not None and wrapper.collectives.included:
-        ages = wrapper.collectives.allgather_object(
-            wrapper.reducer.state_dict().get("steps", 0), "hvd_ext/state_age"
-        )
-        if len(set(ages)) > 1:
-            raise ValueError(
-                f"the ranks' extension state is of different steps ({ages}, by rank); load each "
-                "rank's own checkpoint before broadcasting, or load the one file on every rank "
-                "with load_state_dict(state, reset_per_rank_state=True)"
-            )
+                f"under server={one.server!r} each rank keeps the optimizer state of what it owns, and only "
+                "some ranks have loaded it: save optimizer.gather_state_dict(), called on every rank, and "
+                "call load_state_dict() with the checkpoint on every rank before broadcasting; or use "
+                "hvd.save_checkpoint and hvd.load_checkpoint")
 
 
 # The state as plain containers: parameters by their number, other keys as they are

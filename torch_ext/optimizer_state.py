@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from hvd_ext.servers import OwnedState, check_loadable
+from hvd_ext.state import check_methods, dropped_message, split_state
 from hvd_ext.torch.collectives import SHARED_ERRORS
 
 if TYPE_CHECKING:
@@ -21,8 +24,10 @@ def state_dict(wrapper: Wrapper, state: dict[str, Any], *, gather: bool) -> dict
         state: of the wrapped optimizer, as this rank holds it.
         gather: complete it with what other ranks own; a collective.
     """
+    if not wrapper.collectives.included:  # this rank trains alone
+        return {**state, STATE_KEY: {"rank": 0, "size": 1, "reducer": {}}}
     own: dict[str, Any] = {"rank": wrapper.collectives.rank, "size": wrapper.collectives.size,
-                           "reducer": wrapper.reducer.state_dict()}
+                           "method": wrapper.reducer.state_method, "reducer": wrapper.reducer.state_dict()}
     if wrapper.preconditioner is not None:
         own["preconditioner"] = wrapper.preconditioner.state_dict()
     if wrapper.server is not None:
@@ -48,49 +53,123 @@ def load_shared_state(wrapper: Wrapper, state: dict[str, Any]) -> None:
     wrapper.reducer.met = None
 
 
+def begin_from(wrapper: Wrapper, shared: dict[str, Any]) -> None:
+    """Begin what this rank keeps of its own new, and take over another rank's :func:`shared_state`."""
+    wrapper.reducer.reset_per_rank_state()
+    if wrapper.preconditioner is not None:
+        wrapper.preconditioner.reset_state()
+    load_shared_state(wrapper, shared)
+
+
+def progress(wrapper: Wrapper) -> tuple[tuple[Any, ...], tuple[str, ...]]:
+    """Where the extensions are, equal on ranks that may go on together; what this rank keeps of its own."""
+    reducer, seng = wrapper.reducer, wrapper.preconditioner
+    counters = () if seng is None else tuple(seng.shared_state().values())
+    kept = reducer.kept_by_rank()
+    if seng is not None and seng.state.systems:
+        kept = (*kept, "SENG's curvature")
+    return (wrapper.loaded, *reducer.progress(), *counters), kept
+
+
 def load_state_dict(wrapper: Wrapper, state_dict: dict[str, Any], load: Callable[[dict[str, Any]], None], *,
                     reset_per_rank_state: bool) -> None:
-    """Restore the extensions, and with ``load`` the wrapped optimizer.
+    """Restore the extensions, and with ``load`` the wrapped optimizer; nothing where something is refused.
 
     Raises:
-        ValueError: the state is another rank's or of another number of ranks.
+        ValueError: part of the state would be dropped, or does not fit.
     """
     state_dict = dict(state_dict)
     own = state_dict.pop(STATE_KEY, None)
-    if own is not None and not (reset_per_rank_state or wrapper.reducer.staleness) \
-            and own.get("reducer", {}).get("late"):
-        raise ValueError("this state was saved with late= and may hold a gradient that is still to be "
-                         "applied; pass late= here too, or reset_per_rank_state=True to drop it")
-    if own is not None and not (reset_per_rank_state or getattr(wrapper.server, "replies", None)) \
-            and own.get("server", {}).get("reply"):
+    wrapper._watch()  # parameters that were added or unfrozen since
+    saved = dict(own or {})
+    if not wrapper.collectives.included:
+        load_wrapped(wrapper, state_dict, saved.get("server"), load)
+        return
+    collectives = wrapper.collectives
+    here = (collectives.rank, collectives.size)
+    _check_extensions(wrapper, saved, reset=reset_per_rank_state)
+    theirs = own is not None and (own["rank"], own["size"]) != here
+    reducer, seng = wrapper.reducer, wrapper.preconditioner
+    reduced, curvature = saved.get("reducer") or {}, saved.get("preconditioner")
+    if not _methods(wrapper) >= set(_saved_methods(saved)):  # dropped on request
+        reduced = reduced if saved.get("method", reducer.state_method) == reducer.state_method else {}
+        reduced = {key: value for key, value in reduced.items() if key != LATE or reducer.staleness}
+    dropped: list[str] = []
+    if theirs or reset_per_rank_state:
+        dropped = rank_state(wrapper, reduced, curvature)
+        reduced = reducer.of_other_rank(reduced, same_ranks=saved.get("size") == collectives.size)
+    elif curvature is not None and seng is not None:
+        seng.check_state_dict(curvature)
+    if reduced:
+        reducer.check_state_dict(reduced)
+    check_server(wrapper, state_dict, saved.get("server"))
+    wrapper.forget()
+    load_wrapped(wrapper, state_dict, saved.get("server"), load)
+    reducer.load_state_dict(reduced) if reduced else reducer.reset_per_rank_state()
+    if seng is not None:
+        if curvature is None or theirs or reset_per_rank_state:
+            seng.reset_state()
+            if curvature is not None:
+                seng.load_shared_state(curvature)
+        else:
+            seng.load_state_dict(curvature)
+    wrapper.loaded = "new" if own is None or theirs or reset_per_rank_state else "own"
+    lowest = 1 if theirs and (own["rank"], own["size"]) == (0, collectives.size) else 0
+    if dropped and not reset_per_rank_state and collectives.rank == lowest:
+        warnings.warn(dropped_message(dropped, (
+            f"this optimizer state was saved by rank {own['rank']} of {own['size']} and is loaded by rank "
+            f"{here[0]} of {here[1]}")) + "; reset_per_rank_state=True silences this", stacklevel=4)
+
+
+def rank_state(wrapper: Wrapper, reduced: dict[str, Any], curvature: dict[str, Any] | None) -> list[str]:
+    """The labels of what a saved state holds that belongs to one rank."""
+    found = split_state(wrapper.reducer.state_parts, reduced)[1]
+    return [*found, *(["SENG's curvature"] if curvature is not None and curvature.get("layers") else [])]
+
+
+LATE = "late"
+KEYS = {"mean_square": "DelayCompensated", "q": "Compression.powersgd", "owned": "Compression.topk",
+        "residual": "Compression.topk"}  # of states that do not say whose they are
+
+
+def _saved_methods(saved: dict[str, Any]) -> list[str]:
+    reduced = saved.get("reducer") or {}
+    method = saved.get("method") or next((name for key, name in KEYS.items() if key in reduced), None)
+    return [*([method] if method and set(reduced) - {LATE} else []), *(["late="] if LATE in reduced else []),
+            *(["SENG"] if saved.get("preconditioner") else [])]
+
+
+def _methods(wrapper: Wrapper) -> set[str]:
+    reducer = wrapper.reducer
+    return {*([reducer.state_method] if reducer.state_method else []),
+            *(["late="] if reducer.staleness else []),
+            *(["SENG"] if wrapper.preconditioner is not None else [])}
+
+
+def _check_extensions(wrapper: Wrapper, saved: dict[str, Any], *, reset: bool) -> None:
+    if reset:
+        return
+    check_methods(_saved_methods(saved), sorted(_methods(wrapper)))
+    if not getattr(wrapper.server, "replies", None) and (saved.get("server") or {}).get("reply"):
         raise ValueError("this state was saved with Server(reply=...), and the weights that its ranks "
                          "held lack what was still to be sent; pass reply= here too, or save the model "
                          "within optimizer.exact_weights() and pass reset_per_rank_state=True")
-    here = (wrapper.collectives.rank, wrapper.collectives.size)
-    per_rank = own is not None and any(own.get(key) for key in ("reducer", "preconditioner"))
-    if per_rank and not reset_per_rank_state and (own["rank"], own["size"]) != here:
-        raise ValueError(
-            f"this state was saved by rank {own['rank']} of {own['size']} and is loaded by rank "
-            f"{here[0]} of {here[1]}, but the extensions keep state per rank; save and load "
-            "one file per rank, or pass reset_per_rank_state=True to start that state anew"
-        )
-    wrapper.forget()
-    load_wrapped(wrapper, state_dict, None if own is None else own.get("server"), load)
-    anew = own is None or reset_per_rank_state
-    if anew or "reducer" not in own:
-        wrapper.reducer.reset_per_rank_state()
-    else:
-        wrapper.reducer.load_state_dict(own["reducer"])
-    if wrapper.preconditioner is not None:
-        if anew or "preconditioner" not in own:
-            wrapper.preconditioner.reset_state()
-        else:
-            wrapper.preconditioner.load_state_dict(own["preconditioner"])
+
+
+def check_server(wrapper: Wrapper, state: dict[str, Any], mark: dict[str, Any] | None) -> None:
+    """Refuse a state that lacks moments which this rank needs."""
+    if wrapper.server is not None:
+        wrapper.server.check_state_dict(state, mark)
+    elif mark is not None:
+        ranks = wrapper.collectives
+        rank = ranks.rank if ranks.included else 0
+        check_loadable(OwnedState.from_dict(mark), OwnedState("None", rank, ranks.size, None))
 
 
 def load_wrapped(wrapper: Wrapper, state: dict[str, Any], mark: dict[str, Any] | None,
                  load: Callable[[dict[str, Any]], None]) -> None:
     """Restore the wrapped optimizer with ``load``; ``mark`` is the server's, from the same state."""
+    check_server(wrapper, state, mark)
     if wrapper.server is not None:
         state = wrapper.server.load_state_dict(state, mark)
     load(state)

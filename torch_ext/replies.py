@@ -336,10 +336,8 @@ class Replies:
 
         It counts once the parameters hold the weights that were saved with it; without it, and where they
         hold others, w is what the parameters hold at the next step.
-
-        Raises:
-            ValueError: weights that are sent whole now were not when it was saved.
         """
+        self.check_state_dict(saved, numbers)
         self._kept, self.steps = {}, 0
         if saved is None:
             return
@@ -348,10 +346,6 @@ class Replies:
         for saved_number, entry in saved["weights"].items():
             number, (start, stop) = here[saved_number], entry["range"]
             piece = self._mine.get(number)
-            if piece is None and number not in {one.index for m in self.messages for one in m.pieces}:
-                raise ValueError(f"this state was saved with a reply that compressed parameter "
-                                 f"{saved_number}, which is sent whole here; give Server the reply= that it "
-                                 "was saved with")
             if piece is None or not (start <= piece.start and piece.stop <= stop):
                 continue
             self._take(number, piece)
@@ -360,6 +354,14 @@ class Replies:
             with torch.no_grad():
                 kept.exact.copy_(flat.view(kept.exact.shape))
             kept.held = tuple(entry["held"])
+
+    def check_state_dict(self, saved: Mapping[str, Any] | None, numbers: Mapping[int, int]) -> None:
+        """Refuse weights that were compressed when they were saved and are sent whole here (ValueError)."""
+        compressed = {numbers[id(self._parameters()[one.index])] for m in self.messages for one in m.pieces}
+        for number in () if saved is None else saved["weights"]:
+            if number not in compressed:
+                raise ValueError(f"this state was saved with a reply that compressed parameter {number}, "
+                                 "which is sent whole here; give Server the reply= that it was saved with")
 
     def keep_for_landing(self, saved: Mapping[str, Any] | None, parameters: Sequence[torch.Tensor]) -> None:
         """What was saved among several ranks is loaded by one that is alone: its parameters are to hold w."""

@@ -297,6 +297,21 @@ class UpdateServer:
             state = owned_state.gather(self, state)
         return state, {**mark, **self._of_replies(gather=True)}
 
+    def check_state_dict(self, state: dict[str, Any], saved: dict[str, Any] | None) -> None:
+        """Refuse what ``load_state_dict`` could not take, before anything is changed.
+
+        Raises:
+            ValueError: it lacks the state of a parameter that this rank owns, or has other replies.
+        """
+        mark = None if saved is None else OwnedState.from_dict(saved)
+        if self.alone:
+            check_loadable(mark, owned_state.shard(self))
+            return
+        self.plan()
+        check_loadable(mark, owned_state.owned(self))
+        if self.replies is not None:
+            self.replies.check_state_dict((saved or {}).get("reply"), owned_state.numbers(self))
+
     def load_state_dict(self, state: dict[str, Any],
                         saved: dict[str, Any] | None) -> dict[str, Any]:
         """What of a saved state this rank is to hold.

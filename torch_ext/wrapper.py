@@ -37,6 +37,7 @@ class Wrapper:
     original: Callable[[], Any] = staticmethod(lambda: None)  # the optimizer that was wrapped
     grad_scaler: Any = None
     uneven: Any = None  # the block of hvd.uneven that the optimizer is in
+    loaded: str | None = None  # since the last step: "own", this rank's state; "new", state that begins new
 
     def __init__(self, optimizer: torch.optim.Optimizer, named_parameters: Any, reducer: Reducer,
                  preconditioner: Any, server: Any) -> None:
@@ -106,6 +107,7 @@ class Wrapper:
                     self.uneven.touched = False
 
     def _reduce(self) -> None:
+        self.loaded = None
         self._watch()
         self._meet_ranks()
         self.reducer.meet(f"preconditioner: {type(self.preconditioner).__name__}",
@@ -232,9 +234,7 @@ class Wrapper:
         """The extension in the way of a second reduction, as a user wrote it."""
         if self.preconditioner is not None:
             return f"preconditioner={type(self.preconditioner).__name__}"
-        if self.uneven is not None:
-            return "hvd.uneven"
-        return self.reducer.name
+        return self.reducer.name if self.uneven is None else "hvd.uneven"
 
     @property
     def _repeatable(self) -> bool:

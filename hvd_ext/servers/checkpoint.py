@@ -79,4 +79,5 @@ def check_loadable(saved: OwnedState | None, here: OwnedState) -> None:
         "optimizer.gather_state_dict(), called on every rank, instead of optimizer.state_dict()"
         + ("; under server='rank0' the file of rank 0 is complete as well"
            if saved.server == "rank0" else "")
+        + ". hvd.save_checkpoint and hvd.load_checkpoint do that by themselves"
     )

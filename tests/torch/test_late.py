@@ -281,7 +281,7 @@ def states_that_do_not_fit():
     if hvd.rank() == 1:
         optimizer.load_state_dict(with_late)  # on one rank alone
     else:
-        optimizer.load_state_dict(with_late, reset_per_rank_state=True)
+        optimizer.load_state_dict({key: value for key, value in with_late.items() if key != "hvd_ext"})
     return [*said, error_of(go_on, parameters, optimizer, 2, 4)]
 
 

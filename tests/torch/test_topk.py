@@ -254,12 +254,10 @@ def test_checkpoints(ranks):
     said = [outcome[0] for outcome in ranks(2).run(load_elsewhere, saved, {"exclude": ["p0"]})]
     assert "p0" in said[0][0]
     assert "reset_per_rank_state=True" in said[0][0]
-    assert "saved by rank 0 of 2 and is loaded by rank 1 of 2" in said[1][0]
+    assert said[1][0] == "loaded"  # the residuals are rank 0's, and begin new here
     assert [s[1] for s in said] == ["loaded", "loaded"]
     ((said, steps),) = ranks(1).run(load_elsewhere, saved)
-    assert "saved by rank 0 of 2 and is loaded by rank 0 of 1" in said[0]
-    assert "reset_per_rank_state=True" in said[0]
-    assert said[1] == "loaded"
+    assert said == ["loaded", "loaded"]
     assert steps == 1
 
 

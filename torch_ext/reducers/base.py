@@ -19,6 +19,7 @@ from horovod.common.exceptions import HorovodInternalError
 from hvd_ext.agreement import Fingerprint
 from hvd_ext.composition import describe_settings, public_name, public_op
 from hvd_ext.options import Options, Plain
+from hvd_ext.state import Part, split_state
 from hvd_ext.torch.collectives import Collectives, Handle
 from hvd_ext.torch.kernels import implementation
 from hvd_ext.versions import HVD_EXT
@@ -177,6 +178,46 @@ class Reducer(abc.ABC):
     def state_dict(self) -> dict[str, Any]:
         """What this rank keeps between steps. Empty when it keeps nothing."""
         return {}
+
+    STATE: Sequence[Part] | None = None
+    """What ``state_dict()`` holds; None: all of it belongs to this rank."""
+
+    @property
+    def state_parts(self) -> Sequence[Part] | None:
+        """The declaration of what ``state_dict()`` holds."""
+        return self.STATE
+
+    @property
+    def state_method(self) -> str | None:
+        """The extension whose state this is, as a user writes it; None where there is none."""
+        return None if isinstance(self.settings, Plain) else public_name(self.settings)
+
+    def progress(self) -> tuple[float, ...]:
+        """Numbers that are equal on ranks that may go on together."""
+        return ()
+
+    def kept_by_rank(self) -> tuple[str, ...]:
+        """What this rank keeps of its own, for a message; without waiting for anything."""
+        return ()
+
+    def drop_in_flight(self) -> None:  # noqa: B027
+        """Drop what a step before has sent and nobody has waited for, on all ranks alike."""
+
+    def check_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Refuse what ``load_state_dict`` could not take, before anything is changed.
+
+        Raises:
+            ValueError: it is of another model or other settings.
+        """
+
+    def of_other_rank(self, state: dict[str, Any], *, same_ranks: bool) -> dict[str, Any]:
+        """What of another rank's ``state_dict()`` this rank takes: the shared parts.
+
+        Args:
+            state: as saved.
+            same_ranks: by one of as many ranks.
+        """
+        return split_state(self.state_parts, state)[0]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  (most keep nothing)
         """Take back what ``state_dict()`` gave, bit for bit."""

@@ -23,6 +23,7 @@ from hvd_ext.buckets import Bucket, Kind, Slot, check_message, slice_sizes
 from hvd_ext.delay.config import DelayCompensated
 from hvd_ext.delay.slices import VirtualWorker, application_order, usable
 from hvd_ext.options import Options
+from hvd_ext.state import RANK, Part
 from hvd_ext.torch.collectives import Collectives, Handle
 from hvd_ext.torch.host_copies import HostCopy
 from hvd_ext.torch.reducers.base import Entry
@@ -359,10 +360,17 @@ class DelayReducer(BucketReducer):
                   for index, ms in committed["mean_square"].items()}
         self.load_state_dict({**committed, "mean_square": slices})
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    STATE = (Part("steps"), Part("unusable_steps"), Part("mean_square", RANK, "slices of MeanSquare"))
+
+    def kept_by_rank(self) -> tuple[str, ...]:
+        return ("slices of MeanSquare",) if self.mean_square else ()
+
+    def progress(self) -> tuple[float, ...]:
+        return self.steps, self.unusable_steps
+
+    def check_state_dict(self, state: dict[str, Any]) -> None:
         ranks = max(1, self.collectives.size)
-        loaded = {}
-        for index, ms in state["mean_square"].items():
+        for index, ms in state.get("mean_square", {}).items():
             bucket = self.buckets[index] if index < len(self.buckets) else None
             own = slice_sizes(bucket.numel, ranks)[self.collectives.rank] if bucket else None
             if bucket is None or ms.numel() != own:
@@ -370,8 +378,11 @@ class DelayReducer(BucketReducer):
                     f"MeanSquare of bucket {index} has {ms.numel()} elements in the checkpoint and {own} "
                     "here: the model, bucket_bytes or groups differ; build the optimizer as it was saved, "
                     "or pass reset_per_rank_state=True")
-            loaded[index] = ms.to(self.parameter(bucket).device, copy=True)
-        self.mean_square = loaded
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.check_state_dict(state)
+        self.mean_square = {index: ms.to(self.parameter(self.buckets[index]).device, copy=True)
+                            for index, ms in state.get("mean_square", {}).items()}
         self.load_shared_state(state)
 
     def reset_per_rank_state(self) -> None:

@@ -17,6 +17,7 @@ import torch
 from hvd_ext.buckets import DENSE, Bucket, Kind, Slot
 from hvd_ext.exclude import check_names
 from hvd_ext.options import Options
+from hvd_ext.state import RANK, Part
 from hvd_ext.torch import host_copies
 from hvd_ext.torch.collectives import Collectives, Handle
 from hvd_ext.torch.host_copies import HostCopy
@@ -234,6 +235,15 @@ class FeedbackReducer(BucketReducer):
 
     # State
 
+    STATE = (Part("steps"), Part("skipped_steps"), Part("lost_residuals"), Part("loss_scale", RANK),
+             Part("residual", RANK, "residuals"))
+
+    def kept_by_rank(self) -> tuple[str, ...]:
+        return ("residuals",) if self.residual else ()
+
+    def progress(self) -> tuple[float, ...]:
+        return self.steps, self.skipped_steps
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "steps": self.steps,
@@ -284,8 +294,8 @@ class FeedbackReducer(BucketReducer):
         return [(self.entries[slot.index], slot.of(flats[bucket.index])) for bucket in self.buckets
                 if bucket.index in flats for slot in bucket.slots]
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        saved = state["residual"]
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        saved = state.get("residual")
         if saved:
             if not self.settings.error_feedback:
                 raise ValueError(
@@ -293,10 +303,14 @@ class FeedbackReducer(BucketReducer):
                     "reset_per_rank_state=True to drop them, or leave error feedback on"
                 )
             self._check_saved(saved)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.check_state_dict(state)
+        saved = state.get("residual")
         self.reset_per_rank_state()
         self.steps = state["steps"]
         self.skipped_steps = state["skipped_steps"]
-        self._kept_scale = state["loss_scale"]
+        self._kept_scale = state.get("loss_scale", 1.0)
         if saved:
             self.residual = {bucket.index: torch.zeros_like(self.buffer(bucket))
                              for bucket in self.buckets if bucket.kind.route != DENSE}

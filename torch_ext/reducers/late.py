@@ -15,6 +15,7 @@ import torch
 from hvd_ext.agreement import Fingerprint, describe
 from hvd_ext.delay import Late
 from hvd_ext.options import Options
+from hvd_ext.state import Part
 from hvd_ext.torch.collectives import Handle
 from hvd_ext.torch.reducers.base import Entry, Reducer, measured
 from hvd_ext.torch.reducers.delay_kernels import accumulation_dtype
@@ -306,9 +307,37 @@ class LateReducer(Reducer):
                                 "before": by_name(self._before)}
         return state
 
+    @property
+    def state_parts(self) -> Sequence[Part] | None:
+        return None if self.inner.state_parts is None else (*self.inner.state_parts, Part(KEY))
+
+    def progress(self) -> tuple[float, ...]:
+        return *self.inner.progress(), self.updates, self._flying is None and self._arrived is None
+
+    def of_other_rank(self, state: dict[str, Any], *, same_ranks: bool) -> dict[str, Any]:
+        inner = {key: value for key, value in state.items() if key != KEY}
+        late = {KEY: state[KEY]} if KEY in state else {}
+        return {**self.inner.of_other_rank(inner, same_ranks=same_ranks), **late}
+
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        self.inner.check_state_dict({key: value for key, value in state.items() if key != KEY})
+        late = state.get(KEY)
+        if late is not None:
+            arrived = late["arrived"] or {}
+            for tensors in (late["mean_square"], *(arrived.get(key, {}) for key in ("gradients", "before"))):
+                self._by_entry(tensors)
+
+    def kept_by_rank(self) -> tuple[str, ...]:
+        return self.inner.kept_by_rank()
+
+    def drop_in_flight(self) -> None:
+        if self._flying is not None:
+            self._drop()
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._drop()
-        self.inner.load_state_dict({key: value for key, value in state.items() if key != KEY})
+        inner = {key: value for key, value in state.items() if key != KEY}
+        self.inner.load_state_dict(inner) if inner else self.inner.reset_per_rank_state()
         self._load(state.get(KEY))
 
     def _load(self, state: dict[str, Any] | None) -> None:

@@ -19,6 +19,8 @@ from hvd_ext.watch import WATCH
 class PlainReducer(Reducer):
     """Reduces gradient by gradient, or group by group with ``groups=``, as Horovod does."""
 
+    STATE = ()
+
     def __init__(self, collectives: Collectives, settings: Plain, options: Options) -> None:
         super().__init__(collectives, settings, options)
         self._scale = settings.scale

@@ -13,6 +13,7 @@ import torch
 from hvd_ext.buckets import Bucket
 from hvd_ext.options import Options
 from hvd_ext.powersgd import Matrix, PowerSGD, first_q, matrices, sizes
+from hvd_ext.state import Part
 from hvd_ext.torch.collectives import Collectives, Handle
 from hvd_ext.torch.host_copies import HostCopy
 from hvd_ext.torch.reducers import powersgd_kernels as kernels
@@ -97,16 +98,31 @@ class PowerSGDReducer(FeedbackReducer):
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "q": {index: q.clone() for index, q in self.q.items()}}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    STATE = (*FeedbackReducer.STATE, Part("q"))
+
+    def shared_state(self) -> dict[str, Any]:
+        return {**super().shared_state(), "q": {index: q.clone() for index, q in self.q.items()}}
+
+    def load_shared_state(self, state: dict[str, Any]) -> None:
+        super().load_shared_state(state)
+        self._load_q(state.get("q", {}))
+
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        super().check_state_dict(state)
         expected = {bucket.index: sizes(self._matrices(bucket))[1] for bucket in self.buckets
                     if bucket.kind.route == self.settings.label}
-        if any(q.numel() != expected.get(index) for index, q in state["q"].items()):
+        if any(q.numel() != expected.get(index) for index, q in state.get("q", {}).items()):
             raise ValueError("the checkpoint's PowerSGD factors do not fit this model; use the model, "
                              "rank=, bucket_bytes= and groups= that it was saved with, or pass "
                              "reset_per_rank_state=True")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
+        self._load_q(state.get("q", {}))
+
+    def _load_q(self, factors: dict[int, torch.Tensor]) -> None:
         self._any.clear()
-        for index, q in state["q"].items():
+        for index, q in factors.items():
             buffer = self.buffer(self.buckets[index])
             self.q[index] = q.to(device=buffer.device, dtype=buffer.dtype, copy=True)
 

@@ -35,6 +35,7 @@ class ShardedReducer(Reducer):
     """
 
     settings: Plain
+    STATE = ()
     saved_as = "PlainReducer"  # in checkpoints: it keeps nothing, and may take that one's place
 
     def __init__(self, collectives: Collectives, settings: Plain, options: Options, server: Any) -> None:

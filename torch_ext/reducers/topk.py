@@ -16,6 +16,7 @@ import torch
 
 from hvd_ext.buckets import Bucket
 from hvd_ext.options import Options
+from hvd_ext.state import RANK, Part
 from hvd_ext.topk import Layout, TopK
 from hvd_ext.topk.payoff import chosen_exchange
 from hvd_ext.topk.plan import Segment, check_bucket, segments
@@ -137,7 +138,17 @@ class TopKReducer(FeedbackReducer):
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "owned": self.sparse.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    STATE = (*FeedbackReducer.STATE, Part("owned", RANK, "owners' residuals"))
+
+    def of_other_rank(self, state: dict[str, Any], *, same_ranks: bool) -> dict[str, Any]:
+        """Also who owns which range, on which the ranks must agree."""
+        ranges = {number: {**one, "rank": self.collectives.rank, "residual": None}
+                  for number, one in state.get("owned", {}).items()}
+        return {**super().of_other_rank(state, same_ranks=same_ranks), **(
+            {"owned": ranges} if same_ranks else {})}
+
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        super().check_state_dict(state)
         owned = state.get("owned", {})
         for number, one in owned.items():
             bucket = self.buckets[number] if number < len(self.buckets) else None
@@ -146,7 +157,10 @@ class TopKReducer(FeedbackReducer):
                     f"the checkpoint's residual of bucket {number} does not fit this model; use the "
                     "model, bucket_bytes= and groups= that it was saved with, or pass "
                     "reset_per_rank_state=True to start without residuals")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
+        owned = state.get("owned", {})
         self.sparse.load_state_dict(owned, {number: self.buffer(self.buckets[number]).device
                                             for number in owned})
 

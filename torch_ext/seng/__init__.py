@@ -43,15 +43,14 @@ class SENG:
         optimizer.step()
 
     Linear, convolution (1-3 dimensions, transposed in 2), norm, embedding and attention layers, and
-    small modules whose ``forward`` treats samples apart, get their empirical Fisher matrix; any other
-    parameter what ``other`` says. The curvature is taken from the forward and backward pass of every
-    ``update_freq``-th step; hooks exist only then, and a compiled model runs uncompiled. The loss must
-    be the mean or sum over the rank's batch; where its layers have the batch is found out (``samples``).
+    small modules whose ``forward`` treats samples apart, get their empirical Fisher matrix; others what
+    ``other`` says. The curvature is taken in every ``update_freq``-th step; hooks exist only then, and a
+    compiled model runs uncompiled. The loss must be the mean or sum over the rank's batch; where its layers
+    have the batch is found out (``samples``).
 
     Args:
         model: any module; its parameters are not changed, only their ``.grad``.
-        grad_scaler: the ``torch.amp.GradScaler`` the loss is scaled with, if any. With ``step()``
-            call ``grad_scaler.unscale_(optimizer)`` before it.
+        grad_scaler: the ``torch.amp.GradScaler`` in use; before ``step()`` call its ``unscale_(optimizer)``.
         name: prefix of the names in Horovod's timeline; one each when there are several.
 
     The other arguments are those of :class:`hvd_ext.seng.Settings`.
@@ -366,16 +365,19 @@ class SENG:
         return self.state.to_dict(self.settings, self.ranks())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what ``state_dict()`` gave, so that the next step is the same bit for bit.
+        """Take back what ``state_dict()`` gave, bit for bit.
 
         Raises:
-            ValueError: it is of another model, other settings or another number of ranks; nothing
-                is changed then.
+            ValueError: another model, other settings or number of ranks; nothing is changed then.
         """
-        loaded = State.from_dict(state, self.layers, self.settings, self.ranks())
+        loaded = self.check_state_dict(state)
         self.reset_state()
         self.state = loaded
         self._arm()
+
+    def check_state_dict(self, state: dict[str, Any]) -> State:
+        self._scan()
+        return State.from_dict(state, self.layers, self.settings, self.ranks())
 
     def reset_state(self) -> None:
         """Start anew: no curvature, step 0, a refresh at the next step."""

@@ -20,6 +20,10 @@ WARNING = ("optimizer.step() called without optimizer.skip_synchronize() context
            "optimizer.skip_synchronize() context if you use optimizer.synchronize() in your code.")
 
 
+class StepError(RuntimeError):
+    """A call that a step does not allow where it is; all ranks raise it, and what is on its way arrives."""
+
+
 @dataclass
 class StepState:
     """Where a step is.
@@ -53,10 +57,10 @@ class StepState:
             repeatable: reducing reduced gradients again gives what one process would have.
 
         Raises:
-            RuntimeError: a backward pass has added to reduced gradients, and ``method`` cannot reduce again.
+            StepError: a backward pass has added to reduced gradients, and ``method`` cannot reduce again.
         """
         if self.extended and not repeatable:
-            raise RuntimeError(accumulated_after_reduction(method))
+            raise StepError(accumulated_after_reduction(method))
         if not self.reduced:
             return True
         return repeatable and not (self.settled and not self.extended)
@@ -73,15 +77,15 @@ class StepState:
             ranks: how many share the gradients.
 
         Raises:
-            RuntimeError: the update would use gradients that are not reduced, or reduced twice.
+            StepError: the update would use gradients that are not reduced, or reduced twice.
         """
         if self.extended and not repeatable:
-            raise RuntimeError(accumulated_after_reduction(method))
+            raise StepError(accumulated_after_reduction(method))
         if synchronizes and not self.reduced:
             return True
         if not synchronizes:
             if begun and ranks > 1:
-                raise RuntimeError(
+                raise StepError(
                     "optimizer.step() within optimizer.skip_synchronize() would use gradients of this rank "
                     "alone: they are not reduced yet; call optimizer.synchronize() after the last "
                     "loss.backward()")
@@ -90,7 +94,7 @@ class StepState:
             return False
         if repeatable:
             return True
-        raise RuntimeError(
+        raise StepError(
             f"optimizer.step() after optimizer.synchronize() would reduce the gradients a second time, which "
             f"{method} cannot do: call step() within `with optimizer.skip_synchronize():`")
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hvd_ext.step import StepError
+
 if TYPE_CHECKING:
     from hvd_ext.torch.wrapper import Wrapper
 
@@ -39,20 +41,21 @@ class ClosureReduction:
         self._queued = False
         if not self._wrapper.state.reduced and self._wrapper.has_all_gradients():
             self._wrapper.synchronize(settle=True)
+            self._wrapper.gather_gradients()  # the closure may read all of them
             self._seen.clear()
 
     def check_gradients_unchanged(self) -> None:
         """At the end of the closure.
 
         Raises:
-            RuntimeError: it has changed gradients that are not reduced.
+            StepError: it has changed gradients that are not reduced.
         """
         if self._wrapper.state.reduced:
             return
         changed = [gradient for parameter, (gradient, version) in self._seen.items()
                    if parameter.grad is not gradient or gradient._version != version]
         if changed:
-            raise RuntimeError(
+            raise StepError(
                 f"the closure has changed {len(changed)} gradients after loss.backward() that are not "
                 "reduced yet, since other parameters have no gradient in this step; call "
                 "optimizer.synchronize() in the closure, after loss.backward()")

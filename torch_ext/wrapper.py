@@ -17,7 +17,7 @@ import torch
 
 from hvd_ext.composition import public_name
 from hvd_ext.names import checked_names
-from hvd_ext.step import WARNING, ReducedGradients, StepState
+from hvd_ext.step import WARNING, ReducedGradients, StepError, StepState
 from hvd_ext.torch.closures import ClosureReduction
 from hvd_ext.torch.collectives import Collectives
 from hvd_ext.torch.passes import Passes
@@ -133,9 +133,9 @@ class Wrapper:
         """After an error, which all ranks raise, nothing of the step is left and the next one may begin."""
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             self._passes.forget()
-            self.reducer.forget()
+            self.reducer.drain() if isinstance(error, StepError) else self.reducer.forget()
             if self.uneven is not None:
                 self.uneven.forget()
             with suppress(Exception):  # the error that is being raised says more

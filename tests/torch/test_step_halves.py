@@ -178,6 +178,30 @@ def closures(options):
     return norm, moved, again, bits(parameters)
 
 
+def clipped_in_closures(server):
+    """Weights after four steps whose closures clip by the norm of all gradients."""
+    parameters = make_parameters(SHAPES, dtype=torch.float64)
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(parameters, lr=1.0), named(parameters),
+                                         server=server)
+    for step in range(4):
+        def closure(step=step):
+            optimizer.zero_grad()
+            backward(parameters, worker_gradients(SHAPES, worker=hvd.rank(), step=step))
+            return torch.nn.utils.clip_grad_norm_(parameters, 0.1)
+
+        optimizer.step(closure)
+    return flat(parameters), bits(parameters)
+
+
+def test_a_closure_clips_all_gradients_under_every_server(ranks):
+    pool = ranks(2)
+    expected = pool.run(clipped_in_closures, None)
+    for server in ("replicated", "rank0", "sharded"):
+        found = pool.run(clipped_in_closures, server)
+        assert found[0][1] == found[1][1]
+        np.testing.assert_allclose(found[0][0], expected[0][0], rtol=1e-12)
+
+
 def plain():
     return {}
 

@@ -167,7 +167,7 @@ def carry_out(method, passes, seed, program):
             loop.run(operation, position)
             trajectory.append(flat(loop.parameters))
     except (RuntimeError, AssertionError) as raised:
-        error = type(raised).__name__, str(raised)
+        error = "RuntimeError" if isinstance(raised, RuntimeError) else "AssertionError", str(raised)
     finally:
         loop.optimizer._hvd_ext.forget()
     return trajectory, error, zlib.crc32(bits(loop.parameters))

@@ -61,10 +61,10 @@ def trained(settings: dict[str, Any], steps: int, rhos: list[int], same: bool = 
             "gradients": [np.concatenate([local[where[id(p)]].numpy().ravel()
                                           for p in layer.parameters]) for layer in seng.layers],
             "directions": [flat_gradient(layer).numpy() for layer in seng.layers],
-            "u": [held_u(seng, layer).numpy() for layer in seng.layers],
         })
         with optimizer.skip_synchronize():
             optimizer.step()
+        seen[-1]["u"] = [held_u(seng, layer).numpy() for layer in seng.layers]  # counts from the update on
         seen[-1]["weights"] = bits(model)
     seen[-1]["report"] = dict(seng.report())
     seng.close()

@@ -103,5 +103,6 @@ def test_scaled_gradients_of_a_distributed_optimizer_pass_through(coupling):
             (factor * loss_of(model, batch(step))).backward()
             seng.before_reduce()
             seng.precondition()
+            seng.commit()
         for p, q in zip(plain.parameters(), scaled.parameters(), strict=True):
             torch.testing.assert_close(q.grad / scaler.scale, p.grad)

@@ -52,7 +52,8 @@ def copy_signature(model: Function, decorate: Callable[[Function], Function] = l
             except TypeError as error:
                 raise TypeError(f"{model.__name__}() {error}") from None
             arguments.update(given)
-            return function(**arguments, **(arguments.pop(options, {}) if options else {}))
+            further = arguments.pop(options, {}) if options else {}
+            return function(**arguments, **further)
 
         public = decorate(call)
         public.__defaults__ = getattr(model, "__defaults__", None)

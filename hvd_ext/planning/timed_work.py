@@ -98,9 +98,9 @@ def _torch(ns: Callable[..., float], numel: int, ratio: float, rank: int) -> Wor
         low_rank.right_factors(gradient, p, found, torch.empty_like(q))
 
     product = ns(products) / 2 / found[0].r
-    kept = torch.zeros(numel)
+    kept, target = torch.zeros(numel), torch.empty(numel)
     rule_late = Late()
-    compensate = ns(lambda: late.compensate(out, gradient, other, kept, rule_late, 1.0))
+    compensate = ns(lambda: late.compensate(gradient, out, other, kept, rule_late, 1.0, target))
     parameter = torch.nn.Parameter(torch.zeros(numel))
     parameter.grad = gradient
     update = ns(torch.optim.SGD([parameter], lr=1e-3).step)

@@ -82,6 +82,7 @@ def there_step(theirs, seng, x, y, passes=1):
         torch.nn.functional.cross_entropy(theirs(part), wanted).backward()
     seng.before_reduce()
     seng.precondition()
+    seng.commit()
 
 
 SETTINGS = {

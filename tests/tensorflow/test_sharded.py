@@ -187,7 +187,8 @@ def muon():
     for server in ("replicated", "sharded"):
         calls.clear()
         weights, _ = run(lambda: Counting(0.01), server, steps=1, shapes=shapes)
-        found[server] = weights, list(calls)
+        # Without the small matrices on which the server tries whether an optimizer can be sharded.
+        found[server] = weights, [shape for shape in calls if shape in shapes]
     return found
 
 

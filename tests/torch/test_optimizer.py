@@ -30,8 +30,8 @@ def take_steps(optimizer, parameters, steps, shapes=UNEVEN):
 def test_every_public_name_of_horovod_is_here():
     # Extended here, or modules that exist on both sides.
     replaced = {"DistributedOptimizer", "broadcast_optimizer_state", "Compression", "compression", "elastic",
-                "optimizer", "broadcast_parameters", "join", "SyncBatchNorm", "sync_batch_norm", "mpi_ops",
-                *hvd.mpi_ops.__all__}  # the last: Horovod's functions, taking bfloat16 too
+                "optimizer", "broadcast_parameters", "join", "shutdown", "SyncBatchNorm", "sync_batch_norm",
+                "mpi_ops", *hvd.mpi_ops.__all__}  # the last: Horovod's functions, taking bfloat16 too
     assert replaced >= {"allreduce", "synchronize"}
     assert all(callable(getattr(hvd, name)) for name in hvd.mpi_ops.__all__)
     for name in (n for n in dir(horovod) if not n.startswith("_")):

@@ -35,6 +35,7 @@ from hvd_ext.tensorflow.reducers.base import Reducer, before_reduce, divide_by_r
 from hvd_ext.tensorflow.variables import as_tf, made_apart, make_state
 
 KEPT = "_hvd_ext_tape"
+AGAIN = "_hvd_ext_traced_again"
 MOST_KEPT = 4  # settings per model; who changes them each step has a new reducer each step
 
 
@@ -100,7 +101,11 @@ class _DistributedGradientTape(tf.GradientTape):
             reducer.build([source for source in sources if id(as_tf(source)) not in self._local_sources],
                           functools.partial(make_state, self._optimizer))
 
+        scaled = isinstance(self._optimizer, keras.optimizers.LossScaleOptimizer)
+        unbuilt = not self._optimizer.built
         made_apart(make)
+        if scaled and unbuilt and not tf.executing_eagerly():
+            trace_again(self._optimizer)
 
     def _reduce(self, reducer: Reducer, gradients: list[Any], variables: list[Any]
                 ) -> tuple[list[Any], Any]:
@@ -276,6 +281,23 @@ def kept_reducer(owner: Any, settings: TapeSettings) -> Reducer:
             del kept[next(iter(kept))]
         kept[settings] = settings.make()
     return kept[settings]
+
+
+def trace_again(optimizer: Any) -> None:
+    """Let TensorFlow trace the function a second time: in this trace the loss scale is a number.
+
+    ``scale_loss`` of a ``LossScaleOptimizer`` reads its variable only where the optimizer is built. A
+    function whose first trace makes a variable is traced again before it runs, as where Keras builds it.
+
+    Raises:
+        RuntimeError: it cannot be traced again here.
+    """
+    try:
+        optimizer.__dict__[AGAIN] = tf.Variable(0, trainable=False)
+    except ValueError as error:
+        raise RuntimeError(
+            f"{optimizer.name!r} was not built when this function was traced, so that its loss scale would "
+            "stay as it is: call optimizer.build(model.trainable_variables) before the first step") from error
 
 
 def _times(gradient: Any, factor: tf.Tensor) -> Any:

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from hvd_ext.elastic import Reunion
 from hvd_ext.servers.ownership import EVERY_RANK
+from hvd_ext.tensorflow.belonging import ONCE
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.keras_store import ACCUMULATOR
 from hvd_ext.tensorflow.variables import as_tf, is_per_rank
@@ -70,6 +71,7 @@ class Carried:
         for variable in map(as_tf, self.optimizer.variables):
             reference, kind = wrapper.references.get(id(variable), (None, ""))
             owner = EVERY_RANK if reference is None else wrapper.server.owner(reference)
+            owner = wrapper.server.busy[0] if kind == ONCE else owner
             if owner != EVERY_RANK and kind != ACCUMULATOR:
                 found.append((variable, owner))
         return found

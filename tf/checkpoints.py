@@ -20,6 +20,7 @@ import numpy as np
 from hvd_ext import run_checkpoints
 from hvd_ext.run_checkpoints import Contents, Found, Loaded, rank_file
 from hvd_ext.tensorflow import keras_store
+from hvd_ext.tensorflow.belonging import is_kept, whole_shape
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.keras_hooks import distributed_part, require_tensorflow_backend, wrapper_of
 from hvd_ext.tensorflow.variables import as_tf, name_of
@@ -48,6 +49,7 @@ def save_checkpoint(folder: str | os.PathLike[str], step: int, *, model: keras.M
         CheckpointNotWrittenError: on all ranks, when one cannot write its file, with its reason.
     """
     require_tensorflow_backend("hvd.save_checkpoint")
+    optimizer = _with_loss_scale(model, optimizer)
     ranks = _ranks(optimizer)
     exact = {} if _replies(optimizer) is None else _replies(optimizer).everywhere()
 
@@ -90,6 +92,7 @@ def load_checkpoint(folder: str | os.PathLike[str], *, model: keras.Model, optim
         ValueError: on all ranks; it is of another number of ranks, model or optimizer.
     """
     require_tensorflow_backend("hvd.load_checkpoint")
+    optimizer = _with_loss_scale(model, optimizer)
     ranks = _ranks(optimizer)
     found = run_checkpoints.find(ranks, folder, _describe(optimizer),
                                  reset_per_rank_state=reset_per_rank_state)
@@ -126,6 +129,16 @@ def load_checkpoint(folder: str | os.PathLike[str], *, model: keras.Model, optim
 
     run_checkpoints.apply(ranks, found, load)
     return Loaded(int(found.manifest["step"]), dict(found.manifest["more"]))
+
+
+def _with_loss_scale(model: keras.Model, optimizer: Any) -> Any:
+    """The ``LossScaleOptimizer`` that ``model.compile`` put around the optimizer; else the optimizer."""
+    outer = getattr(model, "optimizer", None)
+    if not isinstance(outer, keras.optimizers.LossScaleOptimizer) or outer.inner_optimizer is not optimizer:
+        return optimizer
+    if optimizer.built and not outer.built:
+        outer.build(model.trainable_variables)
+    return outer
 
 
 def _ranks(optimizer: Any) -> Collectives:
@@ -169,7 +182,9 @@ def _own(model: keras.Model, optimizer: Any) -> dict[str, Any]:
 
 
 def _optimizer(optimizer: Any) -> dict[str, Any]:
-    return {f"optimizer/{number}": one for number, one in enumerate(optimizer.variables)}
+    distributed = distributed_part(optimizer)
+    return {f"optimizer/{number}": one for number, one in enumerate(optimizer.variables)
+            if distributed is None or is_kept(distributed, one)}
 
 
 def _preconditioner(optimizer: Any) -> dict[str, Any]:
@@ -220,8 +235,8 @@ def _joined(optimizer: Any, found: Found, files: list[dict[str, Any]]) -> dict[s
     references = {} if distributed is None else distributed._hvd_ext.references
     joined = {}
     for number, variable in enumerate(known):
-        reference, kind = references.get(id(as_tf(variable)), (None, ""))
-        shape = tuple((variable if reference is None else reference).shape)
+        _, kind = references.get(id(as_tf(variable)), (None, ""))
+        shape = tuple(variable.shape) if distributed is None else whole_shape(distributed, variable)
         saved = [file[f"optimizer/{number}"] for file in files if f"optimizer/{number}" in file]
         whole = [one for one in saved if one.shape == shape]
         if not whole and sum(one.size for one in saved) == np.prod(shape):  # pieces, by rank

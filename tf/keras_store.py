@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvd_ext.servers.ownership import EVERY_RANK
+from hvd_ext.tensorflow.belonging import BESIDE, ONCE, whole_shape
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.variables import as_tf, is_per_rank, name_of
 
@@ -51,20 +52,21 @@ def _value(optimizer: Any, variable: tf.Variable, collectives: Collectives, name
         return collectives.allreduce(variable.read_value(), f"{name}/accumulated").numpy()
     if server is None:
         return own
-    if reference is not None and server.is_cut(reference):
+    if reference is not None and kind != BESIDE and server.is_cut(reference):
         pieces = collectives.allgather(tf.reshape(variable, [-1]), f"{name}/pieces", kind="objects")
         return pieces.numpy().reshape(tuple(reference.shape))
     owner = EVERY_RANK if reference is None else server.owner(reference)
     if owner == EVERY_RANK:
         everyone = collectives.allgather_object(own.tobytes(), f"{name}/identical")
-        if reference is None and any(other != everyone[0] for other in everyone):
+        kept = [everyone[rank] for rank in server.busy] if kind == ONCE else everyone
+        if reference is None and any(other != kept[0] for other in kept):
             raise ValueError(
                 f"{variable.name} of {type(optimizer).__name__} differs by rank and belongs to no "
                 f"one variable, so that server={server.kind!r} cannot bring it together; save one "
                 "file per rank with model.save, or use server='replicated'")
-        return own
+        return np.frombuffer(kept[0], own.dtype).reshape(own.shape)
     if owner != collectives.rank:
-        own = np.zeros(tuple(reference.shape), variable.dtype.as_numpy_dtype)
+        own = np.zeros(whole_shape(optimizer, variable), variable.dtype.as_numpy_dtype)
     return collectives.broadcast(tf.constant(own, variable.dtype), owner, f"{name}/state").numpy()
 
 
@@ -207,9 +209,9 @@ def load_plain(optimizer: Any, store: Any) -> None:
         elsewhere = wrapper.server is not None and reference is not None \
             and kind != ACCUMULATOR and not wrapper.server.owns(reference)
         saved, here = np.asarray(store[str(number)]), as_tf(variable)
-        piece = None if wrapper.server is None or reference is None or kind == ACCUMULATOR \
+        piece = None if wrapper.server is None or reference is None or kind in (ACCUMULATOR, BESIDE) \
             else wrapper.server.stand_ins.piece(reference)
-        expected = tuple((reference if elsewhere or piece is not None else here).shape)
+        expected = whole_shape(optimizer, variable)
         if saved.shape != expected:
             raise ValueError(f"the file's state {number} is of shape {saved.shape}, that of "
                              f"{name_of(variable)} of {expected}: it is of another model or optimizer")

@@ -16,6 +16,7 @@ import tensorflow as tf
 from hvd_ext.buckets import Kind, TensorSpec, check_message, plan_buckets, split_groups
 from hvd_ext.servers import Message, Server, by_owner, cut_evenly, held, owners, shares
 from hvd_ext.servers.ownership import EVERY_RANK
+from hvd_ext.tensorflow.belonging import ONCE
 from hvd_ext.tensorflow.collectives import Collectives, refuse_session_graphs
 from hvd_ext.tensorflow.pieces import StandIns, cuts, numel_of, unit_of, update_cost
 from hvd_ext.tensorflow.replies import EXACT, HELD, Replies, check_optimizer
@@ -146,6 +147,14 @@ class UpdateServer:
     def owner(self, variable: Any) -> int:
         """The rank that updates the variable, of one that is cut its last piece, or ``EVERY_RANK``."""
         return self.owners[id(as_tf(variable))]
+
+    @property
+    def busy(self) -> list[int]:
+        """The ranks that update something, at least one."""
+        if EVERY_RANK in self.owners.values():
+            return list(range(self.collectives.size))
+        elements = held(self.messages, self.collectives.size)
+        return [rank for rank, owned in enumerate(elements) if owned] or [0]
 
     def is_cut(self, variable: Any) -> bool:
         """Whether several ranks own pieces of the variable."""
@@ -285,7 +294,7 @@ def server_report(server: UpdateServer | None, where: str, optimizer: Any,
     """Figures of ``server=``; ``references`` are those of the optimizer's variables, ``variables`` the
     model's."""
     held = [as_tf(one) for one in optimizer.variables
-            if references.get(id(as_tf(one)), (None, EXACT))[1] not in (EXACT, HELD)]
+            if references.get(id(as_tf(one)), (None, ONCE))[1] not in (EXACT, HELD, ONCE)]
     if server is not None:
         return server.report(held)
     elements = sum(map(numel_of, variables))

@@ -21,10 +21,11 @@ import keras
 import tensorflow as tf
 
 from hvd_ext.tensorflow import carried, keras_hooks, keras_store
+from hvd_ext.tensorflow.belonging import find_belonging
 from hvd_ext.tensorflow.reducers.base import Reducer, before_reduce, divide_by_ranks, precondition, report
 from hvd_ext.tensorflow.server import UpdateServer, server_report
 from hvd_ext.tensorflow.uneven_data import EXTENDED
-from hvd_ext.tensorflow.variables import as_tf, make_state, name_of
+from hvd_ext.tensorflow.variables import as_tf, make_state, mark_per_rank, name_of
 
 
 class Step:
@@ -238,6 +239,8 @@ class Wrapper:
     def build(self, optimizer: Any, variables: Sequence[Any]) -> None:
         """Make the state that reduction and accumulation over passes need, in the optimizer."""
         self.plain_count = len(optimizer.variables)
+        if self.server is not None:
+            find_belonging(optimizer, variables)
         make = functools.partial(make_state, optimizer)
         self.reducer.build([one for one in variables if id(as_tf(one)) not in self.local], make)
         if self.server is not None:
@@ -245,7 +248,7 @@ class Wrapper:
         self.stamp_rank()
         accumulated = getattr(optimizer, "_accumulated_gradients", ())
         for total, variable in zip(accumulated, variables, strict=False):
-            self.references[id(as_tf(total))] = variable, keras_store.ACCUMULATOR
+            self.references[id(as_tf(mark_per_rank(total)))] = variable, keras_store.ACCUMULATOR
         if self.options.passes > 1:
             parts = self.reducer.parts_shape()
             self.counter = make((), "int64", "passes_done", False)

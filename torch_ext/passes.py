@@ -42,6 +42,7 @@ class Passes:
             AssertionError: it is one more than ``backward_passes_per_step``.
         """
         self.done[entry.parameter] += 1
+        self.reducer.frozen.discard(entry)  # of the step before
         if self.done[entry.parameter] > self.reducer.passes:
             _raise_too_many()
         if self.reducer.parts == 1:

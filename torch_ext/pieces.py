@@ -43,6 +43,11 @@ def flattened(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().reshape(-1)
 
 
+def is_still(parameter: torch.Tensor) -> bool:
+    """Whether a step leaves a parameter as it is: it is frozen."""
+    return not parameter.requires_grad and parameter.grad is None
+
+
 def put_back(tensor: torch.Tensor, flat: torch.Tensor) -> None:
     """Write what :func:`flattened` gave into the tensor, where it is a copy."""
     if flat.data_ptr() != tensor.data_ptr():

@@ -22,7 +22,7 @@ from hvd_ext.servers.replies import FAILED, REPLY, check_headers, layout, part_s
 from hvd_ext.topk.wire import MessageError
 from hvd_ext.torch import replies_kernels as kernels
 from hvd_ext.torch.collectives import Collectives, Handle, nbytes
-from hvd_ext.torch.pieces import flattened, put_back
+from hvd_ext.torch.pieces import flattened, is_still, put_back
 from hvd_ext.torch.reducers.base import measured
 from hvd_ext.torch.reducers.topk_kernels import wire_dtype
 from hvd_ext.torch.whole_weights import LABEL
@@ -177,9 +177,9 @@ class Replies:
             memory = self._scratch[dtype, like.device] = torch.empty(numel, dtype=dtype, device=like.device)
         difference, at = memory[:numel], 0
         for piece in part:
-            kernels.subtract(flattened(self._kept[piece.index].exact),
-                             flattened(parameters[piece.index])[piece.start : piece.stop],
-                             difference[at : at + piece.numel])
+            held = flattened(parameters[piece.index])[piece.start : piece.stop]
+            exact = held if is_still(parameters[piece.index]) else flattened(self._kept[piece.index].exact)
+            kernels.subtract(exact, held, difference[at : at + piece.numel])
             at += piece.numel
         return difference
 

@@ -110,6 +110,7 @@ class Wrapper:
         self.loaded = None
         self._watch()
         self._meet_ranks()
+        self.reducer.freeze(self._passes.done)
         self.reducer.meet(f"preconditioner: {type(self.preconditioner).__name__}",
                           *(["server: None"] if self.server is None else self.server.settings.lines()))
         if self.preconditioner is not None:
@@ -218,6 +219,7 @@ class Wrapper:
             raise RuntimeError("flush() was called between backward() and step(); call it after step()")
         self.abandon()
         kept = [(p, p.grad) for group in self.optimizer.param_groups for p in group["params"]]
+        self.reducer.freeze({})
         try:
             with self._failing_together():
                 good = self.reducer.flush()
@@ -390,8 +392,6 @@ class Wrapper:
             )
         if self.preconditioner is not None:
             self.preconditioner.attach(self.collectives, self.optimizer)
-
-    # Figures
 
 
 def _remove(hooks: dict[torch.Tensor, Any]) -> None:

@@ -60,7 +60,8 @@ TENSORFLOW_ALONE = {"tape", "traffic", "variables", "keras_store", "keras_hooks"
                     *(f"seng/{name}" for name in ("traces", "start", "einsum", "table"))}
 TORCH_ALONE = {"passes", "mpi_ops", "copies", "lightning", "owned_state", "kernels", "host_copies",
                "kernels_triton", "optimizer_state", "optimizer_broadcast", "state_exchange", "closures",
-               "reducers/delay_step", "seng/pending",
+               "reducers/delay_step", "reducers/frozen", "reducers/late_step",
+               "seng/pending",
                *(f"seng/{name}" for name in ("attention", "eager", "functions", "joint", "light", "lookup",
                                              "packs", "parameters", "per_sample", "shifted", "tied"))}
 LONGEST = 400  # lines

@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,12 +66,29 @@ class Reducer(abc.ABC):
         self.passes = options.passes
         self.entries: list[Entry] = []
         self.met: tuple[int, int] | None = None  # parameters and passes that the ranks agreed on
+        self.frozen: set[Entry] = set()  # without a gradient in this step, and not to be trained
         self.absent = False  # this rank has no batch in this step (hvd.uneven)
         self.active: int | None = None  # ranks that have one, where the mean is over those
 
     def build(self, entries: Sequence[Entry]) -> None:
         """Take the parameters whose gradients are to be reduced; called again when there are more."""
         self.entries = list(entries)
+
+    def freeze(self, passes_done: Mapping[torch.Tensor, int]) -> None:
+        """Before a reduction: find what is frozen in it. Frozen parameters have no gradient, and stay still.
+
+        Args:
+            passes_done: how many gradients of this step each parameter has had; one that has had any is
+                not frozen yet.
+        """
+        self.frozen = {entry for entry in self.entries if not entry.parameter.requires_grad
+                       and not passes_done.get(entry.parameter, 0)}
+        for entry in self.frozen:
+            entry.parameter.grad = None
+
+    def frozen_lines(self) -> list[str]:
+        """What the ranks compare of it."""
+        return [f"frozen: {entry.name}" for entry in self.entries if entry in self.frozen]
 
     staleness = 0
     """Steps by which the gradients that ``finish()`` gives are late."""
@@ -230,7 +247,7 @@ class Reducer(abc.ABC):
         lines = [f"{entry.name}{list(entry.parameter.shape)} {entry.parameter.dtype}"
                  for entry in self.entries]
         return Fingerprint((*describe_settings(self.settings), f"half precision: {self.options.half}",
-                            f"{self.passes} backward passes per step", *lines))
+                            f"{self.passes} backward passes per step", *lines, *self.frozen_lines()))
 
     def meet(self, *extensions: str) -> None:
         """Before the first exchange, and after every change: all ranks were given the same.

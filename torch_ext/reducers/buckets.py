@@ -88,7 +88,7 @@ class BucketReducer(Reducer):
         self._asked: Asked | None = None  # about the step under way
         self._sparse: set[Entry] = set()
         self._devices: list[torch.device] = []
-        self._fingerprint: tuple[tuple[int, int], Fingerprint] | None = None
+        self._fingerprint: tuple[tuple[Any, ...], Fingerprint] | None = None
 
     # What a subclass says
 
@@ -239,7 +239,8 @@ class BucketReducer(Reducer):
                     self._give_back(self.entries[slot.index], slot.of(flat))
         else:
             for entry in self.entries:  # so that a GradScaler sees it and backs off
-                entry.parameter.grad = torch.full_like(entry.parameter, math.nan)
+                if entry not in self.frozen:
+                    entry.parameter.grad = torch.full_like(entry.parameter, math.nan)
         self._started.clear()  # all of it has been waited for
         self.forget()
         return good
@@ -247,7 +248,9 @@ class BucketReducer(Reducer):
     def _give_back(self, entry: Entry, piece: torch.Tensor) -> None:
         """Copy a piece of a flat bucket into the entry's gradient."""
         parameter, reduced = entry.parameter, piece.view(entry.parameter.shape)
-        if entry in self._sparse:
+        if entry in self.frozen:
+            parameter.grad = None
+        elif entry in self._sparse:
             parameter.grad = reduced.to(parameter.dtype).to_sparse()
         elif parameter.grad is None:
             parameter.grad = torch.empty_like(parameter).copy_(reduced)
@@ -258,11 +261,11 @@ class BucketReducer(Reducer):
 
     def fingerprint(self) -> Fingerprint:
         """What must be the same on every rank."""
-        key = (len(self.specs), self.passes)
+        key = (len(self.specs), self.passes, frozenset(self.frozen))
         if self._fingerprint is None or self._fingerprint[0] != key:
             lines = [*composition.describe_settings(self.settings)]
             lines += [f"half precision: {self.options.half}",
-                      f"{self.passes} backward passes per step", *map(str, self.specs)]
+                      f"{self.passes} backward passes per step", *map(str, self.specs), *self.frozen_lines()]
             self._fingerprint = key, Fingerprint(tuple(lines))
         return self._fingerprint[1]
 

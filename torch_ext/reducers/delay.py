@@ -36,6 +36,7 @@ from hvd_ext.torch.reducers.delay_kernels import (
     square_norm,
 )
 from hvd_ext.torch.reducers.delay_step import ABSENT, Progress, Sent
+from hvd_ext.torch.reducers.frozen import restore_frozen
 
 
 class DelayReducer(BucketReducer):
@@ -191,7 +192,7 @@ class DelayReducer(BucketReducer):
         self._go_back(wait=True)
         gathering = [self._back[bucket.index] for bucket in self.buckets]
         reduced = [one.wait() if isinstance(one, Handle) else one for one in gathering]
-        self._pending = self._step.drafts if good else None
+        self._pending = restore_frozen(self, self._step.drafts, self.mean_square) if good else None
         self.unusable_steps += not good
         for entry, gradient in self._spare.items():
             if entry.parameter.grad is None:

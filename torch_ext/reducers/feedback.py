@@ -23,6 +23,7 @@ from hvd_ext.torch.collectives import Collectives, Handle
 from hvd_ext.torch.host_copies import HostCopy
 from hvd_ext.torch.reducers.base import Entry, measured
 from hvd_ext.torch.reducers.buckets import BucketReducer, Started
+from hvd_ext.torch.reducers.frozen import frozen_slots
 
 
 class FeedbackReducer(BucketReducer):
@@ -98,7 +99,7 @@ class FeedbackReducer(BucketReducer):
 
     def fill(self, entry: Entry, bucket: Bucket, slot: Slot, part: int) -> None:
         residual = self.residual.get(bucket.index)
-        if residual is None:
+        if residual is None or entry in self.frozen:
             super().fill(entry, bucket, slot, part)
             return
         target, kept, gradient = slot.of(self.buffer(bucket)), slot.of(residual), self.dense(entry)
@@ -177,12 +178,19 @@ class FeedbackReducer(BucketReducer):
         if good:
             compressed = [bucket for bucket in self.buckets if bucket.kind.route != DENSE]
             means = self.means([(bucket, received[bucket.index]) for bucket in compressed])
+            self._keep_frozen()
             received.update({bucket.index: mean
                              for bucket, mean in zip(compressed, means, strict=True)})
             self._pending = self._scale()
         self._note(good)
         self.skipped_steps += not good
         return [received[bucket.index] for bucket in self.buckets], good
+
+    def _keep_frozen(self) -> None:
+        """Frozen parameters' residuals wait; they have taken no part, and there are zeros in their place."""
+        for index in self._left & self.residual.keys():
+            for slot in frozen_slots(self, self.buckets[index]):
+                slot.of(self._buffers[index, 0]).add_(slot.of(self.residual[index]), alpha=self._rescale())
 
     def _agree_to_go_on(self) -> bool:
         """Whether all ranks have finite gradients.

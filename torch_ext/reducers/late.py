@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from hvd_ext.torch.collectives import Handle
 from hvd_ext.torch.reducers.base import Entry, Reducer, measured
 from hvd_ext.torch.reducers.delay_kernels import accumulation_dtype
 from hvd_ext.torch.reducers.late_kernels import advance_mean_square, compensate
+from hvd_ext.torch.reducers.late_step import Arrived, HeldScale
 
 KEY = "late"
 WARN_AFTER = 3  # steps thrown away in a row
@@ -27,32 +28,6 @@ KEPT_WAITING = (
     f"{WARN_AFTER} steps in a row were thrown away (zero_grad() after synchronize()) while the same delayed "
     "gradient waits: each took its own gradients with it, and the one that waits is handed out again. To "
     "skip what synchronize() has handed out, a spike for example, call optimizer.skip_step()")
-
-
-class HeldScale:
-    """The loss scale that what is on its way carries, whatever it is by now."""
-
-    def __init__(self, now: Callable[[], Any]) -> None:
-        self.now = now
-        self.held: float | None = None
-
-    def __call__(self) -> float:
-        return float(self.now()) if self.held is None else self.held
-
-
-@dataclass(frozen=True)
-class Arrived:
-    """What a step has sent, once it is reduced: the same on every rank.
-
-    Attributes:
-        good: whether it may be applied.
-        gradients: by entry, ``scale`` times the reduced gradient.
-        scale: the loss scale.
-    """
-
-    good: bool
-    gradients: dict[Entry, torch.Tensor]
-    scale: float
 
 
 class LateReducer(Reducer):
@@ -137,7 +112,8 @@ class LateReducer(Reducer):
             return False
         good = self._hand_out(1.0)
         if good and self._arrived.scale != 1.0:  # a GradScaler would skip it
-            good = measured([entry.parameter.grad for entry in self.entries])[1]
+            good = measured([gradient for entry in self.entries
+                             if (gradient := entry.parameter.grad) is not None])[1]
         self._handed_out = True
         return good
 
@@ -147,6 +123,8 @@ class LateReducer(Reducer):
         if self._corrected:
             assert self._arrived is not None
             for entry, gradient in self._arrived.gradients.items():
+                if entry in self.frozen:
+                    continue
                 if entry in self._before and (kept := self._mean_square(entry)) is not None:
                     advance_mean_square(kept, gradient, self.late, self._arrived.scale)
         self.updates += self._arrived is not None and self._arrived.good
@@ -189,7 +167,8 @@ class LateReducer(Reducer):
             good = self.inner.finish()
             self.inner.commit()  # the step that sent it was taken
             # Those that were made dense on their way (sparse_as_dense) come back sparse.
-            gradients = {entry: entry.parameter.grad.to_dense() for entry in self.entries}
+            gradients = {entry: entry.parameter.grad.to_dense() for entry in self.entries
+                         if entry.parameter.grad is not None}
         finally:
             self._flying = None
             for entry, gradient in zip(self.entries, own, strict=True):
@@ -200,6 +179,7 @@ class LateReducer(Reducer):
     def _send(self) -> None:
         """Start the exchange of this step's gradients, all of it."""
         self._scale.held = self._scale()
+        self.inner.frozen = set(self.frozen)  # until it arrives
         for entry in self.entries:
             gradient = entry.parameter.grad
             if gradient is not None:
@@ -222,12 +202,15 @@ class LateReducer(Reducer):
         rescale = 1.0 if arrived is None else scale / arrived.scale
         correct = self._corrected = self._compensates()
         for entry in self.entries:
+            gradient = None if arrived is None else arrived.gradients.get(entry)
+            if entry in self.frozen or (arrived is not None and gradient is None):
+                entry.parameter.grad = None  # frozen now, or when what arrived was sent
+                continue
             out = self._memory.get(entry)
             if out is None or out is entry.parameter.grad:  # which is on its way, or the caller's in flush()
                 out = self._memory[entry] = torch.empty_like(entry.parameter, requires_grad=False)
-            gradient = None if arrived is None else arrived.gradients.get(entry)
             entry.parameter.grad = out
-            if arrived is None or gradient is None:  # of a parameter that has joined since
+            if arrived is None or gradient is None:
                 out.zero_()
             elif correct and entry in self._before:
                 with torch.no_grad():

@@ -7,12 +7,14 @@ from typing import Any
 
 import horovod.torch as horovod
 import torch
+from horovod.common.exceptions import HorovodInternalError
 
 from hvd_ext.buckets import split_groups
 from hvd_ext.options import Options, Plain
 from hvd_ext.torch.collectives import SHARED_ERRORS, Collectives, Handle, abandon
 from hvd_ext.torch.mpi_ops import sparse_allreduce_async
 from hvd_ext.torch.reducers.base import Entry, Reducer
+from hvd_ext.torch.reducers.frozen import token
 from hvd_ext.watch import WATCH
 
 
@@ -36,10 +38,15 @@ class PlainReducer(Reducer):
         return bool(self.settings.op == horovod.Average)
 
     def build(self, entries: Sequence[Entry]) -> None:
+        """Parameters that join later make groups of their own: the others' may be on their way."""
+        before, staying = set(self.entries), set(entries)
         super().build(entries)
-        groups = split_groups(self.options.groups, [entry.parameter for entry in entries]) or []
-        self._group = {entries[number]: [entries[member] for member in group]
-                       for group in groups for number in group}
+        apart = {one for group in self._group.values() if not staying.issuperset(group) for one in group}
+        self._group = {entry: group for entry, group in self._group.items() if entry not in apart}
+        added = [entry for entry in entries if entry not in before or entry in apart]
+        groups = split_groups(self.options.groups, [entry.parameter for entry in added]) or []
+        self._group |= {added[number]: [added[member] for member in group]
+                        for group in groups for number in group}
 
     def gradient_ready(self, entry: Entry, passes_done: int, pass_number: int) -> None:
         if passes_done == self.passes:
@@ -47,31 +54,41 @@ class PlainReducer(Reducer):
 
     def _take(self, entry: Entry) -> None:
         """Start the gradient's collective, or its group's once all of the group are there."""
-        parameter = entry.parameter
-        if parameter.grad is None:
-            zeros = torch.zeros_like(parameter)
-            parameter.grad = zeros.to_sparse(1) if entry in self._sparse else zeros
-        elif parameter.grad.is_sparse:
-            self._sparse.add(entry)
         self._ready.add(entry)
+        gradient = self._gradient(entry)
         group = self._group.get(entry, [entry])
-        if parameter.grad.is_sparse and not self.options.sparse_as_dense:
-            handle = sparse_allreduce_async(parameter.grad, name=_name(entry), op=self.settings.op,
+        if gradient is not None and gradient.is_sparse and not self.options.sparse_as_dense:
+            handle = sparse_allreduce_async(gradient, name=_name(entry), op=self.settings.op,
                                             process_set=self.collectives.process_set)
             self._started.append(([entry], handle, []))
-        elif entry not in self._group and not parameter.grad.is_sparse:
-            sent, context = self.settings.compression.compress(parameter.grad)
+        elif entry not in self._group and gradient is not None and not gradient.is_sparse:
+            sent, context = self.settings.compression.compress(gradient)
             handle = self.collectives.allreduce_async_(sent, _name(entry), op=self.settings.op,
                                                        **self._scale)
             self._started.append(([entry], handle, [context]))
         elif all(member in self._ready for member in group):
-            self._start([one for one in group if self.options.sparse_as_dense
-                         or not one.parameter.grad.is_sparse])
+            gradients = {one: self._gradient(one) for one in group}
+            self._start({one: gradient.to_dense() if gradient.is_sparse else gradient
+                         for one, gradient in gradients.items() if gradient is not None
+                         and (self.options.sparse_as_dense or not gradient.is_sparse)})
 
-    def _start(self, group: list[Entry]) -> None:
-        gradients = [one.parameter.grad.to_dense() if one.parameter.grad.is_sparse
-                     else one.parameter.grad for one in group]
-        sent, contexts = zip(*map(self.settings.compression.compress, gradients), strict=True)
+    def _gradient(self, entry: Entry) -> torch.Tensor | None:
+        """What travels for an entry; None where nothing does: on one rank, for what has no gradient."""
+        parameter = entry.parameter
+        if parameter.grad is None and self.collectives.size > 1:
+            if entry in self.frozen:
+                return token(parameter)
+            zeros = torch.zeros_like(parameter)
+            parameter.grad = zeros.to_sparse(1) if entry in self._sparse else zeros
+        elif parameter.grad is not None and parameter.grad.is_sparse:
+            self._sparse.add(entry)
+        return parameter.grad
+
+    def _start(self, gradients: dict[Entry, torch.Tensor]) -> None:
+        if not gradients:
+            return
+        group = list(gradients)
+        sent, contexts = zip(*map(self.settings.compression.compress, gradients.values()), strict=True)
         together: dict[Any, list[int]] = {}  # Horovod fuses tensors of one dtype and device
         for number, tensor in enumerate(sent):
             together.setdefault((tensor.dtype, tensor.device), []).append(number)
@@ -89,9 +106,7 @@ class PlainReducer(Reducer):
 
     def finish(self) -> bool:
         self.start_all()
-        started, self._started = self._started, []
-        self.forget()
-        for group, handle, contexts in started:
+        for group, handle, contexts in self._started:
             if not contexts:
                 gradient = group[0].parameter.grad
                 WATCH.begin(group[0].name)
@@ -102,13 +117,28 @@ class PlainReducer(Reducer):
                 reduced = reduced if reduced.is_sparse else reduced.to_sparse()
                 gradient.zero_().add_(reduced)
                 continue
-            for entry, reduced, context in zip(group, handle.wait_all(), contexts, strict=True):
+            for entry, reduced, context in zip(group, self._wait(group, handle), contexts, strict=True):
+                if entry in self.frozen:
+                    continue
                 dense = self.settings.compression.decompress(reduced, context)
                 if entry.parameter.grad.is_sparse:
                     entry.parameter.grad.zero_().add_(dense.to_sparse())
                 elif dense is not entry.parameter.grad:
                     entry.parameter.grad.set_(dense)
+        self._started, self._ready = [], set()
         return True
+
+    def _wait(self, group: list[Entry], handle: Handle) -> list[torch.Tensor]:
+        try:
+            return handle.wait_all()
+        except HorovodInternalError as error:
+            if "Mismatched" not in str(error):
+                raise
+            SHARED_ERRORS.append(
+                f"{', '.join(entry.name for entry in group[:4])}: trained on some ranks and frozen on "
+                "others, or of another shape or dtype there; set requires_grad alike on all ranks, before "
+                "the same step")
+            raise ValueError(SHARED_ERRORS[-1]) from error
 
     def under_way(self) -> list[Handle]:
         return [handle for _, handle, _ in self._started if isinstance(handle, Handle)]

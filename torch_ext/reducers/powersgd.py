@@ -72,6 +72,9 @@ class PowerSGDReducer(FeedbackReducer):
             self._next_q[bucket.index] = q
             left, mean = self.swap(bucket)
             kernels.expand(p, q, self._matrices(bucket), left, mean)
+            for one in self._matrices(bucket):  # D = 0 has left Q = 0
+                if self.entries[one.slot.index] in self.frozen:
+                    one.q.of(q).copy_(one.q.of(self.q[bucket.index]))
             result.append(mean)
         return result
 

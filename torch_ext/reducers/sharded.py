@@ -7,7 +7,7 @@ update brings weights (``server.py``). Each moves (M-1)/M of the bucket.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import horovod.torch as horovod
@@ -20,6 +20,7 @@ from hvd_ext.torch.collectives import SHARED_ERRORS, Collectives, Handle, abando
 from hvd_ext.torch.pieces import flattened, put_back
 from hvd_ext.torch.reducers.base import Entry, Reducer
 from hvd_ext.torch.reducers.delay_kernels import accumulation_dtype
+from hvd_ext.torch.reducers.frozen import ask_frozen, check_frozen
 from hvd_ext.torch.reducers.plain import PlainReducer
 
 
@@ -75,11 +76,14 @@ class ShardedReducer(Reducer):
     def _plan(self) -> None:
         """Let parameters whose gradients turned out to be dense go to their owners from now on."""
         for entry in self._plain.entries:
-            if entry.parameter.grad.is_sparse and not self.options.sparse_as_dense:
+            gradient = entry.parameter.grad
+            if gradient is not None and gradient.is_sparse and not self.options.sparse_as_dense:
                 self._sparse.add(entry)
         self.server.plan()
         numbers = {id(parameter): number for number, parameter in enumerate(self.server.parameters)}
-        dense = {numbers[id(entry.parameter)]: entry for entry in self.entries if entry not in self._sparse}
+        unseen = self.frozen.intersection(self._plain.entries)
+        dense = {numbers[id(entry.parameter)]: entry for entry in self.entries
+                 if entry not in self._sparse and entry not in unseen}
         left_out = set(range(len(numbers))) - dense.keys()
         self._forget_plan()
         for message in self.server.messages:
@@ -97,8 +101,13 @@ class ShardedReducer(Reducer):
 
     def _unplanned(self) -> bool:
         """Whether a parameter can go to its owner from now on."""
-        return not self.server.alone and any(entry not in self._sparse and entry.parameter.numel()
+        return not self.server.alone and any(entry not in self._sparse and entry not in self.frozen
+                                             and entry.parameter.numel()
                                              for entry in self._plain.entries)
+
+    def freeze(self, passes_done: Mapping[torch.Tensor, int]) -> None:
+        super().freeze(passes_done)
+        self._plain.frozen = self.frozen
 
     # During the backward pass
 
@@ -113,10 +122,11 @@ class ShardedReducer(Reducer):
         """Put a gradient, or zeros, into its messages, and send those that are full."""
         parameter = entry.parameter
         if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        elif parameter.grad.is_sparse:
-            parameter.grad = parameter.grad.to_dense()
-        flat, index = flattened(parameter.grad), self._home[entry]
+            gradient = torch.zeros_like(parameter)
+        else:
+            gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+        parameter.grad = None if entry in self.frozen else gradient
+        flat, index = flattened(gradient), self._home[entry]
         for piece in self._pieces[entry]:
             piece.of(self._buffer(index)).copy_(flat[piece.start : piece.stop])
         filled = self._filled.setdefault(index, set())
@@ -143,11 +153,15 @@ class ShardedReducer(Reducer):
 
     @torch.no_grad()
     def finish(self) -> bool:
+        asked = ask_frozen(self, "sharded/frozen") if self._messages else None
         for entry, index in self._home.items():
             if entry not in self._filled.get(index, ()):
                 self._fill(entry)
+        received = {index: self._started[index].wait() for index in self._messages}
+        if asked is not None:
+            check_frozen(self, asked)
         for index, message in self._messages.items():
-            own = self._sum(message, self._started[index].wait())
+            own = self._sum(message, received[index])
             self._put(index, own, [self.collectives.rank])
         self._started, self._filled = {}, {}
         self._plain.finish()
@@ -175,9 +189,10 @@ class ShardedReducer(Reducer):
         for rank in ranks:
             for piece in self._messages[index].parts[rank]:
                 gradient = self.server.parameters[piece.index].grad
-                memory = flattened(gradient)
-                memory[piece.start : piece.stop] = flat[at : at + piece.numel]
-                put_back(gradient, memory)
+                if gradient is not None:  # it is of a frozen parameter
+                    memory = flattened(gradient)
+                    memory[piece.start : piece.stop] = flat[at : at + piece.numel]
+                    put_back(gradient, memory)
                 at += piece.numel
 
     @torch.no_grad()
@@ -187,8 +202,7 @@ class ShardedReducer(Reducer):
             return
         started = {}
         for index, message in self._messages.items():
-            own = [flattened(self.server.parameters[piece.index].grad)[piece.start : piece.stop]
-                   for piece in message.parts[self.collectives.rank]]
+            own = self._owned(message)
             like = self._buffer(index)
             flat = torch.cat(own).to(like.dtype) if own else like.new_empty(0)
             started[index] = self.collectives.allgather_async(flat, self._name(index, "complete"),
@@ -230,13 +244,18 @@ class ShardedReducer(Reducer):
 
     def owned(self) -> list[torch.Tensor]:
         """The reduced gradients of what this rank owns; those that all ranks have are rank 0's."""
-        rank = self.collectives.rank
-        mine = [flattened(self.server.parameters[piece.index].grad)[piece.start : piece.stop]
-                for message in self._messages.values() for piece in message.parts[rank]]
-        if rank == 0:
+        mine = [one for message in self._messages.values() for one in self._owned(message)]
+        if self.collectives.rank == 0:
             everywhere = [entry.parameter.grad for entry in self.entries if entry not in self._home]
             mine += [gradient for gradient in everywhere if gradient is not None]
         return mine
+
+    def _owned(self, message: Message) -> list[torch.Tensor]:
+        """The reduced gradients of what this rank owns of a message; zeros of what is frozen."""
+        pieces = message.parts[self.collectives.rank]
+        parameters = [self.server.parameters[piece.index] for piece in pieces]
+        return [p.new_zeros(piece.numel) if p.grad is None else flattened(p.grad)[piece.start : piece.stop]
+                for piece, p in zip(pieces, parameters, strict=True)]
 
     def load_shared_state(self, state: dict[str, Any]) -> None:
         """Owners may be others now, and a rank that joins has no plan: the next step goes the plain way."""

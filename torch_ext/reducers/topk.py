@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from hvd_ext.torch.collectives import Collectives, Handle
 from hvd_ext.torch.reducers import topk_kernels as kernels
 from hvd_ext.torch.reducers.base import Entry
 from hvd_ext.torch.reducers.feedback import FeedbackReducer
+from hvd_ext.torch.reducers.frozen import frozen_slots
 from hvd_ext.torch.reducers.topk_sparse import SparseAllreduce
 
 
@@ -97,14 +99,17 @@ class TopKReducer(FeedbackReducer):
             residual = self.residual.setdefault(bucket.index, torch.zeros_like(total))
             self.sparse.fold(bucket.index, total, self._rescale(), keep=True)
             self.sparse.fold(bucket.index, residual)
+            for slot in frozen_slots(self, bucket):
+                slot.of(total).zero_()
 
     def means(self, received: Sequence[tuple[Bucket, torch.Tensor]]) -> list[torch.Tensor]:
         """The sum of what all ranks sent (line 12), divided by their number."""
         found = {}
         sparse = [(bucket, messages, self._layout(bucket).k) for bucket, messages in received
                   if self._is_sparse(bucket)]
-        for (bucket, _, _), mean in zip(
-                sparse, self.sparse.means(sparse, self.prefix, self.swap, self._rescale()), strict=True):
+        means = self.sparse.means(sparse, self.prefix, self.swap, self._rescale(),
+                                  partial(frozen_slots, self))
+        for (bucket, _, _), mean in zip(sparse, means, strict=True):
             found[bucket.index] = mean
         ranks = self.collectives.size
         for bucket, messages in received:

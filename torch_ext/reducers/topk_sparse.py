@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from hvd_ext.buckets import Bucket
+from hvd_ext.buckets import Bucket, Slot
 from hvd_ext.topk import TopK, sparse
 from hvd_ext.torch.collectives import Collectives, Handle
 from hvd_ext.torch.reducers import topk_sparse_kernels as kernels
+from hvd_ext.torch.reducers.frozen import cut_slots
 
 Swap = Callable[[Bucket], tuple[torch.Tensor, torch.Tensor]]
 
@@ -50,6 +51,7 @@ class Summed:
         places: the candidates in it.
         left: the bucket's new residual e (numel,).
         out: memory for the reduced gradient (numel,).
+        waiting: this rank's residual where parameters are frozen, zeros elsewhere; None for none.
     """
 
     bucket: Bucket
@@ -59,6 +61,7 @@ class Summed:
     places: torch.Tensor
     left: torch.Tensor
     out: torch.Tensor
+    waiting: torch.Tensor | None = None
 
 
 class SparseAllreduce:
@@ -103,7 +106,7 @@ class SparseAllreduce:
             kind={kind: sum(part[kind] for part in parts) for kind in parts[0]})
 
     def means(self, received: Sequence[tuple[Bucket, torch.Tensor, int]], prefix: str, swap: Swap,
-              rescale: float) -> list[torch.Tensor]:
+              rescale: float, frozen: Callable[[Bucket], list[Slot]]) -> list[torch.Tensor]:
         """What becomes of all buckets' messages: the reduced gradients, (numel,) each.
 
         Args:
@@ -111,12 +114,13 @@ class SparseAllreduce:
                 all owners together.
             swap: gives the residual e of a bucket, and memory for the mean.
             rescale: what brings this rank's residuals to this step's loss scale.
+            frozen: gives the places of a bucket's frozen parameters, whose residual waits.
         """
         if not received:
             return []
         summed, rows = [], []
         for bucket, messages, k_out in received:
-            one, row = self._sum(bucket, messages, k_out, rescale, prefix, *swap(bucket))
+            one, row = self._sum(bucket, messages, k_out, rescale, prefix, frozen(bucket), *swap(bucket))
             summed.append(one)
             rows.append(row)
         told = self.collectives.allgather_async(
@@ -133,15 +137,23 @@ class SparseAllreduce:
         return [one.out for one in summed]
 
     def _sum(self, bucket: Bucket, messages: torch.Tensor, k_out: int, rescale: float, prefix: str,
-             left: torch.Tensor, out: torch.Tensor) -> tuple[Summed, sparse.Numbers]:
+             frozen: list[Slot], left: torch.Tensor, out: torch.Tensor) -> tuple[Summed, sparse.Numbers]:
         """The means in this rank's range, in the order of the ranks, and what it tells of them."""
         owned, ranks = self.owned[bucket.index], self.collectives.size
         low, high = owned.ranges.of(owned.rank)
         mean = left.new_zeros(high - low)
+        residual, waiting = owned.residual, None
+        held = [] if residual is None else cut_slots(frozen, low, high)
+        if residual is not None and held:
+            waiting = torch.zeros_like(residual)
+            for place in held:
+                waiting[place] = residual[place]
+            residual = residual - waiting
+            waiting.mul_(rescale)
         places, row = kernels.sum_up(
-            messages, owned.residual, rescale, low, mean, sparse.cells(owned.ranges.bounds)[owned.rank],
+            messages, residual, rescale, low, mean, sparse.cells(owned.ranges.bounds)[owned.rank],
             ranks, k_out, self.settings, f"{prefix}/bucket{bucket.index}")
-        return Summed(bucket, k_out, low, mean, places, left, out), row
+        return Summed(bucket, k_out, low, mean, places, left, out, waiting), row
 
     def _answer(self, one: Summed, table: sparse.Numbers, prefix: str) -> Handle:
         """Send the entries above the threshold to all ranks; what is left in ``one.mean`` is kept."""
@@ -153,6 +165,8 @@ class SparseAllreduce:
         """Keep the rest, pending; where ranges change it becomes part of this rank's e, times M."""
         owned = self.owned[one.bucket.index]
         rest = one.mean if self.settings.error_feedback else None
+        if rest is not None and one.waiting is not None:
+            rest.add_(one.waiting)
         following = owned.ranges.after(table)
         if following.age == 0 and rest is not None:
             _add_to_residual(Owned(owned.ranges, owned.rank, rest), one.left)

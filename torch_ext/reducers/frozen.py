@@ -1,0 +1,79 @@
+"""Parameters that are frozen in a step: what is kept of them waits while the rest goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import horovod.torch as horovod
+import torch
+
+from hvd_ext import meeting
+from hvd_ext.agreement import digest, disagreement
+from hvd_ext.buckets import Bucket, Slot, slice_sizes
+from hvd_ext.torch.collectives import SHARED_ERRORS, Handle
+
+if TYPE_CHECKING:
+    from hvd_ext.torch.reducers.base import Reducer
+    from hvd_ext.torch.reducers.buckets import BucketReducer
+
+
+def frozen_slots(reducer: BucketReducer, bucket: Bucket) -> list[Slot]:
+    """The places of a bucket's frozen parameters."""
+    if not reducer.frozen:
+        return []
+    return [slot for slot in bucket.slots if reducer.entries[slot.index] in reducer.frozen]
+
+
+def frozen_slices(reducer: BucketReducer, bucket: Bucket) -> list[slice]:
+    """Where this rank's slice of a bucket, one of M as equal as possible, has frozen parameters."""
+    sizes, rank = slice_sizes(bucket.numel, reducer.collectives.size), reducer.collectives.rank
+    low, high = sum(sizes[:rank]), sum(sizes[:rank + 1])
+    return cut_slots(frozen_slots(reducer, bucket), low, high)
+
+
+def cut_slots(slots: list[Slot], low: int, high: int) -> list[slice]:
+    """What lies of ``slots`` between two places of a bucket, counted from the first of them."""
+    cut = [(max(slot.offset, low), min(slot.offset + slot.numel, high)) for slot in slots]
+    return [slice(begin - low, end - low) for begin, end in cut if begin < end]
+
+
+def restore_frozen(reducer: BucketReducer, drafts: dict[int, torch.Tensor],
+                   kept: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """``drafts``, this rank's slices by bucket, where parameters are frozen with what is ``kept`` of them.
+
+    A slice that is not in ``kept`` was zeros, and gradients of zero have left it so.
+    """
+    for index, draft in drafts.items():
+        if index in kept:
+            for own in frozen_slices(reducer, reducer.buckets[index]):
+                draft[own] = kept[index][own]
+    return drafts
+
+
+def token(parameter: torch.Tensor) -> torch.Tensor:
+    """What travels under a frozen parameter's name in place of its gradient: one zero.
+
+    It has one axis more than the gradient: where a rank trains the parameter, Horovod refuses both.
+    """
+    return torch.zeros((1,) * (parameter.dim() + 1), dtype=parameter.dtype, device=parameter.device)
+
+
+def ask_frozen(reducer: Reducer, name: str) -> Handle:
+    """Start to compare what is frozen on the ranks, where nothing else that they exchange would show it."""
+    after = f".after{len(SHARED_ERRORS)}" if SHARED_ERRORS else ""
+    total = torch.from_numpy(meeting.words(digest(reducer.frozen_lines())))
+    return reducer.collectives.allreduce_async_(total, name + after, op=horovod.Sum, kind="agreement")
+
+
+def check_frozen(reducer: Reducer, asked: Handle) -> None:
+    """Wait for what :func:`ask_frozen` has started.
+
+    Raises:
+        ValueError: on every rank, when they do not have the same parameters frozen.
+    """
+    if not meeting.same(asked.wait().numpy()):
+        lines = reducer.collectives.allgather_object(reducer.frozen_lines(), meeting.DIFFER)
+        SHARED_ERRORS.append(disagreement("the ranks do not train the same parameters", lines,
+                                          "Set requires_grad alike on all ranks, before the same step"))
+        raise ValueError(SHARED_ERRORS[-1])

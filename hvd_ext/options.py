@@ -23,6 +23,7 @@ class Options:
         half: send float16 (``Compression.fp16``).
         groups: Horovod's ``groups=``: which gradients share a message.
         sparse_as_dense: make sparse gradients dense.
+        sparse_only: the optimizer takes nothing but sparse gradients.
         loss_scale: the factor that this step's gradients carry from mixed precision.
     """
 
@@ -32,6 +33,7 @@ class Options:
     half: bool = False
     groups: Any = None
     sparse_as_dense: bool = False
+    sparse_only: bool = False
     loss_scale: Callable[[], Any] = no_loss_scale
 
 

@@ -100,6 +100,7 @@ def DistributedOptimizer(
         prefix="" if method is None else _prefix(method.label, optimizer),
         passes=backward_passes_per_step, half=compression is horovod.Compression.fp16,
         groups=groups, sparse_as_dense=sparse_as_dense,
+        sparse_only=isinstance(optimizer, torch.optim.SparseAdam),
         loss_scale=functools.partial(loss_scale, grad_scaler),
     )
     placed = None if server is None else make_server(server)

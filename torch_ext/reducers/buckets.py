@@ -30,6 +30,7 @@ from hvd_ext.header import pack_row, unpack_rows
 from hvd_ext.options import Options
 from hvd_ext.torch.collectives import SHARED_ERRORS, Collectives, Handle, abandon
 from hvd_ext.torch.reducers.base import Entry, Reducer
+from hvd_ext.torch.reducers.layouts import Layouts
 
 Holders = weakref.WeakValueDictionary[tuple[int, str], "BucketReducer"]
 _HOLDERS: Holders = Holders()  # of names, by process set
@@ -87,6 +88,7 @@ class BucketReducer(Reducer):
         self._back: dict[int, Any] = {}  # by bucket: the second half of an exchange that has two
         self._asked: Asked | None = None  # about the step under way
         self._sparse: set[Entry] = set()
+        self._layouts = Layouts()
         self._devices: list[torch.device] = []
         self._fingerprint: tuple[tuple[Any, ...], Fingerprint] | None = None
 
@@ -230,7 +232,14 @@ class BucketReducer(Reducer):
 
     # At the end of the step
 
+    def meet(self, *extensions: str) -> None:
+        before = self.met
+        super().meet(*extensions)
+        if self.met != before and self.options.sparse_as_dense:
+            self._layouts.begin(self)
+
     def finish(self) -> bool:
+        self._sparse |= self._layouts.learn(self, f"{self.prefix}/layouts")
         self.start_all()
         reduced, good = self.complete(self._started)
         if good:
@@ -250,7 +259,7 @@ class BucketReducer(Reducer):
         parameter, reduced = entry.parameter, piece.view(entry.parameter.shape)
         if entry in self.frozen:
             parameter.grad = None
-        elif entry in self._sparse:
+        elif entry in self._sparse or self.options.sparse_only:
             parameter.grad = reduced.to(parameter.dtype).to_sparse()
         elif parameter.grad is None:
             parameter.grad = torch.empty_like(parameter).copy_(reduced)

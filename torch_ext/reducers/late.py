@@ -219,6 +219,8 @@ class LateReducer(Reducer):
                 out.mul_(rescale) if rescale != 1.0 else None
             else:
                 torch.mul(gradient, rescale, out=out)
+            if self.options.sparse_only:
+                entry.parameter.grad = out.to_sparse(1)
         return arrived is not None and arrived.good
 
     def _now(self) -> float:

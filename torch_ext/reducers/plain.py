@@ -15,6 +15,7 @@ from hvd_ext.torch.collectives import SHARED_ERRORS, Collectives, Handle, abando
 from hvd_ext.torch.mpi_ops import sparse_allreduce_async
 from hvd_ext.torch.reducers.base import Entry, Reducer
 from hvd_ext.torch.reducers.frozen import token
+from hvd_ext.torch.reducers.layouts import Layouts
 from hvd_ext.watch import WATCH
 
 
@@ -30,6 +31,7 @@ class PlainReducer(Reducer):
         self._ready: set[Entry] = set()
         self._started: list[tuple[list[Entry], Any, list[Any]]] = []
         self._sparse: set[Entry] = set()  # whose gradients have been sparse
+        self.layouts = Layouts()
 
     repeatable = True  # as Horovod does it
 
@@ -47,6 +49,12 @@ class PlainReducer(Reducer):
         groups = split_groups(self.options.groups, [entry.parameter for entry in added]) or []
         self._group |= {added[number]: [added[member] for member in group]
                         for group in groups for number in group}
+
+    def meet(self, *extensions: str) -> None:
+        before = self.met
+        super().meet(*extensions)
+        if self.met != before:
+            self.layouts.begin(self)
 
     def gradient_ready(self, entry: Entry, passes_done: int, pass_number: int) -> None:
         if passes_done == self.passes:
@@ -79,7 +87,8 @@ class PlainReducer(Reducer):
             if entry in self.frozen:
                 return token(parameter)
             zeros = torch.zeros_like(parameter)
-            parameter.grad = zeros.to_sparse(1) if entry in self._sparse else zeros
+            sparse = entry in self._sparse or self.options.sparse_only
+            parameter.grad = zeros.to_sparse(1) if sparse else zeros
         elif parameter.grad is not None and parameter.grad.is_sparse:
             self._sparse.add(entry)
         return parameter.grad
@@ -105,6 +114,7 @@ class PlainReducer(Reducer):
                 self._take(entry)
 
     def finish(self) -> bool:
+        self._sparse |= self.layouts.learn(self, f"{_name(self.entries[0])}/layouts" if self.entries else "")
         self.start_all()
         for group, handle, contexts in self._started:
             if not contexts:

@@ -105,6 +105,12 @@ class ShardedReducer(Reducer):
                                              and entry.parameter.numel()
                                              for entry in self._plain.entries)
 
+    def meet(self, *extensions: str) -> None:
+        before = self.met
+        super().meet(*extensions)
+        if self.met != before:
+            self._plain.layouts.begin(self._plain)
+
     def freeze(self, passes_done: Mapping[torch.Tensor, int]) -> None:
         super().freeze(passes_done)
         self._plain.frozen = self.frozen
@@ -121,11 +127,8 @@ class ShardedReducer(Reducer):
     def _fill(self, entry: Entry) -> None:
         """Put a gradient, or zeros, into its messages, and send those that are full."""
         parameter = entry.parameter
-        if parameter.grad is None:
-            gradient = torch.zeros_like(parameter)
-        else:
-            gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
-        parameter.grad = None if entry in self.frozen else gradient
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else _dense(parameter.grad)
+        parameter.grad = None if entry in self.frozen else self._as_taken(gradient)
         flat, index = flattened(gradient), self._home[entry]
         for piece in self._pieces[entry]:
             piece.of(self._buffer(index)).copy_(flat[piece.start : piece.stop])
@@ -188,12 +191,18 @@ class ShardedReducer(Reducer):
         at = 0
         for rank in ranks:
             for piece in self._messages[index].parts[rank]:
-                gradient = self.server.parameters[piece.index].grad
-                if gradient is not None:  # it is of a frozen parameter
+                parameter = self.server.parameters[piece.index]
+                if parameter.grad is not None:  # it is of a frozen parameter
+                    gradient = _dense(parameter.grad)
                     memory = flattened(gradient)
                     memory[piece.start : piece.stop] = flat[at : at + piece.numel]
                     put_back(gradient, memory)
+                    parameter.grad = self._as_taken(gradient)
                 at += piece.numel
+
+    def _as_taken(self, gradient: torch.Tensor) -> torch.Tensor:
+        """A dense gradient in the layout that the optimizer takes."""
+        return gradient.to_sparse(1) if self.options.sparse_only else gradient
 
     @torch.no_grad()
     def gather_gradients(self) -> None:
@@ -254,7 +263,8 @@ class ShardedReducer(Reducer):
         """The reduced gradients of what this rank owns of a message; zeros of what is frozen."""
         pieces = message.parts[self.collectives.rank]
         parameters = [self.server.parameters[piece.index] for piece in pieces]
-        return [p.new_zeros(piece.numel) if p.grad is None else flattened(p.grad)[piece.start : piece.stop]
+        return [p.new_zeros(piece.numel) if p.grad is None
+                else flattened(_dense(p.grad))[piece.start : piece.stop]
                 for piece, p in zip(pieces, parameters, strict=True)]
 
     def load_shared_state(self, state: dict[str, Any]) -> None:
@@ -266,3 +276,7 @@ class ShardedReducer(Reducer):
     def report(self) -> dict[str, Any]:
         held = sum(t.numel() * t.element_size() for t in (*self._buffers.values(), *self._received.values()))
         return {"sent_to_owners": len(self._home), "bytes_held": held}
+
+
+def _dense(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.to_dense() if gradient.is_sparse else gradient

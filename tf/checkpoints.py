@@ -158,9 +158,7 @@ def _describe(optimizer: Any) -> dict[str, Any]:
 
 def _server(optimizer: Any) -> str | None:
     server = getattr(wrapper_of(optimizer), "server", None)
-    if server is None:
-        return None
-    return str(server.kind) if server.replies is None else f"{server.kind} with compressed replies"
+    return None if server is None else str(server.saved_as)
 
 
 def _replies(optimizer: Any) -> Any:

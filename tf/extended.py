@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from hvd_ext.tensorflow import keras_store
+from hvd_ext.tensorflow import copies, keras_store
 from hvd_ext.tensorflow.clipping import clip_by_global_norm
 from hvd_ext.tensorflow.replies import exact_weights
 from hvd_ext.tensorflow.variables import CallableList, as_tf, made_now, mark_per_rank, name_of
@@ -83,6 +83,20 @@ class Distributed:
         return super().scale_loss(loss)
 
     # State
+
+    def get_config(self) -> dict[str, Any]:
+        """The wrapped optimizer's configuration; :meth:`from_config` distributes what it gives."""
+        return copies.config_of(self, super().get_config())
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
+        """A distributed optimizer with the settings of the one whose ``get_config()`` this is."""
+        kind = cls.__bases__[1]
+        return copies.from_config(kind, config, functools.partial(kind.from_config, **(
+            {} if custom_objects is None else {"custom_objects": custom_objects})))
+
+    def __reduce__(self) -> Any:
+        return copies.reduce_optimizer(self)
 
     def build(self, variables: Sequence[Any]) -> None:
         if self.built or not variables:  # Keras gives none when it reads an .h5 file

@@ -92,6 +92,27 @@ def install() -> None:
 
     scaled.scale_loss = scale_loss_and_say_so
 
+    load_own_variables, set_weights = scaled.load_own_variables, scaled.set_weights
+
+    @functools.wraps(load_own_variables)
+    def load_scale(self: Any, store: Any) -> None:
+        if wrapper_of(self) is None:
+            load_own_variables(self, store)
+            return
+        for number, variable in enumerate(self._variables):  # the inner optimizer's are in the file again
+            if str(number) in store.keys():  # noqa: SIM118  (of Keras' stores)
+                variable.assign(store[str(number)])
+
+    scaled.load_own_variables = load_scale
+
+    @functools.wraps(set_weights)
+    def set_all_weights(self: Any, weights: Any) -> None:
+        set_weights(self, weights)
+        if wrapper_of(self) is not None:
+            self.inner_optimizer.set_weights(list(weights)[len(self._variables):])
+
+    scaled.set_weights = set_all_weights
+
     def find_in_inner(self: Any, name: str) -> Any:
         # Called for what is nowhere else.
         inner = self.__dict__.get("inner_optimizer")

@@ -8,17 +8,20 @@ ranks that do not own them. ``gather`` brings the plain ones together, ``load`` 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from hvd_ext.layout import KEY, SERVER_STAMP, STAMP, Layout, check_server, common_names, dropped_message
 from hvd_ext.servers.ownership import EVERY_RANK
 from hvd_ext.tensorflow.belonging import BESIDE, ONCE, whole_shape
 from hvd_ext.tensorflow.collectives import Collectives
-from hvd_ext.tensorflow.variables import as_tf, is_per_rank, name_of
+from hvd_ext.tensorflow.variables import as_tf, name_of
 
+FROM_THE_START = 2  # variables that an optimizer has before it is built: iterations, learning rate
 IN_PLACE = "_hvd_ext_saved"
 WAITING = "_hvd_ext_waiting"  # values given before there were variables to hold them
 ACCUMULATOR = "gradient_accumulator"  # Keras' sums of this rank's gradients, not yet reduced
@@ -87,6 +90,10 @@ class Saved:
         self.path = path
         self._value = value
 
+    def numpy(self) -> np.ndarray:
+        """The value."""
+        return np.asarray(self._value)
+
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
         del copy
         return np.asarray(self._value, dtype)
@@ -109,16 +116,25 @@ def set_weights(optimizer: Any, weights: Sequence[Any], set_all: Callable[[Any],
     """
     wrapper = optimizer._hvd_ext
     if not optimizer.built:
-        optimizer.__dict__[WAITING] = [np.array(weight) for weight in weights]  # the file is closed soon
+        optimizer.__dict__[WAITING] = [  # the file is closed soon
+            Saved(_name_in_h5(weight), np.array(weight)) for weight in weights]
         return
-    if wrapper.plain_count in (None, len(optimizer.variables)):
+    if wrapper.plain_count is None or not hasattr(weights, "__len__"):
         set_all(weights)
         return
-    store = {str(number): value for number, value in enumerate(weights)}
+    store = {str(number): np.array(value) for number, value in enumerate(weights)}
+    names = [_name_in_h5(weight) for weight in weights[wrapper.plain_count:]]
     try:
-        load(optimizer, store, lambda values: set_all([values[key] for key in store]))
+        load(optimizer, store, lambda values: set_all([values[key] for key in store]),
+             Layout.from_names(names) if names and all(names) else None)
     except ValueError as error:
         raise RuntimeError(str(error)) from error
+
+
+def _name_in_h5(weight: Any) -> str:
+    """The last part of the path under which an .h5 file holds a weight; "" where it is not known."""
+    name = weight.path if isinstance(weight, Saved) else getattr(weight, "name", None)
+    return str(name or "").rpartition("/")[2]
 
 
 def set_waiting_weights(optimizer: Any) -> None:
@@ -133,6 +149,9 @@ def save(optimizer: Any, store: Any, save_all: Callable[[Any], None]) -> None:
     values = optimizer.__dict__.get(IN_PLACE)
     if values is None:
         save_all(store)
+        layout = layout_of(optimizer) if optimizer.built else Layout()
+        if layout.names:
+            store[KEY] = np.frombuffer(layout.to_bytes(), np.uint8)
         return
     for number, value in values.items():
         store[number] = value
@@ -162,65 +181,135 @@ def refuse_per_rank_state(optimizer: Any, reset: bool) -> None:
             "it out, so that it starts anew when the file is loaded")
 
 
-def load(optimizer: Any, store: Any, load_all: Callable[[Any], None]) -> None:
+def load(optimizer: Any, store: Any, load_all: Callable[[Any], None], saved: Layout | None = None) -> None:
     """Take back what a file holds; state of one rank only on that rank.
+
+    What the extensions here do not know is left out, with a warning; what the file lacks starts anew.
 
     Args:
         optimizer: distributed.
-        store: arrays by number, in this optimizer's layout or the plain one's.
+        store: arrays by number, in the layout of any distributed optimizer, or the plain one's.
         load_all: the wrapped class's own loading, of all variables.
+        saved: what follows the plain optimizer's variables, where the store does not say.
 
     Raises:
-        ValueError: the file is another rank's, or of other extensions.
+        ValueError: the file is another rank's, or holds less than this optimizer needs; nothing is loaded.
     """
-    wrapper, variables = optimizer._hvd_ext, optimizer.variables
-    count, plain = len(store.keys()), wrapper.plain_count
-    if plain is None or plain == len(variables):
-        load_all(store)  # Keras says why where it loads nothing
+    wrapper, variables = optimizer._hvd_ext, list(optimizer.variables)
+    numbers, plain = [key for key in list(store.keys()) if key != KEY], wrapper.plain_count
+    if plain is None:
+        load_all(store)  # Keras says why it loads nothing
         return
-    if count == plain:
-        load_plain(optimizer, store)
+    values = [np.asarray(store[str(number)]) for number in range(len(numbers))]
+    if len(values) < min(plain, FROM_THE_START + 1):  # saved before it was built
+        for variable, value in zip(variables, values, strict=False):
+            as_tf(variable).assign(value)
         return
-    if count != len(variables):
+    if len(values) < plain:
         raise ValueError(
-            f"the file holds {count} variables of an optimizer; {optimizer.name!r} has {plain}, and "
-            f"{len(variables) - plain} of its extensions: it was saved with another op=, "
-            "compression= or server=, or for another model. A file written with hvd.save_model "
-            "loads under every server= and on any number of ranks")
-    values = {key: store[key] for key in list(store.keys())}
-    for number, variable in enumerate(variables):
-        own = as_tf(variable)
-        if own is wrapper.server_stamp:
-            check_stamp(values[str(number)], wrapper.collectives, "server=")
-        elif wrapper.reset_per_rank_state and wrapper.server is None \
-                and is_per_rank(variable):
-            values[str(number)] = np.asarray(own)
-        elif own is wrapper.reducer.stamp:
-            check_stamp(values[str(number)], wrapper.collectives)
-    load_all(values)
+            f"the file holds {len(values)} variables of an optimizer, {optimizer.name!r} has {plain}: it is "
+            "of another optimizer or model; build the one that was saved")
+    here = layout_of(optimizer)
+    saved = saved or _layout_in(store, len(values), plain, here)
+    check_server(saved, here)
+    if saved.server is not None and wrapper.server is not None:
+        check_stamp(values[plain + saved.names.index(SERVER_STAMP)], wrapper.collectives, "server=")
+    own = dict(zip(here.names, variables[plain:], strict=True))
+    taken = _taken(optimizer, own, dict(zip(saved.names, values[plain:], strict=True)), saved, here)
+    chosen = _plain_values(optimizer, values[:plain], whole=saved.server is None or wrapper.server is None)
+    if not wrapper.reset_per_rank_state and wrapper.collectives.rank == 0:
+        held = {name: bool(np.any(np.asarray(value, np.float64))) for name, value in
+                zip(saved.names, values[plain:], strict=True) if name not in taken}
+        text = dropped_message(saved, here, held)
+        if text:
+            warnings.warn(text, stacklevel=2)
+    for variable, value in chosen:
+        variable.assign(value)
+    for name, variable in own.items():
+        if name in taken:
+            as_tf(variable).assign(taken[name])
+        else:
+            as_tf(variable).assign(tf.zeros_like(as_tf(variable)))
+    wrapper.stamp_rank()
+
+
+def layout_of(optimizer: Any) -> Layout:
+    """What follows the plain optimizer's variables in a distributed one."""
+    wrapper = optimizer._hvd_ext
+    reducer, server = getattr(wrapper.reducer, "inner", wrapper.reducer), wrapper.server
+    method = getattr(reducer, "saved_as", type(reducer).__name__).removesuffix("Reducer")
+    return Layout(
+        tuple(name_of(one).rpartition("/")[2] for one in list(optimizer.variables)[wrapper.plain_count:]),
+        "" if method == "Plain" else method, None if server is None else server.saved_as,
+        wrapper.collectives.size)
+
+
+def _layout_in(store: Any, count: int, plain: int, here: Layout) -> Layout:
+    if KEY in list(store.keys()):
+        return Layout.from_bytes(np.asarray(store[KEY]).tobytes())
+    return here if count == plain + len(here.names) else Layout(("",) * (count - plain))
+
+
+def _taken(optimizer: Any, own: dict[str, Any], values: dict[str, Any], saved: Layout, here: Layout
+           ) -> dict[str, Any]:
+    """What the extensions here take over of a file, by name.
+
+    Raises:
+        ValueError: it is another rank's, or was made with other settings.
+    """
+    wrapper = optimizer._hvd_ext
+    names = common_names(saved, here)
+    if wrapper.reset_per_rank_state:
+        reset = {id(one) for one in (*wrapper.reducer.per_rank_state(), wrapper.reducer.stamp)}
+        names = {name for name in names if id(as_tf(own[name])) not in reset}
+    elif STAMP in names and len(names) > 1:
+        check_stamp(values[STAMP], wrapper.collectives)
+    for name in names:
+        if values[name].shape != tuple(own[name].shape):
+            raise ValueError(
+                f"the file's {name} is of shape {values[name].shape}, that of {optimizer.name!r} of "
+                f"{tuple(own[name].shape)}: it was saved with other settings of "
+                f"{' and '.join(here.extensions())}; give those that it was saved with, or pass "
+                "reset_per_rank_state=True to start that state anew")
+    return {name: values[name] for name in names}
+
+
+def _plain_values(optimizer: Any, values: Sequence[Any], *, whole: bool) -> list[tuple[tf.Variable, Any]]:
+    """Which values this rank's part of the plain optimizer takes.
+
+    Args:
+        values: by number; ``whole`` says whether each is complete, or as this rank holds it.
+
+    Raises:
+        ValueError: a shape is another.
+    """
+    wrapper, chosen = optimizer._hvd_ext, []
+    for number, variable in enumerate(plain_variables(optimizer)):
+        reference, kind = wrapper.references.get(id(as_tf(variable)), (None, ""))
+        saved, here = np.asarray(values[number]), as_tf(variable)
+        if saved.dtype.kind == "V":  # bfloat16 from NumPy's files
+            saved = saved.view(here.dtype.as_numpy_dtype)
+        shared = wrapper.server is None or reference is None or kind == ACCUMULATOR or not whole
+        piece = None if shared or kind == BESIDE else wrapper.server.stand_ins.piece(reference)
+        expected = whole_shape(optimizer, variable) if whole else tuple(here.shape)
+        if saved.shape != expected:
+            raise ValueError(f"the file's state {number} is of shape {saved.shape}, that of "
+                             f"{name_of(variable)} of {expected}: it is of another model or optimizer, or of "
+                             "another server=; hvd.save_model writes one file for every server=")
+        if shared or wrapper.server.owns(reference):
+            chosen.append((here, saved if piece is None else
+                           saved.reshape(-1)[piece.start : piece.stop].reshape(here.shape)))
+    return chosen
 
 
 def load_plain(optimizer: Any, store: Any) -> None:
-    """A file without extensions: this rank takes what it owns, the extensions start anew."""
-    wrapper = optimizer._hvd_ext
-    plain = plain_variables(optimizer)
-    for number, variable in enumerate(plain):
-        reference, kind = wrapper.references.get(id(as_tf(variable)), (None, ""))
-        elsewhere = wrapper.server is not None and reference is not None \
-            and kind != ACCUMULATOR and not wrapper.server.owns(reference)
-        saved, here = np.asarray(store[str(number)]), as_tf(variable)
-        piece = None if wrapper.server is None or reference is None or kind in (ACCUMULATOR, BESIDE) \
-            else wrapper.server.stand_ins.piece(reference)
-        expected = whole_shape(optimizer, variable)
-        if saved.shape != expected:
-            raise ValueError(f"the file's state {number} is of shape {saved.shape}, that of "
-                             f"{name_of(variable)} of {expected}: it is of another model or optimizer")
-        if not elsewhere:
-            here.assign(saved if piece is None
-                        else saved.reshape(-1)[piece.start : piece.stop].reshape(here.shape))
-    for variable in list(optimizer.variables)[len(plain):]:
+    """A state without extensions: this rank takes what it owns, the extensions start anew."""
+    for variable, value in _plain_values(optimizer, [store[str(number)] for number in range(len(store))],
+                                         whole=True):
+        variable.assign(value)
+    for variable in list(optimizer.variables)[optimizer._hvd_ext.plain_count:]:
         as_tf(variable).assign(tf.zeros_like(as_tf(variable)))
-    wrapper.stamp_rank()
+    optimizer._hvd_ext.stamp_rank()
 
 
 def check_stamp(saved: Any, collectives: Collectives, what: str = "") -> None:

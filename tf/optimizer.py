@@ -18,7 +18,7 @@ from hvd_ext import checks
 from hvd_ext.delay.late import check_late
 from hvd_ext.options import Options
 from hvd_ext.servers import Server, settings_of
-from hvd_ext.tensorflow import keras_hooks
+from hvd_ext.tensorflow import copies, keras_hooks
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.extended import Distributed
 from hvd_ext.tensorflow.pieces import cuts
@@ -157,9 +157,17 @@ def KerasDistributedOptimizer(
     if preconditioner is not None:
         check_extension(optimizer, "SENG")
     keras_hooks.install()
+    copies.install()
     wrapper = Wrapper(reducer, standard=passes_through(optimizer),
                       scale_local=scale_local_gradients, preconditioner=preconditioner,
                       server=placed, where=where, reset_per_rank_state=reset_per_rank_state)
+    wrapper.given = {
+        "name": name, "device_dense": device_dense, "device_sparse": device_sparse,
+        "compression": compression, "sparse_as_dense": sparse_as_dense,
+        "gradient_predivide_factor": gradient_predivide_factor, "op": op,
+        "backward_passes_per_step": passes, "average_aggregated_gradients": average_aggregated_gradients,
+        "groups": groups, "process_set": process_set, "scale_local_gradients": scale_local_gradients,
+        "preconditioner": preconditioner, "server": server, "late": late}
     object.__setattr__(optimizer, keras_hooks.ATTRIBUTE, wrapper)
     object.__setattr__(optimizer, "__class__", distributed_class(type(optimizer)))
     if optimizer.built:

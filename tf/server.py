@@ -149,6 +149,11 @@ class UpdateServer:
         return self.owners[id(as_tf(variable))]
 
     @property
+    def saved_as(self) -> str:
+        """What files say of it."""
+        return str(self.kind) if self.replies is None else f"{self.kind} with compressed replies"
+
+    @property
     def busy(self) -> list[int]:
         """The ranks that update something, at least one."""
         if EVERY_RANK in self.owners.values():

@@ -214,6 +214,7 @@ class Wrapper:
         self.preconditioner = preconditioner
         self.server = server
         self.where = where
+        self.given: dict[str, Any] = {}  # the arguments of DistributedOptimizer, for copies
         self.server_stamp: Any = None
         self.reset_per_rank_state = reset_per_rank_state
         self.local: set[int] = set()

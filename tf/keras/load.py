@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import horovod.tensorflow as horovod
 import keras
 
 from hvd_ext.tensorflow.amsgrad import AMSGrad
-from hvd_ext.tensorflow.keras_hooks import require_tensorflow_backend
+from hvd_ext.tensorflow.keras_hooks import distributed_part, require_tensorflow_backend
 from hvd_ext.tensorflow.optimizer import KerasDistributedOptimizer
 
 
@@ -34,26 +35,38 @@ def load_model(filepath: Any, custom_optimizers: Iterable[type] | None = None,
     require_tensorflow_backend("hvd.load_model")
     if legacy_opts:
         raise ValueError("legacy_opts=True: Keras 3 has no legacy optimizers; leave it out")
+    with distributing({"compression": compression, **options}, custom_optimizers) as wrapped:
+        model = keras.models.load_model(filepath, custom_objects={**wrapped, **(custom_objects or {})})
+    optimizer = distributed_part(model.optimizer)
+    if getattr(optimizer, "built", True) is False:  # an .h5 file: Keras built it without variables
+        optimizer.build(model.trainable_variables)
+    return model
+
+
+@contextlib.contextmanager
+def distributing(options: dict[str, Any], custom_optimizers: Iterable[type] | None = None
+                 ) -> Iterator[dict[str, type]]:
+    """Optimizers that are read from files until the block ends are distributed with ``options``.
+
+    Yields:
+        what Keras is to take for ``custom_objects``.
+    """
     known = {name: kind for name, kind in vars(keras.optimizers).items()
              if isinstance(kind, type) and issubclass(kind, keras.Optimizer)
              and kind not in (keras.Optimizer, keras.optimizers.LossScaleOptimizer)}
     known.update({keras.saving.get_registered_name(kind): kind
                   for kind in (AMSGrad, *(custom_optimizers or ()))})
-    wrapped = {name: _distributing(kind, {"compression": compression, **options})
-               for name, kind in known.items()}
+    wrapped = {name: _distributing(kind, options) for name, kind in known.items()}
     wrapped.update({name.lower(): kind for name, kind in wrapped.items()})  # as Keras reads .h5 files
     # Classes that are registered come before custom_objects: theirs are exchanged while loading.
     registered = keras.saving.get_custom_objects()
     before = dict(registered)
     registered.update({name: kind for name, kind in wrapped.items() if name in before})
     try:
-        model = keras.models.load_model(filepath, custom_objects={**wrapped, **(custom_objects or {})})
+        yield wrapped
     finally:
         registered.clear()
         registered.update(before)
-    if getattr(model.optimizer, "built", True) is False:  # an .h5 file: Keras built it without variables
-        model.optimizer.build(model.trainable_variables)
-    return model
 
 
 def _distributing(kind: type, options: dict[str, Any]) -> type:

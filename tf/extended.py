@@ -178,7 +178,9 @@ class Distributed:
         if wrapper.counter is not None and int(wrapper.counter):
             raise RuntimeError(f"flush() after {int(wrapper.counter)} of backward_passes_per_step="
                                f"{wrapper.options.passes} passes; call it after a whole step")
-        with wrapper.new_step(self, self._trainable_variables) as step:
+        given = [variable for number, variable in enumerate(wrapper.reducer.variables)
+                 if number not in wrapper.reducer.left_out]  # what is frozen now stays as it is
+        with wrapper.new_step(self, given) as step:
             step.flush(super().apply)
 
     def register_local_var(self, variable: Any) -> None:

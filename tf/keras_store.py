@@ -25,6 +25,7 @@ FROM_THE_START = 2  # variables that an optimizer has before it is built: iterat
 IN_PLACE = "_hvd_ext_saved"
 WAITING = "_hvd_ext_waiting"  # values given before there were variables to hold them
 ACCUMULATOR = "gradient_accumulator"  # Keras' sums of this rank's gradients, not yet reduced
+AVERAGE = "average"  # Keras' averages of weights
 
 
 def gather(optimizer: Any, *, reset_per_rank_state: bool = False) -> dict[str, Any]:

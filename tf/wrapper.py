@@ -45,6 +45,10 @@ class Step:
 
     def run(self, gradients: Sequence[Any], apply: Callable[..., None]) -> None:
         """The whole step; ``apply`` is the wrapped optimizer's."""
+        presence = self.wrapper.reducer.presence
+        if presence is not None:
+            presence.missing = {id(as_tf(variable)) for gradient, variable
+                                in zip(gradients, self.variables, strict=True) if gradient is None}
         gradients = self._overwrites(list(gradients))
         if self.wrapper.scaling is not None:  # hvd.uneven
             gradients = self.wrapper.scaling.before(gradients)
@@ -99,7 +103,7 @@ class Step:
                 total.assign(tf.where(now, tf.cast(gradient, total.dtype)[None], total))
             elif gradient is not None:
                 total.assign_add(tf.cast(gradient, total.dtype))
-            sums.append(None if gradient is None else total)
+            sums.append(total if gradient is not None or self._in_doubt(variable) else None)
         done = wrapper.counter.assign_add(1)
 
         def last_pass() -> None:
@@ -117,10 +121,50 @@ class Step:
         gradients = self._fill_missing(list(gradients))
         if not self.wrapper.standard:  # one that has its own way from ``apply`` to its update
             gradients = self.reduce(gradients)
+        undo = [self._undo_of(variable) for variable in self.variables if self._in_doubt(variable)]
+        undo += [self._undo_of(variable, always=True) for variable in self._left_out_of_replies()]
         apply(gradients, self.variables)
+        for put_back in undo:
+            put_back()
         if not (self.reduced or self._accumulates_eagerly()):
             raise RuntimeError("the wrapped optimizer updated its variables without passing the "
                                "gradients on to be reduced; please report this optimizer")
+
+    def _in_doubt(self, variable: Any) -> bool:
+        """Whether the variable's gradient is missing here, and may be on all ranks."""
+        reducer = self.wrapper.reducer
+        return bool(reducer.is_missing(variable) and reducer.presence.in_use
+                    and id(as_tf(variable)) not in self.wrapper.local)
+
+    def _left_out_of_replies(self) -> list[Any]:
+        """Variables that are not to be trained now, where compressed replies bring what they still lack."""
+        server = self.wrapper.server
+        if server is None or server.replies is None or not server.replies.active:
+            return []
+        given = {id(as_tf(variable)) for variable in self.variables}
+        return [one for one in server.replies.variables if id(as_tf(one)) not in given]
+
+    def _undo_of(self, variable: Any, *, always: bool = False) -> Callable[[], None]:
+        """Put the variable and its moments back: ``always``, or if its gradient is missing on all ranks.
+
+        Keras leaves out what has no gradient; whether any rank has one is known too late for that.
+        """
+        presence, references = self.wrapper.reducer.presence, self.wrapper.references
+        held = [as_tf(variable)]
+        for one in map(as_tf, self.optimizer.variables):
+            reference, kind = references.get(id(one), (None, ""))
+            if reference is not None and as_tf(reference) is held[0] \
+                    and kind not in (keras_store.ACCUMULATOR, keras_store.AVERAGE):
+                held.append(one)
+        before = [one.read_value() for one in held]
+
+        def put_back() -> None:
+            for one, value in zip(held, before, strict=True):
+                one.assign(value)
+
+        if always:
+            return put_back
+        return lambda: keras.ops.cond(presence.somewhere(variable), lambda: None, put_back)
 
     def _accumulates_eagerly(self) -> bool:
         """Whether Keras may only have added to its accumulators: a graph has the update in a branch."""

@@ -91,8 +91,10 @@ def test_bytes_are_those_of_the_formula_and_of_pytorch(ranks):
                     assert report["server"][key] == torchs[name]["server"][key]
         numels = [int(np.prod(shape)) for shape in twins.SHAPES]
         plain = mine["traced", "plain"]
-        assert plain["sent"] == plain["received"] == {"gradients": 4 * sum(numels)}  # 2 (M-1)/M
-        assert mine["traced", "fp16"]["sent"] == {"gradients": 2 * sum(numels)}
+        agreement = 8 * len(numels)  # which gradients are missing
+        assert plain["sent"] == plain["received"] == {"gradients": 4 * sum(numels),  # 2 (M-1)/M
+                                                      "agreement": agreement}
+        assert mine["traced", "fp16"]["sent"] == {"gradients": 2 * sum(numels), "agreement": agreement}
         parts = Layout(round(0.05 * (407 + 81)), "float32").parts()
         assert without_agreement(mine["traced", "topk"]["sent"]) == {**parts, "dense": 4 * 50}
         assert TopK(0.05).ratio == mine["traced", "topk"]["ratio"]
@@ -101,7 +103,7 @@ def test_bytes_are_those_of_the_formula_and_of_pytorch(ranks):
         # Embedding: 4 rows of 5 tokens with 4 numbers each, and their int64 or int32 indices.
         dense = 4 * (20 * 3 + 3)
         assert mine["slices"]["sent"]["gradients"] - dense in (20 * (16 + 4), 20 * (16 + 8))
-        assert mine["seng"]["sent"].keys() == {"gradients", "curvature"}
+        assert mine["seng"]["sent"].keys() == {"gradients", "agreement", "curvature"}
 
 
 def test_before_the_first_step():

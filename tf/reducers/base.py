@@ -8,6 +8,7 @@ still runs; in eager mode they start together.
 from __future__ import annotations
 
 import abc
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,6 +42,8 @@ class Reducer(abc.ABC):
     lost_ranks = 0  # under Horovod elastic: how many left with what they kept alone
     staleness = 0  # by how many steps what is handed out is late
     partial = False  # whether a rank has the reduced gradients of what it owns only
+    transaction: Any = None  # of a tape: what takes back a reduction that is not applied
+    presence: Any = None  # where the ranks agree on which gradients are missing: how
 
     def __init__(self, collectives: Collectives, settings: Any, options: Options) -> None:
         self.collectives = collectives
@@ -49,6 +52,7 @@ class Reducer(abc.ABC):
         self.prefix = options.prefix
         self.variables: list[Any] = []
         self._number: dict[int, int] = {}
+        self.left_out: set[int] = set()  # the variables, by number, that this call was not given
         self._places: dict[int, int] = {}  # in this call, where no variables were planned for
         self._checked: Any = None
         self._waiting = Waiting(f"the exchange of gradients of {options.prefix}")
@@ -92,15 +96,28 @@ class Reducer(abc.ABC):
         del variables
         return list(gradients)
 
+    def is_missing(self, variable: Any) -> bool:
+        """Whether zeros stand for the variable's gradient where the ranks have to agree on that."""
+        return self.presence is not None and id(as_tf(variable)) in self.presence.missing
+
     def expect(self, variables: Sequence[Any], what: str) -> None:
-        """Refuse other variables than the exchange was planned for, if it was.
+        """Refuse variables that the exchange was not planned for, if it was. Some of those it was may be
+        left out, as frozen layers are.
 
         Raises:
-            ValueError: ``what`` was given them.
+            ValueError: ``what`` was given others.
         """
-        if self.variables and {id(as_tf(one)) for one in variables} != set(self._number):
-            raise ValueError(f"{what} was given gradients of {len(variables)} variables and was built for "
-                             f"{len(self.variables)}; give it the same ones at every step")
+        given = {id(as_tf(one)): one for one in variables}
+        others = [name_of(one) for key, one in given.items() if key not in self._number]
+        if self.variables and others:
+            raise ValueError(
+                f"{what} was given the gradient of {others[0]}, and was built for {len(self.variables)} "
+                "other variables; build the optimizer for all variables that are to be trained")
+        self.left_out = set(range(len(self.variables))) - {self._number.get(key) for key in given}
+
+    def left_out_number(self) -> int:
+        """A number that differs between ranks which leave out different variables; 0 for none."""
+        return zlib.crc32(repr(sorted(self.left_out)).encode()) if self.left_out else 0
 
     def zeros(self, variable: Any) -> tf.Tensor:
         """A gradient of zeros, for one that is missing."""
@@ -190,7 +207,8 @@ class Reducer(abc.ABC):
         sent = [gradients[index] for index in present]
         given = [variables[index] for index in present]
         if tf.executing_eagerly():
-            key = tuple(f"{index}.{name_of(one)}" for index, one in enumerate(given))
+            key = tuple(f"{self._number.get(id(as_tf(one)), index)}.{name_of(one)}"
+                        f"{'?' * self.is_missing(one)}" for index, one in enumerate(given))
             if key not in self._functions:
                 self._functions[key] = tf.function(
                     lambda sent, inputs: self._counted(sent, given, inputs),

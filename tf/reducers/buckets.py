@@ -7,7 +7,7 @@ A subclass says how one bucket is exchanged (``start``) and what becomes of the 
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -18,6 +18,7 @@ from hvd_ext.buckets import (
     DEFAULT_BUCKET_BYTES,
     Bucket,
     Kind,
+    Slot,
     TensorSpec,
     plan_buckets,
     split_groups,
@@ -25,6 +26,7 @@ from hvd_ext.buckets import (
 from hvd_ext.options import Options
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.reducers.base import Gradient, MakeVariable, Reducer
+from hvd_ext.tensorflow.reducers.presence import DIFFERENT_VARIABLES
 from hvd_ext.tensorflow.uneven_data import EXTENDED
 from hvd_ext.tensorflow.variables import as_tf, name_of
 
@@ -98,7 +100,8 @@ class BucketReducer(Reducer):
 
     def __call__(self, gradients: Sequence[Gradient | None], variables: Sequence[Any],
                  **inputs: Any) -> tuple[list[Gradient | None], Any]:
-        return super().__call__(self.fill_missing(gradients, variables), variables, **inputs)
+        filled = self.fill_missing(gradients, variables)
+        return super().__call__(filled, variables, **inputs)
 
     def reset_per_rank_state(self) -> None:
         for variable in self.per_rank_state():
@@ -112,6 +115,7 @@ class BucketReducer(Reducer):
 
     def reduce(self, gradients: list[Gradient], variables: Sequence[Any],
                **inputs: Any) -> tuple[list[Gradient], Any]:
+        self.expect(variables, composition.public_name(self.settings))
         given = {self._index(variable): self.dense(gradient, variable)
                  for gradient, variable in zip(gradients, variables, strict=True)}
         flats = {(bucket.index, part): flat for bucket in self.buckets
@@ -159,6 +163,22 @@ class BucketReducer(Reducer):
         flat = tf.concat(pieces, axis=-1)
         return tf.unstack(flat, num=self.parts) if self.parts > 1 else [flat]
 
+    # Variables that are left out: what is kept of them waits
+
+    def without_left_out(self, bucket: Bucket, flat: tf.Tensor) -> tf.Tensor:
+        """A flat bucket with zeros where variables are left out."""
+        return self._joined(bucket, flat, lambda slot: tf.zeros_like(slot.of(flat)))
+
+    def keep_left_out(self, bucket: Bucket, after: tf.Tensor, before: tf.Tensor) -> tf.Tensor:
+        """``after``, plus ``before`` where variables are left out."""
+        return self._joined(bucket, after, lambda slot: slot.of(after) + slot.of(before))
+
+    def _joined(self, bucket: Bucket, flat: tf.Tensor, of_left_out: Callable[[Slot], tf.Tensor]) -> tf.Tensor:
+        if not any(slot.index in self.left_out for slot in bucket.slots):
+            return flat
+        return tf.concat([of_left_out(slot) if slot.index in self.left_out else slot.of(flat)
+                          for slot in bucket.slots], axis=0)
+
     # Agreement of the ranks
 
     def fingerprint(self) -> Fingerprint:
@@ -178,6 +198,7 @@ class BucketReducer(Reducer):
         own = tf.reduce_all(tf.equal(
             self.stamp, tf.constant([self.collectives.rank, ranks], tf.int64)))
         row = tf.stack([tf.cast(own, tf.float64), tf.cast(self.steps, tf.float64),
+                        tf.constant(self.left_out_number(), tf.float64),
                         *[tf.cast(value, tf.float64) for value in values]])
         rows = row[None]
         if ranks > 1:
@@ -189,8 +210,10 @@ class BucketReducer(Reducer):
             "the ranks did not load states that belong together: save and load one file per rank, "
             "on the same number of ranks, or call optimizer.reset_per_rank_state(); "
             "(own state, step) by rank:", rows[:, :2]])
-        with tf.control_dependencies([check] if check is not None else []):
-            return tf.identity(rows[:, 2:])
+        alike = tf.debugging.Assert(tf.reduce_all(rows[:, 2] == rows[0, 2]),
+                                    [DIFFERENT_VARIABLES, rows[:, 2]])
+        with tf.control_dependencies([one for one in (check, alike) if one is not None]):
+            return tf.identity(rows[:, 3:])
 
     # Figures
 

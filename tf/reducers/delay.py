@@ -184,12 +184,25 @@ class DelayReducer(BucketReducer):
             return
         kept = self.mean_square[bucket.index]
         first, end = self._own(bucket) if self.collectives.elastic else (0, None)
+        if any(slot.index in self.left_out for slot in bucket.slots):
+            after = self._with_left_out(bucket, after, kept.read_value()[first:end])
         if self._fixed:  # otherwise the kernel has known it
             after = tf.where(good, after, kept.read_value()[first:end])
         if self.collectives.elastic:
             kept[first:end].assign(after)
         else:
             kept.assign(after)
+
+    def _with_left_out(self, bucket: Bucket, after: tf.Tensor, before: tf.Tensor) -> tf.Tensor:
+        """This rank's slice of MeanSquare, as it was where variables are left out."""
+        first, end = self._own(bucket)
+        pieces = []
+        for slot in bucket.slots:
+            begin, stop = max(slot.offset, first), min(slot.offset + slot.numel, end)
+            if begin < stop:
+                source = before if slot.index in self.left_out else after
+                pieces.append(source[begin - first:stop - first])
+        return tf.concat(pieces, axis=0)
 
     def _gather(self, reduced: tuple[tf.Tensor, tf.Tensor | None], bucket: Bucket) -> tf.Tensor:
         own, _ = reduced

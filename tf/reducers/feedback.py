@@ -112,7 +112,8 @@ class FeedbackReducer(BucketReducer):
     def start(self, bucket: Bucket, part: int, flat: tf.Tensor) -> Any:
         if bucket.kind.route != DENSE:
             residual = self.residual.get(bucket.index)
-            return self.send(bucket, flat, None if residual is None else residual.read_value())
+            return self.send(bucket, flat, None if residual is None else self.without_left_out(
+                bucket, residual.read_value()))
         mean = flat if self.collectives.size == 1 else self.collectives.allreduce(
             flat, self.name(bucket), op=horovod.Average, kind="dense")
         return Whole(mean, tf.reduce_all(tf.math.is_finite(flat)))
@@ -137,7 +138,9 @@ class FeedbackReducer(BucketReducer):
 
     def _keep(self, bucket: Bucket, sent: Any, mean: tf.Tensor) -> tf.Tensor:
         residual = self.residual[bucket.index]
-        residual.assign(self.left(bucket, sent, residual.read_value(), mean))
+        before = residual.read_value()
+        after = self.left(bucket, sent, self.without_left_out(bucket, before), mean)
+        residual.assign(self.keep_left_out(bucket, after, before))
         return tf.constant(True)
 
     def _agree_to_go_on(self, finite: tf.Tensor) -> tf.Tensor:

@@ -22,6 +22,7 @@ from hvd_ext.tensorflow.reducers.base import Gradient, MakeVariable, Reducer
 from hvd_ext.tensorflow.reducers.buckets import count
 from hvd_ext.tensorflow.reducers.delay_kernels import accumulation_dtype
 from hvd_ext.tensorflow.reducers.late_kernels import compensate
+from hvd_ext.tensorflow.reducers.presence import DIFFERENT_VARIABLES
 from hvd_ext.tensorflow.uneven_data import EXTENDED
 from hvd_ext.tensorflow.variables import as_tf, name_of
 
@@ -97,6 +98,7 @@ class LateReducer(Reducer):
     def reduce(self, gradients: list[Gradient], variables: Sequence[Any],
                **inputs: Any) -> tuple[list[Gradient], Any]:
         flush = inputs.pop("flush")
+        self.expect(variables, "late=")
         places = [self._number[id(as_tf(variable))] for variable in variables]
         sent = [self._dense(*pair) for pair in zip(gradients, variables, strict=True)]
 
@@ -128,15 +130,18 @@ class LateReducer(Reducer):
             return tf.equal(self.waits, 1)
         own = tf.reduce_all(tf.equal(self.stamp, tf.constant([self.collectives.rank, ranks], tf.int64)))
         with tf.control_dependencies([self.met()]):
-            row = tf.stack([tf.cast(own, tf.int64), self.waits.read_value(), self.updates.read_value()])
+            row = tf.stack([tf.cast(own, tf.int64), self.waits.read_value(), self.updates.read_value(),
+                            tf.constant(self.left_out_number(), tf.int64)])
         rows = self.collectives.allgather(row[None], f"{self.prefix}/late/agree", kind="agreement",
                                           rows=ranks)
-        fine = tf.logical_and(tf.reduce_all(rows[:, 0] == 1), tf.reduce_all(rows[:, 1:] == rows[0, 1:]))
+        fine = tf.logical_and(tf.reduce_all(rows[:, 0] == 1), tf.reduce_all(rows[:, 1:3] == rows[0, 1:3]))
         check = tf.debugging.Assert(fine, [
             "the ranks did not load states that belong together, or some of them alone called flush(): save "
             "and load one file per rank, on the same number of ranks, or call "
-            "optimizer.reset_per_rank_state() on all; (own state, one waits, updates) by rank:", rows])
-        with tf.control_dependencies([check] if check is not None else []):
+            "optimizer.reset_per_rank_state() on all; (own state, one waits, updates) by rank:", rows[:, :3]])
+        alike = tf.debugging.Assert(tf.reduce_all(rows[:, 3] == rows[0, 3]),
+                                    [DIFFERENT_VARIABLES, rows[:, 3]])
+        with tf.control_dependencies([one for one in (check, alike) if one is not None]):
             return tf.equal(rows[0, 1], 1)
 
     def _exchange(self, places: Sequence[int], variables: Sequence[Any], inputs: dict[str, tf.Tensor]

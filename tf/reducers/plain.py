@@ -1,4 +1,4 @@
-"""Horovod's own reduction."""
+"""Horovod's own reduction. What is missing on this rank counts as zeros where another rank has it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import horovod.tensorflow as horovod
 import tensorflow as tf
 
 from hvd_ext.buckets import split_groups
-from hvd_ext.options import Plain
+from hvd_ext.options import Options, Plain
+from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.reducers.base import Gradient, Reducer
+from hvd_ext.tensorflow.reducers.presence import Presence
 from hvd_ext.tensorflow.variables import as_tf
 
 
@@ -18,6 +20,19 @@ class PlainReducer(Reducer):
     """Reduces gradient by gradient, or group by group with ``groups=``, as Horovod does."""
 
     settings: Plain
+
+    def __init__(self, collectives: Collectives, settings: Plain, options: Options) -> None:
+        super().__init__(collectives, settings, options)
+        self.presence = Presence(collectives)
+        self._somewhere: dict[int, tf.Tensor] = {}  # in the call that is being traced
+
+    def fill_missing(self, gradients: Sequence[Gradient | None], variables: Sequence[Any]
+                     ) -> list[Gradient | None]:
+        """Zeros for missing gradients where there are other ranks, which may have them."""
+        if not self.presence.in_use:
+            return list(gradients)
+        return [self.zeros(variable) if gradient is None else gradient
+                for gradient, variable in zip(gradients, variables, strict=True)]
 
     def reduce(self, gradients: list[Gradient], variables: Sequence[Any],
                **inputs: Any) -> tuple[list[Gradient], Any]:
@@ -27,9 +42,13 @@ class PlainReducer(Reducer):
             lambda: self._communicate(gradients, variables), lambda: list(gradients))), None
 
     def _communicate(self, gradients: list[Gradient], variables: Sequence[Any]) -> list[Gradient]:
-        if self.variables and not self.collectives.elastic:
-            with tf.control_dependencies([self.met()]):
-                gradients = [_same(gradient) for gradient in gradients]
+        if not self.presence.in_use:
+            return self._exchange(gradients, variables)
+        with tf.control_dependencies([self.met()] if self.variables else []):
+            agreed, self._somewhere = self.presence.agree(gradients, variables, self.variables,
+                                                          f"{self.prefix}/present")
+        with tf.control_dependencies([agreed]):
+            gradients = [_same(gradient) for gradient in gradients]
         return self._exchange(gradients, variables)
 
     def _exchange(self, gradients: list[Gradient], variables: Sequence[Any]) -> list[Gradient]:
@@ -45,13 +64,21 @@ class PlainReducer(Reducer):
                 if isinstance(gradient, tf.IndexedSlices):
                     reduced[index] = self._gather(gradient, name)
                 else:
-                    reduced[index] = self.collectives.allreduce(gradient, name, **options)
+                    reduced[index] = self._allreduce(gradient, name, self._somewhere.get(index), options)
                 continue
             together = self.collectives.grouped_allreduce(
                 [gradients[index] for index in group], f"{self.prefix}/group{number}", **options)
             for index, gradient in zip(group, together, strict=True):
                 reduced[index] = gradient
         return reduced
+
+    def _allreduce(self, gradient: tf.Tensor, name: str, somewhere: tf.Tensor | None,
+                   options: dict[str, Any]) -> tf.Tensor:
+        """The reduced gradient; the zeros that it is where it is missing on every rank."""
+        if somewhere is None:
+            return self.collectives.allreduce(gradient, name, **options)
+        return tf.cond(somewhere, lambda: self.collectives.allreduce(gradient, name, **options),
+                       lambda: gradient)
 
     def _gather(self, gradient: tf.IndexedSlices, name: str) -> tf.IndexedSlices:
         if self.settings.op not in (horovod.Average, horovod.Sum) or self.settings.scale:
@@ -72,5 +99,6 @@ class PlainReducer(Reducer):
 
 def _same(gradient: Gradient) -> Gradient:
     if isinstance(gradient, tf.IndexedSlices):
-        return tf.IndexedSlices(tf.identity(gradient.values), gradient.indices, gradient.dense_shape)
+        return tf.IndexedSlices(tf.identity(gradient.values), tf.identity(gradient.indices),
+                                gradient.dense_shape)
     return tf.identity(gradient)

@@ -42,6 +42,7 @@ class PowerSGDReducer(FeedbackReducer):
     def __init__(self, collectives: Collectives, settings: PowerSGD, options: Options) -> None:
         super().__init__(collectives, settings, options)
         self.q: dict[int, tf.Variable] = {}
+        self._q_before: dict[int, tf.Tensor] = {}  # of the step that is being traced
 
     def compresses(self, variable: Any) -> bool:
         return self.settings.compresses(name_of(variable), tuple(variable.shape), OUTPUT_AXIS)
@@ -77,7 +78,8 @@ class PowerSGDReducer(FeedbackReducer):
         """``P = D Q``, and its mean over the ranks."""
         total = tf.cast(gradient, self.dtype(bucket))
         total = total if residual is None else total + residual
-        p = kernels.left_factors(total, self._first_q(bucket), self._matrices(bucket))
+        q = self._q_before[bucket.index] = self._first_q(bucket)
+        p = kernels.left_factors(total, q, self._matrices(bucket))
         finite = tf.reduce_all(tf.math.is_finite(p))
         # A step with anything else is skipped; QR must not meet it.
         return Sent(total, self._mean(tf.where(finite, p, tf.zeros_like(p)), bucket, "p"), finite)
@@ -91,7 +93,10 @@ class PowerSGDReducer(FeedbackReducer):
             q = self._mean(kernels.right_factors(one.total, p, found), bucket, "q")
             if self.settings.warm_start:
                 kept = self.q[bucket.index]
-                kept.assign(tf.where(good, q, kept.read_value()))
+                before = self._q_before[bucket.index]
+                after = [one.q.of(before if one.slot.index in self.left_out else q) for one in found]
+                kept.assign(tf.where(good, tf.concat(after, axis=0) if self.left_out else q,
+                                     kept.read_value()))
             result.append(kernels.expand(p, q, found))
         return result
 

@@ -51,6 +51,8 @@ class ShardedReducer(PlainReducer):
         home = {id(as_tf(variables[index])): index for index in sent}
         rest = sorted(set(range(len(gradients))) - set(sent))
         reduced: list[Gradient] = list(gradients)
+        self._somewhere = {rest.index(index): some for index, some in self._somewhere.items()
+                           if index in rest}
         everywhere = super()._exchange([gradients[index] for index in rest],
                                        [variables[index] for index in rest])
         for index, gradient in zip(rest, everywhere, strict=True):

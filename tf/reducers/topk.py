@@ -116,6 +116,11 @@ class TopKReducer(FeedbackReducer):
         cast = gradient if residual is not None else tf.cast(gradient, self.dtype(bucket))
         chosen = self._choose(bucket, kernels.Total(cast, residual))
         if self._is_sparse(bucket):
+            if self.left_out:
+                raise NotImplementedError(
+                    f"{len(self.left_out)} of {len(self.variables)} variables have no part in this step, as "
+                    "Compression.topk(exchange='sparse_allreduce') needs: use exchange='allgather' where "
+                    "layers are frozen during training")
             return Sent(gradient, chosen, self.sparse.send(bucket, chosen.message, self.name(bucket)))
         return Sent(gradient, chosen, self._gather(bucket, chosen.message))
 

@@ -32,6 +32,7 @@ from hvd_ext.tensorflow.reducers import (
     make_reducer,
 )
 from hvd_ext.tensorflow.reducers.base import Reducer, before_reduce, divide_by_ranks, precondition, report
+from hvd_ext.tensorflow.transaction import ASKED, Transaction, ask_once
 from hvd_ext.tensorflow.variables import as_tf, made_apart, make_state
 
 KEPT = "_hvd_ext_tape"
@@ -45,6 +46,7 @@ class _DistributedGradientTape(tf.GradientTape):
     def __init__(self, tape: tf.GradientTape, settings: TapeSettings, scale_local_gradients: bool,
                  optimizer: Any, preconditioner: Any) -> None:
         super().__init__()
+        tape.__dict__.setdefault(ASKED, set())  # shared by all that are made of this tape
         self.__dict__.update(tape.__dict__)
         self._settings = settings
         self._scale_local = scale_local_gradients
@@ -70,12 +72,17 @@ class _DistributedGradientTape(tf.GradientTape):
         variables = [flat_sources[index] for index in far]
         reducer = kept_reducer(self._optimizer or (variables or flat_sources)[0], self._settings)
         self.build(flat_sources)
+        transaction = self._transaction(reducer)
+        if transaction is not None:
+            transaction.begin(self._updates())
         before_reduce(self._preconditioner, [flat[index] for index in far], variables)
         reduced, good = self._reduce(reducer, [flat[index] for index in far], variables)
         if good is not None:  # as after a plain allreduce, what is not finite reaches every rank
             reduced = [None if gradient is None else tf.where(good, gradient, math.nan)
                        for gradient in reduced]
         reduced = precondition(self._preconditioner, reduced, variables, reducer, good)
+        if transaction is not None:
+            transaction.end(self._updates())
         result = list(flat)
         for index, gradient in zip(far, reduced, strict=True):
             result[index] = gradient
@@ -98,8 +105,11 @@ class _DistributedGradientTape(tf.GradientTape):
         def make() -> None:
             if not self._optimizer.built:
                 self._optimizer.build(list(sources))
+            make_variable = functools.partial(make_state, self._optimizer)
+            reducer.transaction = Transaction()
             reducer.build([source for source in sources if id(as_tf(source)) not in self._local_sources],
-                          functools.partial(make_state, self._optimizer))
+                          reducer.transaction.recorded(make_variable))
+            reducer.transaction.build(make_variable, getattr(reducer, "steps", None))
 
         scaled = isinstance(self._optimizer, keras.optimizers.LossScaleOptimizer)
         unbuilt = not self._optimizer.built
@@ -107,15 +117,46 @@ class _DistributedGradientTape(tf.GradientTape):
         if scaled and unbuilt and not tf.executing_eagerly():
             trace_again(self._optimizer)
 
+    def _transaction(self, reducer: Reducer) -> Transaction | None:
+        """What takes back the state of gradients that are not applied; None where nothing is kept."""
+        kept = self._preconditioner
+        if self._optimizer is None or not (self._settings.keeps_state or kept is not None):
+            return None
+        key = (id(self._optimizer), id(reducer), id(kept))
+        what = [type(reducer).__name__.removesuffix("Reducer")] if self._settings.keeps_state else []
+        ask_once(self, key, " and ".join([*what, *([] if kept is None else [type(kept).__name__])]))
+        if reducer.transaction is None:
+            reducer.transaction = Transaction()
+        found = reducer.transaction
+        if kept is not None and hasattr(kept, "counters") and not found.has(kept.steps):
+            made_apart(lambda: found.add(kept.counters, kept.steps))
+        return found
+
+    def _updates(self) -> tf.Tensor:
+        return tf.cast(as_tf(self._optimizer.iterations).read_value(), tf.int64)
+
     def _reduce(self, reducer: Reducer, gradients: list[Any], variables: list[Any]
                 ) -> tuple[list[Any], Any]:
         if not self._settings.keeps_state:
-            return reducer(gradients, variables)
+            return self._reduce_plainly(reducer, gradients, variables), None
         # What is not linear in the gradient must see it without the loss's scale.
         scale = tf.convert_to_tensor(loss_scale(self._optimizer), tf.float32)
         reduced, good = reducer([_times(gradient, 1.0 / scale) for gradient in gradients], variables,
                                 **reducer.inputs(self._optimizer))
         return [_times(gradient, scale) for gradient in reduced], good
+
+    def _reduce_plainly(self, reducer: Reducer, gradients: list[Any], variables: list[Any]) -> list[Any]:
+        """Reduced gradients; what no rank has is None, in a graph zeros, as it is known too late there."""
+        missing = [index for index, gradient in enumerate(gradients) if gradient is None]
+        if not reducer.presence.in_use:
+            return reducer(gradients, variables)[0]
+        reducer.presence.missing = {id(as_tf(variables[index])) for index in missing}
+        reduced, _ = reducer(reducer.fill_missing(gradients, variables), variables)
+        if tf.executing_eagerly():
+            for index in missing:
+                if not bool(reducer.presence.somewhere(variables[index])):
+                    reduced[index] = None
+        return reduced
 
     @tf.autograph.experimental.do_not_convert
     def get_local_and_global_gradients(

@@ -135,6 +135,11 @@ class SENG(tf.Module):
         """The variables of the curvature."""
         return [variable for one in self.states for variable in one.variables]
 
+    @property
+    def counters(self) -> list[tf.Variable]:
+        """What says where SENG is. Where it goes back the next pass that is captured gives new curvature."""
+        return [self.steps, self.skipped, self.lam, self.checked, self._wanted]
+
     def close(self) -> None:
         """Give the model's layers back as they were. The object is of no use afterwards."""
         self._start.close()

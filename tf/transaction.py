@@ -1,0 +1,108 @@
+"""A tape's step as a transaction: where its gradients are thrown away, what it keeps between steps goes back.
+
+A tape does not see its gradients being applied. The optimizer given to it counts updates: where that count is
+what it was at the last reduction when the next one begins, nothing was applied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+ASKED = "_hvd_ext_asked"  # of a tape: for which states its gradients were taken
+STAMP = "rank_and_ranks"
+
+
+class Transaction:
+    """The values from before the last reduction, beside the state that it has changed.
+
+    Both are in checkpoints, so that a run goes on alike from between a reduction and the next.
+    """
+
+    def __init__(self) -> None:
+        self._made: list[tuple[tf.Variable, str, bool]] = []
+        self._state: list[tuple[tf.Variable, tf.Variable]] = []  # and its value from before
+        self._counters: list[tuple[tf.Variable, tf.Variable]] = []  # those of steps taken
+        self._reduced_at: Any = None  # updates at the last reduction + 1; 0 for none to take back
+
+    def recorded(self, make: Callable[..., tf.Variable]) -> Callable[..., tf.Variable]:
+        """``make``, and the variables that it makes are the state."""
+        def make_and_record(shape: Sequence[int], dtype: Any, name: str, per_rank: bool) -> tf.Variable:
+            variable = make(shape, dtype, name, per_rank)
+            if name != STAMP:
+                self._made.append((variable, name, per_rank))
+            return variable
+
+        return make_and_record
+
+    def build(self, make: Callable[..., tf.Variable], steps: Any) -> None:
+        """Make the variables for the values from before, and the one that counts.
+
+        Args:
+            make: as a reducer's ``build`` is given it.
+            steps: the state that counts steps taken, if there is one.
+        """
+        for variable, name, per_rank in self._made:
+            self._add(variable, make(tuple(variable.shape), variable.dtype, f"{name}_before", per_rank),
+                      counts=variable is steps)
+        self._make_own(lambda: make((), tf.int64, "reduced_at", False))
+
+    def add(self, variables: Sequence[tf.Variable], steps: tf.Variable) -> None:
+        """Take further state, whose values from before are in no checkpoint."""
+        known = {id(variable) for variable, _ in self._state}
+        for variable in variables:
+            if id(variable) not in known:
+                self._add(variable, tf.Variable(variable.read_value(), trainable=False),
+                          counts=variable is steps)
+        self._make_own(lambda: tf.Variable(0, dtype=tf.int64, trainable=False))
+
+    def _add(self, variable: tf.Variable, before: tf.Variable, *, counts: bool) -> None:
+        self._state.append((variable, before))
+        if counts:
+            self._counters.append((variable, before))
+
+    def _make_own(self, make: Callable[[], tf.Variable]) -> None:
+        if self._reduced_at is None:
+            self._reduced_at = make()
+
+    def has(self, variable: tf.Variable) -> bool:
+        """Whether the variable is part of the state."""
+        return any(variable is one for one, _ in self._state)
+
+    def begin(self, updates: tf.Tensor) -> None:
+        """Before a reduction: take back the last one if its gradients were not applied.
+
+        Args:
+            updates: how many the optimizer has made, 0-D int64.
+        """
+        def take_back() -> tf.Tensor:
+            for variable, before in self._state:
+                variable.assign(before.read_value())
+            return tf.constant(True)
+
+        tf.cond(tf.equal(self._reduced_at.read_value(), updates + 1), take_back, lambda: tf.constant(False))
+        for variable, before in self._state:
+            before.assign(variable.read_value())
+
+    def end(self, updates: tf.Tensor) -> None:
+        """After a reduction: it can be taken back, unless its step is one that nobody takes."""
+        taken = tf.reduce_any(tf.stack([tf.not_equal(variable.read_value(), before.read_value())
+                                        for variable, before in self._counters] or [True]))
+        self._reduced_at.assign(tf.where(taken, updates + 1, tf.zeros_like(updates)))
+
+
+def ask_once(tape: Any, key: tuple[int, ...], what: str) -> None:
+    """Note that a tape's gradients are taken with the state ``key``.
+
+    Raises:
+        RuntimeError: they were before: a persistent tape.
+    """
+    asked = tape.__dict__.setdefault(ASKED, set())
+    if key in asked:
+        raise RuntimeError(
+            f"gradient() a second time on one tape with {what}, which keeps one state for one gradient a "
+            "step: take the gradient of the sum of the losses, or give each loss a distributed tape with an "
+            "optimizer= of its own")
+    asked.add(key)

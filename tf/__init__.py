@@ -22,6 +22,7 @@ from hvd_ext.tensorflow.amsgrad import AMSGrad
 from hvd_ext.tensorflow.async_ps import ParameterServer
 from hvd_ext.tensorflow.checkpoints import load_checkpoint, save_checkpoint
 from hvd_ext.tensorflow.compression import Compression
+from hvd_ext.tensorflow.functions import allgather_object, broadcast_object
 from hvd_ext.tensorflow.keras2 import install as _install_keras2
 from hvd_ext.tensorflow.muon import Muon
 from hvd_ext.tensorflow.narrow import widened

@@ -22,6 +22,7 @@ from hvd_ext.torch.checkpoints import load_checkpoint, save_checkpoint
 from hvd_ext.torch.clipping import clip_grad_norm_
 from hvd_ext.torch.collectives import shutdown
 from hvd_ext.torch.compression import Compression
+from hvd_ext.torch.functions import allgather_object, broadcast_object
 from hvd_ext.torch.mpi_ops import *  # noqa: F403
 from hvd_ext.torch.muon import Muon
 from hvd_ext.torch.optimizer import DistributedOptimizer
@@ -58,7 +59,9 @@ __all__ = [
     "SENG",
     "Server",
     "SyncBatchNorm",
+    "allgather_object",
     "assert_replicas_equal",
+    "broadcast_object",
     "broadcast_optimizer_state",
     "broadcast_parameters",
     "clip_grad_norm_",

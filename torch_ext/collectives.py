@@ -7,7 +7,6 @@ so that names in Horovod's timeline, process sets and byte accounting are decide
 from __future__ import annotations
 
 import operator
-import os
 import pickle
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,9 +18,7 @@ import torch
 from horovod.common.exceptions import HorovodInternalError
 from horovod.torch import mpi_ops
 
-from hvd_ext import meeting
-from hvd_ext.agreement import Fingerprint, disagreement
-from hvd_ext.roll_call import Listener
+from hvd_ext.scopes import Scope, SharedName
 from hvd_ext.traffic import Traffic, allreduce_bytes, by_kind
 from hvd_ext.watch import WATCH
 
@@ -76,9 +73,21 @@ class Collectives:
     bandwidth-optimal ring is counted: ``2 (M-1)/M`` and ``1`` times the tensor.
     """
 
-    def __init__(self, process_set: Any = None) -> None:
+    def __init__(self, process_set: Any = None, scope: Scope | None = None) -> None:
         self.process_set = horovod.global_process_set if process_set is None else process_set
+        self.scope = scope
         self.traffic = Traffic()
+
+    def uncounted(self) -> Collectives:
+        """The same ranks and names, for what is no part of a step's bytes."""
+        return Collectives(self.process_set, self.scope)
+
+    def full_name(self, name: str) -> str:
+        """The name that Horovod is given: with the scope, and another one after an error on all ranks."""
+        if self.scope is None or isinstance(name, SharedName):
+            return name
+        after = f".after{len(SHARED_ERRORS)}" if SHARED_ERRORS else ""
+        return self.scope.add_to(name) + after
 
     @property
     def included(self) -> bool:
@@ -108,7 +117,7 @@ class Collectives:
         less than 32 bits travel as int32. A tensor that is not contiguous travels as a contiguous copy.
         """
         sent = _addable(tensor)
-        ticket = _submit(horovod.allreduce_async_, sent, name=name, op=op,
+        ticket = _submit(horovod.allreduce_async_, sent, name=self.full_name(name), op=op,
                          process_set=self.process_set, **scale)
         moved = allreduce_bytes(nbytes(sent), self.size)
         self.traffic.add(kind, sent=moved, received=moved)
@@ -122,7 +131,7 @@ class Collectives:
         if len(tensors) == 1:
             return self.allreduce_async_(tensors[0], name, op=op, kind=kind, **scale)
         sent = [_addable(tensor) for tensor in tensors]
-        ticket = _submit(horovod.grouped_allreduce_async_, sent, name=name, op=op,
+        ticket = _submit(horovod.grouped_allreduce_async_, sent, name=self.full_name(name), op=op,
                          process_set=self.process_set, **scale)
         moved = allreduce_bytes(sum(map(nbytes, sent)), self.size)
         self.traffic.add(kind, sent=moved, received=moved)
@@ -141,7 +150,7 @@ class Collectives:
         memory = _memory(out, tensor)
         counts = torch.tensor(splits, dtype=torch.int32)
         ticket = _submit(mpi_ops._alltoall_async, carrier(tensor), counts, memory,
-                         torch.empty(0, dtype=torch.int32), name, self.process_set)
+                         torch.empty(0, dtype=torch.int32), self.full_name(name), self.process_set)
         row = nbytes(tensor) // max(1, tensor.shape[0])
         own = splits[self.rank] * row
         kept = by_kind(kind, own)
@@ -163,7 +172,8 @@ class Collectives:
         """
         tensor = tensor.contiguous()
         memory = _memory(out, tensor)
-        ticket = _submit(mpi_ops._allgather_async, carrier(tensor), memory, name, self.process_set)
+        ticket = _submit(mpi_ops._allgather_async, carrier(tensor), memory, self.full_name(name),
+                         self.process_set)
         for part, own in by_kind(kind, nbytes(tensor)).items():
             self.traffic.add(part, sent=(self.size - 1) * own, received=-own)
         return Handle(self, ticket, kind, counted=False, dtype=tensor.dtype, name=name,
@@ -173,8 +183,8 @@ class Collectives:
                          kind: str = "weights") -> Handle:
         """Copy the tensor of member ``root`` of the process set to all, in place."""
         sent = tensor.detach().contiguous()
-        ticket = _submit(horovod.broadcast_async_, carrier(sent), self.global_rank(root), name=name,
-                         process_set=self.process_set)
+        ticket = _submit(horovod.broadcast_async_, carrier(sent), self.global_rank(root),
+                         name=self.full_name(name), process_set=self.process_set)
         if self.rank == root:
             self.traffic.add(kind, sent=(self.size - 1) * nbytes(tensor))
         else:
@@ -182,42 +192,13 @@ class Collectives:
         return Handle(self, ticket, kind, dtype=tensor.dtype, name=name, memory=sent,
                       into=() if sent.data_ptr() == tensor.data_ptr() else (tensor,))
 
-    def meet(self, mine: Fingerprint) -> None:
-        """Compare what must be the same on all ranks, whatever else they were given.
-
-        Raises:
-            ValueError: on every rank, when they differ.
-        """
-        WATCH.start(horovod.rank(), horovod.shutdown, horovod.is_initialized)
-        total = torch.from_numpy(meeting.words(mine.number, asks=not self._know_each_other()))
-        self.allreduce_async_(total, meeting.NAME, op=horovod.Sum, kind="agreement").wait()
-        if not meeting.same(total.numpy()):
-            SHARED_ERRORS.append(disagreement(
-                "the ranks do not train the same parameters in the same way",
-                self.allgather_object(mine.lines, meeting.DIFFER),
-                "Build the same model and optimizer on every rank"))
-            raise ValueError(SHARED_ERRORS[-1])
-        if meeting.asked(total.numpy(), self.size):
-            self._introduce()
-
-    def _know_each_other(self) -> bool:
-        """Whether this rank can ask the others what they do; under elastic they come and go."""
-        if os.environ.get("HOROVOD_ELASTIC") == "1":
-            return True
-        return all(self.global_rank(rank) in WATCH.others for rank in range(self.size))
-
-    def _introduce(self) -> None:
-        if WATCH.listener is None:
-            WATCH.listener = Listener(local=horovod.local_size() == horovod.size())
-        mine = (horovod.rank(), WATCH.listener.address)
-        WATCH.others = {**WATCH.others, **dict(self.allgather_object(mine, "hvd_ext/addresses"))}
-
     def allgather_object(self, thing: Any, name: str) -> list[Any]:
         """Every rank's picklable ``thing``, by rank. For errors and checks, not for data."""
         if self.size == 1:
             return [thing]
         mine = torch.frombuffer(bytearray(pickle.dumps(thing)), dtype=torch.uint8)
-        sizes = self.allgather_async(torch.tensor([mine.numel()]), f"{name}/sizes", kind="objects").wait()
+        sizes = self.allgather_async(torch.tensor([mine.numel()]), _extended(name, "sizes"),
+                                     kind="objects").wait()
         gathered = self.allgather_async(mine, name, kind="objects").wait()
         return [pickle.loads(part.numpy().tobytes()) for part in gathered.split(sizes.tolist())]
 
@@ -228,11 +209,16 @@ class Collectives:
         mine = self.rank == root
         data = bytearray(pickle.dumps(thing)) if mine else bytearray()
         count = torch.tensor([len(data)])
-        self.broadcast_async_(count, root, f"{name}/size", kind="objects").wait()
+        self.broadcast_async_(count, root, _extended(name, "size"), kind="objects").wait()
         flat = torch.frombuffer(data, dtype=torch.uint8) if mine else torch.empty(
             int(count), dtype=torch.uint8)
         self.broadcast_async_(flat, root, name, kind="objects").wait()
         return thing if mine else pickle.loads(flat.numpy().tobytes())
+
+
+def _extended(name: str, part: str) -> str:
+    """The name of a part of what ``name`` is."""
+    return type(name)(f"{name}/{part}")
 
 
 def _submit(collective: Any, *args: Any, **kwargs: Any) -> Any:

@@ -18,7 +18,7 @@ from hvd_ext.torch.reducers.base import Reducer
 from hvd_ext.torch.wrapper import Wrapper
 
 
-def extend(optimizer: torch.optim.Optimizer, named_parameters: Any, reducer: Reducer,
+def extend(optimizer: torch.optim.Optimizer, names: dict[Any, str], reducer: Reducer,
            preconditioner: Any, server: Any, grad_scaler: Any) -> Any:
     """An instance of a subclass of the optimizer's class that shares everything it has."""
     wrapped = type(optimizer)
@@ -34,7 +34,7 @@ def extend(optimizer: torch.optim.Optimizer, named_parameters: Any, reducer: Red
     extended._should_synchronize = True
     if preconditioner is not None and grad_scaler is not None:
         preconditioner.set_grad_scaler(grad_scaler)
-    extended._hvd_ext = Wrapper(extended, named_parameters, reducer, preconditioner, server)
+    extended._hvd_ext = Wrapper(extended, names, reducer, preconditioner, server)
     extended._hvd_ext.original = weakref.ref(optimizer)
     extended._hvd_ext.grad_scaler = grad_scaler
     return extended

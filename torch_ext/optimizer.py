@@ -15,11 +15,13 @@ import torch
 from horovod.torch.optimizer import DistributedOptimizer as HorovodOptimizer
 
 from hvd_ext import aliases, composition
-from hvd_ext.agreement import digest
 from hvd_ext.delay import Late
 from hvd_ext.delay.late import check_late
+from hvd_ext.names import checked_names
 from hvd_ext.options import Options
+from hvd_ext.scopes import Scope, open_scope
 from hvd_ext.servers import Server
+from hvd_ext.torch import handshake
 from hvd_ext.torch.collectives import Collectives
 from hvd_ext.torch.compression import WideCompressor
 from hvd_ext.torch.copies import copy_as_wrapped
@@ -48,6 +50,7 @@ def DistributedOptimizer(
     server: str | Server | None = None,
     grad_scaler: Any = None,
     late: Late | None = None,
+    broadcast_weights: bool = False,
 ) -> Any:
     """Wrap an optimizer so that gradients are reduced over the ranks before its update.
 
@@ -71,8 +74,12 @@ def DistributedOptimizer(
             in the gradient can undo its scale.
         late: ``Late(...)``: exchange gradients beside the next step's compute and apply them then.
             The first ``step()`` changes nothing; after the last one call ``flush()``.
+        broadcast_weights: bring the parameters of the process set's first rank to all of it, now. A
+            collective: every rank must make the optimizer. Buffers, such as the statistics of batch
+            normalization, are not among them. Without it all ranks must begin with the same weights.
 
     Raises:
+        RuntimeError: ``broadcast_weights`` under Horovod elastic.
         TypeError: ``late`` is something else.
         ValueError: an argument is outside its limits, extensions cannot be combined, or the optimizer cannot
             be used with ``server``.
@@ -83,13 +90,18 @@ def DistributedOptimizer(
     check_late(late, preconditioner=preconditioner,
                passes_apart=getattr(method, "virtual_workers", "rank") != "rank",
                multiple_evaluations=isinstance(optimizer, torch.optim.LBFGS))
+    names = checked_names(optimizer.param_groups, named_parameters)
+    collectives = Collectives(process_set, _scope(optimizer, names, process_set))
+    if broadcast_weights:
+        handshake.broadcast_weights(collectives, *_named(optimizer, names))
     alone = method is None and preconditioner is None and server is None and late is None
     if alone and (op == horovod.Adasum or isinstance(optimizer, torch.optim.LBFGS)):
         if compression is horovod.Compression.none:
             compression = WideCompressor
         return copy_as_wrapped(HorovodOptimizer(
-            optimizer, named_parameters, compression, backward_passes_per_step, op,
-            gradient_predivide_factor, num_groups, groups, sparse_as_dense, process_set,
+            optimizer, [(name, p) for p, name in names.items()] or None, compression,
+            backward_passes_per_step, op, gradient_predivide_factor, num_groups, groups,
+            sparse_as_dense, process_set,
         ))
     if num_groups:
         warnings.warn("num_groups has been replaced by groups", DeprecationWarning, stacklevel=2)
@@ -97,7 +109,7 @@ def DistributedOptimizer(
     if backward_passes_per_step <= 0:
         raise ValueError("backward_passes_per_step must be > 0")
     options = Options(
-        prefix="" if method is None else _prefix(method.label, optimizer),
+        prefix="" if method is None else method.label,
         passes=backward_passes_per_step, half=compression is horovod.Compression.fp16,
         groups=groups, sparse_as_dense=sparse_as_dense,
         sparse_only=isinstance(optimizer, torch.optim.SparseAdam),
@@ -108,20 +120,22 @@ def DistributedOptimizer(
     if placed is not None:
         check_separable(optimizer, placed.settings)
     reducer = make_reducer(
-        Collectives(process_set), options, op=op, compression=compression,
+        collectives, options, op=op, compression=compression,
         predivide=gradient_predivide_factor, server=where,
         multiple_evaluations=isinstance(optimizer, torch.optim.LBFGS),
         owners=placed if where == "sharded" and preconditioner is None else None, late=late,
     )
-    return extend(optimizer, named_parameters, reducer, preconditioner, placed, grad_scaler)
+    return extend(optimizer, names, reducer, preconditioner, placed, grad_scaler)
 
 
-def _prefix(label: str, optimizer: torch.optim.Optimizer) -> str:
-    """The prefix of the optimizer's collectives, the same on all ranks that train the same parameters.
+def _named(optimizer: torch.optim.Optimizer, names: dict[Any, str]) -> tuple[list[str], list[torch.Tensor]]:
+    """The optimizer's parameters, and a name for each."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return [names.get(p, str(number)) for number, p in enumerate(parameters)], parameters
 
-    It depends on the parameters' shapes, not on how many optimizers this process has made: a rank may
-    have one more than others, and may make its own anew.
-    """
-    shapes = [(tuple(p.shape), str(p.dtype)) for group in optimizer.param_groups
-              for p in group["params"]]
-    return f"{label}.{digest(shapes) & 0xFFFF:04x}"
+
+def _scope(optimizer: torch.optim.Optimizer, names: dict[Any, str], process_set: Any) -> Scope:
+    """The part of its collectives' names that belongs to the optimizer."""
+    named, parameters = _named(optimizer, names)
+    lines = [(name, tuple(p.shape), str(p.dtype)) for name, p in zip(named, parameters, strict=True)]
+    return open_scope(process_set.process_set_id, lines, parameters)

@@ -21,7 +21,7 @@ from hvd_ext import join_barrier
 from hvd_ext.agreement import digest
 from hvd_ext.composition import describe_settings
 from hvd_ext.torch.clipping import clip_reduced_gradients
-from hvd_ext.torch.collectives import SHARED_ERRORS, Collectives, Handle, abandon, await_pending
+from hvd_ext.torch.collectives import Collectives, Handle, abandon, await_pending
 from hvd_ext.torch.wrapper import LIVE
 from hvd_ext.uneven import (
     LATE,
@@ -114,8 +114,7 @@ class Uneven:
         self.weigh = check(weigh, reduction=reduction, weighable=reducer.averages, whole=reducer.linear)
         self._on_shadow_step = on_shadow_step
         self.shadow_steps = 0
-        shapes = [(tuple(p.shape), str(p.dtype)) for g in optimizer.param_groups for p in g["params"]]
-        self._name = f"uneven.{digest(shapes) & 0xFFFF:04x}"
+        self._name = "uneven"
         self._samples = 0.0
         self._handle: Handle | None = None
         self._attendance: Attendance | None = None  # of this step
@@ -161,9 +160,8 @@ class Uneven:
         self._handle = self._sum(row, "active")
 
     def _sum(self, row: npt.NDArray[np.float64], what: str) -> Handle:
-        after = f".after{len(SHARED_ERRORS)}" if SHARED_ERRORS else ""
         return self._wrapper.collectives.allreduce_async_(
-            torch.from_numpy(row), f"{self._name}{after}/{what}", op=horovod.Sum, kind="agreement")
+            torch.from_numpy(row), f"{self._name}/{what}", op=horovod.Sum, kind="agreement")
 
     def attendance(self) -> Attendance:
         """Who has a batch in this step."""

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from hvd_ext.composition import public_name
-from hvd_ext.names import checked_names
 from hvd_ext.step import WARNING, ReducedGradients, StepError, StepState
+from hvd_ext.torch import handshake
 from hvd_ext.torch.closures import ClosureReduction
 from hvd_ext.torch.collectives import Collectives
 from hvd_ext.torch.passes import Passes
@@ -39,19 +39,19 @@ class Wrapper:
     uneven: Any = None  # the block of hvd.uneven that the optimizer is in
     loaded: str | None = None  # since the last step: "own", this rank's state; "new", state that begins new
 
-    def __init__(self, optimizer: torch.optim.Optimizer, named_parameters: Any, reducer: Reducer,
+    def __init__(self, optimizer: torch.optim.Optimizer, names: dict[Any, str], reducer: Reducer,
                  preconditioner: Any, server: Any) -> None:
         self._optimizer = weakref.ref(optimizer)
         self.reducer = reducer
         self.preconditioner = preconditioner
         self.server = server
-        self._names = checked_names(optimizer.param_groups, named_parameters)
+        self._names = names
         self.state = StepState()
         self._reduced_gradients = ReducedGradients()
         self.closure: ClosureReduction | None = None  # while step() evaluates a closure
         self._passes = Passes(reducer)
         self._hooks: dict[torch.Tensor, Any] = {}
-        self._ranks = self.collectives.size if self.collectives.included else 0
+        self.ranks = self.collectives.size if self.collectives.included else 0
         self._watch()
         weakref.finalize(self, _remove, self._hooks)
         LIVE.add(self)
@@ -111,8 +111,7 @@ class Wrapper:
         self._watch()
         self._meet_ranks()
         self.reducer.freeze(self._passes.done)
-        self.reducer.meet(f"preconditioner: {type(self.preconditioner).__name__}",
-                          *(["server: None"] if self.server is None else self.server.settings.lines()))
+        handshake.agree(self, list(LIVE))
         if self.preconditioner is not None:
             self.preconditioner.before_reduce()
         if self.uneven is not None:
@@ -369,7 +368,7 @@ class Wrapper:
     def regroup(self) -> None:
         """Take a new part after ranks have left or joined, on all ranks together."""
         self.forget()
-        self._ranks = self.collectives.size
+        self.ranks = self.collectives.size
         self.reducer.met = None
         if self.server is not None:
             self.server.attach(self.collectives, self.optimizer, self.reducer.options.groups, self._names)
@@ -378,14 +377,14 @@ class Wrapper:
 
     def _meet_ranks(self) -> None:
         """After an elastic change of the number of ranks, let the extensions take their new part."""
-        before, self._ranks = self._ranks, self.collectives.size
-        if before == self._ranks:
+        before, self.ranks = self.ranks, self.collectives.size
+        if before == self.ranks:
             return
         self.reducer.met = None
-        self.reducer.lost(max(0, before - self._ranks))
+        self.reducer.lost(max(0, before - self.ranks))
         if self.server is not None and self.server.where != "replicated":
             raise RuntimeError(
-                f"the number of ranks changed from {before} to {self._ranks}, and "
+                f"the number of ranks changed from {before} to {self.ranks}, and "
                 f"server={self.server.where!r} left moments on ranks that are not all here; give the "
                 "optimizer to hvd.elastic.TorchState, whose commits bring them together, or train with "
                 'server="replicated"'

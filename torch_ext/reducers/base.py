@@ -21,8 +21,6 @@ from hvd_ext.composition import describe_settings, public_name, public_op
 from hvd_ext.options import Options, Plain
 from hvd_ext.state import Part, split_state
 from hvd_ext.torch.collectives import Collectives, Handle
-from hvd_ext.torch.kernels import implementation
-from hvd_ext.versions import HVD_EXT
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +63,7 @@ class Reducer(abc.ABC):
         self.options = options
         self.passes = options.passes
         self.entries: list[Entry] = []
-        self.met: tuple[int, int] | None = None  # parameters and passes that the ranks agreed on
+        self.met: tuple[int, ...] | None = None  # the plan that the ranks agreed on
         self.frozen: set[Entry] = set()  # without a gradient in this step, and not to be trained
         self.absent = False  # this rank has no batch in this step (hvd.uneven)
         self.active: int | None = None  # ranks that have one, where the mean is over those
@@ -121,6 +119,11 @@ class Reducer(abc.ABC):
     def counts_active(self) -> bool:
         """Whether the reducer divides by ``active`` itself."""
         return False
+
+    @property
+    def plan(self) -> tuple[int, ...]:
+        """What changes when the ranks have to agree again."""
+        return len(self.entries), self.passes
 
     @abc.abstractmethod
     def gradient_ready(self, entry: Entry, passes_done: int, pass_number: int) -> None:
@@ -248,22 +251,6 @@ class Reducer(abc.ABC):
                  for entry in self.entries]
         return Fingerprint((*describe_settings(self.settings), f"half precision: {self.options.half}",
                             f"{self.passes} backward passes per step", *lines, *self.frozen_lines()))
-
-    def meet(self, *extensions: str) -> None:
-        """Before the first exchange, and after every change: all ranks were given the same.
-
-        Args:
-            extensions: lines about what comes after the reduction.
-
-        Raises:
-            ValueError: on every rank, when they were not.
-        """
-        plan = (len(self.entries), self.passes)
-        if self.collectives.size > 1 and plan != self.met:
-            self.collectives.meet(Fingerprint((f"hvd_ext {HVD_EXT} for PyTorch",
-                                               f"kernels: {implementation()}", *extensions,
-                                               *self.fingerprint().lines)))
-            self.met = plan
 
     def shared_state(self) -> dict[str, Any]:
         """What is the same on every rank, such as counters: a rank that joins takes it over."""

@@ -7,10 +7,8 @@ A subclass says how one bucket is exchanged (``start``) and what becomes of the 
 from __future__ import annotations
 
 import abc
-import itertools
 import math
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,10 +29,6 @@ from hvd_ext.options import Options
 from hvd_ext.torch.collectives import SHARED_ERRORS, Collectives, Handle, abandon
 from hvd_ext.torch.reducers.base import Entry, Reducer
 from hvd_ext.torch.reducers.layouts import Layouts
-
-Holders = weakref.WeakValueDictionary[tuple[int, str], "BucketReducer"]
-_HOLDERS: Holders = Holders()  # of names, by process set
-_ASKING: Holders = Holders()
 
 Started = Mapping[tuple[int, int], Any]
 """What ``start`` returned, by (number of the bucket, part of the step)."""
@@ -175,28 +169,7 @@ class BucketReducer(Reducer):
         if len(filled) == len(bucket.slots):
             self._start(bucket, part)
 
-    def _claim_prefix(self) -> None:
-        """A prefix that no other reducer's collectives have at the moment.
-
-        Two models of the same shapes may both have gradients on their way; ranks run them in the same
-        order and so choose the same names.
-        """
-        self.prefix = self._claim(self.options.prefix, _HOLDERS, lambda holder: bool(holder._started))
-
-    def _claim(self, base: str, holders: Holders, busy: Callable[[BucketReducer], bool]) -> str:
-        """The first of ``base``, ``base.1``, ... that no other reducer of these ranks is busy under."""
-        base += f".after{len(SHARED_ERRORS)}" if SHARED_ERRORS else ""
-        for number in itertools.count():
-            key = (self.collectives.process_set.process_set_id, f"{base}.{number}" if number else base)
-            holder = holders.get(key)
-            if holder is None or holder is self or not busy(holder):
-                break
-        holders[key] = self
-        return key[1]
-
     def _start(self, bucket: Bucket, part: int) -> None:
-        if not self._started:
-            self._claim_prefix()
         self._started[bucket.index, part] = self.start(bucket, part, self.buffer(bucket, part))
 
     def start_all(self) -> None:
@@ -279,12 +252,8 @@ class BucketReducer(Reducer):
         return self._fingerprint[1]
 
     def ask(self, values: Sequence[float]) -> None:
-        """Start to exchange a few numbers per rank, once a step; ``answers`` waits for them.
-
-        Its name is that of the method alone, so that ranks whose models differ meet here.
-        """
-        name = self._claim(f"{self.settings.label}/agree", _ASKING, lambda one: one._asked is not None)
-        self._asked = Asked(self.collectives, self.fingerprint().number, values, name)
+        """Start to exchange a few numbers per rank, once a step; ``answers`` waits for them."""
+        self._asked = Asked(self.collectives, self.fingerprint().number, values, f"{self.prefix}/agree")
 
     def answers(self) -> list[list[float]]:
         """Every rank's numbers, by rank.

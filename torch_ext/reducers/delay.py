@@ -100,7 +100,7 @@ class DelayReducer(BucketReducer):
         """Whether the order is known before the gradients are, of ranks that agree on the rest."""
         from hvd_ext.torch.uneven_data import active  # which imports the wrapper, and that this
 
-        return (self._fixed and self.met == (len(self.entries), self.passes)
+        return (self._fixed and self.met == self.plan
                 and self._ranks == self.collectives.size and not active())
 
     @property
@@ -348,7 +348,7 @@ class DelayReducer(BucketReducer):
         """Also MeanSquare of whole buckets: it is the same quantity whoever owns the slice."""
         state = self.state_dict()
         if self.collectives.size > 1:
-            collectives = Collectives(self.collectives.process_set)  # no part of a step's bytes
+            collectives = self.collectives.uncounted()
             gathering = {index: collectives.allgather_async(own, f"{self.prefix}/mean_square{index}",
                                                             kind="mean squares")
                          for index, own in sorted(state["mean_square"].items())}

@@ -276,7 +276,7 @@ class FeedbackReducer(BucketReducer):
         """
         if not self.settings.error_feedback:
             return
-        collectives = Collectives(self.collectives.process_set)  # no part of a step's bytes
+        collectives = self.collectives.uncounted()
         handles = []
         for bucket in self.buckets:
             if bucket.kind.route == DENSE:

@@ -9,8 +9,10 @@ import horovod.torch as horovod
 import torch
 from horovod.common.exceptions import HorovodInternalError
 
+from hvd_ext.agreement import Fingerprint
 from hvd_ext.buckets import split_groups
 from hvd_ext.options import Options, Plain
+from hvd_ext.scopes import SharedName
 from hvd_ext.torch.collectives import SHARED_ERRORS, Collectives, Handle, abandon
 from hvd_ext.torch.mpi_ops import sparse_allreduce_async
 from hvd_ext.torch.reducers.base import Entry, Reducer
@@ -32,6 +34,7 @@ class PlainReducer(Reducer):
         self._started: list[tuple[list[Entry], Any, list[Any]]] = []
         self._sparse: set[Entry] = set()  # whose gradients have been sparse
         self.layouts = Layouts()
+        self._names: dict[Entry, SharedName] = {}
 
     repeatable = True  # as Horovod does it
 
@@ -43,6 +46,9 @@ class PlainReducer(Reducer):
         """Parameters that join later make groups of their own: the others' may be on their way."""
         before, staying = set(self.entries), set(entries)
         super().build(entries)
+        scope = self.collectives.scope
+        self._names = {one: SharedName(one.name) if scope is None else scope.keep_whole(one.name)
+                       for one in entries}
         apart = {one for group in self._group.values() if not staying.issuperset(group) for one in group}
         self._group = {entry: group for entry, group in self._group.items() if entry not in apart}
         added = [entry for entry in entries if entry not in before or entry in apart]
@@ -66,12 +72,12 @@ class PlainReducer(Reducer):
         gradient = self._gradient(entry)
         group = self._group.get(entry, [entry])
         if gradient is not None and gradient.is_sparse and not self.options.sparse_as_dense:
-            handle = sparse_allreduce_async(gradient, name=_name(entry), op=self.settings.op,
+            handle = sparse_allreduce_async(gradient, name=self._name(entry), op=self.settings.op,
                                             process_set=self.collectives.process_set)
             self._started.append(([entry], handle, []))
         elif entry not in self._group and gradient is not None and not gradient.is_sparse:
             sent, context = self.settings.compression.compress(gradient)
-            handle = self.collectives.allreduce_async_(sent, _name(entry), op=self.settings.op,
+            handle = self.collectives.allreduce_async_(sent, self._name(entry), op=self.settings.op,
                                                        **self._scale)
             self._started.append(([entry], handle, [context]))
         elif all(member in self._ready for member in group):
@@ -103,7 +109,7 @@ class PlainReducer(Reducer):
             together.setdefault((tensor.dtype, tensor.device), []).append(number)
         for numbers in together.values():
             handle = self.collectives.grouped_allreduce_async_(
-                [sent[number] for number in numbers], _name(group[numbers[0]]),
+                [sent[number] for number in numbers], self._name(group[numbers[0]]),
                 op=self.settings.op, **self._scale)
             self._started.append(([group[number] for number in numbers], handle,
                                   [contexts[number] for number in numbers]))
@@ -158,7 +164,11 @@ class PlainReducer(Reducer):
         self._started = []
         self._ready = set()
 
+    def _name(self, entry: Entry) -> str:
+        """The name of the entry's collective: another one after an error, whose messages may lie about."""
+        after = f".after{len(SHARED_ERRORS)}" if SHARED_ERRORS else ""
+        return SharedName(self._names[entry] + after)
 
-def _name(entry: Entry) -> str:
-    """The name of the entry's collective: another one after an error, whose messages may lie about."""
-    return f"{entry.name}.after{len(SHARED_ERRORS)}" if SHARED_ERRORS else entry.name
+    def fingerprint(self) -> Fingerprint:
+        others = [f"{one.name} travels as {name}" for one, name in self._names.items() if name != one.name]
+        return Fingerprint((*super().fingerprint().lines, *others))

@@ -16,7 +16,7 @@ import torch
 from hvd_ext.agreement import Fingerprint
 from hvd_ext.options import Options, Plain
 from hvd_ext.servers import Message, Piece
-from hvd_ext.torch.collectives import SHARED_ERRORS, Collectives, Handle, abandon
+from hvd_ext.torch.collectives import Collectives, Handle, abandon
 from hvd_ext.torch.pieces import flattened, put_back
 from hvd_ext.torch.reducers.base import Entry, Reducer
 from hvd_ext.torch.reducers.delay_kernels import accumulation_dtype
@@ -149,8 +149,7 @@ class ShardedReducer(Reducer):
         return self._buffers[index]
 
     def _name(self, index: int, what: str) -> str:
-        after = f".after{len(SHARED_ERRORS)}" if SHARED_ERRORS else ""
-        return f"sharded/{self._names[index]}/{what}{after}"
+        return f"sharded/{self._names[index]}/{what}"
 
     # At the end of the step
 

@@ -1,0 +1,116 @@
+"""The ranks' comparison before an optimizer's first exchange: settings, parameters and weights."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import horovod.torch as horovod
+import torch
+
+from hvd_ext import meeting
+from hvd_ext.agreement import disagreement
+from hvd_ext.handshake import REMEDY, SETTINGS_DIFFER, Offer, Offers, checks_weights, compare
+from hvd_ext.roll_call import Listener
+from hvd_ext.scopes import SharedName
+from hvd_ext.torch.collectives import SHARED_ERRORS, Collectives
+from hvd_ext.torch.kernels import implementation
+from hvd_ext.torch.weight_digest import digest_tensors
+from hvd_ext.versions import HVD_EXT
+from hvd_ext.watch import WATCH
+
+_ONE_AT_A_TIME = threading.RLock()  # threads that train
+
+
+def agree(wrapper: Any, others: Sequence[Any]) -> None:
+    """Compare an optimizer with the other ranks' before its first exchange, and after every change.
+
+    Args:
+        wrapper: the optimizer whose step it is.
+        others: all live optimizers of this rank; those not compared yet are compared along with it.
+
+    Raises:
+        ValueError: on every rank, when settings, parameters or weights differ.
+    """
+    if wrapper.collectives.size == 1 or _agreed(wrapper):
+        return
+    with _ONE_AT_A_TIME:
+        if _agreed(wrapper):  # another thread's comparison included it
+            return
+        WATCH.start(horovod.rank(), horovod.shutdown, horovod.is_initialized)
+        ranks = Collectives(wrapper.collectives.process_set)
+        offered = {one.collectives.scope.label: one for one in (wrapper, *others)
+                   if one is wrapper or _joins_in(one, wrapper)}
+        plans = {label: one.reducer.plan for label, one in offered.items()}
+        mine = Offers(wrapper.collectives.scope.label, {label: _offer(one) for label, one in offered.items()})
+        total = torch.from_numpy(meeting.words(mine.number, asks=not _know_each_other(ranks)))
+        ranks.allreduce_async_(total, SharedName(meeting.NAME), op=horovod.Sum, kind="agreement").wait()
+        agreed = set(offered)
+        if not meeting.same(total.numpy()):
+            error, agreed = compare(ranks.allgather_object(mine, SharedName(meeting.DIFFER)))
+            if error is not None:
+                SHARED_ERRORS.append(error)
+                raise ValueError(error)
+        for label in agreed:
+            offered[label].reducer.met = plans[label]
+        if meeting.asked(total.numpy(), ranks.size):
+            _introduce(ranks)
+
+
+def broadcast_weights(collectives: Collectives, names: Sequence[str],
+                      parameters: Sequence[torch.Tensor]) -> None:
+    """Bring the weights of member 0 of the process set to all; a collective.
+
+    Raises:
+        RuntimeError: under Horovod elastic, where a rank that joins would be alone in it.
+        ValueError: on every rank, when their parameters differ.
+    """
+    if os.environ.get("HOROVOD_ELASTIC") == "1":
+        raise RuntimeError("broadcast_weights=True under Horovod elastic: a rank that joins would wait for "
+                           "the others; give model and optimizer to hvd.elastic.TorchState")
+    if not collectives.included or collectives.size == 1:
+        return
+    lines = [f"{name}{list(p.shape)} {p.dtype}" for name, p in zip(names, parameters, strict=True)]
+    by_rank = collectives.allgather_object(lines, "weights/parameters")
+    if any(one != by_rank[0] for one in by_rank):
+        raise ValueError(disagreement(SETTINGS_DIFFER, by_rank, REMEDY))
+    for handle in [collectives.broadcast_async_(parameter, 0, f"weights/{number}")
+                   for number, parameter in enumerate(parameters)]:
+        handle.wait()
+
+
+def _agreed(wrapper: Any) -> bool:
+    return bool(wrapper.reducer.met == wrapper.reducer.plan)
+
+
+def _joins_in(one: Any, wrapper: Any) -> bool:
+    """Whether an optimizer can be compared in the step of another one."""
+    return (one.collectives.process_set.process_set_id == wrapper.collectives.process_set.process_set_id
+            and one.collectives.included and one.ranks == one.collectives.size and bool(one.reducer.entries)
+            and not _agreed(one))
+
+
+def _offer(wrapper: Any) -> Offer:
+    entries = wrapper.reducer.entries
+    weights: list[int] = digest_tensors([entry.parameter for entry in entries]) if checks_weights() else []
+    server = ["server: None"] if wrapper.server is None else wrapper.server.settings.lines()
+    lines = (f"hvd_ext {HVD_EXT} for PyTorch", f"kernels: {implementation()}",
+             f"preconditioner: {type(wrapper.preconditioner).__name__}", *server,
+             *wrapper.reducer.fingerprint().lines, f"names of collectives: {wrapper.collectives.scope.label}")
+    return Offer(lines, tuple(zip((entry.name for entry in entries), weights, strict=False)))
+
+
+def _know_each_other(ranks: Collectives) -> bool:
+    """Whether this rank can ask the others what they do; under elastic they come and go."""
+    if os.environ.get("HOROVOD_ELASTIC") == "1":
+        return True
+    return all(ranks.global_rank(rank) in WATCH.others for rank in range(ranks.size))
+
+
+def _introduce(ranks: Collectives) -> None:
+    if WATCH.listener is None:
+        WATCH.listener = Listener(local=horovod.local_size() == horovod.size())
+    mine = (horovod.rank(), WATCH.listener.address)
+    WATCH.others = {**WATCH.others, **dict(ranks.allgather_object(mine, SharedName("hvd_ext/addresses")))}

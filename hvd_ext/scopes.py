@@ -36,7 +36,12 @@ class Scope:
         self.number: int = next(number for number in range(len(taken) + 1) if number not in taken)
         self.label = f"{code}.{self.number}" if self.number else code
         self._whole: dict[str, SharedName] = {}
+        self._owner: weakref.ref[object] | None = None  # the optimizer, once there is one
         _LIVE.add(self)
+
+    def belong_to(self, optimizer: object) -> None:
+        """Take names for as long as the optimizer lives; messages under way may live longer."""
+        self._owner = weakref.ref(optimizer)
 
     def _others(self, concerns: Callable[[Scope], bool]) -> list[Scope]:
         """The scopes of other optimizers that a name is taken by.
@@ -46,6 +51,7 @@ class Scope:
         """
         def find() -> list[Scope]:
             return [one for one in _LIVE if one is not self and one._process_set == self._process_set
+                    and (one._owner is None or one._owner() is not None)
                     and (one._code, one._members) != (self._code, self._members) and concerns(one)]
 
         if find():

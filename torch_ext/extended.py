@@ -35,6 +35,7 @@ def extend(optimizer: torch.optim.Optimizer, names: dict[Any, str], reducer: Red
     if preconditioner is not None and grad_scaler is not None:
         preconditioner.set_grad_scaler(grad_scaler)
     extended._hvd_ext = Wrapper(extended, names, reducer, preconditioner, server)
+    reducer.collectives.scope.belong_to(extended)
     extended._hvd_ext.original = weakref.ref(optimizer)
     extended._hvd_ext.grad_scaler = grad_scaler
     return extended

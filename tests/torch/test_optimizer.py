@@ -324,7 +324,7 @@ def check_change_of_size():
     take_steps(optimizer, parameters, [0])
     size = f"attach {hvd.size()}"
     assert noting.calls == [size, "before", "precondition", "commit"]
-    optimizer._hvd_ext._ranks = optimizer._hvd_ext.reducer._ranks = hvd.size() + 1
+    optimizer._hvd_ext.ranks = optimizer._hvd_ext.reducer._ranks = hvd.size() + 1
     if hvd.size() > 1:
         with pytest.warns(UserWarning, match="starts MeanSquare anew"):
             take_steps(optimizer, parameters, [1])
@@ -332,7 +332,7 @@ def check_change_of_size():
         take_steps(optimizer, parameters, [1])
     assert noting.calls[4:] == [size, "before", "precondition", "commit"]
     optimizer = delayed(parameters := make_parameters(), server="sharded")
-    optimizer._hvd_ext._ranks = hvd.size() + 1
+    optimizer._hvd_ext.ranks = hvd.size() + 1
     backward(parameters, worker_gradients(UNEVEN, worker=hvd.rank(), step=0))
     with pytest.raises(RuntimeError, match=r"hvd\.elastic\.TorchState"):
         optimizer.synchronize()

@@ -15,6 +15,8 @@ from hvd_ext.agreement import digest, disagreement, odd_ranks
 
 CHECK_WEIGHTS = "HVD_EXT_CHECK_WEIGHTS"
 SETTINGS_DIFFER = "the ranks do not train the same parameters in the same way"
+BROADCAST = ("call hvd.broadcast_parameters(model.state_dict(), root_rank=0), or give "
+             "hvd.DistributedOptimizer broadcast_weights=True")
 REMEDY = "Build the same model and optimizer on every rank"
 
 
@@ -69,14 +71,19 @@ def compare(everyone: Sequence[Offers]) -> tuple[str | None, set[str]]:
         if odd_ranks([offer.lines for offer in by_rank]):
             return disagreement(SETTINGS_DIFFER, [offer.lines for offer in by_rank], REMEDY), set()
         if odd_ranks([offer.weights for offer in by_rank]):
-            return weights_differ([offer.weights for offer in by_rank]), set()
+            return weights_differ([offer.weights for offer in by_rank], BROADCAST), set()
     first = everyone[0].optimizers
     return None, {scope for scope, offer in first.items()
                   if all(offers.optimizers.get(scope) == offer for offers in everyone)}
 
 
-def weights_differ(by_rank: Sequence[Sequence[tuple[str, int]]]) -> str:
-    """The message of the error for replicas that begin with other weights than rank 0's."""
+def weights_differ(by_rank: Sequence[Sequence[tuple[str, int]]], remedy: str) -> str:
+    """The message of the error for replicas that begin with other weights than rank 0's.
+
+    Args:
+        by_rank: each rank's weights by name, as numbers.
+        remedy: what to call before the first step, as a clause.
+    """
     odd = odd_ranks(list(by_rank))
     names = [name for rank in odd for (name, mine), (_, theirs)
              in zip(by_rank[0], by_rank[rank], strict=True) if mine != theirs]
@@ -84,6 +91,5 @@ def weights_differ(by_rank: Sequence[Sequence[tuple[str, int]]]) -> str:
     listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return (
         f"the replicas begin with different weights: {listed} on rank{'s' * (len(odd) > 1)} "
-        f"{', '.join(map(str, odd[:8]))} differ from rank 0's. Before the first step call "
-        "hvd.broadcast_parameters(model.state_dict(), root_rank=0), or give hvd.DistributedOptimizer "
-        f"broadcast_weights=True; if they are meant to differ, set {CHECK_WEIGHTS}=0")
+        f"{', '.join(map(str, odd[:8]))} differ from rank 0's. Before the first step {remedy}; "
+        f"if they are meant to differ, set {CHECK_WEIGHTS}=0")

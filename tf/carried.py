@@ -51,7 +51,7 @@ class Carried:
                 "use the global one, the default")
         self.optimizer = optimizer
         self.wrapper = wrapper
-        self.prefix = wrapper.options.prefix
+        self.prefix = wrapper.reducer.prefix
         self._seng: list[int] = []
 
     @property

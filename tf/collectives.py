@@ -12,16 +12,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import horovod.tensorflow as horovod
-import numpy as np
 import tensorflow as tf
 from horovod.tensorflow.mpi_ops import process_set_included_op
 
-from hvd_ext import meeting
-from hvd_ext.agreement import Fingerprint, disagreement
-from hvd_ext.roll_call import Listener
 from hvd_ext.tensorflow.traffic import NoTraffic, StepTraffic, nbytes, outermost_graph
 from hvd_ext.traffic import allreduce_bytes, by_kind
-from hvd_ext.watch import WATCH
 
 # Horovod's TensorFlow operations do not know it: it is reduced as float32 and moved as int16.
 NARROW = (tf.bfloat16,)
@@ -201,41 +196,6 @@ class Collectives:
                                             kind="agreement"), 1),
             lambda: tf.cast(flag, tf.bool),
         )
-
-    def meet(self, mine: Fingerprint, what: str = "train the same variables in the same way",
-             remedy: str = "Give every rank the same model, optimizer and settings") -> tf.Tensor:
-        """Compare what must be the same on all ranks, whatever else they were given; 0-D True.
-
-        A failed comparison is an ``InvalidArgumentError`` on every rank when the function runs.
-        """
-        WATCH.start(horovod.rank(), horovod.shutdown, horovod.is_initialized)
-        known = meeting.words(mine.number, asks=not self._know_each_other())
-        # No tf.constant: Horovod's operations are not marked as stateful, and on constants alone TensorFlow
-        # runs them while it prepares the graph, on this rank alone and also where the condition is false.
-        words = tf.ensure_shape(tf.numpy_function(lambda: known, [], known.dtype), known.shape)
-        total = self.allreduce(words, meeting.NAME, op=horovod.Sum, kind="agreement")
-
-        def compare(total: Any) -> Any:
-            if not meeting.same(total):
-                raise ValueError(disagreement(
-                    f"the ranks do not {what}", self.allgather_object(mine.lines, meeting.DIFFER), remedy))
-            if meeting.asked(total, self.size):
-                self._introduce()
-            return np.True_
-
-        return tf.ensure_shape(tf.numpy_function(compare, [total], tf.bool), ())
-
-    def _know_each_other(self) -> bool:
-        """Whether this rank can ask the others what they do; under elastic they come and go."""
-        ranks = self.process_set.ranks
-        return self.elastic or all(rank in WATCH.others for rank in (
-            range(self.size) if ranks is None else ranks))
-
-    def _introduce(self) -> None:
-        if WATCH.listener is None:
-            WATCH.listener = Listener(local=horovod.local_size() == horovod.size())
-        mine = (horovod.rank(), WATCH.listener.address)
-        WATCH.others = {**WATCH.others, **dict(self.allgather_object(mine, "hvd_ext.addresses"))}
 
     def allgather_object(self, thing: Any, name: str) -> list[Any]:
         """Every rank's picklable ``thing``, by rank. For errors and checks, not for data."""

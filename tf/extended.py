@@ -140,7 +140,7 @@ class Distributed:
                                      strict=True):
             if average is not None:
                 as_tf(variable).assign(average)
-        server.send(trainable_variables, f"{self._hvd_ext.options.prefix}/averages")
+        server.send(trainable_variables, f"{self._hvd_ext.reducer.prefix}/averages")
 
     def load_own_variables(self, store: Any) -> None:
         keras_store.load(self, store, super().load_own_variables)

@@ -76,7 +76,7 @@ def install() -> None:
         refuse_xla("hvd.DistributedOptimizer")
         if wrapper.scaling is not None:
             finite = wrapper.scaling.counts_as_finite(finite)
-        finite = wrapper.collectives.all_true(finite, f"{wrapper.options.prefix}/finite")
+        finite = wrapper.collectives.all_true(finite, f"{wrapper.reducer.prefix}/finite")
         wrapper.end_skipped_pass(tf.logical_not(finite))
         return finite
 

@@ -40,7 +40,7 @@ def gather(optimizer: Any, *, reset_per_rank_state: bool = False) -> dict[str, A
     collectives = Collectives(wrapper.collectives.process_set)  # not part of a step's bytes
     values: dict[str, Any] = {}
     for number, variable in enumerate(plain_variables(optimizer)):
-        value = _value(optimizer, as_tf(variable), collectives, f"{wrapper.options.prefix}/{number}")
+        value = _value(optimizer, as_tf(variable), collectives, f"{wrapper.reducer.prefix}/{number}")
         if collectives.rank == 0:
             values[str(number)] = value
     return values

@@ -15,6 +15,7 @@ from horovod.tensorflow.mpi_ops import MPI_LIB
 
 from hvd_ext.agreement import Fingerprint
 from hvd_ext.tensorflow.collectives import NARROW, Collectives, in_session_graphs, unique
+from hvd_ext.tensorflow.handshake import compare_settings
 
 PER_RANK = "_hvd_ext_per_rank"
 NUMBERS = re.compile(r"_?\d+")  # in names: Keras counts the layers of a kind that a process has made
@@ -107,8 +108,8 @@ def _must_be_alike(variables: Sequence[tf.Variable], collectives: Collectives) -
         f"{tuple(variable.shape)} {variable.dtype.base_dtype.name}"
         for number, variable in enumerate(variables)))
     try:
-        collectives.meet(mine, "broadcast the same variables", "Make the same model and optimizer on every "
-                         "rank, and build both before their variables are broadcast")
+        compare_settings(collectives, mine, "broadcast the same variables", "Make the same model and "
+                         "optimizer on every rank, and build both before their variables are broadcast")
     except tf.errors.InvalidArgumentError as error:
         raise ValueError(str(error)) from None
 

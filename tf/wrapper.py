@@ -78,7 +78,7 @@ class Step:
         for index, (gradient, variable) in enumerate(zip(gradients, self.variables, strict=True)):
             if gradient is None or not getattr(variable, "overwrite_with_gradient", False):
                 continue
-            name = f"{self.wrapper.options.prefix}/overwrite/{name_of(variable)}"
+            name = f"{self.wrapper.reducer.prefix}/overwrite/{name_of(variable)}"
             maximum: Callable[[], Any] = functools.partial(
                 collectives.allreduce, gradient, name, op=horovod.Max)
             gradients[index] = collectives.if_many(maximum, functools.partial(tf.identity, gradient))
@@ -236,7 +236,7 @@ class Step:
             update(some, owned, learning_rate)
 
         self.if_good(lambda: run(gradients, variables) if server is None else server.update(
-            run, gradients, variables, self.wrapper.options.prefix))
+            run, gradients, variables, self.wrapper.reducer.prefix))
 
     def if_good(self, change: Callable[[], None]) -> None:
         """Change weights, unless this step is to be skipped."""

@@ -15,7 +15,7 @@ from horovod.tensorflow.keras.callbacks import *  # noqa: F403
 from hvd_ext import aliases, checks
 from hvd_ext.scalars import log_report, scalars
 from hvd_ext.tensorflow.collectives import Collectives
-from hvd_ext.tensorflow.keras_hooks import require_tensorflow_backend
+from hvd_ext.tensorflow.keras_hooks import require_tensorflow_backend, wrapper_of
 from hvd_ext.tensorflow.replicas import assert_replicas_equal
 from hvd_ext.tensorflow.variables import as_tf, broadcast_variables
 
@@ -60,9 +60,16 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
             if not self.model.optimizer.built:
                 self.model.optimizer.build(self.model.trainable_variables)
             self._broadcast()
+        self._tell_reducer()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self._broadcast()
+
+    def _tell_reducer(self) -> None:
+        """Say whether weights may still differ by rank."""
+        wrapper = wrapper_of(self.model.optimizer)
+        if wrapper is not None:
+            wrapper.reducer.expect_broadcast(not self.broadcast_done)
 
     def _broadcast(self) -> None:
         if self.broadcast_done:
@@ -72,6 +79,7 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
             broadcast_variables([one for one in everything if id(as_tf(one)) not in self._local],
                                 root_rank=self.root_rank)
         self.broadcast_done = True
+        self._tell_reducer()
 
 
 class MetricAverageCallback(keras.callbacks.Callback):

@@ -16,13 +16,18 @@ import tensorflow as tf
 
 from hvd_ext.agreement import Fingerprint
 from hvd_ext.composition import describe_settings
+from hvd_ext.handshake import checks_weights
 from hvd_ext.options import Options
+from hvd_ext.scopes import Scope, open_scope
 from hvd_ext.tensorflow.collectives import Collectives
+from hvd_ext.tensorflow.handshake import compare_settings, compare_weights
 from hvd_ext.tensorflow.retracing import Traces
 from hvd_ext.tensorflow.traffic import Cell
 from hvd_ext.tensorflow.variables import NUMBERS, as_tf, made_apart, name_of
 from hvd_ext.tensorflow.waiting import Waiting
 from hvd_ext.versions import HVD_EXT
+
+SETTINGS, STEPPED, WEIGHTS = 1, 2, 3  # the settings are compared; a step has followed; the weights are, too
 
 Gradient = tf.Tensor | tf.IndexedSlices
 MakeVariable = Callable[..., tf.Variable]
@@ -49,12 +54,14 @@ class Reducer(abc.ABC):
         self.collectives = collectives
         self.settings = settings
         self.options = options
-        self.prefix = options.prefix
+        self._scope: Scope | None = None
+        self.prefix: str = options.prefix  # of the names of collectives, different for each live optimizer
         self.variables: list[Any] = []
         self._number: dict[int, int] = {}
         self.left_out: set[int] = set()  # the variables, by number, that this call was not given
         self._places: dict[int, int] = {}  # in this call, where no variables were planned for
-        self._checked: Any = None
+        self._checked: Any = None  # how far the ranks have been compared
+        self._broadcast_expected = False
         self._waiting = Waiting(f"the exchange of gradients of {options.prefix}")
         self._functions: dict[tuple[str, ...], Any] = {}
         self._traces = Traces()
@@ -69,12 +76,18 @@ class Reducer(abc.ABC):
         del make_variable
         self.variables = list(variables)
         self._number = {id(as_tf(variable)): index for index, variable in enumerate(variables)}
+        if self._scope is None:
+            lines = [(NUMBERS.sub("", name_of(one)), tuple(one.shape), as_tf(one).dtype.name)
+                     for one in variables]
+            process_set = self.collectives.process_set.process_set_id
+            self._scope = open_scope(process_set, lines, map(as_tf, variables))
+            self.prefix = self._scope.keep_whole(self.options.prefix)
         self._make_own()
 
     def _make_own(self) -> None:
         """Make the variables that are not saved, once."""
         if self._checked is None:
-            self._checked = made_apart(lambda: tf.Variable(False, trainable=False))
+            self._checked = made_apart(lambda: tf.Variable(0, trainable=False, dtype=tf.int32))
             self._waiting.build()
 
     def label(self, variable: Any) -> str:
@@ -137,22 +150,45 @@ class Reducer(abc.ABC):
     def met(self) -> tf.Tensor:
         """0-D True; before the first exchange all ranks see here that they were given the same.
 
-        Where they were not, running it is an error on every rank.
+        Before the second step they see also that their weights are. Otherwise running it is an error on every
+        rank.
         """
         self._make_own()
 
-        def meet() -> tf.Tensor:
-            lines = (f"hvd_ext {HVD_EXT} for TensorFlow", *self.extensions, *self.fingerprint().lines)
-            with tf.control_dependencies([self.collectives.meet(Fingerprint(lines))]):
-                return tf.identity(self._checked.assign(True))
+        def settings() -> tf.Tensor:
+            lines = (f"hvd_ext {HVD_EXT} for TensorFlow", *self.extensions,
+                     f"names of collectives: {self.prefix}", *self.fingerprint().lines)
+            with tf.control_dependencies([compare_settings(self.collectives, Fingerprint(lines))]):
+                return self._checked.assign(SETTINGS) >= SETTINGS
 
-        return tf.cond(self._checked, lambda: tf.constant(True), meet)
+        def weights() -> tf.Tensor:
+            values = [as_tf(variable).read_value() for variable in self.variables]
+            names = [name_of(variable) for variable in self.variables]
+            with tf.control_dependencies([compare_weights(self.collectives, self.prefix, names, values)]):
+                return self._checked.assign(WEIGHTS) >= SETTINGS
+
+        def again() -> tf.Tensor:
+            return tf.cond(tf.equal(self._checked, STEPPED), weights, lambda: tf.constant(True))
+
+        return tf.cond(self._checked >= SETTINGS, again, settings)
+
+    def expect_broadcast(self, expected: bool) -> None:
+        """Weights will be broadcast after some steps, before which they may differ; or have just been."""
+        self._broadcast_expected = expected
+        if not expected and self._checked is not None and int(self._checked) == SETTINGS:
+            self._checked.assign(STEPPED)
+
+    def _note_step(self) -> None:
+        """In a graph being traced, after the exchange: the next step may compare weights."""
+        if self._checked is not None and self.variables and checks_weights() \
+                and not (self._broadcast_expected or self.collectives.elastic):
+            self._checked.assign(tf.where(tf.equal(self._checked, SETTINGS), STEPPED, self._checked))
 
     def meet_at_once(self) -> None:
         """As :meth:`met`, outside of the graph being traced: before something else is exchanged there."""
         if self.variables and self.collectives.size > 1 and not self.collectives.elastic:
             self._make_own()
-            made_apart(lambda: bool(self._checked) or tf.function(self.met, autograph=False)())
+            made_apart(lambda: int(self._checked) > 0 or tf.function(self.met, autograph=False)())
 
     def parts_shape(self) -> tuple[int, ...]:
         """Leading shape of the gradients taken: (micro-batches,) or ()."""
@@ -185,7 +221,7 @@ class Reducer(abc.ABC):
         self._traces.forget()
         self._functions.clear()
         if self._checked is not None:
-            self._checked.assign(False)
+            self._checked.assign(0)
 
     def inputs(self, optimizer: Any) -> dict[str, tf.Tensor]:
         """What ``reduce`` needs to know about an optimizer at this step, as tensors."""
@@ -229,6 +265,7 @@ class Reducer(abc.ABC):
         with tf.control_dependencies(fresh), self.collectives.traffic.section():
             reduced, good = self.reduce(gradients, variables, **inputs)
         self._waiting.end(begun, reduced)
+        self._note_step()
         if good is not None:
             if self._taken is None:
                 self._taken = Cell(1)

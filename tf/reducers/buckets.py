@@ -202,8 +202,8 @@ class BucketReducer(Reducer):
                         *[tf.cast(value, tf.float64) for value in values]])
         rows = row[None]
         if ranks > 1:
-            rows = self.collectives.allgather(rows, f"{self.settings.label}/agree", kind="agreement",
-                                              rows=ranks)
+            rows = self.collectives.allgather(rows, f"{self.prefix}/{self.settings.label}/agree",
+                                              kind="agreement", rows=ranks)
         fine = tf.logical_and(tf.reduce_all(rows[:, 0] == 1.0),
                               tf.reduce_all(rows[:, 1] == rows[0, 1]))
         check = tf.debugging.Assert(fine, [

@@ -58,7 +58,7 @@ FRONT_ENDS = {"torch": ROOT / "torch_ext", "tensorflow": ROOT / "tf"}
 TENSORFLOW_ALONE = {"tape", "traffic", "variables", "keras_store", "keras_hooks", "keras2", "narrow",
                     "waiting", "retracing", "padded", "belonging",
                     *(f"seng/{name}" for name in ("traces", "start", "einsum", "table"))}
-TORCH_ALONE = {"passes", "mpi_ops", "copies", "lightning", "owned_state", "kernels", "host_copies",
+TORCH_ALONE = {"passes", "mpi_ops", "lightning", "owned_state", "kernels", "host_copies",
                "kernels_triton", "optimizer_state", "optimizer_broadcast", "state_exchange", "closures",
                "reducers/delay_step", "reducers/frozen", "reducers/late_step",
                "reducers/layouts",

@@ -61,9 +61,8 @@ def token(parameter: torch.Tensor) -> torch.Tensor:
 
 def ask_frozen(reducer: Reducer, name: str) -> Handle:
     """Start to compare what is frozen on the ranks, where nothing else that they exchange would show it."""
-    after = f".after{len(SHARED_ERRORS)}" if SHARED_ERRORS else ""
     total = torch.from_numpy(meeting.words(digest(reducer.frozen_lines())))
-    return reducer.collectives.allreduce_async_(total, name + after, op=horovod.Sum, kind="agreement")
+    return reducer.collectives.allreduce_async_(total, name, op=horovod.Sum, kind="agreement")
 
 
 def check_frozen(reducer: Reducer, asked: Handle) -> None:

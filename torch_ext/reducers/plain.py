@@ -120,7 +120,8 @@ class PlainReducer(Reducer):
                 self._take(entry)
 
     def finish(self) -> bool:
-        self._sparse |= self.layouts.learn(self, f"{_name(self.entries[0])}/layouts" if self.entries else "")
+        if self.entries:
+            self._sparse |= self.layouts.learn(self, f"{self.entries[0].name}/layouts")
         self.start_all()
         for group, handle, contexts in self._started:
             if not contexts:

@@ -5,8 +5,12 @@ from __future__ import annotations
 from hvd_ext.scopes import SharedName, open_scope
 
 
+PARAMETERS = []  # of all tests: an address that is free could be taken by the next one
+
+
 def scope(*names, process_set=0, members=None):
-    return open_scope(process_set, names, [object()] if members is None else members)
+    PARAMETERS.append([object()] if members is None else members)
+    return open_scope(process_set, names, PARAMETERS[-1])
 
 
 def test_optimizers_of_other_parameters_have_other_scopes_whatever_their_order():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from hvd_ext.scopes import SharedName, open_scope
 
-
 PARAMETERS = []  # of all tests: an address that is free could be taken by the next one
 
 

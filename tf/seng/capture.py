@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.saved_model.save_context import in_save_context
 
 from hvd_ext.seng import Settings
 from hvd_ext.seng.samples import CONSTANT, CONTIGUOUS, STRIDED
@@ -151,8 +152,8 @@ class Capture:
 
     @tf.autograph.experimental.do_not_convert
     def _identity(self, layer: Layer, inside: Any, x: Any, z: Any, given: tuple[Any, ...]) -> Any:
-        if not tf.is_tensor(z) or isinstance(z, tf.RaggedTensor):
-            return z  # Keras is working out shapes
+        if not tf.is_tensor(z) or isinstance(z, tf.RaggedTensor) or isinstance(x, tf.SparseTensor):
+            return z  # Keras is working out shapes; or there is no rule
         x = tf.stop_gradient(tf.convert_to_tensor(x))
         if self.samples.saw(layer, x) or layer.samples == CONSTANT:
             return z
@@ -162,6 +163,8 @@ class Capture:
         @tf.custom_gradient
         def tap(z: tf.Tensor) -> tuple[tf.Tensor, Any]:
             def gradient(gz: tf.Tensor) -> tf.Tensor:
+                if in_save_context():  # a SavedModel takes the gradient along, and must not capture here
+                    return gz
                 self._store(layer, inside, x, gz, given, batch)
                 return gz
 

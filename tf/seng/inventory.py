@@ -174,4 +174,6 @@ UNUSUAL = {"lora_enabled": "has LoRA weights", "rms_scaling": "scales by the RMS
 
 def _unusual(layer: Any) -> str | None:
     """What of the way in which the layer computes its output its rule does not know."""
+    if any(getattr(one, "sparse", False) for node in layer._inbound_nodes for one in node.input_tensors):
+        return "takes a sparse input"
     return next((why for name, why in UNUSUAL.items() if getattr(layer, name, None)), None)

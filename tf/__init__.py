@@ -4,9 +4,13 @@ Everything public in ``horovod.tensorflow`` is here under its own name; what thi
 extends comes after it.
 """
 
-# ruff: noqa: F401  (names are given on)
+# ruff: noqa: E402, F401  (names are given on; TensorFlow must not be imported before the check)
 
 import importlib
+
+from hvd_ext.keras_choice import refuse_legacy_keras as _refuse_legacy_keras
+
+_refuse_legacy_keras()
 
 import horovod.tensorflow as _horovod
 from horovod.tensorflow import *  # noqa: F403
@@ -31,6 +35,7 @@ from hvd_ext.tensorflow.reducers import register_reducer
 from hvd_ext.tensorflow.replicas import assert_replicas_equal
 from hvd_ext.tensorflow.seng import SENG
 from hvd_ext.tensorflow.seng.rules import register_seng_rule
+from hvd_ext.tensorflow.session_hook import BroadcastGlobalVariablesHook
 from hvd_ext.tensorflow.sync_batch_norm import SyncBatchNormalization, convert_sync_batchnorm
 from hvd_ext.tensorflow.tape import distributed_tape as DistributedGradientTape
 from hvd_ext.tensorflow.tape import partial_distributed_tape as PartialDistributedGradientTape

@@ -14,21 +14,22 @@ import keras
 import tensorflow as tf
 from horovod.tensorflow import DistributedOptimizer as HorovodOptimizer
 
-from hvd_ext import checks
+from hvd_ext import checks, composition
 from hvd_ext.delay.late import check_late
 from hvd_ext.options import Options
 from hvd_ext.servers import Server, settings_of
 from hvd_ext.tensorflow import copies, keras_hooks
-from hvd_ext.tensorflow.collectives import Collectives
+from hvd_ext.tensorflow.collectives import Collectives, refuse_session_graphs
 from hvd_ext.tensorflow.extended import Distributed
 from hvd_ext.tensorflow.pieces import cuts
-from hvd_ext.tensorflow.reducers import check_preconditioner, make_reducer
+from hvd_ext.tensorflow.reducers import REDUCERS, check_preconditioner, make_reducer
 from hvd_ext.tensorflow.reducers.late import LateReducer
 from hvd_ext.tensorflow.reducers.plain import PlainReducer
 from hvd_ext.tensorflow.separability import check_separable
 from hvd_ext.tensorflow.server import make_server
 from hvd_ext.tensorflow.wrapper import Wrapper
 
+EXTENSIONS = {"preconditioner", "server", "reset_per_rank_state", "late"}  # arguments that are not Horovod's
 # What a class must not override for its gradients to be met between accumulation and clipping.
 PASSED_THROUGH = ("apply", "_backend_apply_gradients", "_clip_gradients")
 
@@ -57,9 +58,15 @@ def DistributedOptimizer(optimizer: Any, name: str | None = None, use_locking: b
     }
     if not isinstance(optimizer, tf.compat.v1.train.Optimizer):
         return KerasDistributedOptimizer(optimizer, **shared, **extensions)
-    if any(value is not None for value in extensions.values()):
+    unknown = set(extensions) - EXTENSIONS
+    if unknown:
+        raise TypeError(f"DistributedOptimizer has no argument {', '.join(sorted(unknown))}")
+    asked = [name + "=" for name, value in extensions.items() if value not in (None, False)]
+    asked += [composition.public_name(one) for one in (op, compression) if type(one) in REDUCERS]
+    if asked:
         raise NotImplementedError(
-            f"{', '.join(extensions)}: not for a tf.compat.v1 optimizer; use a Keras optimizer")
+            f"{', '.join(asked)} with a tf.compat.v1 optimizer, which Horovod's own DistributedOptimizer "
+            "wraps: use a Keras optimizer, without tf.compat.v1.disable_eager_execution(), or leave it out")
     return HorovodOptimizer(optimizer, use_locking=use_locking, **shared)
 
 
@@ -143,6 +150,7 @@ def KerasDistributedOptimizer(
     check_late(late, preconditioner=preconditioner, passes_apart=bool(reducer.parts_shape()),
                multiple_evaluations=False)
     if late is not None:
+        refuse_session_graphs("late=")
         check_extension(optimizer, "late=")
         if optimizer.gradient_accumulation_steps:
             raise ValueError(

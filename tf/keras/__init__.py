@@ -22,6 +22,7 @@ from hvd_ext.tensorflow.checkpoints import load_checkpoint, save_checkpoint
 from hvd_ext.tensorflow.compression import Compression
 from hvd_ext.tensorflow.keras.load import load_model
 from hvd_ext.tensorflow.keras.save import save_model
+from hvd_ext.tensorflow.keras_hooks import require_tensorflow_backend as _require_tensorflow_backend
 from hvd_ext.tensorflow.muon import Muon
 from hvd_ext.tensorflow.narrow import widened
 from hvd_ext.tensorflow.optimizer import KerasDistributedOptimizer as DistributedOptimizer
@@ -35,6 +36,7 @@ from hvd_ext.tensorflow.uneven_data import join, uneven
 from hvd_ext.tensorflow.variables import broadcast_variables
 from hvd_ext.tensorflow.waiting import shutdown
 
+_require_tensorflow_backend("hvd_ext.tensorflow.keras")
 __getattr__ = aliases.names_of(__name__, "horovod.tensorflow.keras")
 
 allreduce = widened(_horovod.allreduce)

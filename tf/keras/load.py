@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from hvd_ext.tensorflow.optimizer import KerasDistributedOptimizer
 def load_model(filepath: Any, custom_optimizers: Iterable[type] | None = None,
                custom_objects: dict[str, Any] | None = None,
                compression: Any = horovod.Compression.none, legacy_opts: bool = False,
-               **options: Any) -> Any:
+               *, compile: bool = True, safe_mode: bool = True, **options: Any) -> Any:
     """Load a Keras model whose optimizer continues with its state, reducing gradients.
 
     Args:
@@ -26,18 +27,25 @@ def load_model(filepath: Any, custom_optimizers: Iterable[type] | None = None,
         custom_objects: further classes and functions by name.
         compression: as for ``DistributedOptimizer``.
         legacy_opts: must be False; Keras 3 has no legacy optimizers.
+        compile, safe_mode: as ``keras.models.load_model`` takes them.
         options: further arguments of ``DistributedOptimizer``. Give those that the saved
             optimizer was made with: their state is in the file.
 
     Raises:
         ValueError: ``legacy_opts`` is True.
+        TypeError: ``DistributedOptimizer`` has no such argument.
     """
     require_tensorflow_backend("hvd.load_model")
     if legacy_opts:
         raise ValueError("legacy_opts=True: Keras 3 has no legacy optimizers; leave it out")
+    unknown = set(options) - set(inspect.signature(KerasDistributedOptimizer).parameters)
+    if unknown:
+        raise TypeError(f"hvd.load_model has no argument {', '.join(sorted(unknown))}: it takes those of "
+                        "keras.models.load_model and of hvd.DistributedOptimizer")
     with distributing({"compression": compression, **options}, custom_optimizers) as wrapped:
-        model = keras.models.load_model(filepath, custom_objects={**wrapped, **(custom_objects or {})})
-    optimizer = distributed_part(model.optimizer)
+        model = keras.models.load_model(filepath, custom_objects={**wrapped, **(custom_objects or {})},
+                                        compile=compile, safe_mode=safe_mode)
+    optimizer = distributed_part(getattr(model, "optimizer", None))  # none with compile=False
     if getattr(optimizer, "built", True) is False:  # an .h5 file: Keras built it without variables
         optimizer.build(model.trainable_variables)
     return model

@@ -1,0 +1,22 @@
+"""Which Keras a process has asked for in its environment, and whether this package can train with it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+LEGACY = "TF_USE_LEGACY_KERAS"
+
+
+def refuse_legacy_keras(environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse TensorFlow's older Keras, before anything imports TensorFlow.
+
+    Raises:
+        RuntimeError: the environment asks for it.
+    """
+    value = environment.get(LEGACY)
+    if value in ("1", "true", "True"):
+        raise RuntimeError(
+            f"{LEGACY}={value} makes tf.keras the older Keras 2, which hvd_ext.tensorflow does not train "
+            f"with: unset {LEGACY} (Keras 3 runs most scripts of Keras 2), or keep horovod.tensorflow for "
+            "this script")

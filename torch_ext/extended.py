@@ -100,7 +100,9 @@ class ExtendedOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: the update would use gradients that are not reduced, or are reduced twice.
         """
-        loss = None
+        loss, wrapped = None, self._hvd_ext.original()
+        if wrapped is not None:  # a scheduler may have been made with it, and watch its steps
+            wrapped._opt_called = True
         if closure is not None:
             with torch.enable_grad(), self._hvd_ext.reducing_in_closure(self._should_synchronize):
                 loss = closure()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections import Counter
 
@@ -20,13 +21,19 @@ class Passes:
     gradients are held back.
     """
 
-    def __init__(self, reducer: Reducer) -> None:
+    def __init__(self, reducer: Reducer, *, alone: bool = False) -> None:
         self.reducer = reducer
+        self._alone = alone  # nothing but the reducer is in the way of a gradient
         self.done: Counter[torch.Tensor] = Counter()
         self._number = 0  # the current pass; 0 before the first
         self._reached: set[torch.Tensor] = set()  # by the current pass
         self._inside = False  # a call of backward() that autograd has not reported over
         self._held: list[Entry] | None = None  # of a call whose pass is not known yet
+
+    def untouched(self) -> bool:
+        """Whether gradients stay as autograd leaves them: plain reduction on one rank, as in Horovod."""
+        return (self._alone and self.reducer.untouched and self.reducer.collectives.size == 1
+                and os.environ.get("HOROVOD_ELASTIC") != "1")
 
     def forget(self) -> None:
         """Begin a step; what was counted and held back of the last one is dropped."""
@@ -41,6 +48,9 @@ class Passes:
         Raises:
             AssertionError: it is one more than ``backward_passes_per_step``.
         """
+        gradient = entry.parameter.grad
+        if gradient is not None and gradient.requires_grad:  # backward(create_graph=True)
+            entry.parameter.grad = gradient.detach()
         self.done[entry.parameter] += 1
         self.reducer.frozen.discard(entry)  # of the step before
         if self.done[entry.parameter] > self.reducer.passes:

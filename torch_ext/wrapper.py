@@ -20,6 +20,7 @@ from hvd_ext.step import WARNING, ReducedGradients, StepError, StepState
 from hvd_ext.torch import handshake
 from hvd_ext.torch.closures import ClosureReduction
 from hvd_ext.torch.collectives import Collectives
+from hvd_ext.torch.hooks import check_real, let_go, remove_hooks
 from hvd_ext.torch.passes import Passes
 from hvd_ext.torch.reducers.base import Entry, Reducer
 from hvd_ext.watch import WATCH
@@ -49,11 +50,11 @@ class Wrapper:
         self.state = StepState()
         self._reduced_gradients = ReducedGradients()
         self.closure: ClosureReduction | None = None  # while step() evaluates a closure
-        self._passes = Passes(reducer)
+        self._passes = Passes(reducer, alone=preconditioner is None and server is None)
         self._hooks: dict[torch.Tensor, Any] = {}
         self.ranks = self.collectives.size if self.collectives.included else 0
         self._watch()
-        weakref.finalize(self, _remove, self._hooks)
+        weakref.finalize(self, let_go, self._hooks, reducer)
         LIVE.add(self)
         if preconditioner is not None:
             preconditioner.attach(self.collectives, optimizer)
@@ -241,6 +242,10 @@ class Wrapper:
     def _repeatable(self) -> bool:
         return self.reducer.repeatable and self.preconditioner is None and self.uneven is None
 
+    @property
+    def _untouched(self) -> bool:
+        return self.uneven is None and self._passes.untouched()
+
     def _leave_reduced_by_backward(self, parameter: torch.Tensor) -> None:
         """A backward pass has followed a reduction: on top of its gradients, or in place of them."""
         if self._reduced_gradients.includes(parameter, parameter.grad):
@@ -275,7 +280,7 @@ class Wrapper:
 
     def begun(self) -> bool:
         """Whether gradients of this step are on their way."""
-        return bool(self._passes.done)
+        return bool(self._passes.done) and not self._untouched
 
     def has_all_gradients(self) -> bool:
         """Whether every parameter has its gradient of this step's last backward pass."""
@@ -328,16 +333,14 @@ class Wrapper:
     def _watch(self) -> None:
         """Hook parameters that require a gradient and are not hooked yet; plan their exchange."""
         hooks = self._hooks
-        if not any(parameter.requires_grad and parameter not in hooks
-                   for group in self.optimizer.param_groups for parameter in group["params"]):
+        if not self.collectives.included or not any(
+                parameter.requires_grad and parameter not in hooks
+                for group in self.optimizer.param_groups for parameter in group["params"]):
             return
-        if not self.collectives.included:
-            return
-        fresh = [entry for entry in self._entries() if entry.parameter.requires_grad
-                 and entry.parameter not in hooks]
+        fresh = [e for e in self._entries() if e.parameter.requires_grad and e.parameter not in hooks]
+        check_real(() if self._untouched else fresh, self.method)
         for entry in fresh:
-            self._hooks[entry.parameter] = (
-                entry.parameter.register_post_accumulate_grad_hook(self._hook(entry)))
+            hooks[entry.parameter] = entry.parameter.register_post_accumulate_grad_hook(self._hook(entry))
         self.reducer.build([*self.reducer.entries, *fresh])
 
     def _hook(self, entry: Entry) -> Callable[[torch.Tensor], None]:
@@ -347,13 +350,16 @@ class Wrapper:
             self = ours()
             if self is None:
                 return
+            if self._untouched:
+                self._passes.done[parameter] += 1
+                return
             if self.state.reduced or self._reduced_gradients:
                 self._leave_reduced_by_backward(parameter)
                 if self.state.extended and not self._repeatable:
                     return  # an error, in synchronize() or step()
             if self.uneven is not None:
-                last = self._passes.done[parameter] + 1 >= self.reducer.passes
-                self.uneven.gradient_ready(parameter, last=last)
+                self.uneven.gradient_ready(parameter, last=self._passes.done[parameter] + 1
+                                           >= self.reducer.passes)
             self._passes.gradient_ready(entry)
             if self.closure is not None:
                 self.closure.gradient_ready(parameter)
@@ -363,7 +369,7 @@ class Wrapper:
     def unhook(self) -> None:
         """Remove the hooks from the parameters; the optimizer is of no use afterwards."""
         self.forget()
-        _remove(self._hooks)
+        remove_hooks(self._hooks)
 
     def regroup(self) -> None:
         """Take a new part after ranks have left or joined, on all ranks together."""
@@ -391,8 +397,3 @@ class Wrapper:
             )
         if self.preconditioner is not None:
             self.preconditioner.attach(self.collectives, self.optimizer)
-
-
-def _remove(hooks: dict[torch.Tensor, Any]) -> None:
-    for handle in hooks.values():
-        handle.remove()

@@ -62,7 +62,7 @@ TENSORFLOW_ALONE = {"tape", "traffic", "variables", "keras_store", "keras_hooks"
 TORCH_ALONE = {"passes", "mpi_ops", "lightning", "owned_state", "kernels", "host_copies",
                "kernels_triton", "optimizer_state", "optimizer_broadcast", "state_exchange", "closures",
                "reducers/delay_step", "reducers/frozen", "reducers/late_step",
-               "reducers/layouts",
+               "reducers/layouts", "hooks",
                "seng/pending",
                *(f"seng/{name}" for name in ("attention", "eager", "functions", "joint", "light", "lookup",
                                              "packs", "parameters", "per_sample", "shifted", "tied"))}

@@ -180,6 +180,7 @@ def predict(method, passes, ranks, seed, operations):
     start = np.concatenate([rng.standard_normal(shape).ravel() for shape in SHAPES])
     reduces = Method("plain" if kind == "exact" else kind, ranks, [slice(0, SIZE)])
     model = Model(reduces, start, passes, groups=[slice(0, SIZE)],
+                  untouched=method == "plain" and ranks == 1,
                   **{**options, "partial": options.get("partial", False) and ranks > 1})
     if kind == "exact":  # of full rank, so that nothing is left over
         reduces.__class__ = type("Exact", (Method,), {"repeatable": property(lambda self: False)})

@@ -91,6 +91,9 @@ class Reducer(abc.ABC):
     staleness = 0
     """Steps by which the gradients that ``finish()`` gives are late."""
 
+    untouched = False
+    """Whether the gradients of one rank are the reduced ones."""
+
     repeatable = False
     """Whether reducing gradients a second time before the update gives what one process would have."""
 

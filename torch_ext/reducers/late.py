@@ -237,7 +237,7 @@ class LateReducer(Reducer):
 
     def _keep_weights(self) -> None:
         """Keep the weights of this step, before its update: those at which what it has sent was taken."""
-        if self.late.lam == 0 or self._flying is None:
+        if self.late.lam == 0 or not self._flying:
             return
         for entry in self.entries:
             if entry not in self._before:

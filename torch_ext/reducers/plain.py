@@ -36,6 +36,7 @@ class PlainReducer(Reducer):
         self.layouts = Layouts()
         self._names: dict[Entry, SharedName] = {}
 
+    untouched = True
     repeatable = True  # as Horovod does it
 
     @property
@@ -89,6 +90,8 @@ class PlainReducer(Reducer):
     def _gradient(self, entry: Entry) -> torch.Tensor | None:
         """What travels for an entry; None where nothing does: on one rank, for what has no gradient."""
         parameter = entry.parameter
+        if self.collectives.size == 1 and not self.options.half:
+            return None
         if parameter.grad is None and self.collectives.size > 1:
             if entry in self.frozen:
                 return token(parameter)

@@ -94,9 +94,12 @@ def take_inventory(model: nn.Module, settings: Settings) -> Inventory[Layer]:
     for name, module in model.named_modules():
         if "parametrizations" in name.split("."):
             continue  # the module whose parameter is computed there has them
-        trainable = {key: p for key, p in parameters_of(module).items() if p.requires_grad}
+        own_parameters = parameters_of(module)
+        trainable = {key: p for key, p in own_parameters.items() if p.requires_grad and p.numel()}
         kind = type(module).__name__
-        rules, tried = _rules_for(module, settings, sealed=name.startswith(tuple(sealed)))
+        empty = any(not p.numel() for p in own_parameters.values())  # no inputs, or no outputs
+        rules, tried = ((), False) if empty else _rules_for(
+            module, settings, sealed=name.startswith(tuple(sealed)))
         if isinstance(module, nn.MultiheadAttention) and not rules:
             sealed.append(f"{name}.")
         if within(name, settings.excluded, "."):

@@ -1,0 +1,40 @@
+"""Hooks on parameters: which parameters may have one, and how hooks are taken off again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hvd_ext.torch.collectives import abandon
+from hvd_ext.torch.reducers.base import Entry, Reducer
+
+
+def check_real(entries: Sequence[Entry], method: str) -> None:
+    """Refuse complex parameters: a method would lose their imaginary part, or fail.
+
+    Args:
+        method: what the optimizer was given, as a user wrote it.
+
+    Raises:
+        ValueError: one is complex; names the first.
+    """
+    for entry in entries:
+        if entry.parameter.is_complex():
+            raise ValueError(
+                f"{entry.name} is a parameter of {entry.parameter.dtype}, which {method} cannot take: "
+                "Horovod adds up real numbers. Make a real parameter of it, as torch.view_as_real(value) "
+                "has it, and use torch.view_as_complex(parameter) in the model; or freeze it")
+
+
+def remove_hooks(hooks: dict[torch.Tensor, Any]) -> None:
+    """Take the hooks off their parameters."""
+    for handle in hooks.values():
+        handle.remove()
+
+
+def let_go(hooks: dict[torch.Tensor, Any], reducer: Reducer) -> None:
+    """The optimizer is gone: its hooks go, and what ``late=`` has sent for it, once that is over."""
+    remove_hooks(hooks)
+    abandon(reducer.under_way())

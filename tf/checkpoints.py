@@ -51,6 +51,7 @@ def save_checkpoint(folder: str | os.PathLike[str], step: int, *, model: keras.M
     require_tensorflow_backend("hvd.save_checkpoint")
     optimizer = _with_loss_scale(model, optimizer)
     ranks = _ranks(optimizer)
+    ranks.refuse_outside("hvd.save_checkpoint")
     exact = {} if _replies(optimizer) is None else _replies(optimizer).everywhere()
 
     def contents() -> Contents:
@@ -94,6 +95,7 @@ def load_checkpoint(folder: str | os.PathLike[str], *, model: keras.Model, optim
     require_tensorflow_backend("hvd.load_checkpoint")
     optimizer = _with_loss_scale(model, optimizer)
     ranks = _ranks(optimizer)
+    ranks.refuse_outside("hvd.load_checkpoint")
     found = run_checkpoints.find(ranks, folder, _describe(optimizer),
                                  reset_per_rank_state=reset_per_rank_state)
     if found is None:

@@ -47,14 +47,30 @@ class Collectives:
         return other
 
     @property
+    def included(self) -> bool:
+        """Whether this rank is a member of the process set; one that is not is alone."""
+        return self.process_set is horovod.global_process_set or self.process_set.included() is not False
+
+    @property
     def size(self) -> int:
         """M, the number of ranks."""
-        return int(self.process_set.size())
+        return int(self.process_set.size()) if self.included else 1
 
     @property
     def rank(self) -> int:
         """This rank's number within the process set."""
-        return int(self.process_set.rank())
+        return int(self.process_set.rank()) if self.included else 0
+
+    def refuse_outside(self, what: str) -> None:
+        """Refuse a rank that is no member, and would write over what the members write.
+
+        Raises:
+            ValueError: this is one.
+        """
+        if not self.included:
+            raise ValueError(f"{what} on rank {horovod.rank()}, outside of the process set of ranks "
+                             f"{list(self.process_set.ranks)} that the optimizer reduces over: call it on "
+                             "those ranks only")
 
     @property
     def elastic(self) -> bool:

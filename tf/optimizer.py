@@ -133,6 +133,12 @@ def KerasDistributedOptimizer(
         groups = num_groups if groups is None else groups
     check_preconditioner(preconditioner)
     collectives = Collectives(process_set, device_dense=device_dense, device_sparse=device_sparse)
+    given = {"op": op, "compression": compression, "preconditioner": preconditioner, "server": server,
+             "late": late}
+    if not collectives.included:  # it trains alone, without extensions, as in PyTorch
+        op = op if type(op) not in REDUCERS else horovod.Average
+        compression = compression if type(compression) not in REDUCERS else horovod.Compression.none
+        preconditioner = server = late = None
     settings = None if server is None else settings_of(server)
     where = None if settings is None else settings.kind
     placed = make_server(settings, optimizer, collectives, groups)
@@ -171,11 +177,10 @@ def KerasDistributedOptimizer(
                       server=placed, where=where, reset_per_rank_state=reset_per_rank_state)
     wrapper.given = {
         "name": name, "device_dense": device_dense, "device_sparse": device_sparse,
-        "compression": compression, "sparse_as_dense": sparse_as_dense,
-        "gradient_predivide_factor": gradient_predivide_factor, "op": op,
+        "sparse_as_dense": sparse_as_dense, "gradient_predivide_factor": gradient_predivide_factor,
         "backward_passes_per_step": passes, "average_aggregated_gradients": average_aggregated_gradients,
         "groups": groups, "process_set": process_set, "scale_local_gradients": scale_local_gradients,
-        "preconditioner": preconditioner, "server": server, "late": late}
+        **given}
     object.__setattr__(optimizer, keras_hooks.ATTRIBUTE, wrapper)
     object.__setattr__(optimizer, "__class__", distributed_class(type(optimizer)))
     if optimizer.built:

@@ -40,6 +40,8 @@ def save_model(model: keras.Model, filepath: Any, *, reset_per_rank_state: bool 
     collectives, saving = Collectives(process_set), contextlib.nullcontext()
     if optimizer is not None:
         collectives = Collectives(optimizer._hvd_ext.collectives.process_set)
+    collectives.refuse_outside("hvd.save_model")
+    if optimizer is not None:
         values = keras_store.gather(optimizer, reset_per_rank_state=reset_per_rank_state)
         saving = keras_store.saving(optimizer, values)
     failure = None

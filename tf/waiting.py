@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import horovod.tensorflow as horovod
+import numpy as np
 import tensorflow as tf
+from tensorflow.python.framework.config import is_op_determinism_enabled
 
 from hvd_ext.tensorflow.variables import made_apart
 from hvd_ext.watch import WATCH, Wait
@@ -56,7 +58,7 @@ class Waiting:
     def forget(self) -> None:
         """Outside of any graph: what was waited for has failed."""
         if self._ended is not None:
-            self._ended.assign(tf.timestamp())
+            self._ended.assign(_now())
 
     def look(self) -> Wait | None:
         """What the graph waits for now, if anything."""
@@ -94,7 +96,14 @@ def _tensors(given: Sequence[Any]) -> list[Any]:
 
 def _mark(variable: tf.Variable, after: Sequence[Any]) -> tf.Operation:
     with tf.control_dependencies(after), tf.device("cpu"):
-        return variable.assign(tf.timestamp(), read_value=False)
+        return variable.assign(_now(), read_value=False)
+
+
+def _now() -> tf.Tensor:
+    """The time of day. TensorFlow's own operation is an error under ``enable_op_determinism()``."""
+    if not is_op_determinism_enabled():
+        return tf.timestamp()
+    return tf.ensure_shape(tf.numpy_function(lambda: np.float64(time.time()), [], tf.float64), ())
 
 
 def _time() -> tf.Variable:

@@ -41,8 +41,8 @@ def agree(wrapper: Any, others: Sequence[Any]) -> None:
             return
         WATCH.start(horovod.rank(), horovod.shutdown, horovod.is_initialized)
         ranks = Collectives(wrapper.collectives.process_set)
-        offered = {one.collectives.scope.label: one for one in (wrapper, *others)
-                   if one is wrapper or _joins_in(one, wrapper)}
+        offered = {one.collectives.scope.label: one for one in others if _joins_in(one, wrapper)}
+        offered[wrapper.collectives.scope.label] = wrapper  # made again, where there is another of its scope
         plans = {label: one.reducer.plan for label, one in offered.items()}
         mine = Offers(wrapper.collectives.scope.label, {label: _offer(one) for label, one in offered.items()})
         total = torch.from_numpy(meeting.words(mine.number, asks=not _know_each_other(ranks)))
@@ -87,9 +87,9 @@ def _agreed(wrapper: Any) -> bool:
 
 def _joins_in(one: Any, wrapper: Any) -> bool:
     """Whether an optimizer can be compared in the step of another one."""
-    return (one.collectives.process_set.process_set_id == wrapper.collectives.process_set.process_set_id
-            and one.collectives.included and one.ranks == one.collectives.size and bool(one.reducer.entries)
-            and not _agreed(one))
+    here, there = (each.collectives.process_set.process_set_id for each in (one, wrapper))
+    return (here == there and one.collectives.included and one.ranks == one.collectives.size
+            and bool(one.reducer.entries) and not _agreed(one))
 
 
 def _offer(wrapper: Any) -> Offer:

@@ -159,6 +159,27 @@ def test_optimizers_that_cannot_be_told_apart_need_one_order(ranks):
     assert ranks(2).run(other_order_of_twins) == [True, True]
 
 
+def made_again():
+    """The same parameters get one optimizer after another, of which rank 0 keeps what is left."""
+    parameters, kept = make_parameters(SHAPES), []
+    for method in ("topk", "delay", "plain"):
+        optimizer = hvd.DistributedOptimizer(torch.optim.SGD(parameters, lr=0.1), named(parameters),
+                                             **EXACT[method]())
+        backward(parameters, gradients(0, 0, hvd.rank()))
+        optimizer.step()
+        optimizer.zero_grad()
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})  # not compared yet
+        if hvd.rank() == 0:
+            optimizer._hvd_ext.unhook()
+            kept.append(optimizer)
+    return bits(parameters)
+
+
+def test_optimizers_made_again_over_the_same_parameters(ranks):
+    first, second = ranks(2).run(made_again)
+    assert first == second
+
+
 def start_apart(method, broadcast):
     """Weights that are other ones on rank 1."""
     parameters = make_parameters(SHAPES)

@@ -19,7 +19,8 @@ from tests.reference.spars_ams import top_k
 Vector = npt.NDArray[np.float64]
 
 OPERATIONS = ("backward", "synchronize", "step", "step_in_skip", "zero_grad", "clear", "clip", "torch_clip",
-              "save", "load", "flush", "skip_step", "closure", "add_group", "overflow")
+              "save", "load", "flush", "skip_step", "closure", "add_group", "overflow", "freeze", "unfreeze")
+FROZEN = slice(0, 6)  # what is frozen between "freeze" and "unfreeze"
 LR, MOMENTUM, CLIP = 0.05, 0.9, 0.6
 
 
@@ -45,6 +46,24 @@ class Method:
     def repeatable(self) -> bool:
         """Whether reduced gradients may be reduced again."""
         return self.kind == "plain"
+
+    def reduce_beside(self, gradients: Sequence[Vector], frozen: Any
+                      ) -> tuple[Vector, dict[str, Any], bool]:
+        """As ``reduce``, where what is frozen has no gradient, and what is kept of it waits."""
+        size, before = len(gradients[0]), self.state
+        lists = {key: value if key == "residuals" else [value] for key, value in before.items()}
+        padded = {key: [np.pad(one, (0, size - len(one))) for one in value] for key, value in lists.items()}
+        self.state = {key: [np.where(frozen, 0, one) for one in value] if key == "residuals"
+                      else np.where(frozen, 0, value[0]) for key, value in padded.items()}
+        reduced, after, good = self.reduce([np.where(frozen, 0, g) for g in gradients])
+        self.state = before
+        if after is not before and good:
+            after = {key: [np.where(frozen, old, new) for old, new in
+                           zip(padded.get(key, np.zeros((self.ranks, size))), value, strict=True)]
+                     if key == "residuals" else
+                     np.where(frozen, padded.get(key, [np.zeros(size)])[0], value)
+                     for key, value in after.items()}
+        return reduced, after if good else before, good
 
     def reduce(self, gradients: Sequence[Vector]) -> tuple[Vector, dict[str, Any], bool]:
         """The reduced gradient, the pending state, and whether the step may be taken."""
@@ -124,12 +143,20 @@ class Model:
     extended: bool = False
     good: bool = True
     pending: dict[str, Any] = field(default_factory=dict)
+    sent_held: Any = None
     sent: Vector | None = None  # with ``late``: this step's reduced gradient
     waiting: Vector | None = None
     before: Vector | None = None  # the weights at which it was taken
     gathered: bool = True
     planned: bool = False
     saved: dict[str, Any] | None = None
+    frozen: bool = False
+    held: Any = None  # with ``late``: what was frozen when the gradient that waits was sent
+
+    def _frozen(self) -> Any:
+        found = np.zeros(len(self.weights), bool)
+        found[FROZEN] = self.frozen
+        return found
 
     @property
     def repeatable(self) -> bool:
@@ -182,12 +209,12 @@ class Model:
         planned = self.method.buckets[-1].stop
         if planned < len(self.weights):  # all that has joined since then
             self.method.buckets.append(slice(planned, len(self.weights)))
-        mean, self.pending, self.good = self.method.reduce(self.gradients)
+        mean, self.pending, self.good = self.method.reduce_beside(self.gradients, self._frozen())
         self.done, self.reduced, self.settled, self.extended = 0, True, False, False
         self.gathered = not (self.partial and self.planned)
         self.planned = True
         if self.late:
-            self.sent = mean
+            self.sent, self.sent_held = mean, self._frozen()
             mean, self.good = self._compensated(), self.waiting is not None
         self.gradients = [mean.copy() for _ in self.gradients]
 
@@ -197,7 +224,15 @@ class Model:
         if self.waiting is None or self.before is None:
             return np.zeros(size)
         g, before = (np.pad(one, (0, size - len(one))) for one in (self.waiting, self.before))
-        return g + self.late_lam * g * g * (self.weights - before)
+        now = g + self.late_lam * g * g * (self.weights - before)
+        return np.where(self._still(), 0, now)
+
+    def _still(self) -> Any:
+        """What the next update leaves alone."""
+        still = self._frozen()
+        if self.late and self.held is not None:
+            still |= np.pad(self.held, (0, len(still) - len(self.held)))
+        return still
 
     def step(self, _: Any = None, *, synchronizes: bool = True) -> None:
         if self.extended and not self.repeatable:
@@ -223,20 +258,24 @@ class Model:
     def _update(self) -> None:
         self.method.state = self.pending
         if self.late:
-            self.waiting, self.before = self.sent, self.weights.copy()
+            still = self._still()
+            self.waiting, self.before, self.held = self.sent, self.weights.copy(), self.sent_held
+        else:
+            still = self._frozen()
         if self.good:
             assert self.gradients is not None
-            self._apply(self.gradients[0])
+            self._apply(self.gradients[0], still)
         if self.partial:  # the loop clears them
             self.gradients = None
         self._accumulate_again()
 
-    def _apply(self, gradient: Vector) -> None:
+    def _apply(self, gradient: Vector, still: Any) -> None:
         for number, group in enumerate(self.groups):
             kept = self.momentum[number]
-            now = gradient[group] if kept is None else MOMENTUM * kept + gradient[group]
-            self.momentum[number] = now
-            self.weights[group] -= LR * now
+            kept = np.zeros_like(gradient[group]) if kept is None else kept
+            now = MOMENTUM * kept + gradient[group]
+            self.momentum[number] = np.where(still[group], kept, now)
+            self.weights[group] -= np.where(still[group], 0, LR * now)
 
     def _accumulate_again(self) -> None:
         self.done = 0
@@ -300,7 +339,7 @@ class Model:
         kept = self.gradients
         self.abandon()
         if self.waiting is not None:
-            self._apply(self._compensated())
+            self._apply(self._compensated(), self._still())
             self.waiting = None
         self.gradients = kept
 
@@ -309,6 +348,7 @@ class Model:
             raise ProgramError("RuntimeError")
         if self.reduced and self.late:
             self.waiting, self.before, self.method.state = self.sent, self.weights.copy(), self.pending
+            self.held = self.sent_held
         self.gradients = None  # the loop clears them
         self.abandon()
 
@@ -320,6 +360,15 @@ class Model:
         self.momentum.append(None)
         self.weights = np.concatenate([self.weights, new_weights(len(self.groups))])
 
+    def freeze(self, _: Any = None, *, frozen: bool = True) -> None:
+        """``requires_grad_`` between two steps, and ``model.zero_grad()``."""
+        if self.done or self.reduced:
+            raise Unspecified
+        self.gradients, self.frozen = None, frozen
+
+    def unfreeze(self, _: Any = None) -> None:
+        self.freeze(frozen=False)
+
     def save(self, _: Any = None) -> None:
         """``state_dict()``, also in the middle of a step: what holds then."""
         if self.late and self.done:
@@ -327,7 +376,7 @@ class Model:
         self.saved = {"weights": self.weights.copy(), "groups": len(self.groups),
                       "momentum": [None if m is None else m.copy() for m in self.momentum],
                       "state": self.method.state,
-                      "waiting": self.waiting, "before": self.before}
+                      "waiting": self.waiting, "before": self.before, "held": self.held}
 
     def load(self, _: Any = None) -> None:
         """``load_state_dict()`` of what was saved, and ``model.zero_grad()``."""
@@ -336,7 +385,7 @@ class Model:
         self.weights = self.saved["weights"].copy()
         self.momentum = [None if m is None else m.copy() for m in self.saved["momentum"]]
         self.method.state, self.waiting = self.saved["state"], self.saved["waiting"]
-        self.before = self.saved["before"]
+        self.before, self.held = self.saved["before"], self.saved["held"]
         self.gradients = None
         self.abandon()
 

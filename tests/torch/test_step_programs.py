@@ -92,7 +92,8 @@ class Loop:
         size = sum(p.numel() for p in self.parameters)
         g = torch.from_numpy(gradient(self.seed, position, hvd.rank(), size)) * factor
         parts = g.split([p.numel() for p in self.parameters])
-        sum((p.reshape(-1) * part).sum() for p, part in zip(self.parameters, parts, strict=True)).backward()
+        sum((p.reshape(-1) * part).sum() for p, part in zip(self.parameters, parts, strict=True)
+            if p.requires_grad).backward()
 
     def overflow(self, position):
         self.backward(position, float("inf") if hvd.rank() == 0 else 1.0)
@@ -145,6 +146,13 @@ class Loop:
         assert len(weights) == NEW_SIZE
         self.parameters.append(torch.nn.Parameter(torch.from_numpy(weights)))
         self.optimizer.add_param_group({"params": [self.parameters[-1]]})
+
+    def freeze(self, position, *, frozen=True):
+        self.clear(position)
+        self.parameters[0].requires_grad_(not frozen)
+
+    def unfreeze(self, position):
+        self.freeze(position, frozen=False)
 
     def save(self, _):
         self.saved = copy.deepcopy(self.optimizer.state_dict()), [p.detach().clone() for p in self.parameters]
@@ -200,7 +208,7 @@ def predict(method, passes, ranks, seed, operations):
     return program, trajectory, None
 
 
-WEIGHTED = [*OPERATIONS, *["backward"] * 6, *["synchronize"] * 2, *["step"] * 3, *["zero_grad"] * 2]
+WEIGHTED = [*OPERATIONS, "freeze", *["backward"] * 6, *["synchronize"] * 2, *["step"] * 3, *["zero_grad"] * 2]
 
 
 @pytest.mark.parametrize("size", [1, 2])

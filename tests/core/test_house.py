@@ -57,7 +57,7 @@ def test_oracles_are_independent_of_what_they_check(path):
 FRONT_ENDS = {"torch": ROOT / "torch_ext", "tensorflow": ROOT / "tf"}
 TENSORFLOW_ALONE = {"tape", "traffic", "variables", "keras_store", "keras_hooks", "keras2", "narrow",
                     "waiting", "retracing", "padded", "belonging",
-                    "transaction", "reducers/presence",
+                    "transaction", "reducers/presence", "session_hook",
                     *(f"seng/{name}" for name in ("traces", "start", "einsum", "table"))}
 TORCH_ALONE = {"passes", "mpi_ops", "lightning", "owned_state", "kernels", "host_copies",
                "kernels_triton", "optimizer_state", "optimizer_broadcast", "state_exchange", "closures",

@@ -125,7 +125,7 @@ def train(method: str, seed: int, args: argparse.Namespace) -> list[float]:
             handle = exchanges[worker].send(bucket, *choose(total, step, worker), "topk")
             memory = total[worker], torch.empty_like(total[worker])
             return exchanges[worker].means([(bucket, handle.wait(), count)], "topk",
-                                           lambda _: memory, 1.0)[0]
+                                           lambda _: memory, 1.0, lambda _: [])[0]
 
         return ranks.run(on_worker)[0]
 

@@ -68,7 +68,7 @@ def measure(size: int, args: argparse.Namespace) -> dict[str, Any]:
             handle = exchanges[rank].send(bucket, positions, values, "topk")
             mean = torch.empty(numel) if rank == 0 else totals[rank].new_empty(numel)
             (found,) = exchanges[rank].means([(bucket, handle.wait(), k)], "topk",
-                                             lambda _: (totals[rank], mean), 1.0)
+                                             lambda _: (totals[rank], mean), 1.0, lambda _: [])
             return found
 
         (update, *others) = ranks.run(step)

@@ -55,6 +55,7 @@ def agree(wrapper: Any, others: Sequence[Any]) -> None:
                 raise ValueError(error)
         for label in agreed:
             offered[label].reducer.met = plans[label]
+            offered[label].reducer.after_agreement()
         if meeting.asked(total.numpy(), ranks.size):
             _introduce(ranks)
 

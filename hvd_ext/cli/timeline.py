@@ -19,7 +19,7 @@ _BETWEEN = re.compile(r"[\s,]*")
 # Names as the collectives of this package have them (docs/contributing.md), behind "allreduce." and,
 # in TensorFlow, behind the optimizer's name.
 _OURS = re.compile(
-    r"(?:^|[./])(?:(delay|topk|powersgd)(?:\.[0-9a-f]+)?/"
+    r"(?:^|[./])(?:(delay|topk|powersgd)/"
     r"|(seng)\.(?:uc/|state|scores|rho|xi|xg|xa|refresh)|(server)/rank\d|(hvd_ext)/)"
 )
 THEIRS = "gradients"

@@ -21,6 +21,7 @@ def main(how: str, method: str) -> None:
     hvd.init()
     rank = hvd.rank()
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     model = torch.nn.Linear(6, 3)
     options = {"topk": lambda: {"compression": hvd.Compression.topk(0.5, min_size=0)},
                "powersgd": lambda: {"compression": hvd.Compression.powersgd(min_compression=1.0)},

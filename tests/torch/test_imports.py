@@ -15,7 +15,7 @@ import hvd_ext.torch
 MODULES = ["horovod.torch", *(found.name for found in pkgutil.walk_packages(
     horovod.torch.__path__, "horovod.torch."))]
 OURS = {"hvd_ext.torch", "hvd_ext.torch.compression", "hvd_ext.torch.elastic", "hvd_ext.torch.optimizer",
-        "hvd_ext.torch.mpi_ops", "hvd_ext.torch.sync_batch_norm"}
+        "hvd_ext.torch.functions", "hvd_ext.torch.mpi_ops", "hvd_ext.torch.sync_batch_norm"}
 
 
 def alias(name):
@@ -40,7 +40,8 @@ def test_every_module_and_name(name):
 
 
 LINES = """
-import hvd_ext.torch.functions as one; import horovod.torch.functions as same; assert one is same
+import hvd_ext.torch.sync_batch_norm, hvd_ext.torch.functions as ours, horovod.torch.functions as theirs
+assert ours.broadcast_object.__defaults__ == theirs.broadcast_object.__defaults__
 from hvd_ext.torch.elastic.sampler import ElasticSampler
 import hvd_ext.torch.elastic.state, horovod.torch.elastic.state as s
 assert hvd_ext.torch.elastic.state is s and s.__spec__.name == 'horovod.torch.elastic.state'

@@ -128,6 +128,9 @@ class Reducer(abc.ABC):
         """What changes when the ranks have to agree again."""
         return len(self.entries), self.passes
 
+    def after_agreement(self) -> None:  # noqa: B027
+        """The ranks have agreed on the plan, and begin to exchange gradients by it."""
+
     @abc.abstractmethod
     def gradient_ready(self, entry: Entry, passes_done: int, pass_number: int) -> None:
         """A backward pass has finished ``entry.parameter.grad``; the ``passes_done``-th this step.

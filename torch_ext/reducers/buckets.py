@@ -205,10 +205,8 @@ class BucketReducer(Reducer):
 
     # At the end of the step
 
-    def meet(self, *extensions: str) -> None:
-        before = self.met
-        super().meet(*extensions)
-        if self.met != before and self.options.sparse_as_dense:
+    def after_agreement(self) -> None:
+        if self.options.sparse_as_dense:
             self._layouts.begin(self)
 
     def finish(self) -> bool:

@@ -88,6 +88,9 @@ class LateReducer(Reducer):
         super().build(entries)
         self.inner.build(entries)
 
+    def after_agreement(self) -> None:
+        self.inner.after_agreement()
+
     def gradient_ready(self, entry: Entry, passes_done: int, pass_number: int) -> None:
         """What is on its way has the inner reducer's memory until the step, and goes on."""
         self.inner.advance()

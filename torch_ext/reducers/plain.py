@@ -57,11 +57,8 @@ class PlainReducer(Reducer):
         self._group |= {added[number]: [added[member] for member in group]
                         for group in groups for number in group}
 
-    def meet(self, *extensions: str) -> None:
-        before = self.met
-        super().meet(*extensions)
-        if self.met != before:
-            self.layouts.begin(self)
+    def after_agreement(self) -> None:
+        self.layouts.begin(self)
 
     def gradient_ready(self, entry: Entry, passes_done: int, pass_number: int) -> None:
         if passes_done == self.passes:
@@ -124,7 +121,7 @@ class PlainReducer(Reducer):
 
     def finish(self) -> bool:
         if self.entries:
-            self._sparse |= self.layouts.learn(self, f"{self.entries[0].name}/layouts")
+            self._sparse |= self.layouts.learn(self, "hvd_ext/layouts")
         self.start_all()
         for group, handle, contexts in self._started:
             if not contexts:

@@ -105,11 +105,8 @@ class ShardedReducer(Reducer):
                                              and entry.parameter.numel()
                                              for entry in self._plain.entries)
 
-    def meet(self, *extensions: str) -> None:
-        before = self.met
-        super().meet(*extensions)
-        if self.met != before:
-            self._plain.layouts.begin(self._plain)
+    def after_agreement(self) -> None:
+        self._plain.after_agreement()
 
     def freeze(self, passes_done: Mapping[torch.Tensor, int]) -> None:
         super().freeze(passes_done)

@@ -145,7 +145,7 @@ def what_an_exchange_waits_for():
         def step(*gradients, optimizer=optimizer, variables=variables):
             optimizer.apply_gradients(list(zip(gradients, variables, strict=True)))
 
-        graph = step.get_concrete_function(*variables).graph
+        graph = step.get_concrete_function(*(tf.TensorSpec(v.shape, v.dtype) for v in variables)).graph
         exchanges = [operation for operation in graph.get_operations() if reduces(operation, graph)]
         assert exchanges
         given = {graph.inputs[number].op.name for number in range(len(SHAPES))}

@@ -258,10 +258,14 @@ class Reducer(abc.ABC):
             result[index] = gradient
         return result, good
 
+    def sent_now(self, gradients: list[Gradient]) -> list[Gradient]:
+        """Those of this step's gradients that its exchange waits for."""
+        return gradients
+
     def _counted(self, gradients: list[Gradient], variables: Sequence[Any],
                  inputs: dict[str, tf.Tensor]) -> tuple[list[Gradient], Any]:
         fresh = [self._traces.note()] if self.collectives.elastic else []
-        begun = self._waiting.begin(gradients)
+        begun = self._waiting.begin(self.sent_now(gradients))
         with tf.control_dependencies(fresh), self.collectives.traffic.section():
             reduced, good = self.reduce(gradients, variables, **inputs)
         self._waiting.end(begun, reduced)

@@ -82,6 +82,23 @@ class ExtendedOptimizer(torch.optim.Optimizer):
         if not value:  # a script gives the step up
             self._hvd_ext.abandon()
 
+    @property
+    def _requires_update(self) -> set[torch.Tensor]:
+        """Horovod's: parameters that are reduced in a step also where no backward pass has reached them."""
+        reducer = self._hvd_ext.reducer
+        if reducer.required is None:
+            return {entry.parameter for entry in reducer.entries if entry.parameter.requires_grad}
+        return reducer.required
+
+    @_requires_update.setter
+    def _requires_update(self, parameters: set[torch.Tensor]) -> None:
+        self._hvd_ext.reducer.required = set(parameters)
+
+    @property
+    def _handles(self) -> dict[torch.Tensor, Any]:
+        """Horovod's: parameters whose gradients are on their way; to read."""
+        return dict.fromkeys(self._hvd_ext._passes.done)
+
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
         """``step()`` inside does not synchronize: for clipping between ``synchronize()`` and ``step()``."""

@@ -65,6 +65,7 @@ class Reducer(abc.ABC):
         self.entries: list[Entry] = []
         self.met: tuple[int, ...] | None = None  # the plan that the ranks agreed on
         self.frozen: set[Entry] = set()  # without a gradient in this step, and not to be trained
+        self.required: set[torch.Tensor] | None = None  # what Horovod's _requires_update is set to
         self.absent = False  # this rank has no batch in this step (hvd.uneven)
         self.active: int | None = None  # ranks that have one, where the mean is over those
 
@@ -79,10 +80,14 @@ class Reducer(abc.ABC):
             passes_done: how many gradients of this step each parameter has had; one that has had any is
                 not frozen yet.
         """
-        self.frozen = {entry for entry in self.entries if not entry.parameter.requires_grad
-                       and not passes_done.get(entry.parameter, 0)}
+        self.frozen = {entry for entry in self.entries if not passes_done.get(entry.parameter, 0)
+                       and not (entry.parameter.requires_grad and self.requires(entry.parameter))}
         for entry in self.frozen:
             entry.parameter.grad = None
+
+    def requires(self, parameter: torch.Tensor) -> bool:
+        """Whether a parameter takes part in a step in which no backward pass has reached it."""
+        return self.required is None or parameter in self.required
 
     def frozen_lines(self) -> list[str]:
         """What the ranks compare of it."""

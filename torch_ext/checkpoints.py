@@ -46,6 +46,7 @@ def save_checkpoint(folder: str | os.PathLike[str], step: int, *, model: torch.n
         CheckpointNotWrittenError: on all ranks, when one cannot write its file, with its reason.
     """
     ranks = _ranks(optimizer)
+    ranks.refuse_outside("hvd.save_checkpoint")
     exact = _exact(optimizer)
 
     def contents() -> Contents:
@@ -91,6 +92,7 @@ def load_checkpoint(folder: str | os.PathLike[str], *, model: torch.nn.Module,
         ValueError: on all ranks; it is of another number of ranks, model or optimizer.
     """
     ranks = _ranks(optimizer)
+    ranks.refuse_outside("hvd.load_checkpoint")
     found = run_checkpoints.find(ranks, folder, _describe(optimizer),
                                  reset_per_rank_state=reset_per_rank_state)
     if found is None:

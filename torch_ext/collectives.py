@@ -91,23 +91,34 @@ class Collectives:
 
     @property
     def included(self) -> bool:
-        """Whether this rank is a member of the process set."""
+        """Whether this rank is a member of the process set; one that is not is alone."""
         return bool(self.process_set.included())
 
     @property
     def size(self) -> int:
         """M, the number of ranks."""
-        return int(self.process_set.size())
+        return int(self.process_set.size()) if self.included else 1
 
     @property
     def rank(self) -> int:
         """This rank's number within the process set."""
-        return int(self.process_set.rank())
+        return int(self.process_set.rank()) if self.included else 0
 
     def global_rank(self, rank: int) -> int:
         """The global number of the process set's member ``rank``; broadcasts name roots so."""
         ranks = self.process_set.ranks
         return rank if ranks is None else int(list(ranks)[rank])
+
+    def refuse_outside(self, what: str) -> None:
+        """Refuse a rank that is no member, and would write over what the members write.
+
+        Raises:
+            ValueError: this is one.
+        """
+        if not self.included:
+            raise ValueError(f"{what} on rank {horovod.rank()}, outside of the process set of ranks "
+                             f"{list(self.process_set.ranks)} that the optimizer reduces over: call it on "
+                             "those ranks only")
 
     def allreduce_async_(self, tensor: torch.Tensor, name: str, *, op: Any = horovod.Average,
                          kind: str = "gradients", **scale: float) -> Handle:

@@ -30,7 +30,7 @@ def state_dict(wrapper: Wrapper, state: dict[str, Any], *, gather: bool) -> dict
                            "method": wrapper.reducer.state_method, "reducer": wrapper.reducer.state_dict()}
     if wrapper.preconditioner is not None:
         own["preconditioner"] = wrapper.preconditioner.state_dict()
-    if wrapper.server is not None:
+    if wrapper.server is not None and wrapper.collectives.included:
         serve = wrapper.server.gather if gather else wrapper.server.state_dict
         state, own["server"] = serve(state)
     return {**state, STATE_KEY: own}
@@ -119,6 +119,9 @@ def load_state_dict(wrapper: Wrapper, state_dict: dict[str, Any], load: Callable
         warnings.warn(dropped_message(dropped, (
             f"this optimizer state was saved by rank {own['rank']} of {own['size']} and is loaded by rank "
             f"{here[0]} of {here[1]}")) + "; reset_per_rank_state=True silences this", stacklevel=4)
+    if own is None and state_dict["state"] and _methods(wrapper) and not reset_per_rank_state \
+            and collectives.rank == 0:
+        warnings.warn(WITHOUT_EXTENSIONS.format(", ".join(sorted(_methods(wrapper)))), stacklevel=4)
 
 
 def rank_state(wrapper: Wrapper, reduced: dict[str, Any], curvature: dict[str, Any] | None) -> list[str]:
@@ -127,6 +130,10 @@ def rank_state(wrapper: Wrapper, reduced: dict[str, Any], curvature: dict[str, A
     return [*found, *(["SENG's curvature"] if curvature is not None and curvature.get("layers") else [])]
 
 
+WITHOUT_EXTENSIONS = (
+    "this optimizer state holds nothing of {}, whose state begins new on every rank: it was saved without an "
+    'extension, or by a tool that leaves out the entry "hvd_ext", such as torch.distributed.checkpoint. '
+    "hvd.save_checkpoint keeps it; reset_per_rank_state=True silences this")
 LATE = "late"
 KEYS = {"mean_square": "DelayCompensated", "q": "Compression.powersgd", "owned": "Compression.topk",
         "residual": "Compression.topk"}  # of states that do not say whose they are
@@ -158,7 +165,7 @@ def _check_extensions(wrapper: Wrapper, saved: dict[str, Any], *, reset: bool) -
 
 def check_server(wrapper: Wrapper, state: dict[str, Any], mark: dict[str, Any] | None) -> None:
     """Refuse a state that lacks moments which this rank needs."""
-    if wrapper.server is not None:
+    if wrapper.server is not None and wrapper.collectives.included:
         wrapper.server.check_state_dict(state, mark)
     elif mark is not None:
         ranks = wrapper.collectives
@@ -170,7 +177,7 @@ def load_wrapped(wrapper: Wrapper, state: dict[str, Any], mark: dict[str, Any] |
                  load: Callable[[dict[str, Any]], None]) -> None:
     """Restore the wrapped optimizer with ``load``; ``mark`` is the server's, from the same state."""
     check_server(wrapper, state, mark)
-    if wrapper.server is not None:
+    if wrapper.server is not None and wrapper.collectives.included:
         state = wrapper.server.load_state_dict(state, mark)
     load(state)
     original = wrapper.original()

@@ -1,0 +1,82 @@
+"""Ranks outside of an optimizer's process set train alone, and its calls work there or name the set."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import hvd_ext.torch as hvd
+from tests.ranks import run_ranks
+from tests.torch.problems import backward, flat, make_parameters, named, worker_gradients
+
+pytestmark = pytest.mark.ranks
+SHAPES = [(6, 4), (5,)]
+OPTIONS = {
+    "plain": dict, "sharded": lambda: {"server": "sharded"},
+    "topk": lambda: {"compression": hvd.Compression.topk(0.5, min_size=1)},
+    "delay": lambda: {"op": hvd.DelayCompensated()}, "late": lambda: {"late": hvd.Late()},
+}
+
+
+def outside_of_a_set(folder):
+    """What rank 2 of 3 gets, outside of the set of ranks 0 and 1."""
+    members = hvd.add_process_set([0, 1])
+    found = {}
+    for name, options in OPTIONS.items():
+        parameters, alone = make_parameters(SHAPES), make_parameters(SHAPES)
+        model = torch.nn.ParameterList(parameters)
+        optimizer = hvd.DistributedOptimizer(torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+                                             named(parameters), process_set=members, **options())
+        plain = torch.optim.SGD(alone, lr=0.1, momentum=0.9)
+        for step in range(2):
+            for some, one in ((parameters, optimizer), (alone, plain)):
+                one.zero_grad()
+                backward(some, worker_gradients(SHAPES, worker=hvd.rank(), step=step))
+                one.step()
+        state = optimizer.state_dict()
+        optimizer.load_state_dict(optimizer.gather_state_dict())
+        optimizer.load_state_dict(state)
+        optimizer.report()
+        optimizer.flush()
+        hvd.broadcast_optimizer_state(optimizer, 0)
+        try:
+            hvd.save_checkpoint(folder / name, 1, model=model, optimizer=optimizer)
+            hvd.load_checkpoint(folder / name, model=model, optimizer=optimizer)
+            said = ""
+        except ValueError as error:
+            said = str(error)
+        found[name] = bool((flat(parameters) == flat(alone)).all()), said
+    hvd.remove_process_set(members)
+    return found
+
+
+def test_ranks_outside_of_the_set(tmp_path):
+    by_rank = run_ranks(outside_of_a_set, 3, tmp_path, env={"HOROVOD_DYNAMIC_PROCESS_SETS": "1"})
+    for name in OPTIONS:
+        assert by_rank[2][name] == (True, (
+            "hvd.save_checkpoint on rank 2, outside of the process set of ranks [0, 1] that the optimizer "
+            "reduces over: call it on those ranks only"))
+        assert [by_rank[rank][name][1] for rank in range(2)] == ["", ""]
+
+
+def load_without_extensions():
+    """A state as ``torch.distributed.checkpoint`` gives it: without the entry of the extensions."""
+    parameters = make_parameters(SHAPES)
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(parameters, lr=0.1, momentum=0.9), named(parameters),
+                                         compression=hvd.Compression.topk(0.5, min_size=1))
+    backward(parameters, worker_gradients(SHAPES, worker=hvd.rank(), step=0))
+    optimizer.step()
+    state = optimizer.state_dict()
+    del state["hvd_ext"]
+    if hvd.rank() == 0:
+        with pytest.warns(UserWarning, match=r"holds nothing of Compression\.topk"):
+            optimizer.load_state_dict(state)
+    else:
+        optimizer.load_state_dict(state)
+    optimizer.load_state_dict(state, reset_per_rank_state=True)
+    return True
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_state_without_extensions_is_taken_with_a_warning(ranks):
+    assert ranks(2).run(load_without_extensions) == [True, True]

@@ -20,6 +20,8 @@ from hvd_ext.torch.reducers.frozen import token
 from hvd_ext.torch.reducers.layouts import Layouts
 from hvd_ext.watch import WATCH
 
+LAYOUTS = "hvd_ext/layouts"  # a collective's name
+
 
 class PlainReducer(Reducer):
     """Reduces gradient by gradient, or group by group with ``groups=``, as Horovod does."""
@@ -59,10 +61,17 @@ class PlainReducer(Reducer):
 
     def after_agreement(self) -> None:
         self.layouts.begin(self)
+        self._ask_layouts()
+
+    def _ask_layouts(self) -> None:
+        """Once all gradients are there, whichever optimizer's step comes first on the ranks."""
+        if len(self._ready) == len(self.entries):
+            self.layouts.ask(self, LAYOUTS)
 
     def gradient_ready(self, entry: Entry, passes_done: int, pass_number: int) -> None:
         if passes_done == self.passes:
             self._take(entry)
+            self._ask_layouts()
 
     def _take(self, entry: Entry) -> None:
         """Start the gradient's collective, or its group's once all of the group are there."""
@@ -121,7 +130,7 @@ class PlainReducer(Reducer):
 
     def finish(self) -> bool:
         if self.entries:
-            self._sparse |= self.layouts.learn(self, "hvd_ext/layouts")
+            self._sparse |= self.layouts.learn(self, LAYOUTS)
         self.start_all()
         for group, handle, contexts in self._started:
             if not contexts:
@@ -158,12 +167,14 @@ class PlainReducer(Reducer):
             raise ValueError(SHARED_ERRORS[-1]) from error
 
     def under_way(self) -> list[Handle]:
-        return [handle for _, handle, _ in self._started if isinstance(handle, Handle)]
+        started = [handle for _, handle, _ in self._started if isinstance(handle, Handle)]
+        return started + self.layouts.under_way()
 
     def forget(self) -> None:
         abandon(self.under_way())
         self._started = []
         self._ready = set()
+        self.layouts.forget()
 
     def _name(self, entry: Entry) -> str:
         """The name of the entry's collective: another one after an error, whose messages may lie about."""

@@ -2,7 +2,7 @@
 
 Each rank offers all its optimizers that have not been compared yet, so that ranks which begin with another
 one still agree. Equal offers are seen in one small sum (``meeting.py``); only where they differ do the
-ranks exchange them and :func:`compare` them.
+ranks exchange them and :func:`compare_offers` them.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Offers:
         return digest(sorted((scope, offer.number) for scope, offer in self.optimizers.items()))
 
 
-def compare(everyone: Sequence[Offers]) -> tuple[str | None, set[str]]:
+def compare_offers(everyone: Sequence[Offers]) -> tuple[str | None, set[str]]:
     """What all ranks make of their offers.
 
     Args:

@@ -82,3 +82,9 @@ def open_scope(process_set: object, lines: Sequence[object], members: Iterable[o
         members: the parameters themselves.
     """
     return Scope(process_set, f"{digest(list(lines)) & 0xFFFFFF:06x}", frozenset(map(id, members)))
+
+
+def outside_of_set(what: str, rank: int, members: Iterable[int]) -> str:
+    """The error of a call on a rank outside of the optimizer's process set."""
+    return (f"{what} on rank {rank}, outside of the process set of ranks {list(members)} that the optimizer "
+            "reduces over: call it on those ranks only")

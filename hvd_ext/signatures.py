@@ -61,3 +61,12 @@ def copy_signature(model: Function, decorate: Callable[[Function], Function] = l
         return public
 
     return replace
+
+
+def set_default_name(function: Function, name: str) -> Function:
+    """A function of Horovod's whose collective is called ``name`` unless the caller names it."""
+    @copy_signature(function)
+    def call(**arguments: Any) -> Any:
+        return function(**{**arguments, "name": arguments["name"] or name})
+
+    return call

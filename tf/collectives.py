@@ -15,6 +15,7 @@ import horovod.tensorflow as horovod
 import tensorflow as tf
 from horovod.tensorflow.mpi_ops import process_set_included_op
 
+from hvd_ext.scopes import outside_of_set
 from hvd_ext.tensorflow.traffic import NoTraffic, StepTraffic, nbytes, outermost_graph
 from hvd_ext.traffic import allreduce_bytes, by_kind
 
@@ -68,9 +69,7 @@ class Collectives:
             ValueError: this is one.
         """
         if not self.included:
-            raise ValueError(f"{what} on rank {horovod.rank()}, outside of the process set of ranks "
-                             f"{list(self.process_set.ranks)} that the optimizer reduces over: call it on "
-                             "those ranks only")
+            raise ValueError(outside_of_set(what, horovod.rank(), self.process_set.ranks))
 
     @property
     def elastic(self) -> bool:

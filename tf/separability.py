@@ -100,7 +100,7 @@ class Trial:
         """An optimizer of the same class with the same settings."""
         try:
             twin = type(self.optimizer).from_config(self.optimizer.get_config())
-        except Exception:
+        except (TypeError, ValueError, KeyError, NotImplementedError):  # its configuration does not make one
             twin = copy.deepcopy(self.optimizer)
         for name, value in SETTINGS.items():
             setattr(twin, name, value)

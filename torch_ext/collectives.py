@@ -18,7 +18,7 @@ import torch
 from horovod.common.exceptions import HorovodInternalError
 from horovod.torch import mpi_ops
 
-from hvd_ext.scopes import Scope, SharedName
+from hvd_ext.scopes import Scope, SharedName, outside_of_set
 from hvd_ext.traffic import Traffic, allreduce_bytes, by_kind
 from hvd_ext.watch import WATCH
 
@@ -116,9 +116,7 @@ class Collectives:
             ValueError: this is one.
         """
         if not self.included:
-            raise ValueError(f"{what} on rank {horovod.rank()}, outside of the process set of ranks "
-                             f"{list(self.process_set.ranks)} that the optimizer reduces over: call it on "
-                             "those ranks only")
+            raise ValueError(outside_of_set(what, horovod.rank(), self.process_set.ranks))
 
     def allreduce_async_(self, tensor: torch.Tensor, name: str, *, op: Any = horovod.Average,
                          kind: str = "gradients", **scale: float) -> Handle:

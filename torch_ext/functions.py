@@ -6,26 +6,15 @@ None, 0)`` waits forever. Here it has one name on every rank.
 
 from __future__ import annotations
 
-from typing import Any
-
 from horovod.torch import functions as horovods
 
 from hvd_ext import aliases
-from hvd_ext.signatures import copy_signature
+from hvd_ext.signatures import set_default_name
 from hvd_ext.torch.optimizer_broadcast import broadcast_optimizer_state
 from hvd_ext.torch.replicas import broadcast_parameters
 
 __getattr__ = aliases.names_of(__name__, "horovod.torch.functions")
 __all__ = ["allgather_object", "broadcast_object", "broadcast_optimizer_state", "broadcast_parameters"]
 
-
-@copy_signature(horovods.broadcast_object)
-def broadcast_object(**arguments: Any) -> Any:
-    """Horovod's; see its documentation."""
-    return horovods.broadcast_object(**{**arguments, "name": arguments["name"] or "broadcast_object"})
-
-
-@copy_signature(horovods.allgather_object)
-def allgather_object(**arguments: Any) -> Any:
-    """Horovod's; see its documentation."""
-    return horovods.allgather_object(**{**arguments, "name": arguments["name"] or "allgather_object"})
+broadcast_object = set_default_name(horovods.broadcast_object, "broadcast_object")
+allgather_object = set_default_name(horovods.allgather_object, "allgather_object")

@@ -12,7 +12,7 @@ import torch
 
 from hvd_ext import meeting
 from hvd_ext.agreement import disagreement
-from hvd_ext.handshake import REMEDY, SETTINGS_DIFFER, Offer, Offers, checks_weights, compare
+from hvd_ext.handshake import REMEDY, SETTINGS_DIFFER, Offer, Offers, checks_weights, compare_offers
 from hvd_ext.roll_call import Listener
 from hvd_ext.scopes import SharedName
 from hvd_ext.torch.collectives import SHARED_ERRORS, Collectives
@@ -24,7 +24,7 @@ from hvd_ext.watch import WATCH
 _ONE_AT_A_TIME = threading.RLock()  # threads that train
 
 
-def agree(wrapper: Any, others: Sequence[Any]) -> None:
+def agree_on_optimizers(wrapper: Any, others: Sequence[Any]) -> None:
     """Compare an optimizer with the other ranks' before its first exchange, and after every change.
 
     Args:
@@ -49,7 +49,7 @@ def agree(wrapper: Any, others: Sequence[Any]) -> None:
         ranks.allreduce_async_(total, SharedName(meeting.NAME), op=horovod.Sum, kind="agreement").wait()
         agreed = set(offered)
         if not meeting.same(total.numpy()):
-            error, agreed = compare(ranks.allgather_object(mine, SharedName(meeting.DIFFER)))
+            error, agreed = compare_offers(ranks.allgather_object(mine, SharedName(meeting.DIFFER)))
             if error is not None:
                 SHARED_ERRORS.append(error)
                 raise ValueError(error)

@@ -112,7 +112,7 @@ class Wrapper:
         self._watch()
         self._meet_ranks()
         self.reducer.freeze(self._passes.done)
-        handshake.agree(self, [one for one in LIVE if one._optimizer() is not None])
+        handshake.agree_on_optimizers(self, [one for one in LIVE if one._optimizer() is not None])
         if self.preconditioner is not None:
             self.preconditioner.before_reduce()
         if self.uneven is not None:

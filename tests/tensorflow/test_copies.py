@@ -81,7 +81,7 @@ def test_copies_reduce_gradients_and_go_on(ranks):
 
 
 def refused():
-    """What is said of copies that cannot be made."""
+    """The messages for copies that cannot be made."""
     model, said = training.dense_model(), []
     seng = hvd.SENG(model, damping=0.5)
     model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1), preconditioner=seng), "mse")

@@ -93,7 +93,7 @@ def group(name):
 
 
 def every_pair():
-    """By pair: what is said (a warning, an error), and whether that is right."""
+    """By pair: the warning or error, and whether that is right."""
     optimizers, states, held, found = {}, {}, {}, {}
     for name in SETTINGS:
         optimizer = build(name)[1]

@@ -21,7 +21,7 @@ from tests.tensorflow import training
 
 
 def in_a_session():
-    """Broadcast by the hook; what is said of extensions."""
+    """Broadcast by the hook; the errors of extensions."""
     import tensorflow as tf
 
     v1 = tf.compat.v1

@@ -136,6 +136,7 @@ def fit_gan(options):
     model.compile(*(hvd.DistributedOptimizer(keras.optimizers.Adam(0.01), **OPTIONS[options]())
                     for _ in range(2)))
     model.fit(batch(hvd.rank()), batch_size=2, epochs=2, shuffle=False, verbose=0)
+    assert not np.array_equal(training.weights(model.generator)[0], training.weights(net(3))[0])
     hvd.assert_replicas_equal(model.generator)
     hvd.assert_replicas_equal(model.discriminator)
     return training.weights(model.generator)
@@ -173,6 +174,7 @@ def test_replicas_that_begin_with_different_weights(ranks):
         theirs = second[way, callback]
         if callback:
             assert not isinstance(mine, str), mine
+            assert not np.array_equal(mine[0], training.weights(net(5))[0])
             assert all(np.array_equal(one, other) for one, other in zip(mine, theirs, strict=True))
         else:
             for said in (mine, theirs):

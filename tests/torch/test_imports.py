@@ -67,3 +67,20 @@ def test_a_name_that_nobody_has():
         _ = hvd_ext.torch.nonsense
     with pytest.raises(ImportError):
         importlib.import_module("hvd_ext.torch.nonsense")
+
+
+def test_every_public_name_of_horovod_is_here():
+    # Extended here, or modules that exist on both sides.
+    replaced = {"DistributedOptimizer", "Compression", "compression", "elastic", "functions", "optimizer",
+                "allgather_object", "broadcast_object", "broadcast_optimizer_state", "broadcast_parameters",
+                "join", "shutdown", "SyncBatchNorm", "sync_batch_norm", "mpi_ops",
+                *hvd_ext.torch.mpi_ops.__all__}  # the last: Horovod's functions, taking bfloat16 too
+    assert replaced >= {"allreduce", "synchronize"}
+    assert all(callable(getattr(hvd_ext.torch, name)) for name in hvd_ext.torch.mpi_ops.__all__)
+    for name in (n for n in dir(horovod.torch) if not n.startswith("_")):
+        if name not in replaced:
+            assert getattr(hvd_ext.torch, name) is getattr(horovod.torch, name), name
+    for name in ("Compressor", "NoneCompressor", "FP16Compressor"):
+        assert getattr(hvd_ext.torch.compression, name) is getattr(horovod.torch.compression, name)
+    for name in ("fp16", "none"):
+        assert getattr(hvd_ext.torch.Compression, name) is getattr(horovod.torch.Compression, name)

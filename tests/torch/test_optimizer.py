@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 
-import horovod.torch as horovod
 import numpy as np
 import pytest
 import torch
@@ -25,23 +24,6 @@ def take_steps(optimizer, parameters, steps, shapes=UNEVEN):
         optimizer.zero_grad()
         backward(parameters, worker_gradients(shapes, worker=hvd.rank(), step=step))
         optimizer.step()
-
-
-def test_every_public_name_of_horovod_is_here():
-    # Extended here, or modules that exist on both sides.
-    replaced = {"DistributedOptimizer", "Compression", "compression", "elastic", "functions", "optimizer",
-                "allgather_object", "broadcast_object", "broadcast_optimizer_state", "broadcast_parameters",
-                "join", "shutdown", "SyncBatchNorm", "sync_batch_norm", "mpi_ops",
-                *hvd.mpi_ops.__all__}  # the last: Horovod's functions, taking bfloat16 too
-    assert replaced >= {"allreduce", "synchronize"}
-    assert all(callable(getattr(hvd, name)) for name in hvd.mpi_ops.__all__)
-    for name in (n for n in dir(horovod) if not n.startswith("_")):
-        if name not in replaced:
-            assert getattr(hvd, name) is getattr(horovod, name), name
-    for name in ("Compressor", "NoneCompressor", "FP16Compressor"):
-        assert getattr(hvd.compression, name) is getattr(horovod.compression, name)
-    for name in ("fp16", "none"):
-        assert getattr(hvd.Compression, name) is getattr(horovod.Compression, name)
 
 
 def check_drop_in():

@@ -85,6 +85,7 @@ class Watch:
         self._running: Callable[[], bool] = lambda: True
         self._thread: threading.Thread | None = None
         self._uncaught = False  # this process ends with an exception
+        self._before_end: list[Callable[[], None]] = []
 
     @property
     def listener(self) -> Listener | None:
@@ -113,6 +114,11 @@ class Watch:
         """Look at this too: what is waited for where ``begin`` cannot be called."""
         self._sources.append(source)
 
+    def call_before_end(self, function: Callable[[], None]) -> None:
+        """Call ``function`` when this process ends without an error, before Horovod's shutdown."""
+        if function not in self._before_end:
+            self._before_end.append(function)
+
     def start(self, rank: int, abort: Callable[[], None],
               running: Callable[[], bool] = lambda: True) -> None:
         """Start to look; once per process.
@@ -129,8 +135,9 @@ class Watch:
         self.rank, self._abort, self._running = rank, abort, running
         if self._thread is None:
             _bound_the_end_after_errors(self)
-            atexit.register(self._bound_the_end)  # after hvd.init(), so before Horovod's own shutdown
         if self._thread is None or not self._thread.is_alive():
+            atexit.unregister(self._bound_the_end)
+            atexit.register(self._bound_the_end)  # after hvd.init(), so before Horovod's own shutdown
             self.verdict = None
             self._thread = threading.Thread(target=self._run, name="hvd_ext watch", daemon=True)
             self._thread.start()
@@ -217,6 +224,9 @@ class Watch:
 
     def _bound_the_end(self) -> None:
         """At exit, before Horovod's shutdown: see that a process whose waits were given up ends."""
+        if self.verdict is None and not self._uncaught:
+            for function in self._before_end:
+                function()
         if self.verdict is None or self._uncaught or _elastic():
             return
         if self.await_abort() and self._running():  # Horovod was initialised once more

@@ -6,6 +6,7 @@ so that names in Horovod's timeline, process sets and byte accounting are decide
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import pickle
 import time
@@ -246,8 +247,29 @@ def _submit(collective: Any, *args: Any, **kwargs: Any) -> Any:
 
 def shutdown() -> None:
     """Horovod's; after a shutdown by :mod:`hvd_ext.watch`, if one is under way."""
+    await_exchanges_for_next_step()
     WATCH.await_abort()
     horovod.shutdown()
+
+
+# Tickets of what a step has begun for the next one (late=).
+_FOR_NEXT_STEP: set[Any] = set()
+
+
+def begin_for_next_step(handles: Iterable[Handle]) -> None:
+    """Note what this step does not wait for: this process does not end before all ranks have begun it."""
+    _FOR_NEXT_STEP.intersection_update(mpi_ops._handle_map)
+    _FOR_NEXT_STEP.update(handle.ticket for handle in handles)
+    WATCH.call_before_end(await_exchanges_for_next_step)
+
+
+def await_exchanges_for_next_step() -> None:
+    """Let the other ranks begin what this one has: a shutdown before would be an error for them."""
+    tickets = _FOR_NEXT_STEP & set(mpi_ops._handle_map)
+    _FOR_NEXT_STEP.clear()
+    if tickets and WATCH.verdict is None and horovod.is_initialized():
+        with contextlib.suppress(HorovodInternalError):  # given up, which the watch has reported
+            _await_tickets(tickets)
 
 
 def wait_for(ticket: Any, what: str) -> Any:
@@ -273,10 +295,13 @@ def await_pending() -> None:
     Raises:
         HorovodInternalError: the wait was given up.
     """
-    given_up = {handle.ticket for handle in _UNFINISHED}
+    _await_tickets(set(mpi_ops._handle_map) - {handle.ticket for handle in _UNFINISHED})
+
+
+def _await_tickets(tickets: Iterable[Any]) -> None:
     WATCH.begin("the collectives under way")
     try:
-        for ticket in set(mpi_ops._handle_map) - given_up:
+        for ticket in tickets:
             while not horovod.poll(ticket):
                 time.sleep(0.0005)
     except (HorovodInternalError, ValueError) as error:

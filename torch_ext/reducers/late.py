@@ -16,7 +16,7 @@ from hvd_ext.agreement import Fingerprint, describe
 from hvd_ext.delay import Late
 from hvd_ext.options import Options
 from hvd_ext.state import Part
-from hvd_ext.torch.collectives import Handle
+from hvd_ext.torch.collectives import Handle, begin_for_next_step
 from hvd_ext.torch.reducers.base import Entry, Reducer, measured
 from hvd_ext.torch.reducers.delay_kernels import accumulation_dtype
 from hvd_ext.torch.reducers.late_kernels import advance_mean_square, compensate
@@ -192,6 +192,7 @@ class LateReducer(Reducer):
                                      "gradient dense")
                 self.inner.gradient_ready(entry, self.passes, 1)
         self.inner.start_all()
+        begin_for_next_step(self.under_way())
         self._flying = {entry: entry.parameter.grad for entry in self.entries}
 
     def _compensates(self) -> bool:

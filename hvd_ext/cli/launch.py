@@ -7,7 +7,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from hvd_ext.cli.console import Failure, err, out
 from hvd_ext.cli.facts import find_program, horovod_folder, loaded_libmpi, open_mpi_major
 
 LAUNCHERS = ("mpirun", "horovodrun", "srun")
+_SAME_EVERYWHERE = {"horovodrun", "srun"}  # their options do not depend on which one it is
 # Variables that ranks on other hosts are given as well.
 _FORWARDED = ("HOROVOD_", "HVD_EXT_", "NCCL_", "OMP_", "TF_")
 _FORWARDED_NAMES = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "CUDA_VISIBLE_DEVICES")
@@ -88,7 +89,11 @@ def run(args: argparse.Namespace) -> int:
     program = args.program[1:] if args.program[:1] == ["--"] else args.program
     if not program:
         raise Failure("no program to launch", "hvd-ext launch --hosts h1:2,h2:2 -- python train.py")
-    line = decide(parse_hosts(args.hosts), program, look_around(), launcher=args.launcher,
+    machine = look_around()
+    if args.dry_run and args.launcher in _SAME_EVERYWHERE - machine.launchers.keys():
+        err().print(f"no {args.launcher} here: the line is for a machine that has it", soft_wrap=True)
+        machine = replace(machine, launchers={**machine.launchers, args.launcher: args.launcher})
+    line = decide(parse_hosts(args.hosts), program, machine, launcher=args.launcher,
                   network=args.network, oversubscribe=args.oversubscribe)
     if args.dry_run:
         out().print(str(line), soft_wrap=True, markup=False)

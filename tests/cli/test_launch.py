@@ -155,6 +155,27 @@ def test_dry_run_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "h1:2,h2:2" in printed
 
 
+@pytest.mark.parametrize("launcher", ["srun", "horovodrun"])
+def test_a_line_for_another_machine_needs_no_launcher_here(
+        launcher: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("hvd_ext.cli.launch.look_around", lambda: replace(CLUSTER, launchers={}))
+    words = ["launch", "--hosts", "h1:2,h2:2", "--launcher", launcher]
+    assert main([*words, "--dry-run", "--", *PROGRAM]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"{launcher} --")
+    assert printed.out.rstrip().endswith("python train.py")
+    assert f"no {launcher} here" in printed.err
+    assert main([*words, "--", *PROGRAM]) == 1
+    assert f"no {launcher} here" in capsys.readouterr().err
+
+
+def test_a_line_of_mpirun_depends_on_which_it_is(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("hvd_ext.cli.launch.look_around", lambda: replace(CLUSTER, launchers={}))
+    assert main(["launch", "--launcher", "mpirun", "--dry-run", "--", *PROGRAM]) == 1
+    assert "no mpirun here" in capsys.readouterr().err
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
 def test_two_ranks_of_this_machine(launcher: str, tmp_path: Path) -> None:

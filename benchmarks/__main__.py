@@ -39,7 +39,8 @@ BENCHMARKS = {
                                  ("--ranks", "2"), plots=False),
     "seng_step_small": Benchmark("cost of a SENG step on small layers", "seng_step",
                                  ("--model", "autoencoder", "--subsample", "50"), plots=False),
-    "seng_stale": Benchmark("steps to a training loss with older curvature, with and without stale=",
+    "seng_stale": Benchmark("steps to a training loss with older curvature, with and without "
+                            "stale_curvature=",
                             "seng_autoencoder", ("--ablation", "--steps", "1000", "--seeds", "1")),
     "seng_scaling": Benchmark("cost of SENG against n, rho, q, r", "seng_scaling", plots=False),
     "seng_autoencoder": Benchmark("steps to a training loss, SENG against SGD and Adam",

@@ -26,9 +26,9 @@ from rich.table import Table
 
 from benchmarks.cifar10 import cifar10
 from benchmarks.digits_mlp import Data, Network, digits
-from hvd_ext.delay.async_rules import AsyncRule
-from hvd_ext.delay.engine import replay
-from hvd_ext.delay.sequences import Simulated
+from hvd_ext.reducers.delay_compensation.engine import replay
+from hvd_ext.reducers.delay_compensation.sequences import Simulated
+from hvd_ext.reducers.delay_compensation.update_rules import AsyncRule
 
 RATES = (0.05, 0.075, 0.1, 0.15, 0.2, 0.3)
 WORKERS = (4, 8, 16)

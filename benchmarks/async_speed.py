@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.launch import mpirun
-from hvd_ext.delay.async_rules import BLOCK, AsyncRule, apply_in_blocks
+from hvd_ext.reducers.delay_compensation.update_rules import BLOCK_NUMEL, AsyncRule, apply_in_blocks
 
 RESNET18 = 11_200_000  # parameters
 RULES = {"asgd": AsyncRule(name="asgd"), "dc-asgd-c": AsyncRule(name="dc-asgd-c"),
@@ -44,7 +44,7 @@ def kernel(numel: int, repeats: int) -> dict[str, dict[str, float]]:
     """Milliseconds of an update and of copying the bytes it must touch; medians."""
     rng = np.random.default_rng(0)
     w, g, bak, mean_square = (rng.random(numel, dtype=np.float32) for _ in range(4))
-    work = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    work = np.empty(BLOCK_NUMEL, np.float32), np.empty(BLOCK_NUMEL, np.float32)
     source = np.ones(numel * 7 // 2 + 1, np.float32)
     target = np.ones_like(source)
     result = {}

@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.launch import mpirun
-from hvd_ext.planning import Cluster, Link, moved
-from hvd_ext.planning.payoff import AGAINST, break_even_ranks
-from hvd_ext.topk import Layout, keep_count
+from hvd_ext.planning import Cluster, Link, collective_traffic
+from hvd_ext.planning.break_even import AGAINST, break_even_ranks
+from hvd_ext.reducers.topk import Layout, keep_count
 
 COUNTER = Path("/sys/class/net/lo/statistics/tx_bytes")
 RATIOS = (0.001, 0.01, 0.05)
@@ -71,15 +71,15 @@ def measure(numel: int, steps: int) -> dict[str, Any]:
 
 def model(way: str, numel: int, ranks: int) -> int:
     """The model's bytes out of a rank."""
-    cluster = Cluster.flat(ranks, Link(10.0))  # bytes do not depend on the link
+    cluster = Cluster.one_rank_per_host(ranks, Link(10.0))  # bytes do not depend on the link
     if way.startswith("topk"):
         entries = 4 * Layout(keep_count(numel, float(way.split()[1])), "float32").words
-        return round(moved("allgather", entries, cluster).rank)
-    return round(moved("allreduce", numel * AGAINST[way], cluster).rank)
+        return round(collective_traffic("allgather", entries, cluster).rank)
+    return round(collective_traffic("allreduce", numel * AGAINST[way], cluster).rank)
 
 
 def start(ranks: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Run :func:`measure` on so many ranks."""
+    """Run :func:`measure_cluster` on so many ranks."""
     command = mpirun(
         ranks, "benchmarks.bandwidth_model",
         ["--measure", "--numel", str(args.numel), "--steps", str(args.steps)],

@@ -24,10 +24,10 @@ from rich.table import Table
 
 import hvd_ext.torch as hvd
 from examples.resnet import resnet18
-from hvd_ext.options import Options
+from hvd_ext.reducers.options import ReductionOptions
 from hvd_ext.torch.collectives import Collectives
 from hvd_ext.torch.reducers import make_reducer
-from hvd_ext.torch.reducers.base import Entry, Reducer
+from hvd_ext.torch.reducers.base import NamedParameter, Reducer
 from tests.ranks import run_ranks
 
 BARS = {"exchange": 1.25, "bytes": 1.05, "step": 1.05}
@@ -36,7 +36,7 @@ RULES = {"adaptive": hvd.DelayCompensated(), "constant": hvd.DelayCompensated(0.
 
 def reducer_of(name: str, op: object) -> Reducer:
     """What reduces gradients with ``op=op``."""
-    return make_reducer(Collectives(), Options(prefix=f"delay.{name}"), op=op,
+    return make_reducer(Collectives(), ReductionOptions(prefix=f"delay.{name}"), op=op,
                         compression=hvd.Compression.none)
 
 
@@ -46,12 +46,12 @@ def exchange_times(turns: int) -> dict[str, Any]:
     torch.manual_seed(hvd.rank())
     gradients = [torch.randn(shape) for shape in shapes]
     ways = {name: reducer_of(name, op) for name, op in {"plain": hvd.Average, **RULES}.items()}
-    entries: dict[str, list[Entry]] = {}
+    entries: dict[str, list[NamedParameter]] = {}
     for name, reducer in ways.items():
-        entries[name] = [Entry(f"{name}.{i}", torch.nn.Parameter(torch.zeros(shape)), 0,
-                               lambda: [{"lr": 0.1}])
+        entries[name] = [NamedParameter(f"{name}.{i}", torch.nn.Parameter(torch.zeros(shape)), 0,
+                                        lambda: [{"lr": 0.1}])
                          for i, shape in enumerate(shapes)]
-        reducer.build(entries[name])
+        reducer.register_parameters(entries[name])
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(turns + 2):
         for name, reducer in ways.items():

@@ -25,11 +25,11 @@ from rich.table import Table
 
 import hvd_ext.torch as hvd
 from hvd_ext import kernels
-from hvd_ext.delay.async_rules import BLOCK, AsyncRule, apply_in_blocks
-from hvd_ext.topk import TopK, keep_count
-from hvd_ext.topk.plan import Segment
-from hvd_ext.torch.reducers import topk_kernels
-from hvd_ext.torch.reducers.delay_kernels import Recursion, compensated_sum
+from hvd_ext.reducers.delay_compensation.update_rules import BLOCK_NUMEL, AsyncRule, apply_in_blocks
+from hvd_ext.reducers.topk import TopK, keep_count
+from hvd_ext.reducers.topk.plan import Segment
+from hvd_ext.torch.reducers.kernels import topk
+from hvd_ext.torch.reducers.kernels.delay_compensation import Recursion, compensated_sum
 
 Call = Callable[[], Any]
 
@@ -56,14 +56,14 @@ def selection(numel: int, device: str) -> tuple[Call, int]:
     """TopK's positions, one percent."""
     flat = torch.randn(numel, device=device)
     segments = [Segment(0, numel, keep_count(numel, 0.01))]
-    return lambda: topk_kernels.select(flat, segments, TopK(), (1,)), 1
+    return lambda: topk.select_entries(flat, segments, TopK(), (1,)), 1
 
 
 def server(numel: int, name: str) -> tuple[Call, int]:
     """An update of the parameter server; always on the CPU."""
     rng = np.random.default_rng(0)
     w, gradient, bak, square = (rng.random(numel, dtype=np.float32) for _ in range(4))
-    rule, work = AsyncRule(name=name), (np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32))
+    rule, work = AsyncRule(name=name), (np.empty(BLOCK_NUMEL, np.float32), np.empty(BLOCK_NUMEL, np.float32))
     return lambda: apply_in_blocks(rule, w, gradient, lr=1e-6, momentum=0.0, w_bak=bak,
                                    mean_square=square if rule.adaptive else None, velocity=None,
                                    work=work), {"asgd": 4, "dc-asgd-c": 5, "dc-asgd-a": 7}[name]
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    fused = kernels.choice()
+    fused = kernels.kernel_choice()
     torch.set_num_threads(1)
     made = {"recursion, 2 workers, adaptive": recursion(args.numel // 2, 2, True, args.device),
             "recursion, 2 workers, constant": recursion(args.numel // 2, 2, False, args.device),

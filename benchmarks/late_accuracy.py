@@ -1,4 +1,5 @@
-"""What a gradient that is one step late costs: ``late=hvd.Late(...)`` against synchronous SGD, two problems.
+"""What a gradient that is one step late costs: ``overlap=hvd.DelayedUpdate(...)`` against synchronous SGD,
+two problems.
 
     python -m benchmarks.late_accuracy --json out/late_accuracy.json
 
@@ -34,10 +35,10 @@ EPOCHS, STEPS = 20, 200
 MOMENTUM = 0.9
 WAYS: dict[str, Any] = {
     "synchronous": None,
-    "late, lam 0": hvd.Late(0.0),
-    "late, constant lam 2": hvd.Late(2.0, adaptive=False),
-    "late, adaptive lam 0.5": hvd.Late(0.5),
-    "late, adaptive lam 2": hvd.Late(2.0),
+    "late, lam 0": hvd.DelayedUpdate(0.0),
+    "late, constant lam 2": hvd.DelayedUpdate(2.0, adaptive=False),
+    "late, adaptive lam 0.5": hvd.DelayedUpdate(0.5),
+    "late, adaptive lam 2": hvd.DelayedUpdate(2.0),
 }
 
 
@@ -118,7 +119,7 @@ def measure(problem: Problem, late: Any, lr: float, momentum: float, seeds: int)
     def optimize(parameters: Sequence[nn.Parameter]) -> Any:
         return hvd.DistributedOptimizer(
             torch.optim.SGD(parameters, lr=lr, momentum=momentum),
-            named_parameters=[(str(number), one) for number, one in enumerate(parameters)], late=late)
+            named_parameters=[(str(number), one) for number, one in enumerate(parameters)], overlap=late)
 
     return [problem.run(seed, optimize) for seed in range(seeds)]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hvd_ext.traffic import Traffic, by_kind
+from hvd_ext.reducers.traffic import Traffic, by_kind
 
 
 class Arrived:
@@ -38,7 +38,7 @@ class LocalCollectives:
     def _count(self, kind: str | Mapping[str, int], *, sent: int, received: int) -> None:
         out, back = by_kind(kind, sent), by_kind(kind, received)
         for part in out:
-            self.traffic.add(part, sent=out[part], received=back[part])
+            self.traffic.count_bytes(part, sent=out[part], received=back[part])
 
     def allgather_async(self, tensor: torch.Tensor, name: str, *, kind: Any = "gradients") -> Arrived:
         """Concatenate the ranks' tensors."""

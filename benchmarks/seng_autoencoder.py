@@ -2,7 +2,8 @@
 
     python -m benchmarks.seng_autoencoder --json out.json --plot out.png   # minutes of one core
     python -m benchmarks.seng_autoencoder --quick                          # a few seconds
-    python -m benchmarks.seng_autoencoder --ablation --steps 1000 --seeds 1   # older curvature, stale=
+    python -m benchmarks.seng_autoencoder --ablation --steps 1000 --seeds 1   # older curvature,
+    stale_curvature=
 
 64-128-64-32-8-32-64-128-64 with tanh between, half the summed squared error a sample, batches of
 200 of scikit-learn's 1797 digits (8 × 8, scaled to [0, 1]). The count is of steps until the loss
@@ -33,12 +34,13 @@ GRIDS: dict[str, dict[str, list[Any]]] = {
     "SENG": {"damping": [1.0, 2.0, 3.0], "lr": [0.2, 0.4, 0.6], "momentum": [0.9],
              "update_freq": [1]},
 }
-# What older curvature costs, with and without the mend (docs/seng.md, ``stale``); run when asked for.
+# What older curvature costs, with and without rescaling (docs/seng.md, ``stale_curvature``); run when asked
+# for.
 ABLATIONS: dict[str, dict[str, list[Any]]] = {
     f"SENG, every {freq} steps, {stale}": {
         "damping": [1.0, 2.0], "lr": [0.1, 0.2, 0.4], "momentum": [0.9], "update_freq": [freq],
-        "stale": [stale]}
-    for freq in (5, 20) for stale in ("keep", "bound")
+        "stale_curvature": [stale]}
+    for freq in (5, 20) for stale in ("keep", "rescale")
 }
 
 
@@ -54,8 +56,8 @@ def run(method: str, settings: dict[str, Any], seed: int, digits: np.ndarray, *,
     # with a Gram matrix that costs rho² (n_G + n_A) instead of rho² n.
     front_end = importlib.import_module(f"benchmarks.autoencoder_{framework}")
     options = {"sketch": None, "explicit_threshold": 10**9 if explicit else 0, "uc": "exact"}
-    if "stale" in settings:
-        options["stale"] = settings["stale"]
+    if "stale_curvature" in settings:
+        options["stale_curvature"] = settings["stale_curvature"]
     take_step, loss = front_end.start(method.split(",")[0], settings, seed, digits, options)
     curve: list[tuple[int, float]] = []
     order = np.empty(0, int)
@@ -132,7 +134,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--every", type=int, default=10, help="steps between looks at the loss")
     parser.add_argument("--methods", nargs="+", default=list(GRIDS), choices=[*GRIDS, *ABLATIONS])
     parser.add_argument("--ablation", action="store_true",
-                        help="curvature that is up to 5 and 20 steps old, with and without stale=\"bound\"")
+                        help="curvature that is up to 5 and 20 steps old, with and without "
+                             "stale_curvature=\"rescale\"")
     parser.add_argument("--explicit", action="store_true",
                         help="hold U itself: the same steps, only slower")
     parser.add_argument("--quick", action="store_true",

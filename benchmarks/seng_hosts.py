@@ -27,7 +27,7 @@ from benchmarks.seng_race.workloads import WORKLOADS
 from tests.cluster.hosts import Cluster, missing, sent_bytes
 
 WORKLOAD = WORKLOADS["convolutions"]
-SETTINGS = {"damping": 0.3, "update_freq": 10, "stale": "bound", "subsample": 32}
+SETTINGS = {"damping": 0.3, "update_freq": 10, "stale_curvature": "rescale", "subsample": 32}
 SGD_RATES, SENG_RATES = (0.05, 0.1, 0.2), (0.1, 0.3, 0.6)
 WAYS: dict[str, tuple[dict[str, Any] | None, tuple[float, ...]]] = {
     "SGD": (None, SGD_RATES),

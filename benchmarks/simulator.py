@@ -28,24 +28,32 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from hvd_ext.planning import Cluster, Link, Stragglers, Work, Workload, moved, simulate
-from hvd_ext.planning.measure import Measured, measure
-from hvd_ext.planning.methods import Setup, exchanges
+from hvd_ext.planning import (
+    Cluster,
+    ComputeCosts,
+    Link,
+    Stragglers,
+    Workload,
+    collective_traffic,
+    simulate_steps,
+)
+from hvd_ext.planning.measure import Measured, measure_cluster
+from hvd_ext.planning.methods import Scenario, plan_exchanges
 from tests.cluster.hosts import Cluster as Emulated
 from tests.cluster.hosts import bits_per_second, missing
 
 # Rows of benchmarks.cluster, and the simulator's names for them.
 ROWS = {"dense": "dense", "fp16": "fp16", "TopK 1 %": "topk",
         "TopK 1 %, sparse allreduce": "topk sparse_allreduce", "delay compensation": "delay",
-        "sharded": "sharded", "rank0": "rank0", "late": "late"}
+        "sharded": "sharded", "rank0": "rank0", "overlap": "overlap"}
 MORE_ROWS = {"PowerSGD, rank 4": "powersgd rank 4", "sharded, fp16": "sharded, fp16",
              "TopK 1 %, rank0": "topk, rank0", "TopK 1 %, sharded": "topk, sharded",
-             "late, fp16": "late, fp16", "late, TopK 1 %": "late, topk",
-             "late, delay compensation": "late, delay"}
+             "overlap, fp16": "overlap, fp16", "overlap, TopK 1 %": "overlap, topk",
+             "overlap, delay compensation": "overlap, delay"}
 CLOSE = 0.20
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 DRAWN = ("dense", "fp16", "powersgd rank 4", "topk", "topk sparse_allreduce", "delay", "rank0", "sharded",
-         "late")
+         "overlap")
 SLOWEST = "compute of the slowest rank"
 TICKS = (100, 150, 200, 300, 500, 700, 1000, 1500, 2000, 3000)
 DEVICE = 3000.0  # gigabytes per second of a GPU's memory, for what is computed: an assumption
@@ -64,7 +72,7 @@ def set_ups() -> dict[str, tuple[Cluster, Workload, Stragglers]]:
 
 def links_of(parameters: int) -> Measured:
     """What all ranks measure together."""
-    return measure(parameters)
+    return measure_cluster(parameters)
 
 
 def check(hosts: int, rate: str, parameters: float, turns: int, steps: int) -> dict[str, Any]:
@@ -86,15 +94,15 @@ def check(hosts: int, rate: str, parameters: float, turns: int, steps: int) -> d
 
 
 def compared(table: list[dict[str, Any]], workload: Workload, cluster: Cluster,
-             work: Work) -> list[dict[str, Any]]:
+             work: ComputeCosts) -> list[dict[str, Any]]:
     """The rows of ``benchmarks.cluster``, with what is simulated for each."""
-    by_name = {one.name: one for one in exchanges(Setup(workload, cluster.ranks, work))}
+    by_name = {one.name: one for one in plan_exchanges(Scenario(workload, cluster.ranks, work))}
     result = []
     for row in table:
         name = {**ROWS, **MORE_ROWS}.get(row["name"])
         if name is None:
             continue
-        found = simulate(by_name[name], workload, cluster)
+        found = simulate_steps(by_name[name], workload, cluster)
         result.append({"row": row["name"],
                        "exchange_ms": row.get("exchange_ms"), "step_ms": row.get("step_ms"),
                        "simulated_exchange_ms": 1e3 * found.exchange, "simulated_step_ms": 1e3 * found.step})
@@ -109,11 +117,13 @@ def against(path: Path, cores: int) -> dict[str, Any]:
     hosts = figures["hosts"]
     shapes = tuple(map(tuple, rows.shapes_of(figures["parameters"])))
     workload = Workload(shapes, figures["compute_ms"] / 1e3)
-    usual = Work().to_dict()
-    work = Work(**{name: value * max(1.0, hosts / cores) for name, value in usual.items()})
+    usual = ComputeCosts().to_dict()
+    work = ComputeCosts(**{name: value * max(1.0, hosts / cores) for name, value in usual.items()})
     dense = next(row["exchange_ms"] for row in figures["rows"] if row["name"] == rows.DENSE) / 1e3
-    bits = 8 * moved("allreduce", 4 * workload.numel, Cluster.flat(hosts, Link(1.0))).rank
-    cluster = Cluster.flat(hosts, Link(bits / (dense - 1e-9 * workload.numel * work.update_ns) / 1e9, 0.0))
+    bits = 8 * collective_traffic("allreduce", 4 * workload.numel,
+                                  Cluster.one_rank_per_host(hosts, Link(1.0))).rank
+    cluster = Cluster.one_rank_per_host(hosts, Link(bits / (dense - 1e-9 * workload.numel * work.update_ns)
+                                                    / 1e9, 0.0))
     table = [{**row, "exchange_ms": None} if row["name"] == rows.DENSE else row for row in figures["rows"]]
     return {"hosts": hosts, "rate": figures["rate"], "parameters": workload.numel,
             "compute_ms": figures["compute_ms"], "cluster": cluster.to_dict(), "work": work.to_dict(),
@@ -157,19 +167,19 @@ def curves() -> dict[str, dict[str, dict[str, list[float]]]]:
         lines = found.setdefault(title, {})
         for ranks in RANKS:
             cluster = host.of_hosts(ranks // host.per_host)
-            setup = Setup(workload, ranks, Work.of_memory(DEVICE))
-            ways = {one.name: (one, cluster) for one in exchanges(setup, DRAWN) if one.name in DRAWN}
+            setup = Scenario(workload, ranks, ComputeCosts.of_memory(DEVICE))
+            ways = {one.name: (one, cluster) for one in plan_exchanges(setup, DRAWN) if one.name in DRAWN}
             if cluster.per_host > 1:
                 ways["dense, hierarchical"] = ways["dense"][0], replace(cluster, hierarchical=True)
             for name, (one, where) in ways.items():
-                result = simulate(one, workload, where, stragglers)
+                result = simulate_steps(one, workload, where, stragglers)
                 line = lines.setdefault(name, {"step_ms": [], "exchange_ms": [], "link_mb": []})
                 line["step_ms"].append(1e3 * result.step)
                 line["exchange_ms"].append(1e3 * result.exchange)
                 line["link_mb"].append(one.link_bytes(where) / 1e6)
             lines.setdefault(SLOWEST, {"step_ms": []})["step_ms"].append(
                 1e3 * workload.compute * float(
-                    stragglers.draw(np.random.default_rng(0), 400, ranks).max(axis=1).mean()))
+                    stragglers.draw_factors(np.random.default_rng(0), 400, ranks).max(axis=1).mean()))
     return found
 
 

@@ -24,8 +24,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from hvd_ext.delay.engine import replay
-from hvd_ext.delay.sequences import Constant
+from hvd_ext.reducers.delay_compensation.engine import replay
+from hvd_ext.reducers.delay_compensation.sequences import Constant
 
 MOMENTA = (0.7, 0.8, 0.85, 0.9, 0.95)
 GRID = (0, 5, 10, 20, 30, 45, 60, 80, 90, 120, 160)

@@ -88,7 +88,7 @@ def exchanges(turns: int) -> dict[str, Any]:
     import tensorflow as tf
 
     import hvd_ext.tensorflow as hvd
-    from hvd_ext.options import Options
+    from hvd_ext.reducers.options import ReductionOptions
     from hvd_ext.tensorflow.collectives import Collectives
     from hvd_ext.tensorflow.reducers import make_reducer
 
@@ -104,8 +104,8 @@ def exchanges(turns: int) -> dict[str, Any]:
 
     def ours(way: str, **options: Any) -> Run:
         given = {"op": hvd.Average, "compression": hvd.Compression.none, **options}
-        reducer = reducers[way] = make_reducer(Collectives(), Options(prefix=way), **given)
-        reducer.build(variables, make)
+        reducer = reducers[way] = make_reducer(Collectives(), ReductionOptions(prefix=way), **given)
+        reducer.create_state(variables, make)
         inputs = {"lr": tf.constant(0.1)} if "op" in options else {}
         return tf.function(lambda: reducer(gradients, variables, **inputs)[0], autograph=False)
 

@@ -6,7 +6,7 @@ Handwritten digits, a perceptron with one hidden layer, 20 workers with a shard 
 one process. Every worker's gradient goes through the kernels that ranks use (select, split, pack,
 add_up), the sum into ``AMSGrad``; by sparse allreduce the workers are threads that run what ranks
 run. With TopK replies each worker owns a slice of the weights and sends back the same ratio of what the
-others lack (``server=hvd.Server("sharded", reply=...)``); accuracy is that of the exact weights. All
+others lack (``server=hvd.Server("sharded", downlink=...)``); accuracy is that of the exact weights. All
 methods at the same learning rate and number of steps.
 With ``--split random`` (the default) all shards are random; with ``--split sorted`` they are cut from
 the digits sorted by class, so that each worker knows one or two classes.
@@ -29,16 +29,16 @@ from rich.table import Table
 from sklearn.datasets import load_digits
 
 from benchmarks.local_ranks import LocalRanks
-from hvd_ext.buckets import Bucket, Kind, Slot
-from hvd_ext.servers import cut_evenly
-from hvd_ext.servers.replies import layout as layout_of
-from hvd_ext.servers.replies import part_segments
-from hvd_ext.topk import Layout, TopK, keep_count
-from hvd_ext.topk.plan import Segment
-from hvd_ext.torch import replies_kernels
+from hvd_ext.reducers.buckets import Bucket, BucketKey, TensorSlice
+from hvd_ext.reducers.topk import Layout, TopK, keep_count
+from hvd_ext.reducers.topk.plan import Segment
+from hvd_ext.sharding import cut_evenly
+from hvd_ext.sharding.downlink import message_layout as layout_of
+from hvd_ext.sharding.downlink import part_segments
 from hvd_ext.torch.amsgrad import AMSGrad
-from hvd_ext.torch.reducers import topk_kernels as kernels
-from hvd_ext.torch.reducers.topk_sparse import SparseAllreduce
+from hvd_ext.torch.reducers.kernels import topk as kernels
+from hvd_ext.torch.reducers.topk_allreduce import SparseAllreduce
+from hvd_ext.torch.sharding import downlink_kernels
 
 SPARSE = "topk by sparse allreduce"
 REPLIES = "topk, sharded, reply topk"
@@ -93,7 +93,7 @@ def train(method: str, seed: int, args: argparse.Namespace) -> list[float]:
     config = TopK(args.ratio, error_feedback=method != "topk without feedback")
     ranks = LocalRanks(WORKERS)
     exchanges = [SparseAllreduce(one, config) for one in ranks.collectives]  # type: ignore[arg-type]
-    bucket = Bucket(0, (Slot(0, 0, weights.numel()),), Kind("torch.float32"))
+    bucket = Bucket(0, (TensorSlice(0, 0, weights.numel()),), BucketKey("torch.float32"))
     count = keep_count(weights.numel(), args.ratio)
     layout, pieces = Layout(count, config.values), [Segment(0, weights.numel(), count)]
     residual = torch.zeros(WORKERS, weights.numel())
@@ -109,23 +109,23 @@ def train(method: str, seed: int, args: argparse.Namespace) -> list[float]:
             curve.append(float((guess == labels[test]).mean() * 100))
 
     def choose(total: torch.Tensor, step: int, worker: int) -> tuple[torch.Tensor, torch.Tensor]:
-        positions = kernels.select(total[worker], pieces, config, (seed, step, worker))
-        return positions, kernels.split(total[worker], positions, torch.float32)
+        positions = kernels.select_entries(total[worker], pieces, config, (seed, step, worker))
+        return positions, kernels.split_selected(total[worker], positions, torch.float32)
 
     def reduce_gathered(total: torch.Tensor, step: int) -> torch.Tensor:
-        together = torch.cat([kernels.pack(*choose(total, step, worker), layout)
+        together = torch.cat([kernels.pack_message(*choose(total, step, worker), layout)
                               for worker in range(WORKERS)])
-        counts = [header[0] for header in kernels.headers(together, WORKERS)]
+        counts = [header[0] for header in kernels.read_headers(together, WORKERS)]
         reduced = torch.zeros_like(weights)
         kernels.add_up(together, counts, layout, torch.float32, reduced)
         return reduced / WORKERS
 
     def reduce_sparse(total: torch.Tensor, step: int) -> torch.Tensor:
         def on_worker(worker: int) -> torch.Tensor:
-            handle = exchanges[worker].send(bucket, *choose(total, step, worker), "topk")
+            handle = exchanges[worker].send_to_owners(bucket, *choose(total, step, worker), "topk")
             memory = total[worker], torch.empty_like(total[worker])
-            return exchanges[worker].means([(bucket, handle.wait(), count)], "topk",
-                                           lambda _: memory, 1.0, lambda _: [])[0]
+            return exchanges[worker].finish_exchange([(bucket, handle.wait(), count)], "topk",
+                                                     lambda _: memory, 1.0, lambda _: [])[0]
 
         return ranks.run(on_worker)[0]
 
@@ -136,11 +136,11 @@ def train(method: str, seed: int, args: argparse.Namespace) -> list[float]:
             chosen = part_segments(part, args.ratio, per_tensor=False)
             wire = layout_of(chosen, config.values)
             place = slice(part[0].offset, part[-1].offset + part[-1].numel)
-            words = replies_kernels.pack_entries(weights.detach()[place] - held[place], chosen, wire, config,
-                                                 (seed, step, owner))
-            for _, positions, values in replies_kernels.entries_of_pieces(
+            words = downlink_kernels.pack_entries(weights.detach()[place] - held[place], chosen, wire, config,
+                                                  (seed, step, owner))
+            for _, positions, values in downlink_kernels.entries_of_pieces(
                     words, wire, torch.float32, int(words[0]), part):
-                replies_kernels.add_entries(held, positions, values)
+                downlink_kernels.add_entries(held, positions, values)
 
     for step in range(args.steps):
         batch = np.stack([shard[rng.integers(0, len(shard), args.batch)] for shard in shards])

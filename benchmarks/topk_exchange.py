@@ -29,12 +29,12 @@ from rich.table import Table
 import hvd_ext.torch as hvd
 from benchmarks.launch import mpirun, under_mpirun
 from examples.resnet import resnet18
-from hvd_ext.options import Options
-from hvd_ext.planning import Cluster, Link, moved
-from hvd_ext.topk import TopK, keep_count
+from hvd_ext.planning import Cluster, Link, collective_traffic
+from hvd_ext.reducers.options import ReductionOptions
+from hvd_ext.reducers.topk import TopK, keep_count
 from hvd_ext.torch.collectives import Collectives
 from hvd_ext.torch.reducers import make_reducer
-from hvd_ext.torch.reducers.base import Entry
+from hvd_ext.torch.reducers.base import NamedParameter
 
 BASELINE = "torch.topk + allgather"
 
@@ -63,10 +63,10 @@ class Plain:
 class Ours:
     """The reducer of a ``compression=``, given one gradient after another as a backward pass would."""
 
-    def __init__(self, entries: list[Entry], config: Any, label: str) -> None:
-        self.reducer = make_reducer(Collectives(), Options(prefix=label), op=hvd.Average,
+    def __init__(self, entries: list[NamedParameter], config: Any, label: str) -> None:
+        self.reducer = make_reducer(Collectives(), ReductionOptions(prefix=label), op=hvd.Average,
                                     compression=config)
-        self.reducer.build(entries)
+        self.reducer.register_parameters(entries)
 
     def __call__(self) -> None:
         for entry in reversed(self.reducer.entries):
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
         scale = float(torch.rand((), generator=generator)) + 0.1
         gradients.append(torch.randn(shape, generator=generator) * scale)
         parameter.grad = torch.zeros(shape)
-        entries.append(Entry(f"p{number}", parameter, 0, lambda: [{}]))
+        entries.append(NamedParameter(f"p{number}", parameter, 0, lambda: [{}]))
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     numel = flat.numel()
 
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     sent = {name: sum(variant.reducer.collectives.traffic.sent[kind] for kind in
                       ("values", "indices", "factors", "dense", "gradients")) / (args.repeats + 2)
             for name, variant in ours.items()}
-    dense = moved("allreduce", 4 * numel, Cluster.flat(hvd.size(), Link(10.0))).rank
+    dense = collective_traffic("allreduce", 4 * numel, Cluster.one_rank_per_host(hvd.size(), Link(10.0))).rank
     figures = {
         "parameters": numel, "ranks": hvd.size(), "ratio": args.ratio,
         "milliseconds": medians,

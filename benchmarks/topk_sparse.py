@@ -22,11 +22,11 @@ from rich.table import Table
 
 from benchmarks.local_ranks import LocalRanks
 from examples.resnet import resnet18
-from hvd_ext.buckets import Bucket, Kind, Slot
-from hvd_ext.topk import Layout, TopK, keep_count
-from hvd_ext.topk.plan import Segment
-from hvd_ext.torch.reducers import topk_kernels as kernels
-from hvd_ext.torch.reducers.topk_sparse import SparseAllreduce
+from hvd_ext.reducers.buckets import Bucket, BucketKey, TensorSlice
+from hvd_ext.reducers.topk import Layout, TopK, keep_count
+from hvd_ext.reducers.topk.plan import Segment
+from hvd_ext.torch.reducers.kernels import topk as kernels
+from hvd_ext.torch.reducers.topk_allreduce import SparseAllreduce
 
 
 def batch(generator: torch.Generator, size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,7 +47,7 @@ def measure(size: int, args: argparse.Namespace) -> dict[str, Any]:
     numel = sum(p.numel() for p in parameters)
     k = keep_count(numel, args.ratio)
     config = TopK(args.ratio, exchange="sparse_allreduce")
-    bucket = Bucket(0, (Slot(0, 0, numel),), Kind("torch.float32"))
+    bucket = Bucket(0, (TensorSlice(0, 0, numel),), BucketKey("torch.float32"))
     ranks = LocalRanks(size)
     exchanges = [SparseAllreduce(one, config) for one in ranks.collectives]  # type: ignore[arg-type]
     residuals = [torch.zeros(numel) for _ in range(size)]
@@ -63,12 +63,12 @@ def measure(size: int, args: argparse.Namespace) -> dict[str, Any]:
         before = [dict(one.traffic.sent) for one in ranks.collectives]
 
         def step(rank: int, totals: list[torch.Tensor] = totals) -> torch.Tensor:
-            positions = kernels.select(totals[rank], [Segment(0, numel, k)], config, (0,))
-            values = kernels.split(totals[rank], positions, torch.float32)
-            handle = exchanges[rank].send(bucket, positions, values, "topk")
+            positions = kernels.select_entries(totals[rank], [Segment(0, numel, k)], config, (0,))
+            values = kernels.split_selected(totals[rank], positions, torch.float32)
+            handle = exchanges[rank].send_to_owners(bucket, positions, values, "topk")
             mean = torch.empty(numel) if rank == 0 else totals[rank].new_empty(numel)
-            (found,) = exchanges[rank].means([(bucket, handle.wait(), k)], "topk",
-                                             lambda _: (totals[rank], mean), 1.0, lambda _: [])
+            (found,) = exchanges[rank].finish_exchange([(bucket, handle.wait(), k)], "topk",
+                                                       lambda _: (totals[rank], mean), 1.0, lambda _: [])
             return found
 
         (update, *others) = ranks.run(step)

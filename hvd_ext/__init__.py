@@ -4,7 +4,7 @@ The front ends are ``hvd_ext.torch``, ``hvd_ext.tensorflow`` and ``hvd_ext.tenso
 packages, and ``horovod.run``, are here under the same names.
 """
 
-from hvd_ext import aliases
+from hvd_ext.horovod_api import aliases
 from hvd_ext.versions import HVD_EXT as __version__
 
 __getattr__ = aliases.offer_packages(__name__, "horovod", names=["run"],

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 
-def number(name: str, value: Any, *, low: float = -math.inf, high: float = math.inf,
-           open_low: bool = False, open_high: bool = False, hint: str = "") -> float:
+def check_float(name: str, value: Any, *, low: float = -math.inf, high: float = math.inf,
+                open_low: bool = False, open_high: bool = False, hint: str = "") -> float:
     """``value`` as a float inside an interval.
 
     Raises:
@@ -15,7 +15,7 @@ def number(name: str, value: Any, *, low: float = -math.inf, high: float = math.
         ValueError: it is not finite or lies outside the interval.
     """
     if isinstance(value, bool) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be a number, got {value!r}{_then(hint)}")
+        raise TypeError(f"{name} must be a number, got {value!r}{_append_hint(hint)}")
     number_ = float(value)
     above = number_ > low if open_low else number_ >= low
     below = number_ < high if open_high else number_ <= high
@@ -23,12 +23,12 @@ def number(name: str, value: Any, *, low: float = -math.inf, high: float = math.
         left = "(" if open_low or low == -math.inf else "["
         right = ")" if open_high or high == math.inf else "]"
         raise ValueError(
-            f"{name} must be in {left}{low:g}, {high:g}{right}, got {value!r}{_then(hint)}"
+            f"{name} must be in {left}{low:g}, {high:g}{right}, got {value!r}{_append_hint(hint)}"
         )
     return number_
 
 
-def whole(name: str, value: Any, *, low: int, high: int | None = None, hint: str = "") -> int:
+def check_int(name: str, value: Any, *, low: int, high: int | None = None, hint: str = "") -> int:
     """``value`` as an int in ``[low, high]``.
 
     Raises:
@@ -36,18 +36,18 @@ def whole(name: str, value: Any, *, low: int, high: int | None = None, hint: str
         ValueError: it lies outside the interval.
     """
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be a whole number, got {value!r}{_then(hint)}")
-    whole_ = int(value.__index__())
-    if whole_ < low or (high is not None and whole_ > high):
+        raise TypeError(f"{name} must be a whole number, got {value!r}{_append_hint(hint)}")
+    number = int(value.__index__())
+    if number < low or (high is not None and number > high):
         limit = f"at least {low}" if high is None else f"in [{low}, {high}]"
-        raise ValueError(f"{name} must be {limit}, got {value!r}{_then(hint)}")
-    return whole_
+        raise ValueError(f"{name} must be {limit}, got {value!r}{_append_hint(hint)}")
+    return number
 
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
-def size(name: str, value: Any) -> int:
+def check_bytes(name: str, value: Any) -> int:
     """Bytes: a whole number of them, or a text with a unit.
 
     Raises:
@@ -56,15 +56,15 @@ def size(name: str, value: Any) -> int:
     """
     hint = 'pass a number of bytes, or a text such as "500MB" or "2GiB"'
     if not isinstance(value, str):
-        return whole(name, value, low=1, hint=hint)
+        return check_int(name, value, low=1, hint=hint)
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*((?:[kmg]i?)?)b?\s*", value.lower())
     size_ = int(float(found[1]) * UNITS[found[2]]) if found else 0
     if size_ < 1:
-        raise ValueError(f"{name} must be a size of at least 1 byte, got {value!r}{_then(hint)}")
+        raise ValueError(f"{name} must be a size of at least 1 byte, got {value!r}{_append_hint(hint)}")
     return size_
 
 
-def choice(name: str, value: Any, choices: Iterable[Any], *, hint: str = "") -> Any:
+def check_choice(name: str, value: Any, choices: Iterable[Any], *, hint: str = "") -> Any:
     """``value`` when it is one of ``choices``.
 
     Raises:
@@ -73,11 +73,11 @@ def choice(name: str, value: Any, choices: Iterable[Any], *, hint: str = "") -> 
     options = list(choices)
     if not any(value is option or value == option for option in options):
         listed = ", ".join(repr(option) for option in options)
-        raise ValueError(f"{name} must be one of {listed}; got {value!r}{_then(hint)}")
+        raise ValueError(f"{name} must be one of {listed}; got {value!r}{_append_hint(hint)}")
     return value
 
 
-def flag(name: str, value: Any) -> bool:
+def check_bool(name: str, value: Any) -> bool:
     """``value`` when it is a bool.
 
     Raises:
@@ -89,11 +89,11 @@ def flag(name: str, value: Any) -> bool:
 
 
 def number_or_schedule(name: str, value: Any, **limits: Any) -> float | Callable[[int], float]:
-    """A number inside the limits of :func:`number`, or a function of the step (checked when used)."""
+    """A number inside the limits of :func:`check_float`, or a function of the step (checked when used)."""
     if callable(value):
         return value  # type: ignore[no-any-return]
-    return number(name, value, **limits)
+    return check_float(name, value, **limits)
 
 
-def _then(hint: str) -> str:
+def _append_hint(hint: str) -> str:
     return f"; {hint}" if hint else ""

@@ -1,7 +1,7 @@
 """What a distributed optimizer keeps between steps, part by part, and which saved parts may be loaded.
 
 A part is shared (the same on every rank) or belongs to one rank. The optimizer's own moments are a third
-kind, owned by some ranks under ``server=``; see :mod:`hvd_ext.servers.checkpoint`.
+kind, owned by some ranks under ``server=``; see :mod:`hvd_ext.sharding.checkpoint`.
 """
 
 from __future__ import annotations

@@ -108,16 +108,16 @@ class ReducedGradients:
     def __bool__(self) -> bool:
         return bool(self._known)
 
-    def remember(self, gradients: Iterable[tuple[Any, Any]]) -> None:
+    def remember_gradients(self, gradients: Iterable[tuple[Any, Any]]) -> None:
         """Know these (parameter, gradient) pairs, and no others."""
         self._known = {parameter: weakref.ref(gradient) for parameter, gradient in gradients
                        if gradient is not None}
 
-    def forget(self) -> None:
+    def forget_gradients(self) -> None:
         """Know none."""
         self._known = {}
 
-    def includes(self, parameter: Any, gradient: Any) -> bool:
+    def includes_gradient(self, parameter: Any, gradient: Any) -> bool:
         """Whether ``gradient`` is still the parameter's of the reduction."""
         known = self._known.get(parameter)
         return known is not None and gradient is not None and known() is gradient

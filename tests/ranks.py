@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.forks import RANK_VARIABLES, Servers
+from tests.fork_server import RANK_VARIABLES, Servers
 
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 90.0

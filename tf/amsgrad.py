@@ -42,16 +42,16 @@ class AMSGrad(keras.optimizers.Optimizer):
                  **kwargs: Any) -> None:
         if not callable(learning_rate) and not isinstance(
                 learning_rate, keras.optimizers.schedules.LearningRateSchedule):
-            learning_rate = checks.number("learning_rate", learning_rate, low=0.0)
+            learning_rate = checks.check_float("learning_rate", learning_rate, low=0.0)
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
             raise TypeError(f"betas must be a pair of numbers, got {betas!r}; pass "
                             "betas=(0.9, 0.999)")
         for which, beta in zip(("betas[0]", "betas[1]"), betas, strict=True):
-            checks.number(which, beta, low=0.0, high=1.0, open_high=True)
-        checks.number("eps", eps, low=0.0, open_low=True,
-                      hint="it stands under the root with vhat, which is 0 at first")
-        decay = checks.number("weight_decay", 0.0 if weight_decay is None else weight_decay, low=0.0)
-        decoupled = checks.flag("decoupled_weight_decay", decoupled_weight_decay)
+            checks.check_float(which, beta, low=0.0, high=1.0, open_high=True)
+        checks.check_float("eps", eps, low=0.0, open_low=True,
+                           hint="it stands under the root with vhat, which is 0 at first")
+        decay = checks.check_float("weight_decay", 0.0 if weight_decay is None else weight_decay, low=0.0)
+        decoupled = checks.check_bool("decoupled_weight_decay", decoupled_weight_decay)
         super().__init__(learning_rate, name=name,
                          weight_decay=decay if decoupled and decay else None, **kwargs)
         self.betas = tuple(float(beta) for beta in betas)

@@ -33,7 +33,7 @@ class TensorFlowModel:
         wide = any(kind == tf.float64 for kind in kinds)
         self.dtype: np.dtype[Any] = np.dtype(np.float64 if wide else np.float32)
 
-    def buffer(self) -> TensorFlowBuffer:
+    def new_buffer(self) -> TensorFlowBuffer:
         """A flat buffer in host memory."""
         return TensorFlowBuffer(self)
 

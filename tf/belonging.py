@@ -44,7 +44,7 @@ def is_kept(optimizer: Any, variable: Any) -> bool:
     reference, kind = optimizer._hvd_ext.references.get(id(as_tf(variable)), (None, ""))
     if server is None or kind not in (BESIDE, ONCE):
         return True
-    return server.collectives.rank in server.busy if kind == ONCE else bool(server.owns(reference))
+    return server.collectives.rank in server.busy if kind == ONCE else bool(server.owns_variable(reference))
 
 
 def whole_shape(optimizer: Any, variable: Any) -> tuple[int, ...]:

@@ -15,9 +15,9 @@ import horovod.tensorflow as horovod
 import tensorflow as tf
 from horovod.tensorflow.mpi_ops import process_set_included_op
 
-from hvd_ext.scopes import outside_of_set
-from hvd_ext.tensorflow.traffic import NoTraffic, StepTraffic, nbytes, outermost_graph
-from hvd_ext.traffic import allreduce_bytes, by_kind
+from hvd_ext.consistency.scopes import outside_of_set
+from hvd_ext.reducers.traffic import allreduce_bytes, by_kind
+from hvd_ext.tensorflow.byte_counts import NullByteCounter, StepByteCounter, count_bytes, outermost_graph
 
 # Horovod's TensorFlow operations do not know it: it is reduced as float32 and moved as int16.
 NARROW = (tf.bfloat16,)
@@ -38,7 +38,7 @@ class Collectives:
         self.process_set = horovod.global_process_set if process_set is None else process_set
         self.device_dense = device_dense
         self.device_sparse = device_sparse
-        self.traffic = StepTraffic() if counted and not in_session_graphs() else NoTraffic()
+        self.traffic = StepByteCounter() if counted and not in_session_graphs() else NullByteCounter()
         self.kind = "gradients"
 
     def counted_as(self, kind: str) -> Collectives:
@@ -48,19 +48,19 @@ class Collectives:
         return other
 
     @property
-    def included(self) -> bool:
+    def is_member(self) -> bool:
         """Whether this rank is a member of the process set; one that is not is alone."""
         return self.process_set is horovod.global_process_set or self.process_set.included() is not False
 
     @property
     def size(self) -> int:
         """M, the number of ranks."""
-        return int(self.process_set.size()) if self.included else 1
+        return int(self.process_set.size()) if self.is_member else 1
 
     @property
     def rank(self) -> int:
         """This rank's number within the process set."""
-        return int(self.process_set.rank()) if self.included else 0
+        return int(self.process_set.rank()) if self.is_member else 0
 
     def refuse_outside(self, what: str) -> None:
         """Refuse a rank that is no member, and would write over what the members write.
@@ -68,17 +68,17 @@ class Collectives:
         Raises:
             ValueError: this is one.
         """
-        if not self.included:
+        if not self.is_member:
             raise ValueError(outside_of_set(what, horovod.rank(), self.process_set.ranks))
 
     @property
-    def elastic(self) -> bool:
+    def is_elastic(self) -> bool:
         """Whether the number of ranks may change while a traced function lives."""
         return bool(int(os.environ.get("HOROVOD_ELASTIC", "0")))
 
-    def if_many(self, communicate: Callable[[], Any], alone: Callable[[], Any]) -> Any:
+    def if_distributed(self, communicate: Callable[[], Any], alone: Callable[[], Any]) -> Any:
         """``communicate()`` where this rank has others to talk to, ``alone()`` where it has none."""
-        if not self.elastic:
+        if not self.is_elastic:
             many = self.process_set.included() and self.size > 1
             return communicate() if many else alone()
         with tf.device("cpu"):
@@ -89,18 +89,18 @@ class Collectives:
 
     def size_op(self, dtype: tf.DType) -> Any:
         """M as a number of ``dtype``, read when the function runs if it may change."""
-        if self.elastic:
+        if self.is_elastic:
             return tf.cast(horovod.size_op(process_set_id=self.process_set.process_set_id), dtype)
         return tf.cast(self.size, dtype)
 
-    def _count(self, kind: str | Mapping[str, int] | None, sent: Any, received: Any) -> None:
+    def _count_message(self, kind: str | Mapping[str, int] | None, sent: Any, received: Any) -> None:
         """Count a message; one that holds several kinds says how many bytes are of each."""
-        if self.elastic:
+        if self.is_elastic:
             return
         kind = self.kind if kind is None else kind
         out, back = by_kind(kind, sent), by_kind(kind, received)
         for part in out:
-            self.traffic.add(part, out[part], back[part])
+            self.traffic.count_message(part, out[part], back[part])
 
     def allreduce(self, tensor: tf.Tensor, name: str, *, op: Any = horovod.Average,
                   compression: Any = horovod.Compression.none,
@@ -112,7 +112,7 @@ class Collectives:
             return tf.cast(wide, tensor.dtype)
         self._count_allreduce(tensor, compression, kind)
         return horovod.allreduce(
-            tensor, op=op, name=unique(name), compression=compression,
+            tensor, op=op, name=unique_op_name(name), compression=compression,
             device_dense=self.device_dense, process_set=self.process_set,
             ignore_name_scope=True, **scale,
         )
@@ -122,8 +122,8 @@ class Collectives:
         if compression is not horovod.Compression.none:
             sample, _ = compression.compress(tf.zeros((1,), tensor.dtype))
             itemsize = sample.dtype.size
-        moved = allreduce_bytes(nbytes(tensor, itemsize), self.size)
-        self._count(kind, moved, moved)
+        moved = allreduce_bytes(count_bytes(tensor, itemsize), self.size)
+        self._count_message(kind, moved, moved)
 
     def grouped_allreduce(self, tensors: list[tf.Tensor], name: str, *, op: Any = horovod.Average,
                           compression: Any = horovod.Compression.none,
@@ -138,7 +138,7 @@ class Collectives:
         for tensor in tensors:
             self._count_allreduce(tensor, compression, kind)
         return list(horovod.grouped_allreduce(
-            tensors, op=op, name=unique(name), compression=compression,
+            tensors, op=op, name=unique_op_name(name), compression=compression,
             device_dense=self.device_dense, process_set=self.process_set,
             ignore_name_scope=True, **scale,
         ))
@@ -163,12 +163,12 @@ class Collectives:
         if tensor.dtype in NARROW:
             carried = self.allgather(tf.bitcast(tensor, tf.int16), name, kind=kind, rows=rows)
             return tf.bitcast(carried, tensor.dtype)
-        gathered = horovod.allgather(tensor, name=unique(name), process_set=self.process_set,
+        gathered = horovod.allgather(tensor, name=unique_op_name(name), process_set=self.process_set,
                                      ignore_name_scope=True)
         if rows is not None:
             gathered = tf.ensure_shape(gathered, (rows, *tensor.shape[1:]))
-        own = nbytes(tensor)
-        self._count(kind, (self.size - 1) * own, nbytes(gathered) - own)
+        own = count_bytes(tensor)
+        self._count_message(kind, (self.size - 1) * own, count_bytes(gathered) - own)
         return gathered
 
     def alltoall(self, tensor: tf.Tensor, splits: Any, name: str, *,
@@ -184,11 +184,11 @@ class Collectives:
         own = row * (tf.cast(splits[self.rank], tf.int64) if tf.is_tensor(splits)
                      else int(splits[self.rank]))
         received, _ = horovod.alltoall(tensor, splits=tf.convert_to_tensor(splits, tf.int32),
-                                       name=unique(name), process_set=self.process_set,
+                                       name=unique_op_name(name), process_set=self.process_set,
                                        ignore_name_scope=True)
         if rows is not None:
             received = tf.ensure_shape(received, (rows, *tensor.shape[1:]))
-        self._count(kind, nbytes(tensor) - own, nbytes(received) - own)
+        self._count_message(kind, count_bytes(tensor) - own, count_bytes(received) - own)
         return received
 
     def broadcast(self, tensor: tf.Tensor, root: int, name: str, *,
@@ -197,16 +197,16 @@ class Collectives:
         ranks = self.process_set.ranks
         sender = root if ranks is None else list(ranks)[root]
         carrier = tf.bitcast(tensor, tf.int16) if tensor.dtype in NARROW else tensor
-        sent = horovod.broadcast(carrier, sender, name=unique(name), process_set=self.process_set,
+        sent = horovod.broadcast(carrier, sender, name=unique_op_name(name), process_set=self.process_set,
                                  ignore_name_scope=True)
-        count = nbytes(tensor)
-        self._count(kind, (self.size - 1) * count if root == self.rank else 0,
-                    0 if root == self.rank else count)
+        count = count_bytes(tensor)
+        self._count_message(kind, (self.size - 1) * count if root == self.rank else 0,
+                            0 if root == self.rank else count)
         return tf.bitcast(sent, tensor.dtype) if tensor.dtype in NARROW else sent
 
     def all_true(self, flag: tf.Tensor, name: str) -> tf.Tensor:
         """Whether ``flag`` holds on every rank: the same decision on all ranks."""
-        return self.if_many(
+        return self.if_distributed(
             lambda: tf.equal(self.allreduce(tf.cast(flag, tf.int32), name, op=horovod.Min,
                                             kind="agreement"), 1),
             lambda: tf.cast(flag, tf.bool),
@@ -237,7 +237,7 @@ def refuse_session_graphs(what: str) -> None:
             "tf.function, or leave the extension out")
 
 
-def unique(name: str) -> str:
+def unique_op_name(name: str) -> str:
     """``name`` as Horovod takes it, made unique within the graph that is being traced.
 
     Two collectives under way at once must not have one name. Outside a graph each is waited for.

@@ -22,11 +22,11 @@ from horovod.tensorflow.elastic import *  # noqa: F403
 from horovod.tensorflow.functions import broadcast_object
 from horovod.tensorflow.mpi_ops import init, rank, shutdown
 
-from hvd_ext import aliases
-from hvd_ext.elastic import Place, Reunion
+from hvd_ext.horovod_api import aliases
+from hvd_ext.membership import CommitInfo, MembershipChange
 from hvd_ext.tensorflow import keras_hooks
-from hvd_ext.tensorflow.carried import Carried, optimizers_of
 from hvd_ext.tensorflow.collectives import Collectives
+from hvd_ext.tensorflow.persistence.elastic_snapshot import ElasticSnapshot, optimizers_of
 from hvd_ext.tensorflow.variables import as_tf, broadcast_variables
 
 __all__ = ["TensorFlowKerasState", "TensorFlowState", "run"]
@@ -69,29 +69,29 @@ class _VariablesState(ObjectState):  # type: ignore[misc]
     """
 
     def __init__(self, optimizers: Iterable[Any], **kwargs: Any) -> None:
-        self._carried = [Carried(optimizer) for optimizer in optimizers]
-        self._place: Place | None = None  # of the last commit
+        self._carried = [ElasticSnapshot(optimizer) for optimizer in optimizers]
+        self._place: CommitInfo | None = None  # of the last commit
         self._commit = 0
-        self._made_on = _here()
+        self._made_on = _commit_info()
         self._saved: list[np.ndarray] = []
-        self._keep()
+        self._keep_values()
         super().__init__(bcast_object=broadcast_object, get_rank=rank, **kwargs)
 
-    def _variables(self) -> list[tf.Variable]:
+    def _state_variables(self) -> list[tf.Variable]:
         raise NotImplementedError
 
     def save(self) -> None:
         """Keep everything in host memory, complete on every rank. A collective."""
         for one in self._carried:
-            one.gather()
-        self._keep()
+            one.gather_state()
+        self._keep_values()
         self._commit += 1
-        self._place = replace(_here(), commit=self._commit)
+        self._place = replace(_commit_info(), commit=self._commit)
         super().save()
 
     def restore(self) -> None:
         """Take back the last commit."""
-        for variable, value in zip(self._variables(), self._saved, strict=True):
+        for variable, value in zip(self._state_variables(), self._saved, strict=True):
             variable.assign(value)
         for one in self._carried:
             one.restore()
@@ -104,16 +104,16 @@ class _VariablesState(ObjectState):  # type: ignore[misc]
             ValueError: on every rank, when their variables differ in number, order, shape or dtype.
         """
         with _horovods_errors():
-            self._meet()
+            self._compare_commits()
             super().sync()
             self.save()
 
-    def _meet(self) -> None:
-        broadcast_variables(self._variables(), root_rank=0)
-        reunion = Reunion.of(Collectives().allgather_object(self._place, "hvd_ext.places"))
-        if reunion.first and self._made_on != _here():  # the ranks changed before training began
+    def _compare_commits(self) -> None:
+        broadcast_variables(self._state_variables(), root_rank=0)
+        reunion = MembershipChange.from_places(Collectives().allgather_object(self._place, "hvd_ext.places"))
+        if reunion.first and self._made_on != _commit_info():  # the ranks changed before training began
             for one in self._carried:
-                one.regroup()
+                one.rebuild_for_world_size()
         elif reunion.changed and not reunion.first:
             for one in self._carried:
                 one.rejoin(reunion)
@@ -125,17 +125,17 @@ class _VariablesState(ObjectState):  # type: ignore[misc]
             super().check_host_updates()
         except HostsUpdatedInterrupt:
             for one in self._carried:
-                one.hand_on()
+                one.average_local_state()
             self.save()
             assert self._place is not None
             self._place = replace(self._place, handed_on=True)
             # Horovod skips sync() where ranks only leave; owners and slices have moved then, too.
             raise HostsUpdatedInterrupt(False) from None
 
-    def _keep(self) -> None:
-        self._saved = [variable.numpy() for variable in self._variables()]
+    def _keep_values(self) -> None:
+        self._saved = [variable.numpy() for variable in self._state_variables()]
         for one in self._carried:
-            one.keep()
+            one.keep_local()
 
 
 class TensorFlowKerasState(_VariablesState):
@@ -167,7 +167,7 @@ class TensorFlowKerasState(_VariablesState):
         super().__init__([] if inner is None or keras_hooks.wrapper_of(inner) is None else [inner],
                          **kwargs)
 
-    def _variables(self) -> list[tf.Variable]:
+    def _state_variables(self) -> list[tf.Variable]:
         return [as_tf(one) for one in [*self.model.variables, *self.optimizer.variables]]
 
 
@@ -201,13 +201,13 @@ class TensorFlowState(_VariablesState):
                              if id(as_tf(one)) not in known]
         super().__init__(optimizers, **kwargs)
 
-    def _variables(self) -> list[tf.Variable]:
+    def _state_variables(self) -> list[tf.Variable]:
         return self._all
 
 
-def _here() -> Place:
+def _commit_info() -> CommitInfo:
     collectives = Collectives()
-    return Place(collectives.rank, collectives.size)
+    return CommitInfo(collectives.rank, collectives.size)
 
 
-__getattr__ = aliases.names_of(__name__, "horovod.tensorflow.elastic")
+__getattr__ = aliases.module_getattr(__name__, "horovod.tensorflow.elastic")

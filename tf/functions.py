@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from horovod.tensorflow import functions as horovods
 
-from hvd_ext import aliases
-from hvd_ext.signatures import set_default_name
+from hvd_ext.horovod_api import aliases
+from hvd_ext.horovod_api.signatures import set_default_name
 from hvd_ext.tensorflow.variables import broadcast_variables
 
-__getattr__ = aliases.names_of(__name__, "horovod.tensorflow.functions")
+__getattr__ = aliases.module_getattr(__name__, "horovod.tensorflow.functions")
 __all__ = ["allgather_object", "broadcast_object", "broadcast_variables"]
 
 broadcast_object = set_default_name(horovods.broadcast_object, "broadcast_object")

@@ -18,7 +18,7 @@ UNSCALED = "_hvd_ext_unscaled"  # the gradients that get_unscaled_gradients was 
 DONE = "_hvd_ext_keras2"
 
 
-def install() -> None:
+def install_keras2() -> None:
     """Extend Keras' optimizers and models. Does nothing when called again."""
     base = next(kind for kind in keras.optimizers.Optimizer.__mro__ if "variables" in kind.__dict__)
     if DONE in base.__dict__:
@@ -26,7 +26,7 @@ def install() -> None:
     setattr(base, DONE, True)
     for kind in (base, keras.optimizers.LossScaleOptimizer, keras.optimizers.MultiOptimizer):
         if "variables" in kind.__dict__:
-            kind.variables = _callable(kind.__dict__["variables"])
+            kind.variables = _callable_variables(kind.__dict__["variables"])
     if not hasattr(base, "lr"):
         base.lr = property(_get_lr, _set_lr, doc="``learning_rate``, as Keras 2 called it.")
     _install_loss_scale(keras.optimizers.LossScaleOptimizer)
@@ -34,7 +34,7 @@ def install() -> None:
     trainer.compile = _without_tf_function(trainer.__dict__["compile"])
 
 
-def _callable(variables: Any) -> property:
+def _callable_variables(variables: Any) -> property:
     """The property ``variables``, whose list may be called as Keras 2's method was."""
     return property(lambda self: CallableList(variables.fget(self)), doc=variables.__doc__)
 

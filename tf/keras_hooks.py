@@ -61,7 +61,7 @@ def refuse_xla(what: str) -> None:
 
 
 @functools.cache
-def install() -> None:
+def install_hooks() -> None:
     """Extend Keras' classes. Does nothing when called again."""
     scaled = keras.optimizers.LossScaleOptimizer
     check_finite = scaled.check_finite

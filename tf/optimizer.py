@@ -14,22 +14,25 @@ import keras
 import tensorflow as tf
 from horovod.tensorflow import DistributedOptimizer as HorovodOptimizer
 
-from hvd_ext import checks, composition
-from hvd_ext.delay.late import check_late
-from hvd_ext.options import Options
-from hvd_ext.servers import Server, settings_of
-from hvd_ext.tensorflow import copies, keras_hooks
+from hvd_ext import checks
+from hvd_ext.reducers import registry
+from hvd_ext.reducers.delayed_update import check_overlap
+from hvd_ext.reducers.options import ReductionOptions
+from hvd_ext.sharding import Server, settings_of
+from hvd_ext.tensorflow import keras_hooks
 from hvd_ext.tensorflow.collectives import Collectives, refuse_session_graphs
-from hvd_ext.tensorflow.extended import Distributed
-from hvd_ext.tensorflow.pieces import cuts
+from hvd_ext.tensorflow.distributed_optimizer_class import Distributed
+from hvd_ext.tensorflow.persistence import pickling
 from hvd_ext.tensorflow.reducers import REDUCERS, check_preconditioner, make_reducer
-from hvd_ext.tensorflow.reducers.late import LateReducer
+from hvd_ext.tensorflow.reducers.delayed_update import DelayedReducer
 from hvd_ext.tensorflow.reducers.plain import PlainReducer
-from hvd_ext.tensorflow.separability import check_separable
-from hvd_ext.tensorflow.server import make_server
-from hvd_ext.tensorflow.wrapper import Wrapper
+from hvd_ext.tensorflow.sharding.separability import check_separable
+from hvd_ext.tensorflow.sharding.shards import cuts_variables
+from hvd_ext.tensorflow.sharding.updater import make_server
+from hvd_ext.tensorflow.step import Wrapper
 
-EXTENSIONS = {"preconditioner", "server", "reset_per_rank_state", "late"}  # arguments that are not Horovod's
+EXTENSIONS = {"preconditioner", "server", "reset_per_rank_state",
+              "overlap"}  # arguments that are not Horovod's
 # What a class must not override for its gradients to be met between accumulation and clipping.
 PASSED_THROUGH = ("apply", "_backend_apply_gradients", "_clip_gradients")
 
@@ -62,7 +65,7 @@ def DistributedOptimizer(optimizer: Any, name: str | None = None, use_locking: b
     if unknown:
         raise TypeError(f"DistributedOptimizer has no argument {', '.join(sorted(unknown))}")
     asked = [name + "=" for name, value in extensions.items() if value not in (None, False)]
-    asked += [composition.public_name(one) for one in (op, compression) if type(one) in REDUCERS]
+    asked += [registry.public_name(one) for one in (op, compression) if type(one) in REDUCERS]
     if asked:
         raise NotImplementedError(
             f"{', '.join(asked)} with a tf.compat.v1 optimizer, which Horovod's own DistributedOptimizer "
@@ -78,7 +81,7 @@ def KerasDistributedOptimizer(
                average_aggregated_gradients: bool = False, num_groups: int = 0, groups: Any = None,
                process_set: Any = horovod.global_process_set, scale_local_gradients: bool = True,
                *, preconditioner: Any = None, server: str | Server | None = None,
-               reset_per_rank_state: bool = False, late: Any = None) -> Any:
+               reset_per_rank_state: bool = False, overlap: Any = None) -> Any:
     """Make a Keras optimizer reduce gradients over all ranks before it applies them.
 
     The optimizer given is changed in place and returned: its class (by ``isinstance`` and by
@@ -92,11 +95,11 @@ def KerasDistributedOptimizer(
         preconditioner: ``SENG(model, ...)``: what the reduced gradient is turned into.
         server: where the update runs: "replicated" (as without it), "rank0", or "sharded", each
             variable's on its owner; a rank keeps the optimizer's state of what it owns.
-            ``Server("sharded", reply=...)`` where the new weights are to come back compressed.
+            ``Server("sharded", downlink=...)`` where the new weights are to come back compressed.
         reset_per_rank_state: when the optimizer's variables are loaded from a file, start anew
             the state that belongs to one rank (TopK's residuals, MeanSquare).
-        late: ``Late(...)``: exchange gradients beside the next step's compute and apply them then.
-            ``optimizer.flush()`` takes the last update.
+        overlap: ``DelayedUpdate(...)``: exchange gradients beside the next step's compute and apply them
+            then. ``optimizer.flush()`` takes the last update.
 
     The other arguments are those of ``horovod.tensorflow.keras.DistributedOptimizer``.
 
@@ -121,9 +124,9 @@ def KerasDistributedOptimizer(
             sparse_as_dense, gradient_predivide_factor, op, backward_passes_per_step,
             average_aggregated_gradients, num_groups, groups, process_set, scale_local_gradients,
             preconditioner=preconditioner, server=server,
-            reset_per_rank_state=reset_per_rank_state, late=late)
+            reset_per_rank_state=reset_per_rank_state, overlap=overlap)
         return optimizer
-    passes = checks.whole("backward_passes_per_step", backward_passes_per_step, low=1)
+    passes = checks.check_int("backward_passes_per_step", backward_passes_per_step, low=1)
     if passes > 1 and optimizer.gradient_accumulation_steps:
         raise ValueError(
             f"backward_passes_per_step={passes} and the optimizer's gradient_accumulation_steps="
@@ -134,44 +137,45 @@ def KerasDistributedOptimizer(
     check_preconditioner(preconditioner)
     collectives = Collectives(process_set, device_dense=device_dense, device_sparse=device_sparse)
     given = {"op": op, "compression": compression, "preconditioner": preconditioner, "server": server,
-             "late": late}
-    if not collectives.included:  # it trains alone, without extensions, as in PyTorch
+             "overlap": overlap}
+    if not collectives.is_member:  # it trains alone, without extensions, as in PyTorch
         op = op if type(op) not in REDUCERS else horovod.Average
         compression = compression if type(compression) not in REDUCERS else horovod.Compression.none
-        preconditioner = server = late = None
+        preconditioner = server = overlap = None
     settings = None if server is None else settings_of(server)
     where = None if settings is None else settings.kind
     placed = make_server(settings, optimizer, collectives, groups)
     if placed is not None:
         check_extension(optimizer, f"server={where!r}")
-        check_separable(optimizer, placed.settings, cut=cuts(placed.settings, optimizer, collectives))
-    options = Options(
+        check_separable(optimizer, placed.settings,
+                        cut=cuts_variables(placed.settings, optimizer, collectives))
+    options = ReductionOptions(
         prefix=name or type(optimizer).__name__, passes=passes, groups=groups,
         average_passes=average_aggregated_gradients, sparse_as_dense=sparse_as_dense,
         half=compression is horovod.Compression.fp16)
     reducer = make_reducer(collectives, options, op=op, compression=compression,
                            predivide=gradient_predivide_factor,
-                           owners=placed if where == "sharded" and preconditioner is None and late is None
+                           owners=placed if where == "sharded" and preconditioner is None and overlap is None
                            else None)
-    check_late(late, preconditioner=preconditioner, passes_apart=bool(reducer.parts_shape()),
+    check_overlap(overlap, preconditioner=preconditioner, passes_apart=bool(reducer.parts_shape()),
                multiple_evaluations=False)
-    if late is not None:
-        refuse_session_graphs("late=")
-        check_extension(optimizer, "late=")
+    if overlap is not None:
+        refuse_session_graphs("overlap=")
+        check_extension(optimizer, "overlap=")
         if optimizer.gradient_accumulation_steps:
             raise ValueError(
-                "late= cannot be combined with the optimizer's gradient_accumulation_steps="
+                "overlap= cannot be combined with the optimizer's gradient_accumulation_steps="
                 f"{optimizer.gradient_accumulation_steps}, which would count flush() as a batch; use "
                 "backward_passes_per_step")
-        reducer = LateReducer(reducer, late, options)
+        reducer = DelayedReducer(reducer, overlap, options)
     reducer.extensions = (f"preconditioner: {type(preconditioner).__name__}",
-                          *(["server: None"] if settings is None else settings.lines()))
+                          *(["server: None"] if settings is None else settings.fingerprint_lines()))
     if not isinstance(reducer, PlainReducer):
         check_extension(optimizer, type(reducer).__name__.removesuffix("Reducer"))
     if preconditioner is not None:
         check_extension(optimizer, "SENG")
-    keras_hooks.install()
-    copies.install()
+    keras_hooks.install_hooks()
+    pickling.install_copies()
     wrapper = Wrapper(reducer, standard=passes_through(optimizer),
                       scale_local=scale_local_gradients, preconditioner=preconditioner,
                       server=placed, where=where, reset_per_rank_state=reset_per_rank_state)
@@ -184,7 +188,7 @@ def KerasDistributedOptimizer(
     object.__setattr__(optimizer, keras_hooks.ATTRIBUTE, wrapper)
     object.__setattr__(optimizer, "__class__", distributed_class(type(optimizer)))
     if optimizer.built:
-        wrapper.build(optimizer, list(optimizer._trainable_variables))
+        wrapper.create_state(optimizer, list(optimizer._trainable_variables))
     return optimizer
 
 

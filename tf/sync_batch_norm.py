@@ -8,7 +8,7 @@ import horovod.tensorflow as horovod
 import keras
 import tensorflow as tf
 
-from hvd_ext import aliases
+from hvd_ext.horovod_api import aliases
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.keras_hooks import refuse_xla, require_tensorflow_backend
 from hvd_ext.tensorflow.uneven_data import JOINING, PADDED, PADDED_STATISTICS, batch_weight, in_use
@@ -23,7 +23,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
     The ranks' batches may differ in size, also be empty; a mask counts as in Keras. Each forward
     pass in training gathers 2 C + 1 numbers a rank (C channels), each backward pass sums M times
     as many. Outputs, gradients and moving statistics are those of one process with all rows; in a loop
-    over ``hvd.uneven`` without those of a rank that has run out of batches.
+    over ``hvd.uneven_inputs`` without those of a rank that has run out of batches.
 
     Args:
         fused: must be False, as in Horovod.
@@ -48,7 +48,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         """Mean and variance, (C,) each, over the rows of all ranks.
 
         Raises:
-            ValueError: a dataset of ``hvd.uneven(...).padded(...)`` is in use.
+            ValueError: a dataset of ``hvd.uneven_inputs(...).padded(...)`` is in use.
         """
         collectives = Collectives(self.process_set, counted=False)
         if not self.process_set.included() or collectives.size == 1:
@@ -143,4 +143,4 @@ def convert_sync_batchnorm(model: keras.Model, *, process_set: Any = None) -> ke
     return copy
 
 
-__getattr__ = aliases.names_of(__name__, "horovod.tensorflow.sync_batch_norm")
+__getattr__ = aliases.module_getattr(__name__, "horovod.tensorflow.sync_batch_norm")

@@ -15,10 +15,10 @@ import horovod.tensorflow as horovod
 import keras
 import tensorflow as tf
 
-from hvd_ext.buckets import check_groups
-from hvd_ext.composition import method_of, public_name
-from hvd_ext.options import Options
-from hvd_ext.signatures import copy_signature
+from hvd_ext.horovod_api.signatures import copy_signature
+from hvd_ext.reducers.buckets import check_groups
+from hvd_ext.reducers.options import ReductionOptions
+from hvd_ext.reducers.registry import method_of, public_name
 from hvd_ext.tensorflow import keras_hooks
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.keras_hooks import refuse_xla
@@ -31,9 +31,15 @@ from hvd_ext.tensorflow.reducers import (
     check_preconditioner,
     make_reducer,
 )
-from hvd_ext.tensorflow.reducers.base import Reducer, before_reduce, divide_by_ranks, precondition, report
+from hvd_ext.tensorflow.reducers.base import (
+    Reducer,
+    before_reduce,
+    divide_by_ranks,
+    precondition_gradients,
+    report,
+)
 from hvd_ext.tensorflow.transaction import ASKED, Transaction, ask_once
-from hvd_ext.tensorflow.variables import as_tf, made_apart, make_state
+from hvd_ext.tensorflow.variables import as_tf, create_outside_graph, make_state
 
 KEPT = "_hvd_ext_tape"
 AGAIN = "_hvd_ext_traced_again"
@@ -71,18 +77,18 @@ class _DistributedGradientTape(tf.GradientTape):
                if id(as_tf(source)) not in self._local_sources]
         variables = [flat_sources[index] for index in far]
         reducer = kept_reducer(self._optimizer or (variables or flat_sources)[0], self._settings)
-        self.build(flat_sources)
-        transaction = self._transaction(reducer)
+        self.create_state(flat_sources)
+        transaction = self._make_transaction(reducer)
         if transaction is not None:
-            transaction.begin(self._updates())
+            transaction.begin_reduction(self._count_updates())
         before_reduce(self._preconditioner, [flat[index] for index in far], variables)
-        reduced, good = self._reduce(reducer, [flat[index] for index in far], variables)
+        reduced, good = self._reduce_gradients(reducer, [flat[index] for index in far], variables)
         if good is not None:  # as after a plain allreduce, what is not finite reaches every rank
             reduced = [None if gradient is None else tf.where(good, gradient, math.nan)
                        for gradient in reduced]
-        reduced = precondition(self._preconditioner, reduced, variables, reducer, good)
+        reduced = precondition_gradients(self._preconditioner, reduced, variables, reducer, good)
         if transaction is not None:
-            transaction.end(self._updates())
+            transaction.end_reduction(self._count_updates())
         result = list(flat)
         for index, gradient in zip(far, reduced, strict=True):
             result[index] = gradient
@@ -91,7 +97,7 @@ class _DistributedGradientTape(tf.GradientTape):
                 result[index] = divide_by_ranks(result[index], reducer.collectives)
         return keras.tree.pack_sequence_as(sources, result)
 
-    def build(self, sources: Sequence[Any]) -> None:
+    def create_state(self, sources: Sequence[Any]) -> None:
         """Make what is kept between steps, in the optimizer given, where it is not there yet.
 
         The first ``gradient`` does; call it before a checkpoint is restored into new objects.
@@ -107,17 +113,18 @@ class _DistributedGradientTape(tf.GradientTape):
                 self._optimizer.build(list(sources))
             make_variable = functools.partial(make_state, self._optimizer)
             reducer.transaction = Transaction()
-            reducer.build([source for source in sources if id(as_tf(source)) not in self._local_sources],
-                          reducer.transaction.recorded(make_variable))
-            reducer.transaction.build(make_variable, getattr(reducer, "steps", None))
+            reducer.create_state([source for source in sources
+                                  if id(as_tf(source)) not in self._local_sources],
+                                 reducer.transaction.record_variables(make_variable))
+            reducer.transaction.create_variables(make_variable, getattr(reducer, "steps", None))
 
         scaled = isinstance(self._optimizer, keras.optimizers.LossScaleOptimizer)
         unbuilt = not self._optimizer.built
-        made_apart(make)
+        create_outside_graph(make)
         if scaled and unbuilt and not tf.executing_eagerly():
             trace_again(self._optimizer)
 
-    def _transaction(self, reducer: Reducer) -> Transaction | None:
+    def _make_transaction(self, reducer: Reducer) -> Transaction | None:
         """What takes back the state of gradients that are not applied; None where nothing is kept."""
         kept = self._preconditioner
         if self._optimizer is None or not (self._settings.keeps_state or kept is not None):
@@ -128,22 +135,22 @@ class _DistributedGradientTape(tf.GradientTape):
         if reducer.transaction is None:
             reducer.transaction = Transaction()
         found = reducer.transaction
-        if kept is not None and hasattr(kept, "counters") and not found.has(kept.steps):
-            made_apart(lambda: found.add(kept.counters, kept.steps))
+        if kept is not None and hasattr(kept, "counters") and not found.has_variable(kept.steps):
+            create_outside_graph(lambda: found.add(kept.counters, kept.steps))
         return found
 
-    def _updates(self) -> tf.Tensor:
+    def _count_updates(self) -> tf.Tensor:
         return tf.cast(as_tf(self._optimizer.iterations).read_value(), tf.int64)
 
-    def _reduce(self, reducer: Reducer, gradients: list[Any], variables: list[Any]
-                ) -> tuple[list[Any], Any]:
+    def _reduce_gradients(self, reducer: Reducer, gradients: list[Any], variables: list[Any]
+                          ) -> tuple[list[Any], Any]:
         if not self._settings.keeps_state:
             return self._reduce_plainly(reducer, gradients, variables), None
         # What is not linear in the gradient must see it without the loss's scale.
         scale = tf.convert_to_tensor(loss_scale(self._optimizer), tf.float32)
-        reduced, good = reducer([_times(gradient, 1.0 / scale) for gradient in gradients], variables,
-                                **reducer.inputs(self._optimizer))
-        return [_times(gradient, scale) for gradient in reduced], good
+        reduced, good = reducer([_multiply(gradient, 1.0 / scale) for gradient in gradients], variables,
+                                **reducer.step_inputs(self._optimizer))
+        return [_multiply(gradient, scale) for gradient in reduced], good
 
     def _reduce_plainly(self, reducer: Reducer, gradients: list[Any], variables: list[Any]) -> list[Any]:
         """Reduced gradients; what no rank has is None, in a graph zeros, as it is known too late there."""
@@ -154,7 +161,7 @@ class _DistributedGradientTape(tf.GradientTape):
         reduced, _ = reducer(reducer.fill_missing(gradients, variables), variables)
         if tf.executing_eagerly():
             for index in missing:
-                if not bool(reducer.presence.somewhere(variables[index])):
+                if not bool(reducer.presence.is_somewhere(variables[index])):
                     reduced[index] = None
         return reduced
 
@@ -171,12 +178,12 @@ class _DistributedGradientTape(tf.GradientTape):
         return kept, [pair for pair in pairs if id(as_tf(pair[0])) not in self._local_sources]
 
 
-def _unconverted(function: Callable[..., Any]) -> Callable[..., Any]:
+def _no_autograph(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function``, which AutoGraph leaves alone, with its signature and defaults."""
     return copy_signature(function, tf.autograph.experimental.do_not_convert)(function)
 
 
-@_unconverted
+@_no_autograph
 def distributed_tape(gradtape: tf.GradientTape, device_dense: str = "", device_sparse: str = "",
                      compression: Any = horovod.Compression.none, sparse_as_dense: bool = False,
                      op: Any = horovod.Average, gradient_predivide_factor: float = 1.0,
@@ -206,7 +213,7 @@ def distributed_tape(gradtape: tf.GradientTape, device_dense: str = "", device_s
                          "call hvd.DistributedGradientTape once")
     check_preconditioner(preconditioner)
     method = method_of(REDUCERS, op, compression)
-    if (method or preconditioner) is not None and Collectives(process_set).elastic:
+    if (method or preconditioner) is not None and Collectives(process_set).is_elastic:
         what = "SENG" if method is None else public_name(method)
         raise NotImplementedError(
             f"a tape with {what} cannot be carried by an elastic state, which finds extensions with their "
@@ -219,7 +226,7 @@ def distributed_tape(gradtape: tf.GradientTape, device_dense: str = "", device_s
                         _Groups(groups) if isinstance(groups, list) else groups, method is not None)
     check_groups(groups, member=(tf.Variable, keras.Variable), what="tf.Variable",
                  key=lambda variable: id(as_tf(variable)))
-    _check(replace(settings, groups=None))
+    _check_settings(replace(settings, groups=None))
     if optimizer is None and method is None:
         return _DistributedGradientTape(gradtape, settings, scale_local_gradients, None,
                                         preconditioner)
@@ -238,7 +245,7 @@ def distributed_tape(gradtape: tf.GradientTape, device_dense: str = "", device_s
                                     preconditioner)
 
 
-@_unconverted
+@_no_autograph
 def partial_distributed_tape(gradtape: tf.GradientTape, device_dense: str = "", device_sparse: str = "",
                              compression: Any = horovod.Compression.none, sparse_as_dense: bool = False,
                              op: Any = horovod.Average, gradient_predivide_factor: float = 1.0,
@@ -284,7 +291,7 @@ class TapeSettings:
     groups: Any
     keeps_state: bool
 
-    def make(self) -> Reducer:
+    def make_reducer(self) -> Reducer:
         """The reducer.
 
         Raises:
@@ -294,17 +301,17 @@ class TapeSettings:
         return make_reducer(
             Collectives(self.process_set, device_dense=self.device_dense,
                         device_sparse=self.device_sparse),
-            Options(prefix="DistributedGradientTape", groups=groups,
-                    sparse_as_dense=self.sparse_as_dense,
-                    half=self.compression is horovod.Compression.fp16),
+            ReductionOptions(prefix="DistributedGradientTape", groups=groups,
+                             sparse_as_dense=self.sparse_as_dense,
+                             half=self.compression is horovod.Compression.fp16),
             op=self.op, compression=self.compression, predivide=self.predivide,
             allowed={**REDUCTIONS, **OTHER_REDUCTIONS})
 
 
 @functools.lru_cache(maxsize=16)
-def _check(settings: TapeSettings) -> None:
+def _check_settings(settings: TapeSettings) -> None:
     """Fail for bad settings, without groups, when the tape is made; once, as a tape is made each step."""
-    settings.make()
+    settings.make_reducer()
 
 
 def kept_reducer(owner: Any, settings: TapeSettings) -> Reducer:
@@ -315,12 +322,12 @@ def kept_reducer(owner: Any, settings: TapeSettings) -> Reducer:
     """
     owner = as_tf(owner)
     if not isinstance(owner, tf.Variable | keras.Optimizer):
-        return settings.make()
+        return settings.make_reducer()
     kept = owner.__dict__.setdefault(KEPT, {})
     if settings not in kept:
         while len(kept) >= MOST_KEPT:
             del kept[next(iter(kept))]
-        kept[settings] = settings.make()
+        kept[settings] = settings.make_reducer()
     return kept[settings]
 
 
@@ -341,7 +348,7 @@ def trace_again(optimizer: Any) -> None:
             "stay as it is: call optimizer.build(model.trainable_variables) before the first step") from error
 
 
-def _times(gradient: Any, factor: tf.Tensor) -> Any:
+def _multiply(gradient: Any, factor: tf.Tensor) -> Any:
     """A gradient times a 0-D number."""
     if isinstance(gradient, tf.IndexedSlices):
         return tf.IndexedSlices(gradient.values * tf.cast(factor, gradient.dtype), gradient.indices,

@@ -27,7 +27,7 @@ class Transaction:
         self._counters: list[tuple[tf.Variable, tf.Variable]] = []  # those of steps taken
         self._reduced_at: Any = None  # updates at the last reduction + 1; 0 for none to take back
 
-    def recorded(self, make: Callable[..., tf.Variable]) -> Callable[..., tf.Variable]:
+    def record_variables(self, make: Callable[..., tf.Variable]) -> Callable[..., tf.Variable]:
         """``make``, and the variables that it makes are the state."""
         def make_and_record(shape: Sequence[int], dtype: Any, name: str, per_rank: bool) -> tf.Variable:
             variable = make(shape, dtype, name, per_rank)
@@ -37,7 +37,7 @@ class Transaction:
 
         return make_and_record
 
-    def build(self, make: Callable[..., tf.Variable], steps: Any) -> None:
+    def create_variables(self, make: Callable[..., tf.Variable], steps: Any) -> None:
         """Make the variables for the values from before, and the one that counts.
 
         Args:
@@ -45,20 +45,21 @@ class Transaction:
             steps: the state that counts steps taken, if there is one.
         """
         for variable, name, per_rank in self._made:
-            self._add(variable, make(tuple(variable.shape), variable.dtype, f"{name}_before", per_rank),
-                      counts=variable is steps)
+            self._add_variable(variable,
+                               make(tuple(variable.shape), variable.dtype, f"{name}_before", per_rank),
+                               counts=variable is steps)
         self._make_own(lambda: make((), tf.int64, "reduced_at", False))
 
-    def add(self, variables: Sequence[tf.Variable], steps: tf.Variable) -> None:
+    def add_variables(self, variables: Sequence[tf.Variable], steps: tf.Variable) -> None:
         """Take further state, whose values from before are in no checkpoint."""
         known = {id(variable) for variable, _ in self._state}
         for variable in variables:
             if id(variable) not in known:
-                self._add(variable, tf.Variable(variable.read_value(), trainable=False),
-                          counts=variable is steps)
+                self._add_variable(variable, tf.Variable(variable.read_value(), trainable=False),
+                                   counts=variable is steps)
         self._make_own(lambda: tf.Variable(0, dtype=tf.int64, trainable=False))
 
-    def _add(self, variable: tf.Variable, before: tf.Variable, *, counts: bool) -> None:
+    def _add_variable(self, variable: tf.Variable, before: tf.Variable, *, counts: bool) -> None:
         self._state.append((variable, before))
         if counts:
             self._counters.append((variable, before))
@@ -67,11 +68,11 @@ class Transaction:
         if self._reduced_at is None:
             self._reduced_at = make()
 
-    def has(self, variable: tf.Variable) -> bool:
+    def has_variable(self, variable: tf.Variable) -> bool:
         """Whether the variable is part of the state."""
         return any(variable is one for one, _ in self._state)
 
-    def begin(self, updates: tf.Tensor) -> None:
+    def begin_reduction(self, updates: tf.Tensor) -> None:
         """Before a reduction: take back the last one if its gradients were not applied.
 
         Args:
@@ -86,7 +87,7 @@ class Transaction:
         for variable, before in self._state:
             before.assign(variable.read_value())
 
-    def end(self, updates: tf.Tensor) -> None:
+    def end_reduction(self, updates: tf.Tensor) -> None:
         """After a reduction: it can be taken back, unless its step is one that nobody takes."""
         taken = tf.reduce_any(tf.stack([tf.not_equal(variable.read_value(), before.read_value())
                                         for variable, before in self._counters] or [True]))

@@ -17,24 +17,25 @@ import horovod.tensorflow as horovod
 import keras
 import tensorflow as tf
 
-from hvd_ext import join_barrier
-from hvd_ext.composition import public_name
-from hvd_ext.delay import DelayCompensated
-from hvd_ext.options import Plain
-from hvd_ext.powersgd import PowerSGD
+from hvd_ext.horovod_api import join_barrier
+from hvd_ext.reducers.delay_compensation import DelayCompensated
+from hvd_ext.reducers.options import DenseReduction
+from hvd_ext.reducers.powersgd import PowerSGD
+from hvd_ext.reducers.registry import public_name
+from hvd_ext.reducers.topk import TopK
 from hvd_ext.tensorflow import keras_hooks
-from hvd_ext.tensorflow.padded import empty_batch, padded
-from hvd_ext.tensorflow.traffic import Cell
-from hvd_ext.topk import TopK
-from hvd_ext.uneven import LATE, WEIGHTS, Weighing, check
-from hvd_ext.watch import WATCH
+from hvd_ext.tensorflow.byte_counts import ScratchVariable
+from hvd_ext.tensorflow.padded_dataset import empty_batch, pad_dataset
+from hvd_ext.uneven_inputs import OVERLAP_UNSUPPORTED_MSG, WEIGHTS, GradientWeighting, check_weighting
+from hvd_ext.watchdog.watchdog import WATCH
 
-EXTENDED: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()  # what join cannot serve
+JOIN_BLOCKERS: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()  # what join cannot serve
 JOINING: weakref.WeakSet[Any] = weakref.WeakSet()  # layers that look at the batches of all ranks
 PADDED: weakref.WeakSet[Any] = weakref.WeakSet()  # datasets in which some rank sees a batch again
 PADDED_STATISTICS = (
     "padded() with {layers}: the batch that a rank sees again, with the sample weight 0, would enter the "
-    "statistics of all ranks; train in a loop over hvd.uneven(optimizer).batches(dataset), where it does not")
+    "statistics of all ranks; train in a loop over hvd.uneven_inputs(optimizer).batches(dataset), where it "
+    "does not")
 
 
 def in_use(kept: Any) -> list[Any]:
@@ -45,12 +46,13 @@ def in_use(kept: Any) -> list[Any]:
 
 
 @functools.cache
-def batch_weight() -> Cell:
-    """What a loss of this rank's batch weighs in the step that is under way: 1 outside of ``hvd.uneven``.
+def batch_weight() -> ScratchVariable:
+    """What a loss of this rank's batch weighs in the step that is under way: 1 outside of
+    ``hvd.uneven_inputs``.
 
     0 on a rank that shadows the others: layers that join the ranks' batches leave its batch out.
     """
-    cell = Cell(1, tf.float64)
+    cell = ScratchVariable(1, tf.float64)
     cell.assign(tf.ones((1,), tf.float64))
     return cell
 
@@ -59,22 +61,22 @@ class Scaling:
     """What gradients are multiplied with before and after their reduction, changeable between steps."""
 
     def __init__(self) -> None:
-        self._factors = Cell(2, tf.float64)
-        self._used = Cell(1)
+        self._factors = ScratchVariable(2, tf.float64)
+        self._used = ScratchVariable(1)
         self._factors.assign(tf.ones((2,), tf.float64))
         self.refused: str | None = None  # why no step may be traced now
 
-    def set(self, before: float, after: float) -> None:
+    def set_factors(self, before: float, after: float) -> None:
         """Choose the factors of the next step."""
         self._factors.assign(tf.constant([before, after], tf.float64))
         batch_weight().assign(tf.constant([before], tf.float64))
 
-    def before(self, gradients: Sequence[Any]) -> list[Any]:
+    def scale_local(self, gradients: Sequence[Any]) -> list[Any]:
         """This rank's gradients times its factor; zeros where that is 0, whatever they are."""
         if self.refused:
             raise RuntimeError(self.refused)
         self.note_pass(True)
-        return self._times(gradients, 0)
+        return self._multiply_all(gradients, 0)
 
     def note_pass(self, made: Any) -> None:
         """Count a pass, if ``made``: one whose gradients are scaled, or not finite and left out."""
@@ -84,44 +86,47 @@ class Scaling:
         """Whether this rank's gradients are ``finite``, or count as zeros whatever they are."""
         return tf.logical_or(finite, tf.equal(self._factors.read()[0], 0))
 
-    def after(self, gradients: Sequence[Any]) -> list[Any]:
+    def scale_reduced(self, gradients: Sequence[Any]) -> list[Any]:
         """The reduced gradients times the factor of all."""
-        return self._times(gradients, 1)
+        return self._multiply_all(gradients, 1)
 
-    def _times(self, gradients: Sequence[Any], which: int) -> list[Any]:
+    def _multiply_all(self, gradients: Sequence[Any], which: int) -> list[Any]:
         factor = self._factors.read()[which]
-        return [_times(gradient, factor) for gradient in gradients]
+        return [_multiply(gradient, factor) for gradient in gradients]
 
-    def used(self) -> int:
+    def passes_scaled(self) -> int:
         """How many passes have been scaled so far."""
-        return int(self._used.numbers()[0])
+        return int(self._used.read_numbers()[0])
 
 
 class Uneven:
-    """What ``with hvd.uneven(optimizer) as data`` gives; :meth:`batches` is to be iterated over.
+    """What ``with hvd.uneven_inputs(optimizer) as data`` gives; :meth:`batches` is to be iterated over.
 
     Without ``with``, :meth:`padded` makes a dataset for ``model.fit``.
     """
 
-    def __init__(self, optimizer: Any, weigh: str) -> None:
+    def __init__(self, optimizer: Any, average_over: str) -> None:
         wrapper = keras_hooks.wrapper_of(optimizer) if isinstance(optimizer, keras.Optimizer) else None
         if wrapper is None:
-            raise TypeError("hvd.uneven takes the optimizer that hvd.DistributedOptimizer returned (a tape "
+            raise TypeError("hvd.uneven_inputs takes the optimizer that hvd.DistributedOptimizer returned (a "
+                            "tape "
                             f"cannot be told of other ranks' batches), got {optimizer!r}")
         self._collectives = wrapper.collectives
-        if self._collectives.elastic:
-            raise NotImplementedError("hvd.uneven cannot follow a change of the number of ranks in the "
+        if self._collectives.is_elastic:
+            raise NotImplementedError("hvd.uneven_inputs cannot follow a change of the number of ranks in "
+                                      "the "
                                       "TensorFlow front end; run without Horovod elastic")
         if wrapper.reducer.staleness:
-            raise ValueError(LATE)
+            raise ValueError(OVERLAP_UNSUPPORTED_MSG)
         settings, passes = wrapper.reducer.settings, wrapper.options.passes
-        plain = isinstance(settings, Plain)
+        plain = isinstance(settings, DenseReduction)
         linear = plain or isinstance(settings, (TopK, PowerSGD))
-        check(weigh, reduction=f"op={settings.op!r}" if plain else public_name(settings), whole=linear,
-              weighable=settings.op == horovod.Average if plain
-              else linear or (isinstance(settings, DelayCompensated) and passes == 1))
+        check_weighting(average_over, reduction=f"op={settings.op!r}" if plain else public_name(settings),
+                        whole=linear,
+                        weighable=settings.op == horovod.Average if plain
+                        else linear or (isinstance(settings, DelayCompensated) and passes == 1))
         self._linear = linear
-        self._weighing = Weighing(weigh, self._collectives.size)
+        self._weighing = GradientWeighting(average_over, self._collectives.size)
         if wrapper.scaling is None:
             wrapper.scaling = Scaling()
         self._scaling: Scaling = wrapper.scaling
@@ -129,16 +134,18 @@ class Uneven:
 
     def __enter__(self) -> Uneven:
         self._open, self._ended = True, False
-        self._scaling.refused = ("a step inside of `with hvd.uneven(optimizer) as data` that is not on one "
+        self._scaling.refused = ("a step inside of `with hvd.uneven_inputs(optimizer) as data` that is not "
+                                 "on one "
                                  "of its batches: iterate over data.batches(dataset)")
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self._open, self._scaling.refused = False, None
-        self._scaling.set(1.0, 1.0)
+        self._scaling.set_factors(1.0, 1.0)
         if kind is None and not self._ended:
-            self._leave()
-            raise RuntimeError("this rank left `with hvd.uneven(...) as data` before data.batches(dataset) "
+            self._leave_loop()
+            raise RuntimeError("this rank left `with hvd.uneven_inputs(...) as data` before "
+                               "data.batches(dataset) "
                                "had ended: all ranks go on until no rank has a batch; leave out the break, "
                                "and give fewer batches instead")
 
@@ -151,12 +158,12 @@ class Uneven:
 
         Raises:
             RuntimeError: on every rank, when one leaves the loop early; or when the step was traced before
-                ``hvd.uneven`` was first called.
-            ValueError: the ranks' ``weigh=`` differ; or a rank has no batch at all and its dataset does not
-                say what one looks like.
+                ``hvd.uneven_inputs`` was first called.
+            ValueError: the ranks' ``average_over=`` differ; or a rank has no batch at all and its dataset
+                does not say what one looks like.
         """
         if not self._open:
-            raise RuntimeError("batches() outside of its block: `with hvd.uneven(optimizer) as data:`")
+            raise RuntimeError("batches() outside of its block: `with hvd.uneven_inputs(optimizer) as data:`")
         iterator, last = iter(dataset), None
         while True:
             try:
@@ -164,32 +171,33 @@ class Uneven:
                 if batch is None and last is None:
                     last = _first_batch(dataset)
             except Exception:  # the user's data: anything can come, and the others must hear of it
-                self._leave()
+                self._leave_loop()
                 raise
             mine = batch is not None
-            samples = _samples(batch) if mine else 0
-            active, total = self._meet(mine, samples)
+            samples = _count_samples(batch) if mine else 0
+            active, total = self._sum_attendance(mine, samples)
             if active == 0:
                 self._ended = True
                 return
-            self._scaling.set(*self._factors(mine, samples, active, total))
-            used, refused = self._scaling.used(), self._scaling.refused
+            self._scaling.set_factors(*self._scale_factors(mine, samples, active, total))
+            used, refused = self._scaling.passes_scaled(), self._scaling.refused
             last = batch if mine else last
             self._scaling.refused = None
             yield last
             self._scaling.refused = refused
-            if self._scaling.used() == used:
-                raise RuntimeError("no gradients were scaled in this step: call hvd.uneven(optimizer) once "
+            if self._scaling.passes_scaled() == used:
+                raise RuntimeError("no gradients were scaled in this step: call hvd.uneven_inputs(optimizer) "
+                                   "once "
                                    "before the first step, so that the traced step has them scaled, and "
                                    "make one step for each batch")
 
     def padded(self, dataset: Any) -> Any:
         """The dataset for ``model.fit``, with as many batches as the longest of the ranks' has.
 
-        A rank that has run out sees its first batch again with the sample weight 0, and ``weigh`` goes
+        A rank that has run out sees its first batch again with the sample weight 0, and ``average_over`` goes
         into the sample weights of all; without a ``with``, and for as many epochs as there are. Every rank
         calls it, before ``fit``. The numbers of batches are exchanged once: they must not change from
-        epoch to epoch. A dataset that does not know its own, and any with ``weigh="samples"``, is read
+        epoch to epoch. A dataset that does not know its own, and any with ``average_over="samples"``, is read
         once for it. Unlike a loss, ``metrics`` do not go by sample weights; ``weighted_metrics`` do.
 
         Args:
@@ -198,15 +206,17 @@ class Uneven:
 
         Raises:
             TypeError: it is anything else.
-            ValueError: on every rank, when a rank's has no end, none has a batch or ``weigh=`` differs; or
-                where the reduction is not linear in each rank's gradient and ``weigh`` is not "ranks", or
-                where a batch would be seen again and there is a SyncBatchNormalization.
+            ValueError: on every rank, when a rank's has no end, none has a batch or ``average_over=``
+                differs; or
+                where the reduction is not linear in each rank's gradient and ``average_over`` is not
+                "ranks", or where a batch would be seen again and there is a SyncBatchNormalization.
             RuntimeError: on every rank but that one, when a rank's cannot be read.
         """
         if not self._linear and self._weighing.by != "ranks":
-            raise ValueError(f"padded() with weigh={self._weighing.by!r} needs a reduction that is linear in "
-                             "each rank's gradient; use weigh='ranks', or batches() in a loop")
-        made, again = padded(dataset, self._collectives, self._weighing)
+            raise ValueError(f"padded() with average_over={self._weighing.by!r} needs a reduction that is "
+                             "linear in "
+                             "each rank's gradient; use average_over='ranks', or batches() in a loop")
+        made, again = pad_dataset(dataset, self._collectives, self._weighing)
         if again:
             joining = sorted(layer.name for layer in in_use(JOINING) if layer.trainable)
             if joining:
@@ -214,48 +224,50 @@ class Uneven:
             PADDED.add(made)
         return made
 
-    def _factors(self, mine: bool, samples: int, active: int, total: float) -> tuple[float, float]:
+    def _scale_factors(self, mine: bool, samples: int, active: int, total: float) -> tuple[float, float]:
         """Before and after the reduction. Of a linear one all can be put before, pass by pass."""
-        before, after = self._weighing.before(samples, total), self._weighing.after(active)
+        before, after = self._weighing.local_factor(samples, total), self._weighing.global_factor(active)
         if self._linear:
             before, after = before * after, 1.0
         return (before if mine else 0.0), after
 
-    def _meet(self, active: bool, samples: int, left: bool = False) -> tuple[int, float]:
+    def _sum_attendance(self, active: bool, samples: int, left: bool = False) -> tuple[int, float]:
         """How many ranks have a batch, and the samples of all."""
         by = WEIGHTS.index(self._weighing.by)
         words = [active, samples, left, left * self._collectives.rank, *(by == one for one in range(3))]
-        WATCH.start(horovod.rank(), horovod.shutdown, horovod.is_initialized)
-        WATCH.begin("the ranks that have a batch (hvd.uneven)")
+        WATCH.start_watching(horovod.rank(), horovod.shutdown, horovod.is_initialized)
+        WATCH.start_wait("the ranks that have a batch (hvd.uneven_inputs)")
         try:
             total = self._collectives.allreduce(tf.constant([float(one) for one in words], tf.float64),
                                                 "hvd_ext/uneven", op=horovod.Sum, kind="agreement").numpy()
         finally:
-            WATCH.end()
+            WATCH.end_wait()
         if total[2] and not left:
             self._ended = True
             who = f"rank {int(total[3])}" if total[2] == 1 else f"{int(total[2])} ranks"
-            raise RuntimeError(f"{who} left data.batches(dataset) of hvd.uneven before it had ended, so that "
+            raise RuntimeError(f"{who} left data.batches(dataset) of hvd.uneven_inputs before it had ended, "
+                               "so that "
                                "the others cannot go on; see the error there")
         if not left and total[4 + by] != self._weighing.ranks:
             self._ended = True
-            raise ValueError(f"the ranks' weigh= of hvd.uneven differ, this one has {self._weighing.by!r}; "
+            raise ValueError("the ranks' average_over= of hvd.uneven_inputs differ, this one has "
+                             f"{self._weighing.by!r}; "
                              "give all of them the same")
         return int(total[0]), float(total[1])
 
-    def _leave(self) -> None:
+    def _leave_loop(self) -> None:
         """Tell the others, who would wait for this rank."""
         self._ended = True
         if self._collectives.size > 1:
-            self._meet(False, 0, left=True)
+            self._sum_attendance(False, 0, left=True)
 
 
-def uneven(optimizer: Any, weigh: str = "ranks") -> Uneven:
+def uneven_inputs(optimizer: Any, average_over: str = "ranks") -> Uneven:
     """The loop over an epoch's batches, whose number may differ by rank; every rank enters and leaves it.
 
     ::
 
-        with hvd.uneven(optimizer, weigh="samples") as data:
+        with hvd.uneven_inputs(optimizer, average_over="samples") as data:
             for x, y in data.batches(dataset):
                 step(x, y)                            # eager, or a tf.function
 
@@ -263,20 +275,21 @@ def uneven(optimizer: Any, weigh: str = "ranks") -> Uneven:
     as zeros (TopK and PowerSGD go on sending its residual), and makes every update, so that weights,
     iterations and schedules stay the same on all ranks; the loop ends on all of them together. What the
     step itself adds up, such as metrics, sees that batch again. ``model.fit`` takes
-    ``hvd.uneven(optimizer).padded(dataset)``.
+    ``hvd.uneven_inputs(optimizer).padded(dataset)``.
 
     Args:
         optimizer: one that ``hvd.DistributedOptimizer`` returned; before its first step is traced.
-        weigh: what the mean is taken over. "ranks": all of them, as if those without a batch had gradients
+        average_over: what the mean is taken over. "ranks": all of them, as if those without a batch had
+            gradients
             of zero. "active": those that have a batch. "samples": every rank's gradient weighs as many
             samples as its batch has, so that means over batches become the mean over all samples.
 
     Raises:
         TypeError: the optimizer is not distributed.
-        ValueError: an unknown ``weigh``, or one that the optimizer's reduction has no meaning for.
+        ValueError: an unknown ``average_over``, or one that the optimizer's reduction has no meaning for.
         NotImplementedError: under Horovod elastic.
     """
-    return Uneven(optimizer, weigh)
+    return Uneven(optimizer, average_over)
 
 
 def join() -> Any:
@@ -288,9 +301,9 @@ def join() -> Any:
     Raises:
         RuntimeError: an extension is in use, and another rank trains on, or this is inside a graph.
     """
-    extensions = in_use(EXTENDED)
+    extensions = in_use(JOIN_BLOCKERS)
     if extensions and horovod.size() > 1:
-        _await_all_ranks(EXTENDED[extensions[0]])
+        _await_all_ranks(JOIN_BLOCKERS[extensions[0]])
     return horovod.join()
 
 
@@ -298,22 +311,22 @@ def _await_all_ranks(extension: str) -> None:
     if not tf.executing_eagerly():
         raise RuntimeError(f"hvd.join() with {extension} inside of a graph; call it outside, where it "
                            "can wait for all ranks")
-    WATCH.start(horovod.rank(), horovod.shutdown, horovod.is_initialized)
+    WATCH.start_watching(horovod.rank(), horovod.shutdown, horovod.is_initialized)
     # Under another process set a rank may well train on without this one. Nothing else can be under way:
     # graphs end with their exchanges.
     global_only = len(horovod.mpi_ops._basics._get_process_set_ids_and_ranks()) == 1
-    WATCH.begin(join_barrier.NAME)
+    WATCH.start_wait(join_barrier.NAME)
     try:
         with join_barrier.fail_if_a_rank_trains_on(extension, idle=lambda: global_only):
             horovod.allreduce(tf.ones(1), name=join_barrier.NAME, op=horovod.Sum)
     finally:
-        WATCH.end()
+        WATCH.end_wait()
 
 
-def _times(gradient: Any, factor: tf.Tensor) -> Any:
+def _multiply(gradient: Any, factor: tf.Tensor) -> Any:
     """A gradient times a 0-D number; zeros where that is 0."""
     if isinstance(gradient, tf.IndexedSlices):
-        return tf.IndexedSlices(_times(gradient.values, factor), gradient.indices, gradient.dense_shape)
+        return tf.IndexedSlices(_multiply(gradient.values, factor), gradient.indices, gradient.dense_shape)
     if gradient is None:
         return None
     gradient = tf.convert_to_tensor(gradient)
@@ -321,7 +334,7 @@ def _times(gradient: Any, factor: tf.Tensor) -> Any:
     return tf.where(tf.equal(factor, 0), tf.zeros_like(gradient), gradient * factor)
 
 
-def _samples(batch: Any) -> int:
+def _count_samples(batch: Any) -> int:
     return int(tf.shape(tf.nest.flatten(batch)[0])[0])
 
 

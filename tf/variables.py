@@ -13,9 +13,9 @@ import keras
 import tensorflow as tf
 from horovod.tensorflow.mpi_ops import MPI_LIB
 
-from hvd_ext.agreement import Fingerprint
-from hvd_ext.tensorflow.collectives import NARROW, Collectives, in_session_graphs, unique
-from hvd_ext.tensorflow.handshake import compare_settings
+from hvd_ext.consistency.fingerprint import Fingerprint
+from hvd_ext.tensorflow.collectives import NARROW, Collectives, in_session_graphs, unique_op_name
+from hvd_ext.tensorflow.consistency.handshake import compare_settings
 
 PER_RANK = "_hvd_ext_per_rank"
 NUMBERS = re.compile(r"_?\d+")  # in names: Keras counts the layers of a kind that a process has made
@@ -51,7 +51,7 @@ def make_state(optimizer: Any, shape: Sequence[int], dtype: Any, name: str,
 
 
 @contextlib.contextmanager
-def made_now() -> Iterator[None]:
+def create_without_lifting() -> Iterator[None]:
     """Variables are made outside of the graph being traced, and TensorFlow does not hear of it.
 
     Where a first trace makes variables TensorFlow traces the whole function a second time without.
@@ -64,7 +64,7 @@ def made_now() -> Iterator[None]:
         yield
 
 
-def made_apart(make: Callable[[], Any]) -> Any:
+def create_outside_graph(make: Callable[[], Any]) -> Any:
     """What ``make()`` returns, variables that are not saved, made outside of the graph being traced.
 
     A function whose first trace makes variables, also in ``tf.init_scope``, and then fails, is not
@@ -92,13 +92,13 @@ def broadcast_variables(variables: Iterable[Any], root_rank: int,
     """
     shared = tuple(as_tf(variable) for variable in variables if not is_per_rank(variable))
     if in_session_graphs():
-        return tf.group(*_assigned(shared, root_rank, process_set, inplace))
+        return tf.group(*_assign_broadcast(shared, root_rank, process_set, inplace))
     if tf.executing_eagerly():
         _must_be_alike(shared, Collectives(process_set, counted=False))
         if not inplace:
             _assign_all(shared, root_rank, process_set)
             return None
-    _assigned(shared, root_rank, process_set, inplace)
+    _assign_broadcast(shared, root_rank, process_set, inplace)
     return None
 
 
@@ -114,8 +114,8 @@ def _must_be_alike(variables: Sequence[tf.Variable], collectives: Collectives) -
         raise ValueError(str(error)) from None
 
 
-def _assigned(variables: Sequence[tf.Variable], root_rank: int, process_set: Any,
-              inplace: bool = False) -> list[Any]:
+def _assign_broadcast(variables: Sequence[tf.Variable], root_rank: int, process_set: Any,
+                      inplace: bool = False) -> list[Any]:
     collectives = Collectives(process_set, counted=False)
     ranks = process_set.ranks
     root = root_rank if ranks is None else list(ranks).index(root_rank)
@@ -129,7 +129,8 @@ def _assigned(variables: Sequence[tf.Variable], root_rank: int, process_set: Any
                 tf.convert_to_tensor(variable), root, f"broadcast_variables.{number}")))
     for number, group in enumerate(by_device.values()):
         assigned.append(MPI_LIB.horovod_broadcast_inplace_resource(  # broadcast_ takes the variables' names
-            [variable.handle for variable in group], name=unique(f"broadcast_variables_in_place.{number}"),
+            [variable.handle for variable in group],
+            name=unique_op_name(f"broadcast_variables_in_place.{number}"),
             variable_names=[str(place) for place in range(len(group))], root_rank=root_rank,
             process_set_id=process_set.process_set_id))
     return assigned
@@ -137,7 +138,7 @@ def _assigned(variables: Sequence[tf.Variable], root_rank: int, process_set: Any
 
 @tf.function(autograph=False)
 def _assign_all(variables: tuple[tf.Variable, ...], root_rank: int, process_set: Any) -> None:
-    _assigned(variables, root_rank, process_set)  # in one graph they travel side by side
+    _assign_broadcast(variables, root_rank, process_set)  # in one graph they travel side by side
 
 
 class CallableList(list):

@@ -42,18 +42,18 @@ class AMSGrad(torch.optim.Optimizer):
                  betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
                  weight_decay: float = 0.0, decoupled_weight_decay: bool = False,
                  maximize: bool = False, foreach: bool = True) -> None:
-        checks.number("lr", lr, low=0.0)
+        checks.check_float("lr", lr, low=0.0)
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
             raise TypeError(f"betas must be a pair of numbers, got {betas!r}; pass "
                             "betas=(0.9, 0.999)")
         for name, beta in zip(("betas[0]", "betas[1]"), betas, strict=True):
-            checks.number(name, beta, low=0.0, high=1.0, open_high=True)
-        checks.number("eps", eps, low=0.0, open_low=True,
-                      hint="it stands under the root with vhat, which is 0 at first")
-        checks.number("weight_decay", weight_decay, low=0.0)
+            checks.check_float(name, beta, low=0.0, high=1.0, open_high=True)
+        checks.check_float("eps", eps, low=0.0, open_low=True,
+                           hint="it stands under the root with vhat, which is 0 at first")
+        checks.check_float("weight_decay", weight_decay, low=0.0)
         for name, value in (("decoupled_weight_decay", decoupled_weight_decay),
                             ("maximize", maximize), ("foreach", foreach)):
-            checks.flag(name, value)
+            checks.check_bool(name, value)
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay,
                     "decoupled_weight_decay": decoupled_weight_decay, "maximize": maximize,
                     "foreach": foreach}
@@ -79,16 +79,16 @@ class AMSGrad(torch.optim.Optimizer):
                 if parameter.grad.is_sparse:
                     raise ValueError("AMSGrad takes dense gradients, got a sparse one; make the "
                                      "layer's gradient dense (nn.Embedding(sparse=False))")
-                self._prepare(parameter)
+                self._prepare_state(parameter)
             if group["foreach"]:
-                for same in _alike(parameters):
-                    self._update(same, group)
+                for same in _group_by_kind(parameters):
+                    self._update_parameters(same, group)
             else:
                 for parameter in parameters:
-                    self._update([parameter], group)
+                    self._update_parameters([parameter], group)
         return loss
 
-    def _prepare(self, parameter: torch.Tensor) -> None:
+    def _prepare_state(self, parameter: torch.Tensor) -> None:
         state = self.state[parameter]
         if not state:
             for name in STATE:
@@ -104,9 +104,9 @@ class AMSGrad(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(number, {}).items():
                 self.state[parameter][name] = value.to(parameter.device, _state_dtype(parameter), copy=True)
 
-    def _update(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
+    def _update_parameters(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
         lr, (beta1, beta2) = float(group["lr"]), group["betas"]
-        parameters = [one for one in parameters if not kernels.amsgrad(
+        parameters = [one for one in parameters if not kernels.update_amsgrad(
             one, one.grad, [self.state[one][name] for name in STATE], group)]
         if not parameters:
             return
@@ -139,7 +139,7 @@ def _state_dtype(parameter: torch.Tensor) -> torch.dtype:
     return torch.promote_types(parameter.dtype, torch.float32)
 
 
-def _alike(parameters: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
+def _group_by_kind(parameters: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
     """Parameters by device and dtype: a foreach call takes one kind."""
     kinds: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for parameter in parameters:

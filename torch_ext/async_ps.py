@@ -42,7 +42,7 @@ class TorchModel:
         self.torch_dtype = torch.float64 if wide else torch.float32
         self.dtype: np.dtype[Any] = np.dtype(np.float64 if wide else np.float32)
 
-    def buffer(self) -> TorchBuffer:
+    def new_buffer(self) -> TorchBuffer:
         """A flat buffer: in host memory, pinned if the model is on a GPU; on the GPU itself with
         CUDA-aware MPI."""
         return TorchBuffer(self)
@@ -67,7 +67,7 @@ class TorchBuffer(HostBuffer):
     @property
     def wire(self) -> Any:
         """What MPI sends and receives; nothing is being copied out of it any more."""
-        self._settle()
+        self._finish_copies()
         return self._wire
 
     @wire.setter
@@ -76,35 +76,35 @@ class TorchBuffer(HostBuffer):
 
     def take_weights(self) -> None:
         """Copies the parameters into the buffer."""
-        self._take([p.detach() for p in self._model.parameters])
+        self._copy_from([p.detach() for p in self._model.parameters])
 
     def take_gradients(self) -> None:
         """Copies the gradients into the buffer; zeros where there is none."""
-        self._take([p.grad for p in self._model.parameters])
+        self._copy_from([p.grad for p in self._model.parameters])
 
     def put_weights(self) -> None:
         """Copies the buffer into the parameters; a GPU waits for it, the host does not."""
         with torch.no_grad():
             for p, view in zip(self._model.parameters, self._views, strict=True):
                 p.copy_(view, non_blocking=True)
-        self._leaving += self._events()
+        self._leaving += self._record_events()
 
-    def largest(self) -> float:
+    def max_magnitude(self) -> float:
         """The largest magnitude in the buffer; NaN if any entry is NaN."""
         low, high = torch.aminmax(self._flat)
         return float(torch.maximum(-low, high))
 
-    def read(self) -> Any:
+    def read_entries(self) -> Any:
         """The buffer's entries as a NumPy array; a copy with CUDA-aware MPI."""
         return self._flat.cpu().numpy()
 
-    def write(self, entries: Any) -> None:
+    def write_entries(self, entries: Any) -> None:
         """Overwrites the buffer with a NumPy array."""
-        self._settle()
+        self._finish_copies()
         self._flat.copy_(torch.from_numpy(entries))
 
-    def _take(self, tensors: Sequence[torch.Tensor | None]) -> None:
-        self._settle()
+    def _copy_from(self, tensors: Sequence[torch.Tensor | None]) -> None:
+        self._finish_copies()
         with torch.no_grad():
             for view, tensor in zip(self._views, tensors, strict=True):
                 if tensor is None:
@@ -112,15 +112,15 @@ class TorchBuffer(HostBuffer):
                 else:
                     view.copy_(tensor.to_dense() if tensor.is_sparse else tensor,
                                non_blocking=True)
-        for event in self._events():  # MPI must not overtake a copy from a GPU
+        for event in self._record_events():  # MPI must not overtake a copy from a GPU
             event.synchronize()
 
-    def _events(self) -> list[torch.cuda.Event]:
+    def _record_events(self) -> list[torch.cuda.Event]:
         """Of the work queued on each GPU of the model so far."""
         devices = {p.device for p in self._model.parameters if p.is_cuda}
         return [torch.cuda.current_stream(device).record_event() for device in devices]
 
-    def _settle(self) -> None:
+    def _finish_copies(self) -> None:
         while self._leaving:
             self._leaving.pop().synchronize()
 

@@ -9,7 +9,7 @@ import torch
 from hvd_ext.step import StepError
 
 if TYPE_CHECKING:
-    from hvd_ext.torch.wrapper import Wrapper
+    from hvd_ext.torch.step import DistributedStep
 
 
 class ClosureReduction:
@@ -23,7 +23,7 @@ class ClosureReduction:
         wrapper: whose step evaluates the closure.
     """
 
-    def __init__(self, wrapper: Wrapper) -> None:
+    def __init__(self, wrapper: DistributedStep) -> None:
         self._wrapper = wrapper
         self._queued = False
         self._seen: dict[torch.Tensor, tuple[torch.Tensor, int]] = {}

@@ -19,13 +19,13 @@ import torch
 from horovod.common.exceptions import HorovodInternalError
 from horovod.torch import mpi_ops
 
-from hvd_ext.scopes import Scope, SharedName, outside_of_set
-from hvd_ext.traffic import Traffic, allreduce_bytes, by_kind
-from hvd_ext.watch import WATCH
+from hvd_ext.consistency.scopes import Scope, SharedName, outside_of_set
+from hvd_ext.reducers.traffic import Traffic, allreduce_bytes, by_kind
+from hvd_ext.watchdog.watchdog import WATCH
 
 # Errors that all ranks raised together so far. Messages of such a step may never be answered, so that
 # later ones must not have their names.
-SHARED_ERRORS: list[str] = []
+COLLECTIVE_ERROR_EPOCH: list[str] = []
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Handle:
     memory: Any = None
     into: Sequence[torch.Tensor] = ()  # where results go that stand for another dtype or layout
 
-    def done(self) -> bool:
+    def is_done(self) -> bool:
         """Whether ``wait()``, not called yet, would return or raise at once."""
         try:
             return bool(horovod.poll(self.ticket))
@@ -53,8 +53,8 @@ class Handle:
         result = wait_for(self.ticket, self.name)
         tensor = result[0] if isinstance(result, tuple) else result
         if not self.counted:
-            for kind, count in by_kind(self.kind, nbytes(tensor)).items():
-                self.collectives.traffic.add(kind, received=count)
+            for kind, count in by_kind(self.kind, count_bytes(tensor)).items():
+                self.collectives.traffic.count_bytes(kind, received=count)
         tensor = tensor if self.dtype is None else tensor.view(self.dtype)
         return _copied_back([tensor], self.into)[0] if self.into else tensor
 
@@ -79,7 +79,7 @@ class Collectives:
         self.scope = scope
         self.traffic = Traffic()
 
-    def uncounted(self) -> Collectives:
+    def without_counting(self) -> Collectives:
         """The same ranks and names, for what is no part of a step's bytes."""
         return Collectives(self.process_set, self.scope)
 
@@ -87,23 +87,23 @@ class Collectives:
         """The name that Horovod is given: with the scope, and another one after an error on all ranks."""
         if self.scope is None or isinstance(name, SharedName):
             return name
-        after = f".after{len(SHARED_ERRORS)}" if SHARED_ERRORS else ""
+        after = f".after{len(COLLECTIVE_ERROR_EPOCH)}" if COLLECTIVE_ERROR_EPOCH else ""
         return self.scope.add_to(name) + after
 
     @property
-    def included(self) -> bool:
+    def is_member(self) -> bool:
         """Whether this rank is a member of the process set; one that is not is alone."""
         return bool(self.process_set.included())
 
     @property
     def size(self) -> int:
         """M, the number of ranks."""
-        return int(self.process_set.size()) if self.included else 1
+        return int(self.process_set.size()) if self.is_member else 1
 
     @property
     def rank(self) -> int:
         """This rank's number within the process set."""
-        return int(self.process_set.rank()) if self.included else 0
+        return int(self.process_set.rank()) if self.is_member else 0
 
     def global_rank(self, rank: int) -> int:
         """The global number of the process set's member ``rank``; broadcasts name roots so."""
@@ -116,7 +116,7 @@ class Collectives:
         Raises:
             ValueError: this is one.
         """
-        if not self.included:
+        if not self.is_member:
             raise ValueError(outside_of_set(what, horovod.rank(), self.process_set.ranks))
 
     def allreduce_async_(self, tensor: torch.Tensor, name: str, *, op: Any = horovod.Average,
@@ -126,11 +126,11 @@ class Collectives:
         bfloat16 travels and is added up as float32, and the result is rounded once; bool and integers of
         less than 32 bits travel as int32. A tensor that is not contiguous travels as a contiguous copy.
         """
-        sent = _addable(tensor)
-        ticket = _submit(horovod.allreduce_async_, sent, name=self.full_name(name), op=op,
-                         process_set=self.process_set, **scale)
-        moved = allreduce_bytes(nbytes(sent), self.size)
-        self.traffic.add(kind, sent=moved, received=moved)
+        sent = _as_addable(tensor)
+        ticket = _submit_collective(horovod.allreduce_async_, sent, name=self.full_name(name), op=op,
+                                    process_set=self.process_set, **scale)
+        moved = allreduce_bytes(count_bytes(sent), self.size)
+        self.traffic.count_bytes(kind, sent=moved, received=moved)
         return Handle(self, ticket, kind, name=name, memory=sent,
                       into=() if sent is tensor else (tensor,))
 
@@ -140,11 +140,11 @@ class Collectives:
         """Reduce tensors of one dtype and device as one group, in place; see ``Handle.wait_all``."""
         if len(tensors) == 1:
             return self.allreduce_async_(tensors[0], name, op=op, kind=kind, **scale)
-        sent = [_addable(tensor) for tensor in tensors]
-        ticket = _submit(horovod.grouped_allreduce_async_, sent, name=self.full_name(name), op=op,
-                         process_set=self.process_set, **scale)
-        moved = allreduce_bytes(sum(map(nbytes, sent)), self.size)
-        self.traffic.add(kind, sent=moved, received=moved)
+        sent = [_as_addable(tensor) for tensor in tensors]
+        ticket = _submit_collective(horovod.grouped_allreduce_async_, sent, name=self.full_name(name), op=op,
+                                    process_set=self.process_set, **scale)
+        moved = allreduce_bytes(sum(map(count_bytes, sent)), self.size)
+        self.traffic.count_bytes(kind, sent=moved, received=moved)
         return Handle(self, ticket, kind, name=name, memory=sent,
                       into=() if all(map(operator.is_, sent, tensors)) else tensors)
 
@@ -157,15 +157,15 @@ class Collectives:
         message costs more in page faults than the message itself on a CPU.
         """
         tensor = tensor.contiguous()
-        memory = _memory(out, tensor)
+        memory = _output_tensor(out, tensor)
         counts = torch.tensor(splits, dtype=torch.int32)
-        ticket = _submit(mpi_ops._alltoall_async, carrier(tensor), counts, memory,
-                         torch.empty(0, dtype=torch.int32), self.full_name(name), self.process_set)
-        row = nbytes(tensor) // max(1, tensor.shape[0])
+        ticket = _submit_collective(mpi_ops._alltoall_async, as_carrier(tensor), counts, memory,
+                                    torch.empty(0, dtype=torch.int32), self.full_name(name), self.process_set)
+        row = count_bytes(tensor) // max(1, tensor.shape[0])
         own = splits[self.rank] * row
         kept = by_kind(kind, own)
-        for part, all_of_it in by_kind(kind, nbytes(tensor)).items():
-            self.traffic.add(part, sent=all_of_it - kept[part], received=-kept[part])
+        for part, all_of_it in by_kind(kind, count_bytes(tensor)).items():
+            self.traffic.count_bytes(part, sent=all_of_it - kept[part], received=-kept[part])
         # The counts are kept too. In older releases of torch, Horovod's thread needs the interpreter's lock
         # to free a tensor whose Python object is gone. Where hvd-ext has not built Horovod, that thread
         # has another lock meanwhile in a shutdown, which whoever submits a collective waits for.
@@ -181,11 +181,12 @@ class Collectives:
         lends memory for the result, as in :meth:`alltoall_async`.
         """
         tensor = tensor.contiguous()
-        memory = _memory(out, tensor)
-        ticket = _submit(mpi_ops._allgather_async, carrier(tensor), memory, self.full_name(name),
-                         self.process_set)
-        for part, own in by_kind(kind, nbytes(tensor)).items():
-            self.traffic.add(part, sent=(self.size - 1) * own, received=-own)
+        memory = _output_tensor(out, tensor)
+        ticket = _submit_collective(mpi_ops._allgather_async, as_carrier(tensor), memory,
+                                    self.full_name(name),
+                                    self.process_set)
+        for part, own in by_kind(kind, count_bytes(tensor)).items():
+            self.traffic.count_bytes(part, sent=(self.size - 1) * own, received=-own)
         return Handle(self, ticket, kind, counted=False, dtype=tensor.dtype, name=name,
                       memory=(tensor, memory))
 
@@ -193,12 +194,12 @@ class Collectives:
                          kind: str = "weights") -> Handle:
         """Copy the tensor of member ``root`` of the process set to all, in place."""
         sent = tensor.detach().contiguous()
-        ticket = _submit(horovod.broadcast_async_, carrier(sent), self.global_rank(root),
-                         name=self.full_name(name), process_set=self.process_set)
+        ticket = _submit_collective(horovod.broadcast_async_, as_carrier(sent), self.global_rank(root),
+                                    name=self.full_name(name), process_set=self.process_set)
         if self.rank == root:
-            self.traffic.add(kind, sent=(self.size - 1) * nbytes(tensor))
+            self.traffic.count_bytes(kind, sent=(self.size - 1) * count_bytes(tensor))
         else:
-            self.traffic.add(kind, received=nbytes(tensor))
+            self.traffic.count_bytes(kind, received=count_bytes(tensor))
         return Handle(self, ticket, kind, dtype=tensor.dtype, name=name, memory=sent,
                       into=() if sent.data_ptr() == tensor.data_ptr() else (tensor,))
 
@@ -207,7 +208,7 @@ class Collectives:
         if self.size == 1:
             return [thing]
         mine = torch.frombuffer(bytearray(pickle.dumps(thing)), dtype=torch.uint8)
-        sizes = self.allgather_async(torch.tensor([mine.numel()]), _extended(name, "sizes"),
+        sizes = self.allgather_async(torch.tensor([mine.numel()]), _extend_name(name, "sizes"),
                                      kind="objects").wait()
         gathered = self.allgather_async(mine, name, kind="objects").wait()
         return [pickle.loads(part.numpy().tobytes()) for part in gathered.split(sizes.tolist())]
@@ -219,19 +220,19 @@ class Collectives:
         mine = self.rank == root
         data = bytearray(pickle.dumps(thing)) if mine else bytearray()
         count = torch.tensor([len(data)])
-        self.broadcast_async_(count, root, _extended(name, "size"), kind="objects").wait()
+        self.broadcast_async_(count, root, _extend_name(name, "size"), kind="objects").wait()
         flat = torch.frombuffer(data, dtype=torch.uint8) if mine else torch.empty(
             int(count), dtype=torch.uint8)
         self.broadcast_async_(flat, root, name, kind="objects").wait()
         return thing if mine else pickle.loads(flat.numpy().tobytes())
 
 
-def _extended(name: str, part: str) -> str:
+def _extend_name(name: str, part: str) -> str:
     """The name of a part of what ``name`` is."""
     return type(name)(f"{name}/{part}")
 
 
-def _submit(collective: Any, *args: Any, **kwargs: Any) -> Any:
+def _submit_collective(collective: Any, *args: Any, **kwargs: Any) -> Any:
     """Start a collective of Horovod's.
 
     Raises:
@@ -246,7 +247,7 @@ def _submit(collective: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def shutdown() -> None:
-    """Horovod's; after a shutdown by :mod:`hvd_ext.watch`, if one is under way."""
+    """Horovod's; after a shutdown by :mod:`hvd_ext.watchdog.watchdog`, if one is under way."""
     await_exchanges_for_next_step()
     WATCH.await_abort()
     horovod.shutdown()
@@ -273,12 +274,12 @@ def await_exchanges_for_next_step() -> None:
 
 
 def wait_for(ticket: Any, what: str) -> Any:
-    """Horovod's result of a collective, waited for as long as :mod:`hvd_ext.watch` allows.
+    """Horovod's result of a collective, waited for as long as :mod:`hvd_ext.watchdog.watchdog` allows.
 
     Raises:
         HorovodInternalError: the collective failed; when the wait was given up, with the reason.
     """
-    WATCH.begin(what)
+    WATCH.start_wait(what)
     try:
         return horovod.synchronize(ticket)
     except (HorovodInternalError, ValueError) as error:  # the latter: the shutdown cleared the handle
@@ -286,7 +287,7 @@ def wait_for(ticket: Any, what: str) -> Any:
             raise
         raise HorovodInternalError(WATCH.verdict) from error
     finally:
-        WATCH.end()
+        WATCH.end_wait()
 
 
 def await_pending() -> None:
@@ -299,7 +300,7 @@ def await_pending() -> None:
 
 
 def _await_tickets(tickets: Iterable[Any]) -> None:
-    WATCH.begin("the collectives under way")
+    WATCH.start_wait("the collectives under way")
     try:
         for ticket in tickets:
             while not horovod.poll(ticket):
@@ -307,20 +308,20 @@ def _await_tickets(tickets: Iterable[Any]) -> None:
     except (HorovodInternalError, ValueError) as error:
         raise HorovodInternalError(WATCH.verdict or str(error)) from error
     finally:
-        WATCH.end()
+        WATCH.end_wait()
 
 
 # Collectives that were given up while under way: Horovod may still read and write their memory.
 _UNFINISHED: list[Any] = []
 
 
-def abandon(handles: Iterable[Handle]) -> None:
+def keep_alive_until_done(handles: Iterable[Handle]) -> None:
     """Let go of collectives that nobody will wait for; their memory is kept until they are over."""
     _UNFINISHED.extend(handles)
-    _UNFINISHED[:] = [handle for handle in _UNFINISHED if not _over(handle)]
+    _UNFINISHED[:] = [handle for handle in _UNFINISHED if not _is_over(handle)]
 
 
-def _over(handle: Handle) -> bool:
+def _is_over(handle: Handle) -> bool:
     try:
         if not horovod.poll(handle.ticket):
             return False
@@ -337,12 +338,12 @@ ADDABLE = {torch.bfloat16: torch.float32,
            **dict.fromkeys((torch.bool, torch.uint8, torch.int8, torch.int16), torch.int32)}
 
 
-def carrier(tensor: torch.Tensor) -> torch.Tensor:
+def as_carrier(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory under a dtype that Horovod can move; it knows neither bfloat16 nor bool."""
     return tensor.view(CARRIERS[tensor.dtype]) if tensor.dtype in CARRIERS else tensor
 
 
-def _addable(tensor: torch.Tensor) -> torch.Tensor:
+def _as_addable(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor that Horovod can add up in this one's place: the same where it can be, else a copy."""
     if tensor.dtype in ADDABLE:
         return tensor.detach().to(ADDABLE[tensor.dtype]).contiguous()
@@ -356,11 +357,11 @@ def _copied_back(results: Sequence[torch.Tensor], into: Sequence[torch.Tensor]) 
     return list(into)
 
 
-def _memory(out: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+def _output_tensor(out: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     """The tensor that Horovod is to resize and fill."""
-    return carrier(like).new_empty(0) if out is None else carrier(out)
+    return as_carrier(like).new_empty(0) if out is None else as_carrier(out)
 
 
-def nbytes(tensor: torch.Tensor) -> int:
+def count_bytes(tensor: torch.Tensor) -> int:
     """Bytes of the tensor's elements."""
     return tensor.numel() * tensor.element_size()

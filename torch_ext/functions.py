@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from horovod.torch import functions as horovods
 
-from hvd_ext import aliases
-from hvd_ext.signatures import set_default_name
-from hvd_ext.torch.optimizer_broadcast import broadcast_optimizer_state
-from hvd_ext.torch.replicas import broadcast_parameters
+from hvd_ext.horovod_api import aliases
+from hvd_ext.horovod_api.signatures import set_default_name
+from hvd_ext.torch.consistency.replicas import broadcast_parameters
+from hvd_ext.torch.persistence.optimizer_broadcast import broadcast_optimizer_state
 
-__getattr__ = aliases.names_of(__name__, "horovod.torch.functions")
+__getattr__ = aliases.module_getattr(__name__, "horovod.torch.functions")
 __all__ = ["allgather_object", "broadcast_object", "broadcast_optimizer_state", "broadcast_parameters"]
 
 broadcast_object = set_default_name(horovods.broadcast_object, "broadcast_object")

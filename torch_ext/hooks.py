@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from hvd_ext.torch.collectives import abandon
-from hvd_ext.torch.reducers.base import Entry, Reducer
+from hvd_ext.torch.collectives import keep_alive_until_done
+from hvd_ext.torch.reducers.base import NamedParameter, Reducer
 
 
-def check_real(entries: Sequence[Entry], method: str) -> None:
+def check_real(entries: Sequence[NamedParameter], method: str) -> None:
     """Refuse complex parameters: a method would lose their imaginary part, or fail.
 
     Args:
@@ -35,6 +35,6 @@ def remove_hooks(hooks: dict[torch.Tensor, Any]) -> None:
 
 
 def let_go(hooks: dict[torch.Tensor, Any], reducer: Reducer) -> None:
-    """The optimizer is gone: its hooks go, and what ``late=`` has sent for it, once that is over."""
+    """The optimizer is gone: its hooks go, and what ``overlap=`` has sent for it, once that is over."""
     remove_hooks(hooks)
-    abandon(reducer.under_way())
+    keep_alive_until_done(reducer.pending_handles())

@@ -17,12 +17,12 @@ import torch
 from hvd_ext import kernels
 
 if TYPE_CHECKING:
-    from hvd_ext.torch.reducers.delay_kernels import Recursion
+    from hvd_ext.torch.reducers.kernels.delay_compensation import Recursion
 
 DTYPES = (torch.float32, torch.float64)
 
 
-def _fit(tensors: Sequence[torch.Tensor], device: str) -> bool:
+def _fit_kernels(tensors: Sequence[torch.Tensor], device: str) -> bool:
     first = tensors[0]
     if torch.compiler.is_compiling() or first.device.type != device or first.dtype not in DTYPES:
         return False
@@ -33,12 +33,12 @@ def _fit(tensors: Sequence[torch.Tensor], device: str) -> bool:
 
 def on_cpu(*tensors: torch.Tensor) -> bool:
     """Whether the loops of ``hvd_ext.kernels`` take these: contiguous, on the CPU, of one of their dtypes."""
-    return _fit(tensors, "cpu") and kernels.usable()
+    return _fit_kernels(tensors, "cpu") and kernels.kernels_usable()
 
 
 def on_cuda(*tensors: torch.Tensor) -> bool:
     """Whether ``kernels_triton`` takes these; the CUDA build of PyTorch brings Triton."""
-    return _fit(tensors, "cuda") and kernels.choice() == "triton"
+    return _fit_kernels(tensors, "cuda") and kernels.kernel_choice() == "triton"
 
 
 def _as_in_memory(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
@@ -51,13 +51,13 @@ def _as_in_memory(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
     return [one.detach().movedim(1, -1) for one in tensors]
 
 
-def implementation() -> str:
+def kernel_implementation() -> str:
     """What ranks must have in common: one that rounds otherwise would let replicas drift apart."""
-    triton = " and Triton's" if kernels.choice() == "triton" else ""
-    return ("compiled" if kernels.usable() else "PyTorch's") + triton
+    triton = " and Triton's" if kernels.kernel_choice() == "triton" else ""
+    return ("compiled" if kernels.kernels_usable() else "PyTorch's") + triton
 
 
-def array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+def as_array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     """The memory of a contiguous tensor, flat.
 
     Not by ``tensor.numpy()``: after that PyTorch resizes the tensor's memory no more, as Horovod does.
@@ -81,38 +81,39 @@ def compensated_sum(rows: Sequence[torch.Tensor], rule: Recursion, mean_square: 
     if not on_cpu(*tensors):
         return False
     from hvd_ext.kernels import compiler, recursion
-    from hvd_ext.kernels.threads import spread
+    from hvd_ext.kernels.threads import run_in_parts
 
-    target = array(out)
+    target = as_array(out)
     scalar = target.dtype.type
-    arrays = [array(row) for row in rows]
+    arrays = [as_array(row) for row in rows]
     settings = {
         "adaptive": mean_square is not None, "cumulative": rule.cumulative, "decay": scalar(rule.decay),
         "fresh": scalar(rule.fresh), "eps": scalar(rule.eps), "strength": scalar(-rule.strength),
         "divisor": scalar(rule.divisor)}
-    where, square = compiler.addresses(arrays), target if mean_square is None else array(mean_square)
-    spread(lambda start, stop: recursion.compensated_sum(where, square, target, start, stop, **settings),
-           target.size, torch.get_num_threads())
+    where, square = compiler.row_addresses(arrays), target if mean_square is None else as_array(mean_square)
+    run_in_parts(lambda start,
+                 stop: recursion.compensated_sum(where, square, target, start, stop, **settings),
+                 target.size, torch.get_num_threads())
     return True
 
 
-def above(flat: torch.Tensor, threshold: float,
-          expected: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+def find_above(flat: torch.Tensor, threshold: float,
+               expected: int) -> tuple[torch.Tensor, torch.Tensor] | None:
     """``topk_kernels``' search for candidates and their magnitudes; None to leave it to PyTorch."""
     if on_cuda(flat):
         from hvd_ext.torch import kernels_triton
 
-        found = kernels_triton.above(flat, threshold)
+        found = kernels_triton.find_above(flat, threshold)
         return found, flat[found].abs()
     if not on_cpu(flat):
         return None
     from hvd_ext.kernels import topk
 
-    found, magnitudes = topk.above(array(flat), threshold, expected)
+    found, magnitudes = topk.find_above(as_array(flat), threshold, expected)
     return torch.from_numpy(found), torch.from_numpy(magnitudes)
 
 
-def split(flat: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+def split_selected(flat: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
     """``topk_kernels.split`` on a GPU; None to leave it to PyTorch, which on a CPU is as fast.
 
     bfloat16 is PyTorch's: Triton's interpreter does not round to it, so that the kernel could not be tested.
@@ -121,11 +122,11 @@ def split(flat: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> to
         return None
     from hvd_ext.torch import kernels_triton
 
-    return kernels_triton.split(flat, positions, dtype)
+    return kernels_triton.split_selected(flat, positions, dtype)
 
 
-def amsgrad(parameter: torch.Tensor, gradient: torch.Tensor, state: Sequence[torch.Tensor],
-            group: dict[str, Any]) -> bool:
+def update_amsgrad(parameter: torch.Tensor, gradient: torch.Tensor, state: Sequence[torch.Tensor],
+                   group: dict[str, Any]) -> bool:
     """One update of :class:`hvd_ext.torch.AMSGrad`; ``state`` is m, v and vhat of the parameter."""
     tensors = _as_in_memory([parameter, gradient, *state])
     cuda = on_cuda(*tensors)
@@ -139,14 +140,14 @@ def amsgrad(parameter: torch.Tensor, gradient: torch.Tensor, state: Sequence[tor
     if cuda:
         from hvd_ext.torch import kernels_triton
 
-        kernels_triton.amsgrad(*tensors, **settings)
+        kernels_triton.update_amsgrad(*tensors, **settings)
         return True
     from hvd_ext.kernels import amsgrad as loops
-    from hvd_ext.kernels.threads import spread
+    from hvd_ext.kernels.threads import run_in_parts
 
-    arrays = [array(tensor) for tensor in tensors]
+    arrays = [as_array(tensor) for tensor in tensors]
     scalar = arrays[0].dtype.type
     scalars = {name: scalar(value) for name, value in settings.items()}
-    spread(lambda start, stop: loops.update(*arrays, start, stop, **scalars), arrays[0].size,
-           torch.get_num_threads())
+    run_in_parts(lambda start, stop: loops.update_amsgrad(*arrays, start, stop, **scalars), arrays[0].size,
+                 torch.get_num_threads())
     return True

@@ -14,15 +14,15 @@ import triton
 import triton.language as tl
 
 if TYPE_CHECKING:
-    from hvd_ext.torch.reducers.delay_kernels import Recursion
+    from hvd_ext.torch.reducers.kernels.delay_compensation import Recursion
 
 BLOCK = 1024
 """Elements a program takes; the interpreter runs one program after another."""
 
 
 @triton.jit
-def _recursion(row0, rows, mean_square, out, length, count, constants, ADAPTIVE: tl.constexpr,
-               CUMULATIVE: tl.constexpr, BLOCK: tl.constexpr):
+def _recursion_kernel(row0, rows, mean_square, out, length, count, constants, ADAPTIVE: tl.constexpr,
+                      CUMULATIVE: tl.constexpr, BLOCK: tl.constexpr):
     """``hvd_ext.kernels.recursion.compensated_sum``; rows are byte offsets from ``row0``."""
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = places < length
@@ -56,14 +56,14 @@ def compensated_sum(rows: Sequence[torch.Tensor], rule: Recursion, mean_square: 
     if any(offset % size for offset in offsets):
         raise ValueError("rows must lie a multiple of an element's size apart")
     constants = _on_device([rule.decay, rule.fresh, rule.eps, -rule.strength, rule.divisor], out)
-    _recursion[_programs(out)](
+    _recursion_kernel[_grid_size(out)](
         rows[0], _on_device([offset // size for offset in offsets], out, torch.int64),
         out if mean_square is None else mean_square, out, out.numel(), len(rows), constants,
         ADAPTIVE=mean_square is not None, CUMULATIVE=rule.cumulative, BLOCK=BLOCK)
 
 
 @triton.jit
-def _count(flat, threshold, counts, length, BLOCK: tl.constexpr):
+def _count_kernel(flat, threshold, counts, length, BLOCK: tl.constexpr):
     """How many of a block's magnitudes are at or above the threshold."""
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     magnitude = tl.abs(tl.load(flat + places, mask=places < length, other=0.0))
@@ -73,7 +73,7 @@ def _count(flat, threshold, counts, length, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _compact(flat, threshold, ends, found, length, BLOCK: tl.constexpr):
+def _compact_kernel(flat, threshold, ends, found, length, BLOCK: tl.constexpr):
     """Their positions, rising, to where the blocks before end."""
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     magnitude = tl.abs(tl.load(flat + places, mask=places < length, other=0.0))
@@ -83,21 +83,21 @@ def _compact(flat, threshold, ends, found, length, BLOCK: tl.constexpr):
     tl.store(found + begin + tl.cumsum(hit.to(tl.int64), 0) - 1, places, mask=hit)
 
 
-def above(flat: torch.Tensor, threshold: float) -> torch.Tensor:
+def find_above(flat: torch.Tensor, threshold: float) -> torch.Tensor:
     """Rising positions of magnitudes at or above a threshold; above it when it is zero."""
     if not flat.numel():
         return flat.new_empty(0, dtype=torch.int64)
     least = _on_device([threshold], flat)
-    counts = torch.empty(_programs(flat)[0], dtype=torch.int64, device=flat.device)
-    _count[_programs(flat)](flat, least, counts, flat.numel(), BLOCK=BLOCK)
+    counts = torch.empty(_grid_size(flat)[0], dtype=torch.int64, device=flat.device)
+    _count_kernel[_grid_size(flat)](flat, least, counts, flat.numel(), BLOCK=BLOCK)
     ends = counts.cumsum(0)
     found = torch.empty(int(ends[-1]), dtype=torch.int64, device=flat.device)
-    _compact[_programs(flat)](flat, least, ends, found, flat.numel(), BLOCK=BLOCK)
+    _compact_kernel[_grid_size(flat)](flat, least, ends, found, flat.numel(), BLOCK=BLOCK)
     return found
 
 
 @triton.jit
-def _split(flat, positions, values, limit, length, BLOCK: tl.constexpr):
+def _split_kernel(flat, positions, values, limit, length, BLOCK: tl.constexpr):
     """Chosen entries, rounded, out of ``flat``; what the rounding takes away stays in it."""
     numbers = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = numbers < length
@@ -109,19 +109,20 @@ def _split(flat, positions, values, limit, length, BLOCK: tl.constexpr):
     tl.store(flat + where, exact - rounded.to(exact.dtype), mask=inside)
 
 
-def split(flat: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def split_selected(flat: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """As ``topk_kernels.split``: gather, round, keep the rest, in one pass over the chosen; no bfloat16."""
     values = torch.empty(positions.numel(), dtype=dtype, device=flat.device)
     if positions.numel():
         limit = min(torch.finfo(dtype).max, torch.finfo(flat.dtype).max)
-        _split[_programs(positions)](flat, positions, values, _on_device([limit], flat), positions.numel(),
-                                     BLOCK=BLOCK)
+        _split_kernel[_grid_size(positions)](flat, positions, values, _on_device([limit], flat),
+                                             positions.numel(),
+                                             BLOCK=BLOCK)
     return values
 
 
 @triton.jit
-def _amsgrad(w, gradient, moment, square, largest, constants, length, DECAYS: tl.constexpr,
-             BLOCK: tl.constexpr):
+def _amsgrad_kernel(w, gradient, moment, square, largest, constants, length, DECAYS: tl.constexpr,
+                    BLOCK: tl.constexpr):
     """``hvd_ext.kernels.amsgrad.update``."""
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = places < length
@@ -142,17 +143,18 @@ def _amsgrad(w, gradient, moment, square, largest, constants, length, DECAYS: tl
     tl.store(w + places, weight + lr * m / tl.sqrt(most + eps), mask=inside)
 
 
-def amsgrad(w: torch.Tensor, gradient: torch.Tensor, moment: torch.Tensor, square: torch.Tensor,
-            largest: torch.Tensor, *, decay: float, lr: float, beta1: float, fresh1: float, beta2: float,
-            fresh2: float, eps: float, shrink: float, sign: float) -> None:
+def update_amsgrad(w: torch.Tensor, gradient: torch.Tensor, moment: torch.Tensor, square: torch.Tensor,
+                   largest: torch.Tensor, *, decay: float, lr: float, beta1: float, fresh1: float,
+                   beta2: float,
+                   fresh2: float, eps: float, shrink: float, sign: float) -> None:
     """One update of AMSGrad, in place but for the gradient: contiguous tensors of one shape and dtype."""
     if w.numel():
         constants = _on_device([lr, beta1, fresh1, beta2, fresh2, eps, shrink, decay, sign], w)
-        _amsgrad[_programs(w)](w, gradient, moment, square, largest, constants, w.numel(),
-                               DECAYS=decay != 0, BLOCK=BLOCK)
+        _amsgrad_kernel[_grid_size(w)](w, gradient, moment, square, largest, constants, w.numel(),
+                                       DECAYS=decay != 0, BLOCK=BLOCK)
 
 
-def _programs(tensor: torch.Tensor) -> tuple[int]:
+def _grid_size(tensor: torch.Tensor) -> tuple[int]:
     return (triton.cdiv(tensor.numel(), BLOCK),)
 
 

@@ -15,9 +15,9 @@ from lightning.pytorch.core.optimizer import LightningOptimizer  # type: ignore[
 from lightning.pytorch.strategies import ParallelStrategy  # type: ignore[import-not-found,unused-ignore]
 
 import hvd_ext.torch as hvd
-from hvd_ext.servers import settings_of
-from hvd_ext.torch.extended import ExtendedOptimizer
-from hvd_ext.torch.optimizer_state import STATE_KEY
+from hvd_ext.sharding import settings_of
+from hvd_ext.torch.distributed_optimizer_class import ExtendedOptimizer
+from hvd_ext.torch.persistence.optimizer_state import STATE_KEY
 
 BY_RANK = "hvd_ext_by_rank"
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from horovod.torch import mpi_ops
 
-from hvd_ext import aliases
-from hvd_ext.signatures import copy_signature
-from hvd_ext.torch.collectives import carrier
+from hvd_ext.horovod_api import aliases
+from hvd_ext.horovod_api.signatures import copy_signature
+from hvd_ext.torch.collectives import as_carrier
 
-__getattr__ = aliases.names_of(__name__, "horovod.torch.mpi_ops")
+__getattr__ = aliases.module_getattr(__name__, "horovod.torch.mpi_ops")
 
 Finish = Callable[[Any], Any]
 _FINISH: dict[Any, Finish] = {}  # by handle: what makes Horovod's answer the caller's
@@ -37,16 +37,16 @@ def _for_bfloat16(name: str) -> Callable[..., Any]:
         tensors: Sequence[torch.Tensor] = given if grouped else [given]
         if not any(_is_bfloat16(tensor) for tensor in tensors):
             return horovods(**arguments)
-        sent = [_sent(tensor, moves, in_place or later) for tensor in tensors]
+        sent = [_to_send(tensor, moves, in_place or later) for tensor in tensors]
         answer = horovods(**{**arguments, first: sent if grouped else sent[0]})
 
         def finish(answer: Any) -> Any:
             if grouped:
-                return type(answer)(_back(*pair, in_place)
+                return type(answer)(_to_bfloat16(*pair, in_place)
                                     for pair in zip(answer, tensors, strict=True))
             if isinstance(answer, tuple):  # alltoall: and how much each rank has sent
-                return (_back(answer[0], tensors[0], in_place), *answer[1:])
-            return _back(answer, tensors[0], in_place)
+                return (_to_bfloat16(answer[0], tensors[0], in_place), *answer[1:])
+            return _to_bfloat16(answer, tensors[0], in_place)
 
         if not later:
             return finish(answer)
@@ -61,16 +61,16 @@ def _is_bfloat16(tensor: Any) -> bool:
     return isinstance(tensor, torch.Tensor) and tensor.dtype == torch.bfloat16
 
 
-def _sent(tensor: torch.Tensor, moves: bool, detached: bool) -> torch.Tensor:
+def _to_send(tensor: torch.Tensor, moves: bool, detached: bool) -> torch.Tensor:
     """What travels in the tensor's place."""
     if not _is_bfloat16(tensor):
         return tensor
     if moves and (detached or not (tensor.requires_grad and torch.is_grad_enabled())):
-        return carrier(tensor.detach())
+        return as_carrier(tensor.detach())
     return tensor.detach().float() if detached else tensor.float()
 
 
-def _back(answer: torch.Tensor, given: torch.Tensor, in_place: bool) -> torch.Tensor:
+def _to_bfloat16(answer: torch.Tensor, given: torch.Tensor, in_place: bool) -> torch.Tensor:
     """Horovod's answer as bfloat16; in the given tensor, where that was asked for."""
     if not _is_bfloat16(given):
         return answer

@@ -54,13 +54,13 @@ class Muon(torch.optim.Muon):
             if "momentum_buffer" not in state:  # in the order of the weights, whatever the gradient's is
                 state["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
         found = super()._init_group(group, params_with_grad, grads, muon_momentum_bufs)
-        orders = [_order(parameter) for parameter in params_with_grad]
+        orders = [_memory_order(parameter) for parameter in params_with_grad]
         for tensors in (params_with_grad, grads, muon_momentum_bufs):
-            tensors[:] = [_matrix(tensor, order) for tensor, order in zip(tensors, orders, strict=True)]
+            tensors[:] = [_as_matrix(tensor, order) for tensor, order in zip(tensors, orders, strict=True)]
         return found
 
 
-def _order(parameter: torch.Tensor) -> list[int]:
+def _memory_order(parameter: torch.Tensor) -> list[int]:
     """The axes behind the first in the order in which they lie in memory (channels_last: the channels last).
 
     In which order the columns stand makes no difference to a matrix made orthogonal.
@@ -68,7 +68,7 @@ def _order(parameter: torch.Tensor) -> list[int]:
     return [0, *sorted(range(1, parameter.dim()), key=lambda axis: -parameter.stride(axis))]
 
 
-def _matrix(tensor: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
+def _as_matrix(tensor: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
     """(first axis, all others): the same memory, of a gradient that lies in another order a copy."""
     return tensor if tensor.dim() == 2 else tensor.permute(*order).flatten(1)
 

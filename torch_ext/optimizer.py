@@ -14,24 +14,25 @@ import horovod.torch as horovod
 import torch
 from horovod.torch.optimizer import DistributedOptimizer as HorovodOptimizer
 
-from hvd_ext import aliases, composition
-from hvd_ext.delay import Late
-from hvd_ext.delay.late import check_late
-from hvd_ext.names import checked_names
-from hvd_ext.options import Options
-from hvd_ext.scopes import Scope, open_scope
-from hvd_ext.servers import Server
-from hvd_ext.torch import handshake
+from hvd_ext.consistency.scopes import Scope, open_scope
+from hvd_ext.horovod_api import aliases
+from hvd_ext.reducers import registry
+from hvd_ext.reducers.delay_compensation import DelayedUpdate
+from hvd_ext.reducers.delayed_update import check_overlap
+from hvd_ext.reducers.options import ReductionOptions
+from hvd_ext.reducers.parameter_names import checked_names
+from hvd_ext.sharding import Server
 from hvd_ext.torch.collectives import Collectives
 from hvd_ext.torch.compression import WideCompressor
-from hvd_ext.torch.copies import copy_as_wrapped
-from hvd_ext.torch.extended import extend
+from hvd_ext.torch.consistency import handshake
+from hvd_ext.torch.distributed_optimizer_class import extend_optimizer
 from hvd_ext.torch.loss_scale import loss_scale
+from hvd_ext.torch.persistence.pickling import copy_as_wrapped
 from hvd_ext.torch.reducers import REDUCERS, make_reducer
-from hvd_ext.torch.separability import check_separable
-from hvd_ext.torch.server import make_server
+from hvd_ext.torch.sharding.separability import check_separable
+from hvd_ext.torch.sharding.updater import make_server
 
-__getattr__ = aliases.names_of(__name__, "horovod.torch.optimizer")
+__getattr__ = aliases.module_getattr(__name__, "horovod.torch.optimizer")
 
 
 def DistributedOptimizer(
@@ -49,7 +50,7 @@ def DistributedOptimizer(
     preconditioner: Any = None,
     server: str | Server | None = None,
     grad_scaler: Any = None,
-    late: Late | None = None,
+    overlap: DelayedUpdate | None = None,
     broadcast_weights: bool = False,
 ) -> Any:
     """Wrap an optimizer so that gradients are reduced over the ranks before its update.
@@ -68,33 +69,33 @@ def DistributedOptimizer(
             With DelayCompensated and compression with error feedback ``groups`` says which
             gradients share a bucket.
         preconditioner: ``SENG(...)``: what the reduced gradient is turned into.
-        server: where the update runs: "replicated", "rank0" or "sharded"; ``Server("sharded", reply=...)``
+        server: where the update runs: "replicated", "rank0" or "sharded"; ``Server("sharded", downlink=...)``
             where the new weights are to come back compressed.
         grad_scaler: the ``torch.amp.GradScaler`` in use, so that extensions which are not linear
             in the gradient can undo its scale.
-        late: ``Late(...)``: exchange gradients beside the next step's compute and apply them then.
-            The first ``step()`` changes nothing; after the last one call ``flush()``.
+        overlap: ``DelayedUpdate(...)``: exchange gradients beside the next step's compute and apply them
+            then. The first ``step()`` changes nothing; after the last one call ``flush()``.
         broadcast_weights: bring the parameters of the process set's first rank to all of it, now. A
             collective: every rank must make the optimizer. Buffers, such as the statistics of batch
             normalization, are not among them. Without it all ranks must begin with the same weights.
 
     Raises:
         RuntimeError: ``broadcast_weights`` under Horovod elastic.
-        TypeError: ``late`` is something else.
+        TypeError: ``overlap`` is something else.
         ValueError: an argument is outside its limits, extensions cannot be combined, or the optimizer cannot
             be used with ``server``.
     """
     if hasattr(optimizer, "_hvd_ext") or "horovod" in type(optimizer).__module__:
         raise ValueError("the optimizer is a DistributedOptimizer already; wrap it once")
-    method = composition.method_of(REDUCERS, op, compression)
-    check_late(late, preconditioner=preconditioner,
+    method = registry.method_of(REDUCERS, op, compression)
+    check_overlap(overlap, preconditioner=preconditioner,
                passes_apart=getattr(method, "virtual_workers", "rank") != "rank",
                multiple_evaluations=isinstance(optimizer, torch.optim.LBFGS))
     names = checked_names(optimizer.param_groups, named_parameters)
-    collectives = Collectives(process_set, _scope(optimizer, names, process_set))
+    collectives = Collectives(process_set, _make_scope(optimizer, names, process_set))
     if broadcast_weights:
-        handshake.broadcast_weights(collectives, *_named(optimizer, names))
-    alone = method is None and preconditioner is None and server is None and late is None
+        handshake.broadcast_weights(collectives, *_name_parameters(optimizer, names))
+    alone = method is None and preconditioner is None and server is None and overlap is None
     if alone and (op == horovod.Adasum or isinstance(optimizer, torch.optim.LBFGS)):
         if compression is horovod.Compression.none:
             compression = WideCompressor
@@ -108,7 +109,7 @@ def DistributedOptimizer(
         groups = num_groups if groups is None else groups
     if backward_passes_per_step <= 0:
         raise ValueError("backward_passes_per_step must be > 0")
-    options = Options(
+    options = ReductionOptions(
         prefix="" if method is None else method.label,
         passes=backward_passes_per_step, half=compression is horovod.Compression.fp16,
         groups=groups, sparse_as_dense=sparse_as_dense,
@@ -123,19 +124,20 @@ def DistributedOptimizer(
         collectives, options, op=op, compression=compression,
         predivide=gradient_predivide_factor, server=where,
         multiple_evaluations=isinstance(optimizer, torch.optim.LBFGS),
-        owners=placed if where == "sharded" and preconditioner is None else None, late=late,
+        owners=placed if where == "sharded" and preconditioner is None else None, overlap=overlap,
     )
-    return extend(optimizer, names, reducer, preconditioner, placed, grad_scaler)
+    return extend_optimizer(optimizer, names, reducer, preconditioner, placed, grad_scaler)
 
 
-def _named(optimizer: torch.optim.Optimizer, names: dict[Any, str]) -> tuple[list[str], list[torch.Tensor]]:
+def _name_parameters(optimizer: torch.optim.Optimizer, names: dict[Any, str]) -> tuple[list[str],
+                                                                                       list[torch.Tensor]]:
     """The optimizer's parameters, and a name for each."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return [names.get(p, str(number)) for number, p in enumerate(parameters)], parameters
 
 
-def _scope(optimizer: torch.optim.Optimizer, names: dict[Any, str], process_set: Any) -> Scope:
+def _make_scope(optimizer: torch.optim.Optimizer, names: dict[Any, str], process_set: Any) -> Scope:
     """The part of its collectives' names that belongs to the optimizer."""
-    named, parameters = _named(optimizer, names)
+    named, parameters = _name_parameters(optimizer, names)
     lines = [(name, tuple(p.shape), str(p.dtype)) for name, p in zip(named, parameters, strict=True)]
     return open_scope(process_set.process_set_id, lines, parameters)

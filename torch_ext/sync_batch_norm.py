@@ -15,11 +15,11 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hvd_ext import aliases
+from hvd_ext.horovod_api import aliases
 from hvd_ext.torch.collectives import Collectives
-from hvd_ext.torch.uneven_data import active
+from hvd_ext.torch.uneven_data import is_active
 
-__getattr__ = aliases.names_of(__name__, "horovod.torch.sync_batch_norm")
+__getattr__ = aliases.module_getattr(__name__, "horovod.torch.sync_batch_norm")
 __all__ = ["SyncBatchNorm", "convert_sync_batchnorm"]
 
 
@@ -53,29 +53,31 @@ class SyncBatchNorm(_BatchNorm):
 
         Raises:
             ValueError: the input is not of such a shape, or all ranks together have one value a channel.
-            RuntimeError: inside ``hvd.uneven``, where ranks without batches cannot take part.
+            RuntimeError: inside ``hvd.uneven_inputs``, where ranks without batches cannot take part.
         """
         collectives = Collectives(self.process_set)
-        if not self.training or not collectives.included or collectives.size == 1:
-            return self._alone(input)
+        if not self.training or not collectives.is_member or collectives.size == 1:
+            return self._normalize_alone(input)
         self._check_input_dim(input)
-        if active():
+        if is_active():
             raise RuntimeError(
-                "hvd.SyncBatchNorm cannot be used inside hvd.uneven: a rank that has run out of batches "
+                "hvd.SyncBatchNorm cannot be used inside hvd.uneven_inputs: a rank that has run out of "
+                "batches "
                 "has none to normalize, and the others would wait for it; drop the last uneven batches "
                 "(DataLoader(drop_last=True)), or use torch.nn.BatchNorm")
         name = f"sync_batch_norm/{self.name}"
         with torch.no_grad():
-            mean, variance, count = joined(collectives, statistics(input), f"{name}/statistics")
+            mean, variance, count = join_statistics(collectives, local_statistics(input),
+                                                    f"{name}/statistics")
             if count <= 1:
                 raise ValueError("expected more than 1 value per channel when training, got input size "
                                  f"{list(input.shape)} and {count:.0f} on all ranks together")
-            self._track(mean, variance * (count / (count - 1)))
+            self._update_running(mean, variance * (count / (count - 1)))
         return _Normalize.apply(  # type: ignore[no-any-return]
             input, self.weight, self.bias, mean, torch.rsqrt(variance + self.eps), count, collectives,
             f"{name}/gradients")
 
-    def _alone(self, input: torch.Tensor) -> torch.Tensor:
+    def _normalize_alone(self, input: torch.Tensor) -> torch.Tensor:
         self._check_input_dim(input)
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
@@ -83,20 +85,20 @@ class SyncBatchNorm(_BatchNorm):
         return nn.functional.batch_norm(
             input, self.running_mean if running else None, self.running_var if running else None,
             self.weight, self.bias, self.training or not running,
-            self._factor(), self.eps)
+            self._momentum_factor(), self.eps)
 
-    def _factor(self) -> float:
+    def _momentum_factor(self) -> float:
         """The share of this batch in the running statistics; a plain mean over batches without momentum."""
         if self.momentum is not None:
             return self.momentum
         return 1.0 / max(1.0, float(self.num_batches_tracked)) if self.track_running_stats else 0.0
 
-    def _track(self, mean: torch.Tensor, variance: torch.Tensor) -> None:
+    def _update_running(self, mean: torch.Tensor, variance: torch.Tensor) -> None:
         if not self.track_running_stats or self.running_mean is None or self.running_var is None:
             return
         self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
         for running, now in ((self.running_mean, mean), (self.running_var, variance)):
-            running.lerp_(now.to(running.dtype), self._factor())
+            running.lerp_(now.to(running.dtype), self._momentum_factor())
 
 
 def convert_sync_batchnorm(module: nn.Module, process_set: Any = None) -> nn.Module:
@@ -107,10 +109,10 @@ def convert_sync_batchnorm(module: nn.Module, process_set: Any = None) -> nn.Mod
             goes on. A module that is itself a batch normalization is replaced: use what is returned.
         process_set: the ranks whose batches belong together; all by default.
     """
-    return _convert(module, process_set, "")
+    return _convert_module(module, process_set, "")
 
 
-def _convert(module: nn.Module, process_set: Any, path: str) -> nn.Module:
+def _convert_module(module: nn.Module, process_set: Any, path: str) -> nn.Module:
     result = module
     if isinstance(module, _BatchNorm) and not isinstance(module, SyncBatchNorm):
         result = SyncBatchNorm(module.num_features, module.eps, module.momentum, module.affine,
@@ -122,17 +124,17 @@ def _convert(module: nn.Module, process_set: Any, path: str) -> nn.Module:
             result.register_buffer(name, getattr(module, name))
         result.train(module.training)
     for name, child in list(module.named_children()):
-        result.add_module(name, _convert(child, process_set, f"{path}.{name}" if path else name))
+        result.add_module(name, _convert_module(child, process_set, f"{path}.{name}" if path else name))
     return result
 
 
 # Kernels: (N, C, ...) and (C,), no collectives
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _axes(x: torch.Tensor) -> list[int]:
+def _reduced_axes(x: torch.Tensor) -> list[int]:
     return [axis for axis in range(x.dim()) if axis != 1]
 
 
@@ -140,19 +142,19 @@ def _as_channels(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return values.view(1, -1, *[1] * (like.dim() - 2))
 
 
-def statistics(x: torch.Tensor) -> torch.Tensor:
+def local_statistics(x: torch.Tensor) -> torch.Tensor:
     """Of one rank's (N, C, ...): values a channel, means, sums of squared deviations; (1, 2 C + 1)."""
-    wide = x.to(_wide(x.dtype))
+    wide = x.to(_wide_dtype(x.dtype))
     count = x.numel() // max(1, x.shape[1])
     if count == 0:
         return wide.new_zeros(1, 2 * x.shape[1] + 1)
-    mean = wide.mean(_axes(x))
-    square = (wide - _as_channels(mean, x)).square().sum(_axes(x))
+    mean = wide.mean(_reduced_axes(x))
+    square = (wide - _as_channels(mean, x)).square().sum(_reduced_axes(x))
     return torch.cat([mean.new_tensor([float(count)]), mean, square])[None]
 
 
-def joined(collectives: Collectives, mine: torch.Tensor,
-           name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+def join_statistics(collectives: Collectives, mine: torch.Tensor,
+                    name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Mean and biased variance (C,) of all ranks' values, and how many there are (Chan et al. 1979)."""
     rows = collectives.allgather_async(mine, name, kind="statistics").wait().double()
     counts, means, squares = rows[:, :1], *rows[:, 1:].chunk(2, dim=1)
@@ -181,7 +183,7 @@ class _Normalize(torch.autograd.Function):
         x, weight, mean, scale = ctx.saved_tensors
         dy_wide = dy.to(mean.dtype)
         normal = (x.to(mean.dtype) - _as_channels(mean, x)) * _as_channels(scale, x)
-        sums = torch.stack([dy_wide.sum(_axes(x)), (dy_wide * normal).sum(_axes(x))])
+        sums = torch.stack([dy_wide.sum(_reduced_axes(x)), (dy_wide * normal).sum(_reduced_axes(x))])
         d_weight = d_bias = None
         if weight is not None:
             d_bias, d_weight = (one.to(weight.dtype).clone() for one in sums)

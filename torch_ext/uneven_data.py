@@ -17,40 +17,40 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hvd_ext import join_barrier
-from hvd_ext.agreement import digest
-from hvd_ext.composition import describe_settings
-from hvd_ext.torch.clipping import clip_reduced_gradients
-from hvd_ext.torch.collectives import Collectives, Handle, abandon, await_pending
-from hvd_ext.torch.wrapper import LIVE
-from hvd_ext.uneven import (
-    LATE,
+from hvd_ext.consistency.fingerprint import digest_parts
+from hvd_ext.horovod_api import join_barrier
+from hvd_ext.reducers.registry import describe_reduction
+from hvd_ext.torch.collectives import Collectives, Handle, await_pending, keep_alive_until_done
+from hvd_ext.torch.sharding.clipping import clip_reduced_gradients
+from hvd_ext.torch.step import ACTIVE_WRAPPERS
+from hvd_ext.uneven_inputs import (
+    OVERLAP_UNSUPPORTED_MSG,
     Attendance,
     Decision,
-    Weighing,
+    GradientWeighting,
     attendance_row,
-    check,
     check_samples,
+    check_weighting,
     missing_samples,
 )
-from hvd_ext.watch import WATCH
+from hvd_ext.watchdog.watchdog import WATCH
 
-_OPEN: list[Uneven] = []
+_ACTIVE_CONTEXTS: list[Uneven] = []
 
 
-def active() -> bool:
-    """Whether this process is inside ``hvd.uneven``."""
-    return bool(_OPEN)
+def is_active() -> bool:
+    """Whether this process is inside ``hvd.uneven_inputs``."""
+    return bool(_ACTIVE_CONTEXTS)
 
 
 @contextmanager
-def uneven(optimizer: Any, weigh: str = "ranks", *,
-           on_shadow_step: Callable[[], Any] | None = None) -> Iterator[Uneven]:
+def uneven_inputs(optimizer: Any, average_over: str = "ranks", *,
+                  on_shadow_step: Callable[[], Any] | None = None) -> Iterator[Uneven]:
     """The loop over an epoch's batches, whose number may differ by rank; every rank enters and leaves it.
 
     ::
 
-        with hvd.uneven(optimizer, weigh="samples") as data:
+        with hvd.uneven_inputs(optimizer, average_over="samples") as data:
             for x, y in loader:
                 data.samples(len(x))
                 optimizer.zero_grad()
@@ -67,7 +67,8 @@ def uneven(optimizer: Any, weigh: str = "ranks", *,
 
     Args:
         optimizer: a ``DistributedOptimizer``.
-        weigh: what the mean is taken over. "ranks": all of them, as if those without a batch had gradients
+        average_over: what the mean is taken over. "ranks": all of them, as if those without a batch had
+            gradients
             of zero. "active": those that have a batch. "samples": every rank's gradient weighs as many
             samples as ``samples(n)`` says; the ranks then meet at the first gradient of each step.
         on_shadow_step: called after each update that this rank makes without a batch, for what the loop
@@ -82,36 +83,38 @@ def uneven(optimizer: Any, weigh: str = "ranks", *,
     if wrapper is None:
         raise TypeError("optimizer must be a hvd.DistributedOptimizer (not with op=hvd.Adasum alone, nor "
                         f"LBFGS), got {type(optimizer).__name__} of {type(optimizer).__module__}")
-    if _OPEN:
-        raise RuntimeError("this is inside hvd.uneven already; use one block around the loop, with one "
+    if _ACTIVE_CONTEXTS:
+        raise RuntimeError("this is inside hvd.uneven_inputs already; use one block around the loop, with "
+                           "one "
                            "optimizer: a rank that shadows takes part in the steps of one alone")
-    data = Uneven(optimizer, weigh, on_shadow_step)
+    data = Uneven(optimizer, average_over, on_shadow_step)
     wrapper.uneven = data
-    _OPEN.append(data)
+    _ACTIVE_CONTEXTS.append(data)
     try:
         yield data
-        data.shadow()
+        data.take_shadow_steps()
     finally:
-        data.forget()
+        data.abort_step()
         wrapper.uneven = None
-        _OPEN.remove(data)
+        _ACTIVE_CONTEXTS.remove(data)
 
 
 class Uneven:
-    """What ``with hvd.uneven(optimizer) as data`` gives.
+    """What ``with hvd.uneven_inputs(optimizer) as data`` gives.
 
     Attributes:
         shadow_steps: steps that this rank has taken without a batch of its own.
     """
 
-    def __init__(self, optimizer: Any, weigh: str, on_shadow_step: Callable[[], Any] | None) -> None:
+    def __init__(self, optimizer: Any, average_over: str, on_shadow_step: Callable[[], Any] | None) -> None:
         self._optimizer = optimizer
         self._wrapper = optimizer._hvd_ext
         reducer = self._wrapper.reducer
         if reducer.staleness:
-            raise ValueError(LATE)
-        reduction = describe_settings(reducer.settings)[0].removeprefix("reduction: ")
-        self.weigh = check(weigh, reduction=reduction, weighable=reducer.averages, whole=reducer.linear)
+            raise ValueError(OVERLAP_UNSUPPORTED_MSG)
+        reduction = describe_reduction(reducer.settings)[0].removeprefix("reduction: ")
+        self.average_over = check_weighting(average_over, reduction=reduction, weighable=reducer.averages,
+                                     whole=reducer.linear)
         self._on_shadow_step = on_shadow_step
         self.shadow_steps = 0
         self._name = "uneven"
@@ -130,91 +133,92 @@ class Uneven:
         """Say how many samples the batch has whose backward pass follows; micro-batches add up.
 
         Raises:
-            TypeError, ValueError: ``count`` is not a number above 0, or ``weigh`` is not "samples".
+            TypeError, ValueError: ``count`` is not a number above 0, or ``average_over`` is not "samples".
         """
-        self._samples += check_samples(count, self.weigh)
+        self._samples += check_samples(count, self.average_over)
 
     # The step of a rank that has a batch
 
     def gradient_ready(self, parameter: torch.Tensor, *, last: bool) -> None:
         """A backward pass has made a gradient; ``last`` when it is complete and is going to be sent."""
-        if self.weigh != "samples":
-            self.begin(active=True)
+        if self.average_over != "samples":
+            self.announce_batch(active=True)
         elif last:
-            self.begin(active=True)
-            self._weigh(parameter)
+            self.announce_batch(active=True)
+            self._weigh_gradient(parameter)
 
-    def begin(self, *, active: bool) -> None:
+    def announce_batch(self, *, active: bool) -> None:
         """Tell the others, once a step, whether this rank has a batch."""
         if self._handle is not None or self._attendance is not None:
             return
-        if active and self.weigh == "samples" and not self._samples:
+        if active and self.average_over == "samples" and not self._samples:
             raise missing_samples()
         self._sent = self._samples if active else 0.0
         collectives = self._wrapper.collectives
-        if not collectives.included or collectives.size == 1:
+        if not collectives.is_member or collectives.size == 1:
             self._attendance = Attendance(int(active), self._sent, 0 if active else None, True, 1)
             return
-        row = attendance_row(active, self._sent, digest(shared_settings(self._wrapper)), collectives.rank,
+        row = attendance_row(active, self._sent, digest_parts(shared_settings(self._wrapper)),
+                             collectives.rank,
                              collectives.size)
-        self._handle = self._sum(row, "active")
+        self._handle = self._sum_rows(row, "active")
 
-    def _sum(self, row: npt.NDArray[np.float64], what: str) -> Handle:
+    def _sum_rows(self, row: npt.NDArray[np.float64], what: str) -> Handle:
         return self._wrapper.collectives.allreduce_async_(
             torch.from_numpy(row), f"{self._name}/{what}", op=horovod.Sum, kind="agreement")
 
-    def attendance(self) -> Attendance:
+    def read_attendance(self) -> Attendance:
         """Who has a batch in this step."""
         if self._attendance is None:
             assert self._handle is not None
             handle, self._handle = self._handle, None
-            self._attendance = Attendance.of(handle.wait().numpy(), self._wrapper.collectives.size)
+            self._attendance = Attendance.from_sum(handle.wait().numpy(), self._wrapper.collectives.size)
         return self._attendance
 
-    def _weigh(self, parameter: torch.Tensor) -> None:
+    def _weigh_gradient(self, parameter: torch.Tensor) -> None:
         """Multiply a gradient that is about to be sent by its weight."""
         self._weighed.add(parameter)
-        factor = self._weighing().before(self._sent, self.attendance().samples)
+        factor = self._gradient_weighting().local_factor(self._sent, self.read_attendance().samples)
         if factor != 1.0 and parameter.grad is not None:
             parameter.grad.detach().mul_(factor)
 
-    def _weighing(self) -> Weighing:
-        return Weighing(self.weigh, self._wrapper.collectives.size)
+    def _gradient_weighting(self) -> GradientWeighting:
+        return GradientWeighting(self.average_over, self._wrapper.collectives.size)
 
     def before_reduce(self) -> None:
         """At the start of ``synchronize()``: every rank says whether it has a batch, if it has not yet."""
-        self.begin(active=True)
+        self.announce_batch(active=True)
         reducer = self._wrapper.reducer
-        if self.weigh == "samples":
+        if self.average_over == "samples":
             for entry in reducer.entries:
                 if entry.parameter not in self._weighed:
-                    self._weigh(entry.parameter)
-        found = self.attendance()
-        reducer.active = found.active if self.weigh == "active" else None
+                    self._weigh_gradient(entry.parameter)
+        found = self.read_attendance()
+        reducer.active = found.active if self.average_over == "active" else None
         if found.missing and not found.alike:
             self._follow_settings(found)
 
     def after_reduce(self) -> None:
         """Turn the mean over all ranks into the one that was asked for."""
-        reducer, found = self._wrapper.reducer, self.attendance()
-        factor = 1.0 if reducer.counts_active else self._weighing().after(found.active)
+        reducer, found = self._wrapper.reducer, self.read_attendance()
+        factor = 1.0 if reducer.counts_active else self._gradient_weighting().global_factor(found.active)
         if factor != 1.0:
             for entry in reducer.entries:
                 if entry.parameter.grad is not None:
                     entry.parameter.grad.detach().mul_(factor)
-        self.step_over()
+        self.mark_step_done()
         self._reduced = self._last = found
 
-    def step_over(self) -> None:
+    def mark_step_done(self) -> None:
         """The step is reduced, or dropped on all ranks alike."""
         if self._handle is not None:
-            self.attendance()
+            self.read_attendance()
         self._forget_step()
 
-    def forget(self) -> None:
+    def abort_step(self) -> None:
         """Let go of a step that nobody may answer."""
         if self._handle is not None:
-            abandon([self._handle])
+            keep_alive_until_done([self._handle])
             self._handle = None
         self._forget_step()
 
@@ -228,37 +232,37 @@ class Uneven:
 
     def update_follows(self) -> None:
         """They are applied: as the first rank with a batch has them, if the loop may have changed them."""
-        decision, found = self._decide(Decision("update", touched=self.touched)), self._reduced
+        decision, found = self._exchange_decision(Decision("update", touched=self.touched)), self._reduced
         self._reduced = self._decision = None
         if decision is None or found is None:
             return
         if not decision.alike:
             self._follow_settings(found)
-        if decision.touched and not self._wrapper.reducer.partial:
+        if decision.touched and not self._wrapper.reducer.owner_only:
             self._share_gradients(found)
 
     def abandon_follows(self) -> None:
         """They are thrown away."""
-        self._decide(Decision("abandon"))
+        self._exchange_decision(Decision("abandon"))
         self._reduced = self._decision = None
 
     def gather_follows(self) -> None:
         """All ranks get all of them."""
-        self._decide(Decision("gather"))
+        self._exchange_decision(Decision("gather"))
 
     def clipping_follows(self, max_norm: float, norm_type: float) -> None:
         """Each rank clips those it owns by the norm of all."""
-        self._decide(Decision("clip", max_norm=max_norm, norm_type=norm_type))
+        self._exchange_decision(Decision("clip", max_norm=max_norm, norm_type=norm_type))
 
-    def _decide(self, decision: Decision | None) -> Decision | None:
+    def _exchange_decision(self, decision: Decision | None) -> Decision | None:
         """Tell ranks without a batch, or learn there (None), what is done; None where all have one."""
         found, known = self._reduced, self._decision
         if found is None or not found.missing or known is not None:
             return known
-        settings = digest(shared_settings(self._wrapper))
-        row = Decision.empty_row(settings) if decision is None else decision.row(
+        settings = digest_parts(shared_settings(self._wrapper))
+        row = Decision.empty_row(settings) if decision is None else decision.encode_row(
             settings, root=self._wrapper.collectives.rank == found.root)
-        return Decision.of(self._sum(row, "decision").wait().numpy(), found.active)
+        return Decision.from_sum(self._sum_rows(row, "decision").wait().numpy(), found.active)
 
     def _follow_settings(self, found: Attendance) -> None:
         """Take over the settings of a rank that has a batch, on ranks that have none."""
@@ -292,15 +296,15 @@ class Uneven:
 
     # A rank that has none
 
-    def shadow(self) -> None:
+    def take_shadow_steps(self) -> None:
         """Take part in the others' steps until no rank has a batch."""
-        if self._wrapper.begun():
+        if self._wrapper.step_in_progress():
             self._optimizer.step()  # with the micro-batches it has
-        self._wrapper.abandon()
+        self._wrapper.abandon_step()
         while True:
-            self.begin(active=False)
-            if self.attendance().active == 0:
-                if not self.attendance().alike and self._last is not None:
+            self.announce_batch(active=False)
+            if self.read_attendance().active == 0:
+                if not self.read_attendance().alike and self._last is not None:
                     self._follow_settings(self._last)
                 return
             self._absent = self._wrapper.reducer.absent = True
@@ -319,13 +323,13 @@ class Uneven:
             entry.parameter.grad = None
         wrapper.synchronize(settle=True)
         while True:
-            decision = self._decision = self._decide(None)
+            decision = self._decision = self._exchange_decision(None)
             assert decision is not None
             if decision.code == "update":
                 self._optimizer.step()
                 return True
             if decision.code == "abandon":
-                wrapper.abandon()
+                wrapper.abandon_step()
                 return False
             if decision.code == "gather":
                 wrapper.gather_gradients()
@@ -339,17 +343,17 @@ def shared_settings(wrapper: Any) -> dict[str, Any]:
     scaler = wrapper.grad_scaler
     groups = []
     for group in wrapper.optimizer.param_groups:
-        plain = {key: _plain(value) for key, value in group.items() if key != "params"}
+        plain = {key: _to_plain(value) for key, value in group.items() if key != "params"}
         groups.append({key: value for key, value in plain.items() if value is not NotImplemented})
     return {"groups": groups, "scaler": None if scaler is None else scaler.state_dict()}
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     """A setting as numbers and text; NotImplemented for anything else."""
     if isinstance(value, torch.Tensor):
         return value.tolist() if value.numel() <= 16 else NotImplemented
     if isinstance(value, (tuple, list)):
-        parts = [_plain(one) for one in value]
+        parts = [_to_plain(one) for one in value]
         return NotImplemented if NotImplemented in parts else tuple(parts)
     return value if value is None or isinstance(value, (bool, int, float, str)) else NotImplemented
 
@@ -375,16 +379,16 @@ def join(device: int = -1) -> int:
     Raises:
         RuntimeError: an extension is in use, and another rank trains on.
     """
-    extensions = [what for wrapper in list(LIVE) if wrapper.collectives.size > 1
-                  and (what := wrapper.beyond_allreduce() or (wrapper.reducer.staleness and "late="))]
+    extensions = [what for wrapper in list(ACTIVE_WRAPPERS) if wrapper.collectives.size > 1
+                  and (what := wrapper.beyond_allreduce() or (wrapper.reducer.staleness and "overlap="))]
     if extensions and horovod.size() > 1:
         _await_all_ranks(extensions[0])
     return int(horovod.join(device))
 
 
 def _await_all_ranks(extension: str) -> None:
-    WATCH.start(horovod.rank(), horovod.shutdown, horovod.is_initialized)
-    await_pending()  # Horovod's join loses what is still under way, such as the exchange of late=
+    WATCH.start_watching(horovod.rank(), horovod.shutdown, horovod.is_initialized)
+    await_pending()  # Horovod's join loses what is still under way, such as the exchange of overlap=
     # Under another process set a rank may well train on without this one.
     global_only = len(horovod.mpi_ops._basics._get_process_set_ids_and_ranks()) == 1
     with join_barrier.fail_if_a_rank_trains_on(extension, idle=lambda: global_only):

@@ -7,7 +7,7 @@ compute, of the 11.2 million parameters of a ResNet-18 (``--params``: of a narro
 SGD: its time ends when the weights are updated. "step" is one whose forward and backward pass sleep
 together for as long as the dense exchange takes, as a GPU would compute beside the CPU: the ranks share
 this machine's cores, and on them the compute of one rank would hold up the exchange of another. Rows with
-``late=`` wait for the exchange that the step before began. What the cores must do for an exchange (sums,
+``overlap=`` wait for the exchange that the step before began. What the cores must do for an exchange (sums,
 selection, copies, the network itself) is shared too: on hosts with cores of their own it takes less.
 
 All rows take turns in one run; a row's time is the median over turns of the slowest rank. "sent" is what

@@ -32,18 +32,19 @@ def ways() -> dict[str, dict[str, Any]]:
         "TopK 1 %": {"compression": topk},
         "TopK 1 %, sparse allreduce": {
             "compression": hvd.Compression.topk(0.01, exchange="sparse_allreduce")},
-        "late": {"late": hvd.Late()},
-        "late, fp16": {"late": hvd.Late(), "compression": hvd.Compression.fp16},
-        "late, delay compensation": {"late": hvd.Late(), "op": hvd.DelayCompensated()},
-        "late, TopK 1 %": {"late": hvd.Late(), "compression": topk},
+        "overlap": {"overlap": hvd.DelayedUpdate()},
+        "overlap, fp16": {"overlap": hvd.DelayedUpdate(), "compression": hvd.Compression.fp16},
+        "overlap, delay compensation": {"overlap": hvd.DelayedUpdate(), "op": hvd.DelayCompensated()},
+        "overlap, TopK 1 %": {"overlap": hvd.DelayedUpdate(), "compression": topk},
         "rank0": {"server": "rank0"},
         "sharded": {"server": "sharded"},
         "sharded, fp16": {"server": "sharded", "compression": hvd.Compression.fp16},
         "TopK 1 %, rank0": {"server": "rank0", "compression": topk},
         "TopK 1 %, sharded": {"server": "sharded", "compression": topk},
-        "sharded, reply fp16": {"server": hvd.Server("sharded", reply=hvd.Compression.fp16)},
-        "TopK 1 %, rank0, reply TopK": {"server": hvd.Server("rank0", reply=topk), "compression": topk},
-        "TopK 1 %, sharded, reply TopK": {"server": hvd.Server("sharded", reply=topk), "compression": topk},
+        "sharded, reply fp16": {"server": hvd.Server("sharded", downlink=hvd.Compression.fp16)},
+        "TopK 1 %, rank0, reply TopK": {"server": hvd.Server("rank0", downlink=topk), "compression": topk},
+        "TopK 1 %, sharded, reply TopK": {"server": hvd.Server("sharded", downlink=topk),
+                                          "compression": topk},
     }
 
 
@@ -85,18 +86,18 @@ class Way:
         self.optimizer.zero_grad()
 
     def prepare(self) -> int:
-        """Before a step is timed: with ``late=`` have an exchange on its way that the step will wait for.
+        """Before a step is timed: with ``overlap=`` have an exchange on its way that the step will wait for.
 
         Returns how many exchanges there will have been.
         """
-        if "late" not in self.options:
+        if "overlap" not in self.options:
             return 1
         self.step(0.0)
         return 2
 
     def settle(self) -> None:
         """After it: let no exchange run beside what is measured next."""
-        if "late" in self.options:
+        if "overlap" in self.options:
             self.optimizer.flush()
 
 

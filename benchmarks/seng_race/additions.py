@@ -149,5 +149,5 @@ ADDITIONS = {
     "Levenberg-Marquardt": Method("damping by the loss's change", adaptive, SENG_SPACE, TEN),
     "units of the loss": Method("curvature over the loss", by_loss, SENG_SPACE, TEN),
     "refresh on change": Method("new curvature when the loss has changed by a tenth", when_changed,
-                                SENG_SPACE, {"update_freq": LONGEST, "stale": "bound"}),
+                                SENG_SPACE, {"update_freq": LONGEST, "stale_curvature": "rescale"}),
 }

@@ -127,6 +127,6 @@ METHODS = {
     "K-FAC": Method("factors of each 10th batch, averaged; √damping on each", kfac, SENG_SPACE,
                     needs="curvlinops", sees_batch=True),
     "SENG, every step": Method("curvature of each batch", seng, SENG_SPACE, {"update_freq": 1}),
-    "SENG, every 10": Method("curvature of each 10th batch, stale=\"bound\"", seng, SENG_SPACE,
-                             {"update_freq": 10, "stale": "bound"}),
+    "SENG, every 10": Method("curvature of each 10th batch, stale_curvature=\"rescale\"", seng, SENG_SPACE,
+                             {"update_freq": 10, "stale_curvature": "rescale"}),
 }

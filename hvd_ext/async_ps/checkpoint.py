@@ -1,7 +1,7 @@
 """Checkpoints of the parameter server: one file a server, and the primary's books in the manifest.
 
 ``folder/update-000000001000/shard-0-of-2.npz`` holds server 0's slices, ``recording.npz`` the
-delays so far, ``manifest.json`` the books. :mod:`hvd_ext.checkpoints` says when one is valid.
+delays so far, ``manifest.json`` the books. :mod:`hvd_ext.checkpoint.files` says when one is valid.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hvd_ext import checkpoints
 from hvd_ext.async_ps.config import ServerSettings
 from hvd_ext.async_ps.plan import Plan
-from hvd_ext.checkpoints import Mark, checked_file
-from hvd_ext.delay.sequences import Recorded
+from hvd_ext.checkpoint import files as checkpoint_files
+from hvd_ext.checkpoint.files import FileDigest, checked_file
+from hvd_ext.reducers.delay_compensation.sequences import Recorded
 
 Array = NDArray[Any]
 RECORDING = "recording.npz"
@@ -29,24 +29,24 @@ def shard_name(server: int, servers: int) -> str:
     return f"shard-{server}-of-{servers}.npz"
 
 
-def save_shard(folder: Path, server: int, servers: int, state: dict[str, Array]) -> Mark:
+def save_shard(folder: Path, server: int, servers: int, state: dict[str, Array]) -> FileDigest:
     """Writes one server's slices into a checkpoint; what the file must be from now on."""
-    return checkpoints.write(folder / shard_name(server, servers),
-                             lambda file: np.savez(file, allow_pickle=False, **state))
+    return checkpoint_files.write_atomically(folder / shard_name(server, servers),
+                                             lambda file: np.savez(file, allow_pickle=False, **state))
 
 
-def seal(folder: Path, plan: Plan, settings: ServerSettings, books: dict[str, Any],
-         recording: Recorded, shards: Mapping[int, Mark], *, run: str, dtype: str,
-         shapes: list[tuple[int, ...]]) -> None:
+def finalize_checkpoint(folder: Path, plan: Plan, settings: ServerSettings, books: dict[str, Any],
+                        recording: Recorded, shards: Mapping[int, FileDigest], *, run: str, dtype: str,
+                        shapes: list[tuple[int, ...]]) -> None:
     """Makes a checkpoint valid once all servers have written theirs; removes surplus old ones."""
     files = {shard_name(server, plan.servers): mark for server, mark in shards.items()}
-    files[RECORDING] = checkpoints.write(folder / RECORDING, recording.save)
+    files[RECORDING] = checkpoint_files.write_atomically(folder / RECORDING, recording.save)
     manifest = {
         "servers": plan.servers, "workers": plan.workers, "numel": plan.numel, "dtype": dtype,
         "shapes": shapes, "rule": settings.rule.name, "depth": settings.depth,
         "adaptive": settings.rule.adaptive, "moves": settings.moves, "books": books,
     }
-    checkpoints.seal(folder, manifest, files, run=run, keep=settings.keep)
+    checkpoint_files.finalize_checkpoint(folder, manifest, files, run=run, keep=settings.keep)
 
 
 class Checkpoint:
@@ -58,25 +58,25 @@ class Checkpoint:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        found = checkpoints.latest(Path(folder))
+        found = checkpoint_files.latest_checkpoint(Path(folder))
         if found is None:
             raise FileNotFoundError(
                 f"no valid checkpoint in {folder}; pass the folder given as checkpoint_dir or "
                 "one of its update-* folders"
             )
         self.folder = found
-        self.manifest: dict[str, Any] = checkpoints.read_manifest(found)
+        self.manifest: dict[str, Any] = checkpoint_files.read_manifest(found)
 
     @property
     def update(self) -> int:
         """How many updates had been applied."""
         return int(self.manifest["books"]["update"])
 
-    def recording(self) -> Recorded:
+    def read_recording(self) -> Recorded:
         """The delays up to this checkpoint."""
         return Recorded.load(checked_file(self.folder, self.manifest, RECORDING))
 
-    def state(self, part: slice | None = None) -> dict[str, Array]:
+    def read_state(self, part: slice | None = None) -> dict[str, Array]:
         """The state's arrays over ``part`` of the flat parameters, from all servers' files.
 
         Raises:
@@ -94,16 +94,16 @@ class Checkpoint:
             for file in files:
                 file.close()
 
-    def weights(self) -> list[Array]:
+    def read_weights(self) -> list[Array]:
         """The weights, one array per parameter, in the model's order."""
-        flat = self.state()["w"]
+        flat = self.read_state()["w"]
         shapes = [tuple(shape) for shape in self.manifest["shapes"]]
         cuts = np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1]
         return [part.reshape(shape)
                 for part, shape in zip(np.split(flat, cuts), shapes, strict=True)]
 
-    def check(self, plan: Plan, settings: ServerSettings, *, dtype: str,
-              shapes: list[tuple[int, ...]]) -> None:
+    def check_compatible(self, plan: Plan, settings: ServerSettings, *, dtype: str,
+                         shapes: list[tuple[int, ...]]) -> None:
         """Whether a run with this plan and these settings can go on from here.
 
         Raises:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from hvd_ext import checks
-from hvd_ext.delay.async_rules import AsyncRule
-from hvd_ext.delay.momentum import AutoMomentum
+from hvd_ext.reducers.delay_compensation.momentum import AutoMomentum
+from hvd_ext.reducers.delay_compensation.update_rules import AsyncRule
 
 Schedule = float | Callable[[float], float]
 
@@ -73,30 +73,30 @@ class ServerSettings:
         checks.number_or_schedule("lr", self.lr, low=0.0, open_low=True,
                                   hint="pass a number above 0 or a function")
         if self.updates_per_epoch is not None:
-            checks.whole("updates_per_epoch", self.updates_per_epoch, low=1)
+            checks.check_int("updates_per_epoch", self.updates_per_epoch, low=1)
             if not callable(self.lr):
                 raise ValueError(
                     f"updates_per_epoch={self.updates_per_epoch} needs lr to be a function of the epoch, got "
                     f"lr={self.lr!r}; pass such a function or leave updates_per_epoch out"
                 )
         if isinstance(self.momentum, str):
-            checks.choice("momentum", self.momentum, ["auto"],
-                          hint='pass a number in [0, 1) or "auto"')
+            checks.check_choice("momentum", self.momentum, ["auto"],
+                                hint='pass a number in [0, 1) or "auto"')
             object.__setattr__(self, "momentum", AutoMomentum())
         elif not isinstance(self.momentum, AutoMomentum):
-            checks.number("momentum", self.momentum, low=0.0, high=1.0, open_high=True,
-                          hint='pass a number in [0, 1) or "auto"')
+            checks.check_float("momentum", self.momentum, low=0.0, high=1.0, open_high=True,
+                               hint='pass a number in [0, 1) or "auto"')
         for name in ("prefetch", "reset_workers", "broadcast", "progress"):
-            checks.flag(name, getattr(self, name))
+            checks.check_bool(name, getattr(self, name))
         for name in ("worker_timeout", "server_timeout"):
             if getattr(self, name) is not None:
-                checks.number(name, getattr(self, name), low=0.0, open_low=True,
-                              hint="seconds; None waits for ever")
-        checks.number("start_timeout", self.start_timeout, low=0.0, open_low=True, hint="seconds")
-        checks.whole("keep", self.keep, low=1)
+                checks.check_float(name, getattr(self, name), low=0.0, open_low=True,
+                                   hint="seconds; None waits for ever")
+        checks.check_float("start_timeout", self.start_timeout, low=0.0, open_low=True, hint="seconds")
+        checks.check_int("keep", self.keep, low=1)
         for name in ("checkpoint_every", "total_updates"):
             if getattr(self, name) is not None:
-                checks.whole(name, getattr(self, name), low=1)
+                checks.check_int(name, getattr(self, name), low=1)
         if self.checkpoint_every is not None and self.checkpoint_dir is None:
             raise ValueError(
                 f"checkpoint_every={self.checkpoint_every} needs checkpoint_dir; pass a folder"
@@ -121,10 +121,10 @@ class ServerSettings:
         if not callable(self.lr):
             return float(self.lr)
         epoch = update if self.updates_per_epoch is None else update / self.updates_per_epoch
-        return checks.number(f"lr at update {update}", self.lr(epoch), low=0.0,
-                             hint="correct the schedule")
+        return checks.check_float(f"lr at update {update}", self.lr(epoch), low=0.0,
+                                  hint="correct the schedule")
 
-    def digest(self) -> str:
+    def settings_digest(self) -> str:
         """A short text that is the same on ranks with the same settings."""
         lines = []
         for item in fields(self):

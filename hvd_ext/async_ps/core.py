@@ -12,9 +12,9 @@ from hvd_ext import kernels
 from hvd_ext.async_ps.config import Schedule, ServerSettings
 from hvd_ext.async_ps.model import Array, FlatModel
 from hvd_ext.async_ps.report import Report
-from hvd_ext.delay.async_rules import AsyncRule, prepare
-from hvd_ext.delay.momentum import AutoMomentum
-from hvd_ext.delay.sequences import Recorded
+from hvd_ext.reducers.delay_compensation.momentum import AutoMomentum
+from hvd_ext.reducers.delay_compensation.sequences import Recorded
+from hvd_ext.reducers.delay_compensation.update_rules import AsyncRule, compile_kernel
 
 Folder = str | os.PathLike[str]
 T = TypeVar("T")
@@ -77,18 +77,18 @@ class ParameterServer:
                 "ParameterServer needs mpi4py and an MPI library; pip install 'hvd-ext[mpi]'"
             ) from error
         from hvd_ext.async_ps.primary import Primary
-        from hvd_ext.async_ps.registration import register
+        from hvd_ext.async_ps.registration import register_ranks
         from hvd_ext.async_ps.secondary import Secondary
         from hvd_ext.async_ps.worker import Worker
 
-        kernels.choice()  # one that is not known is refused on workers too
+        kernels.kernel_choice()  # one that is not known is refused on workers too
         comm = MPI.COMM_WORLD if comm is None else comm
         if isinstance(servers, int) and comm.rank < servers:
-            prepare(model.dtype)  # before anybody waits for this server with a time limit
-        self._buffer = model.buffer()
+            compile_kernel(model.dtype)  # before anybody waits for this server with a time limit
+        self._buffer = model.new_buffer()
         self._buffer.take_weights()
-        weights = self._buffer.read()
-        self._plan, member = register(comm, servers, model, weights, settings)
+        weights = self._buffer.read_entries()
+        self._plan, member = register_ranks(comm, servers, model, weights, settings)
         rank = member.comm.rank
         self._comm = member.comm
         self._report: Report | None = None
@@ -157,7 +157,7 @@ class ParameterServer:
         else:
             assert self._secondary is not None
             whole = self._secondary.serve()
-        self._buffer.write(whole)
+        self._buffer.write_entries(whole)
         self._buffer.put_weights()
         return self._report
 
@@ -201,7 +201,7 @@ class ParameterServer:
         """
         worker = self._as_worker("evaluate()")
         update, weights = self.snapshot()
-        self._buffer.write(weights)
+        self._buffer.write_entries(weights)
         self._buffer.put_weights()
         try:
             return update, measure()
@@ -226,7 +226,7 @@ class ParameterServer:
 
     @property
     def recording(self) -> Recorded:
-        """Rank 0: the delays of all updates, for ``hvd_ext.delay.engine.replay``.
+        """Rank 0: the delays of all updates, for ``hvd_ext.reducers.delay_compensation.engine.replay``.
 
         Raises:
             RuntimeError: this is not rank 0.
@@ -249,7 +249,7 @@ class ParameterServer:
                  trace: TracebackType | None) -> None:
         """A worker's own error takes it out of the run in good order; the others go on."""
         if self._worker is not None and not self._over and isinstance(error, Exception):
-            from hvd_ext.async_ps.errors import LeftOut, ServerLost, ServerStopped
+            from hvd_ext.async_ps.errors import ServerLost, ServerStopped, WorkerEvicted
 
-            if not isinstance(error, (LeftOut, ServerLost, ServerStopped)):
-                self._worker.leave()
+            if not isinstance(error, (WorkerEvicted, ServerLost, ServerStopped)):
+                self._worker.leave_run()

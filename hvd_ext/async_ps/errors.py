@@ -1,6 +1,6 @@
 """What can end a run: each error says what happened and what to do."""
 
-from hvd_ext.async_ps.ending import bound_the_end
+from hvd_ext.async_ps.exit_deadline import set_exit_deadline
 
 
 class ServerLost(RuntimeError):
@@ -8,12 +8,12 @@ class ServerLost(RuntimeError):
 
     def __init__(self, *args: object) -> None:
         super().__init__(*args)
-        bound_the_end()
+        set_exit_deadline()
 
 
 class ServerStopped(RuntimeError):
     """The server was stopped on purpose (Ctrl-C, a signal, an error in its schedule)."""
 
 
-class LeftOut(RuntimeError):
+class WorkerEvicted(RuntimeError):
     """This worker was silent for longer than the server waits and no longer takes part."""

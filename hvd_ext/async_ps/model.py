@@ -27,13 +27,13 @@ class FlatBuffer(Protocol):
     def put_weights(self) -> None:
         """Copies the buffer into the model's weights."""
 
-    def largest(self) -> float:
+    def max_magnitude(self) -> float:
         """The largest magnitude in the buffer; NaN if any entry is NaN."""
 
-    def read(self) -> Array:
+    def read_entries(self) -> Array:
         """The buffer's entries in host memory (n,); maybe a view."""
 
-    def write(self, entries: Array) -> None:
+    def write_entries(self, entries: Array) -> None:
         """Overwrites the buffer with entries in host memory (n,)."""
 
 
@@ -48,7 +48,7 @@ class FlatModel(Protocol):
     def dtype(self) -> np.dtype[Any]:
         """In which they travel, float32 or float64."""
 
-    def buffer(self) -> FlatBuffer:
+    def new_buffer(self) -> FlatBuffer:
         """A new buffer of this model."""
 
 
@@ -75,7 +75,7 @@ class NumpyModel:
         self.dtype = np.result_type(np.float32, *self.parameters)
         self.gradients: Sequence[Array | None] = [None] * len(self.parameters)
 
-    def buffer(self) -> _NumpyBuffer:
+    def new_buffer(self) -> _NumpyBuffer:
         """A new buffer of these arrays."""
         return _NumpyBuffer(self)
 
@@ -86,15 +86,15 @@ class HostBuffer:
     def __init__(self, wire: Array) -> None:
         self.wire = wire
 
-    def largest(self) -> float:
+    def max_magnitude(self) -> float:
         """The largest magnitude in the buffer; NaN if any entry is NaN."""
         return float(max(self.wire.max(), -self.wire.min()))
 
-    def read(self) -> Array:
+    def read_entries(self) -> Array:
         """The buffer itself."""
         return self.wire
 
-    def write(self, entries: Array) -> None:
+    def write_entries(self, entries: Array) -> None:
         """Overwrites the buffer."""
         self.wire[...] = entries
 

@@ -34,8 +34,8 @@ class Plan:
                 "a parameter server needs at least 2 ranks, one server and one worker, got "
                 f"{self.size}; start the program with mpirun -np 2 or more"
             )
-        checks.whole("servers", self.servers, low=1, high=self.size - 1,
-                     hint=f"of {self.size} ranks at least one must be a worker")
+        checks.check_int("servers", self.servers, low=1, high=self.size - 1,
+                         hint=f"of {self.size} ranks at least one must be a worker")
         if self.numel < 1:
             raise ValueError("the model has no trainable parameter; pass at least one")
         if self.servers > self.numel:
@@ -60,7 +60,7 @@ class Plan:
         """Whether a rank serves."""
         return rank < self.servers
 
-    def worker(self, rank: int) -> int:
+    def worker_number(self, rank: int) -> int:
         """A worker rank's number among the workers, from 0."""
         return rank - self.servers
 

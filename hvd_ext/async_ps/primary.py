@@ -10,21 +10,21 @@ from collections import Counter, deque
 from typing import Any
 
 from hvd_ext.async_ps import wire
-from hvd_ext.async_ps.checkpoint import seal
+from hvd_ext.async_ps.checkpoint import finalize_checkpoint
 from hvd_ext.async_ps.config import ServerSettings
-from hvd_ext.async_ps.ending import bound_the_end
 from hvd_ext.async_ps.errors import ServerLost, ServerStopped
+from hvd_ext.async_ps.exit_deadline import set_exit_deadline
 from hvd_ext.async_ps.model import Array, FlatModel
 from hvd_ext.async_ps.plan import Plan
 from hvd_ext.async_ps.progress import Display
 from hvd_ext.async_ps.registration import Membership
 from hvd_ext.async_ps.report import DEAD, Report
 from hvd_ext.async_ps.sequencer import Commit, Sequencer
-from hvd_ext.async_ps.server import Patience, Server, ranks_text
+from hvd_ext.async_ps.server import IdleTimeout, Server, ranks_text
 from hvd_ext.async_ps.transport import HeaderBox, receive_text
-from hvd_ext.checkpoints import Mark, latest, place
+from hvd_ext.checkpoint.files import FileDigest, checkpoint_dir, latest_checkpoint
 
-TEXT_SECONDS = 2.0  # in which a reason that was announced must arrive
+REASON_TIMEOUT_S = 2.0  # in which a reason that was announced must arrive
 
 
 class Primary(Server):
@@ -40,7 +40,7 @@ class Primary(Server):
         self.books = Sequencer(settings, plan, weights.itemsize)
         if member.checkpoint is not None:
             self.books.load_state_dict(member.checkpoint.manifest["books"],
-                                       member.checkpoint.recording(),
+                                       member.checkpoint.read_recording(),
                                        reset_workers=settings.reset_workers)
         self.display = Display(enabled=settings.progress, total=settings.total_updates)
         self.others = range(1, plan.servers)
@@ -50,7 +50,7 @@ class Primary(Server):
         self._confirmed: Counter[tuple[int, int]] = Counter()
         self._received: deque[tuple[int, int]] = deque()
         self._silent: set[int] = set()  # workers left out whose process has not ended
-        self._saved: dict[int, Mark] = {}
+        self._saved: dict[int, FileDigest] = {}
         self._seen = [time.monotonic()] * plan.workers
         self._answered = {rank: time.monotonic() for rank in self.others}
         self._asked = time.monotonic()
@@ -78,23 +78,23 @@ class Primary(Server):
         self._seen = [time.monotonic()] * self.plan.workers
         self._answered = {rank: time.monotonic() for rank in self.others}
         self.books.start_clock()
-        idle = wire.Idle()
+        idle = wire.Backoff()
         with self.catching_signals():
             try:
-                while not self._settled():
-                    if self._take():
+                while not self._all_settled():
+                    if self._receive_arrived():
                         idle.reset()
                     else:
                         idle.wait()
-                    self.look()
-                return self._finish()
+                    self.poll_process()
+                return self._finish_run()
             except ServerLost as error:
-                self._stop(str(error), lost=True)
+                self._stop_all(str(error), lost=True)
                 raise
             except (KeyboardInterrupt, SystemExit):
                 raise
             except Exception as error:
-                self._stop(f"the server failed: {error!r}")
+                self._stop_all(f"the server failed: {error!r}")
                 raise
             finally:
                 self.display.close()
@@ -105,65 +105,65 @@ class Primary(Server):
         self._confirms.close()
         super().close()
 
-    def _settled(self) -> bool:
+    def _all_settled(self) -> bool:
         return all(record.finished or m in self.gone for m, record in enumerate(self.books.workers))
 
-    def _take(self) -> bool:
+    def _receive_arrived(self) -> bool:
         """One round through everything that may have arrived; whether anything had."""
         busy = False
-        while (arrived := self.headers.take()) is not None:
+        while (arrived := self.headers.next_header()) is not None:
             busy = True
-            self._heard(arrived[0], arrived[1])
-        for push in self.inbox.arrived():
+            self._on_header(arrived[0], arrived[1])
+        for push in self.inbox.arrived_pushes():
             busy = True
-            self._confirm(push.worker, push.step)
+            self._on_slice_received(push.worker, push.step)
         self._take_confirms()
         while self._received:
             busy = True
-            self._confirm(*self._received.popleft())
-        self.outbox.prune()
+            self._on_slice_received(*self._received.popleft())
+        self.outbox.poll_sends()
         return busy
 
     def _take_confirms(self) -> None:
         """What other servers say; pushes wait in line, for a checkpoint may be under way."""
-        while (arrived := self._confirms.take()) is not None:
+        while (arrived := self._confirms.next_header()) is not None:
             rank, message = arrived
             kind = message["kind"]
             self._answered[rank] = time.monotonic()
             if kind == wire.RECEIVED:
                 self._received.append((int(message["worker"]), int(message["step"])))
             elif kind == wire.SAVED:
-                self._saved[rank] = Mark(int(message["size"]), int(message["version"]))
+                self._saved[rank] = FileDigest(int(message["size"]), int(message["version"]))
             elif kind == wire.FAILED:
-                why = receive_text(self.comm, int(message["size"]), rank, TEXT_SECONDS)
+                why = receive_text(self.comm, int(message["size"]), rank, REASON_TIMEOUT_S)
                 raise ServerLost(f"server rank {rank} failed after {self.books.update} updates: "
                                  f"{why}; " + self._way_back())
             elif kind == wire.INTERRUPTED and self.signal is None:
                 self.signal = int(message["size"])
 
-    def _heard(self, rank: int, message: Any) -> None:
+    def _on_header(self, rank: int, message: Any) -> None:
         """A header from a worker."""
-        m = self.plan.worker(rank)
+        m = self.plan.worker_number(rank)
         self._seen[m] = time.monotonic()
         kind = message["kind"]
         if m in self.gone:  # what a dead worker had sent may come in late; nobody waits for it
             if m in self._silent:
-                self.outbox.header(wire.header(wire.LEFT_OUT), rank, wire.REPLY)
+                self.outbox.send_header(wire.make_header(wire.LEFT_OUT), rank, wire.REPLY)
         elif kind in (wire.PUSH, wire.PUSH_NOT_FINITE):
-            self.inbox.expect(m, rank, int(message["step"]), finite=kind == wire.PUSH)
+            self.inbox.expect_push(m, rank, int(message["step"]), finite=kind == wire.PUSH)
         elif kind == wire.ASK_SNAPSHOT:
-            self._order(wire.header(wire.SEND_SNAPSHOT, worker=m))
-            self.outbox.header(wire.header(wire.SNAPSHOT_READY, update=self.books.update), rank,
-                               wire.REPLY)
-            self.snapshot(m)
+            self._broadcast_order(wire.make_header(wire.SEND_SNAPSHOT, worker=m))
+            self.outbox.send_header(wire.make_header(wire.SNAPSHOT_READY, update=self.books.update), rank,
+                                    wire.REPLY)
+            self.send_snapshot(m)
         elif kind == wire.FINISH:
             self.books.workers[m].finished = True
         elif kind == wire.LEAVE:
-            self._leave(m, "it left with an error of its own")
+            self._evict_worker(m, "it left with an error of its own")
             assert self.member.host is not None
-            self.member.host.forget(rank)
+            self.member.host.forget_rank(rank)
 
-    def _confirm(self, m: int, step: int) -> None:
+    def _on_slice_received(self, m: int, step: int) -> None:
         """One more server has the whole of its slice of a push; commit when all have."""
         self._confirmed[m, step] += 1
         if self._confirmed[m, step] < self.plan.servers:
@@ -172,49 +172,49 @@ class Primary(Server):
         if m in self.gone:
             return
         reply = {"worker": m, "step": step}
-        if self.inbox.first(m).gradient is None:
-            slot = self.books.drop(m)
-            self._order(wire.header(wire.DROP, worker=m, step=slot))
-            self.drop(m, slot)
+        if self.inbox.oldest_push(m).gradient is None:
+            slot = self.books.drop_push(m)
+            self._broadcast_order(wire.make_header(wire.DROP, worker=m, step=slot))
+            self.drop_push(m, slot)
             record = self.books.workers[m]
             if record.not_finite == 1:
-                self.display.say(f"async: a gradient of worker {m} (rank {record.rank}) is not "
-                                 "finite; dropped, and further ones are counted")
+                self.display.print_line(f"async: a gradient of worker {m} (rank {record.rank}) is not "
+                                        "finite; dropped, and further ones are counted")
         else:
-            made = self.books.commit(m)
-            self._order(_order_of(made))
-            self.apply(made)
-        self.outbox.header(wire.header(wire.PULLED, update=self.books.update, **reply),
-                           self.plan.rank(m), wire.REPLY)
+            made = self.books.commit_push(m)
+            self._broadcast_order(_order_of(made))
+            self.apply_update(made)
+        self.outbox.send_header(wire.make_header(wire.PULLED, update=self.books.update, **reply),
+                                self.plan.rank(m), wire.REPLY)
         every = self.settings.checkpoint_every
         if every is not None and self.books.update % every == 0:
-            self.checkpoint()
+            self.write_checkpoint()
 
-    def _order(self, made: wire.Header) -> None:
+    def _broadcast_order(self, made: wire.Header) -> None:
         for rank in self.others:
-            self.outbox.header(made.copy(), rank, wire.ORDER)
+            self.outbox.send_header(made.copy(), rank, wire.ORDER)
 
-    def checkpoint(self) -> None:
+    def write_checkpoint(self) -> None:
         """All servers write the state between two updates."""
         assert self.settings.checkpoint_dir is not None
-        folder = place(self.settings.checkpoint_dir, self.books.update)
-        if latest(folder) is not None or self.books.update == self._resumed_at():
+        folder = checkpoint_dir(self.settings.checkpoint_dir, self.books.update)
+        if latest_checkpoint(folder) is not None or self.books.update == self._resumed_at():
             return
         self._saved = {}
-        self._order(wire.header(wire.SAVE, update=self.books.update))
-        self._saved[0] = self.save(self.books.update)
-        patience = Patience(self._server_limit)
+        self._broadcast_order(wire.make_header(wire.SAVE, update=self.books.update))
+        self._saved[0] = self.save_slice(self.books.update)
+        patience = IdleTimeout(self._server_limit)
         while missing := set(self.others) - set(self._saved):
             self._take_confirms()
-            self.outbox.prune()
+            self.outbox.poll_sends()
             self._look_at_processes()
             if patience.over:
                 raise ServerLost(f"{ranks_text(missing)} did not write the checkpoint after "
                                  f"{self.books.update} updates within {patience.limit:g} s "
                                  "(server_timeout); " + self._way_back())
             time.sleep(2e-4)
-        seal(folder, self.plan, self.settings, self.books.state_dict(), self.books.recording,
-             self._saved, run=self._run, dtype=self._dtype, shapes=self._shapes)
+        finalize_checkpoint(folder, self.plan, self.settings, self.books.state_dict(), self.books.recording,
+                            self._saved, run=self._run, dtype=self._dtype, shapes=self._shapes)
         self._seen = [time.monotonic()] * self.plan.workers
         self._answered = {rank: time.monotonic() for rank in self.others}
 
@@ -226,18 +226,19 @@ class Primary(Server):
         self._look_at_processes()
         self._look_at_servers(now)
         limit = self.settings.worker_timeout
-        a_server_is_silent = any(now - self._answered[rank] > self._notice / 2 for rank in self.others)
+        a_server_is_silent = any(now - self._answered[rank] > self._detection_time / 2
+                                 for rank in self.others)
         for m, record in enumerate(self.books.workers):
             if a_server_is_silent:  # a worker may be waiting for it: for its part of a push or of weights
                 self._seen[m] = now
             silent = now - self._seen[m]
             if limit is not None and silent > limit and m not in self.gone and not record.finished:
-                self._leave(m, f"silent for {silent:.0f} s (worker_timeout={limit:g})", alive=True)
+                self._evict_worker(m, f"silent for {silent:.0f} s (worker_timeout={limit:g})", alive=True)
         if self.signal is not None:
             number, self.signal = self.signal, None
-            self._interrupted(number)
-        if self.display.due():
-            self.display.show(self.books.report())
+            self._on_signal(number)
+        if self.display.is_due():
+            self.display.show_report(self.books.report())
 
     def _look_at_servers(self, now: float) -> None:
         """Ask the other servers now and then whether they are alive, also when no worker pushes.
@@ -252,9 +253,9 @@ class Primary(Server):
             raise ServerLost(f"{ranks_text(stalled)} said nothing for {limit:g} s (server_timeout="
                              f"{self.settings.server_timeout:g}) after {self.books.update} updates; "
                              + self._way_back())
-        if now - self._asked > self._notice / 4 and self.others:
+        if now - self._asked > self._detection_time / 4 and self.others:
             self._asked = now
-            self._order(wire.header(wire.ASK_ALIVE))
+            self._broadcast_order(wire.make_header(wire.ASK_ALIVE))
 
     @property
     def _server_limit(self) -> float | None:
@@ -263,94 +264,94 @@ class Primary(Server):
         return None if limit is None else 0.75 * limit
 
     @property
-    def _notice(self) -> float:
+    def _detection_time(self) -> float:
         """Seconds within which it must be known who is silent."""
         limits = (self.settings.server_timeout, self.settings.worker_timeout)
         return min(limit for limit in (*limits, math.inf) if limit is not None)
 
     def _look_at_processes(self) -> None:
         assert self.member.host is not None
-        for rank in self.member.host.lost():
+        for rank in self.member.host.dead_ranks():
             if self.plan.is_server(rank):
                 raise ServerLost(f"server rank {rank} is lost after {self.books.update} updates; "
                                  + self._way_back())
-            m = self.plan.worker(rank)
+            m = self.plan.worker_number(rank)
             if self.books.workers[m].finished:
-                self.forget(m)
+                self.forget_worker(m)
             elif m not in self.gone:
-                bound_the_end()
-                self._leave(m, DEAD)
+                set_exit_deadline()
+                self._evict_worker(m, DEAD)
 
-    def _leave(self, m: int, why: str, *, alive: bool = False) -> None:
+    def _evict_worker(self, m: int, why: str, *, alive: bool = False) -> None:
         record = self.books.workers[m]
         record.left_out = why
-        self._order(wire.header(wire.FORGET, worker=m))
-        self.forget(m)
+        self._broadcast_order(wire.make_header(wire.FORGET, worker=m))
+        self.forget_worker(m)
         if alive:
             self._silent.add(m)
-            self.outbox.header(wire.header(wire.LEFT_OUT), record.rank, wire.REPLY)
-        self.display.say(f"async: worker {m} (rank {record.rank}) is left out after {record.updates} "
-                         f"updates: {why}")
+            self.outbox.send_header(wire.make_header(wire.LEFT_OUT), record.rank, wire.REPLY)
+        self.display.print_line(f"async: worker {m} (rank {record.rank}) is left out after {record.updates} "
+                                f"updates: {why}")
 
     def _way_back(self) -> str:
         folder = self.settings.checkpoint_dir
-        found = latest(folder) if folder is not None else None
+        found = latest_checkpoint(folder) if folder is not None else None
         if found is None:
             return "there is no checkpoint; pass checkpoint_dir and checkpoint_every"
         return f"start again with resume={str(found)!r}"
 
-    def _interrupted(self, number: int) -> None:
+    def _on_signal(self, number: int) -> None:
         if self.settings.checkpoint_dir is not None:
-            self.checkpoint()
+            self.write_checkpoint()
         message = (f"stopped by {signal.Signals(number).name} after {self.books.update} updates; "
                 + self._way_back())
-        self.display.say(f"async: {message}")
-        self._stop(message)
+        self.display.print_line(f"async: {message}")
+        self._stop_all(message)
         if number == signal.SIGINT:
             raise KeyboardInterrupt(message)
         raise SystemExit(128 + number)
 
-    def _stop(self, why: str, *, lost: bool = False) -> None:
+    def _stop_all(self, why: str, *, lost: bool = False) -> None:
         """Tells everybody that the run is over, and why."""
         text = bytearray(why.encode())
-        self._order(wire.header(wire.STOP, size=len(text), version=lost))
+        self._broadcast_order(wire.make_header(wire.STOP, size=len(text), version=lost))
         for rank in self.others:
-            self.outbox.send(text, rank, wire.TEXT)
+            self.outbox.start_send(text, rank, wire.TEXT)
         for m in range(self.plan.workers):
             if m not in self.gone:
                 rank = self.plan.rank(m)
-                made = wire.header(wire.STOPPED, size=len(text), version=lost)
-                self.outbox.header(made, rank, wire.REPLY)
-                self.outbox.send(text, rank, wire.TEXT)
+                made = wire.make_header(wire.STOPPED, size=len(text), version=lost)
+                self.outbox.send_header(made, rank, wire.REPLY)
+                self.outbox.start_send(text, rank, wire.TEXT)
         deadline = time.monotonic() + 0.5
         while not self.outbox.empty and time.monotonic() < deadline:
-            self.outbox.prune()
+            self.outbox.poll_sends()
             time.sleep(1e-3)
 
-    def _finish(self) -> tuple[Report, Array]:
+    def _finish_run(self) -> tuple[Report, Array]:
         """Everybody gets the final weights."""
         if self.settings.checkpoint_dir is not None:
-            self.checkpoint()
+            self.write_checkpoint()
         if not any(record.finished for record in self.books.workers):
             raise ServerStopped(f"no worker is left after {self.books.update} updates; "
                                 + self._way_back())
         report = self.books.report()
         if self.settings.progress:
-            self.display.show(report)
+            self.display.show_report(report)
         text = bytearray(report.to_json().encode())
         for m, record in enumerate(self.books.workers):
             if record.finished and m not in self.gone:
-                self._order(wire.header(wire.SEND_SNAPSHOT, worker=m))
-                made = wire.header(wire.DONE, update=self.books.update, size=len(text))
-                self.outbox.header(made, record.rank, wire.REPLY)
-                self.outbox.send(text, record.rank, wire.TEXT)
-                self.snapshot(m)
-        self._order(wire.header(wire.END))
-        whole = self.gather()
-        self.flush()
+                self._broadcast_order(wire.make_header(wire.SEND_SNAPSHOT, worker=m))
+                made = wire.make_header(wire.DONE, update=self.books.update, size=len(text))
+                self.outbox.send_header(made, record.rank, wire.REPLY)
+                self.outbox.start_send(text, record.rank, wire.TEXT)
+                self.send_snapshot(m)
+        self._broadcast_order(wire.make_header(wire.END))
+        whole = self.gather_weights()
+        self.flush_sends()
         return report, whole
 
 
 def _order_of(made: Commit) -> wire.Header:
-    return wire.header(wire.COMMIT, worker=made.worker, step=made.slot, version=made.delay,
-                       update=made.update, lr=made.lr, momentum=made.momentum)
+    return wire.make_header(wire.COMMIT, worker=made.worker, step=made.slot, version=made.delay,
+                            update=made.update, lr=made.lr, momentum=made.momentum)

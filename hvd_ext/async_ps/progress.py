@@ -35,12 +35,12 @@ class Display:
             self._task = self._bar.add_task("", total=total, text="")
             self._bar.start()
 
-    def due(self) -> bool:
+    def is_due(self) -> bool:
         """Whether it is time for the next report."""
         wait = 0.5 if self._bar is not None else EVERY
         return self.enabled and time.monotonic() - self._shown >= wait
 
-    def show(self, report: Report) -> None:
+    def show_report(self, report: Report) -> None:
         """Shows where the run stands."""
         self._shown = time.monotonic()
         active = sum(not worker.finished and worker.left_out is None for worker in report.workers)
@@ -53,9 +53,9 @@ class Display:
             self._bar.refresh()
         elif self.enabled:
             total = f"/{self.total}" if self.total else ""
-            self.say(f"async: {report.updates}{total} updates, {text}")
+            self.print_line(f"async: {report.updates}{total} updates, {text}")
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """A line of its own, whether or not progress is shown."""
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from hvd_ext.addresses import own_addresses
 from hvd_ext.async_ps.checkpoint import Checkpoint
 from hvd_ext.async_ps.config import ServerSettings
+from hvd_ext.async_ps.liveness import LOCAL, LivenessClient, LivenessServer
 from hvd_ext.async_ps.model import Array, FlatModel
 from hvd_ext.async_ps.plan import Plan
-from hvd_ext.async_ps.watch import LOCAL, Guest, Host
-from hvd_ext.checkpoints import check_writable
+from hvd_ext.checkpoint.files import check_writable
+from hvd_ext.watchdog.addresses import local_addresses
 
 RECORD = 4096  # bytes
 
@@ -38,13 +38,13 @@ class Membership:
     """
 
     comm: MPI.Comm
-    host: Host | None
-    guest: Guest | None
+    host: LivenessServer | None
+    guest: LivenessClient | None
     checkpoint: Checkpoint | None
 
 
-def register(comm: MPI.Comm, servers: int, model: FlatModel, weights: Array,
-             settings: ServerSettings) -> tuple[Plan, Membership]:
+def register_ranks(comm: MPI.Comm, servers: int, model: FlatModel, weights: Array,
+                   settings: ServerSettings) -> tuple[Plan, Membership]:
     """Called by all ranks of ``comm`` together.
 
     Args:
@@ -61,28 +61,28 @@ def register(comm: MPI.Comm, servers: int, model: FlatModel, weights: Array,
         Plan(comm.size, servers, len(weights))
     deadline = time.monotonic() + settings.start_timeout
     own, request = comm.Idup()
-    _wait(request, deadline, settings)
-    plan, error = _attempt(lambda: Plan(comm.size, servers, len(weights)))
+    _wait_request(request, deadline, settings)
+    plan, error = _attempt_call(lambda: Plan(comm.size, servers, len(weights)))
     mine = {
         "error": error, "numel": len(weights), "dtype": str(model.dtype),
         "shapes": [list(shape) for shape in model.shapes][:60],
-        "shapes_digest": _digest(json.dumps([list(shape) for shape in model.shapes]).encode()),
-        "weights": _digest(np.ascontiguousarray(weights).tobytes()),
-        "settings": f"servers={servers} {settings.digest()}",
+        "shapes_digest": _digest_data(json.dumps([list(shape) for shape in model.shapes]).encode()),
+        "weights": _digest_data(np.ascontiguousarray(weights).tobytes()),
+        "settings": f"servers={servers} {settings.settings_digest()}",
         "node": MPI.Get_processor_name(),
     }
-    records = _exchange(own, mine, deadline, settings)
-    _compare(records, settings)
+    records = _exchange_records(own, mine, deadline, settings)
+    _compare_records(records, settings)
     assert plan is not None
     local = len({record["node"] for record in records}) == 1
-    host = Host(local=local) if own.rank == 0 else None
-    checkpoint, error = _attempt(lambda: _resume(plan, model, settings))
+    host = LivenessServer(local=local) if own.rank == 0 else None
+    checkpoint, error = _attempt_call(lambda: _find_checkpoint(plan, model, settings))
     offered = {
         "error": error, "port": host.port if host else 0, "token": host.token if host else "",
-        "addresses": [] if local else own_addresses(), "node": MPI.Get_processor_name(),
+        "addresses": [] if local else local_addresses(), "node": MPI.Get_processor_name(),
         "update": checkpoint.update if checkpoint else -1,
     }
-    offers = _exchange(own, offered, deadline, settings)
+    offers = _exchange_records(own, offered, deadline, settings)
     first = offers[0]
     for rank, offer in enumerate(offers):
         if offer["error"]:
@@ -95,25 +95,25 @@ def register(comm: MPI.Comm, servers: int, model: FlatModel, weights: Array,
     guest = None
     if host is None:
         same = first["node"] == MPI.Get_processor_name()
-        guest = Guest(own.rank, addresses=[LOCAL] if same else first["addresses"],
-                      port=first["port"], token=first["token"], seconds=5.0)
+        guest = LivenessClient(own.rank, addresses=[LOCAL] if same else first["addresses"],
+                               port=first["port"], token=first["token"], seconds=5.0)
     else:
-        host.accept(set(range(1, own.size)), seconds=10.0)
+        host.accept_ranks(set(range(1, own.size)), seconds=10.0)
     return plan, Membership(own, host, guest, checkpoint)
 
 
-def _resume(plan: Plan | None, model: FlatModel, settings: ServerSettings) -> Checkpoint | None:
+def _find_checkpoint(plan: Plan | None, model: FlatModel, settings: ServerSettings) -> Checkpoint | None:
     found = None
     if settings.resume is not None and plan is not None:
         found = Checkpoint(settings.resume)
-        found.check(plan, settings, dtype=str(model.dtype),
-                    shapes=[tuple(shape) for shape in model.shapes])
+        found.check_compatible(plan, settings, dtype=str(model.dtype),
+                               shapes=[tuple(shape) for shape in model.shapes])
     if settings.checkpoint_dir is not None:
         check_writable(settings.checkpoint_dir, resumed=None if found is None else found.folder)
     return found
 
 
-def _attempt(make: Callable[[], Any]) -> tuple[Any, str | None]:
+def _attempt_call(make: Callable[[], Any]) -> tuple[Any, str | None]:
     """The result, or what went wrong, as a text to send to the other ranks."""
     try:
         return make(), None
@@ -121,7 +121,7 @@ def _attempt(make: Callable[[], Any]) -> tuple[Any, str | None]:
         return None, str(error)
 
 
-def _compare(records: list[dict[str, Any]], settings: ServerSettings) -> None:
+def _compare_records(records: list[dict[str, Any]], settings: ServerSettings) -> None:
     first = records[0]
     for rank, record in enumerate(records):
         if record["error"]:
@@ -129,7 +129,7 @@ def _compare(records: list[dict[str, Any]], settings: ServerSettings) -> None:
         if (record["shapes_digest"], record["dtype"]) != (first["shapes_digest"], first["dtype"]):
             raise ValueError(
                 f"rank {rank} is refused: its parameters differ from rank 0's, "
-                f"{_difference(record, first)}; build the same model on every rank"
+                f"{_describe_difference(record, first)}; build the same model on every rank"
             )
         if record["settings"] != first["settings"]:
             raise ValueError(
@@ -145,7 +145,7 @@ def _compare(records: list[dict[str, Any]], settings: ServerSettings) -> None:
                 )
 
 
-def _difference(record: dict[str, Any], first: dict[str, Any]) -> str:
+def _describe_difference(record: dict[str, Any], first: dict[str, Any]) -> str:
     if record["dtype"] != first["dtype"]:
         return f"{record['dtype']} instead of {first['dtype']}"
     for index, (shape, expected) in enumerate(zip(record["shapes"], first["shapes"], strict=False)):
@@ -154,8 +154,8 @@ def _difference(record: dict[str, Any], first: dict[str, Any]) -> str:
     return f"{record['numel']} entries instead of {first['numel']}"
 
 
-def _exchange(comm: MPI.Comm, record: dict[str, Any], deadline: float,
-              settings: ServerSettings) -> list[dict[str, Any]]:
+def _exchange_records(comm: MPI.Comm, record: dict[str, Any], deadline: float,
+                      settings: ServerSettings) -> list[dict[str, Any]]:
     """Every rank's record, by rank."""
     text = json.dumps(record).encode()
     if len(text) > RECORD and "shapes" in record:
@@ -164,14 +164,15 @@ def _exchange(comm: MPI.Comm, record: dict[str, Any], deadline: float,
         text = json.dumps({**record, "error": str(record["error"])[: RECORD // 2]}).encode()
     mine = np.frombuffer(text.ljust(RECORD), dtype=np.uint8)
     everyone = np.empty((comm.size, RECORD), dtype=np.uint8)
-    _wait(comm.Iallgather(mine, everyone), deadline, settings, (mine, everyone))
+    _wait_request(comm.Iallgather(mine, everyone), deadline, settings, (mine, everyone))
     return [json.loads(row.tobytes().decode().rstrip()) for row in everyone]
 
 
 _UNANSWERED: list[Any] = []  # requests that were given up, with the memory MPI may still touch
 
 
-def _wait(request: MPI.Request, deadline: float, settings: ServerSettings, memory: Any = None) -> None:
+def _wait_request(request: MPI.Request, deadline: float, settings: ServerSettings,
+                  memory: Any = None) -> None:
     while not request.Test():
         if time.monotonic() > deadline:
             _UNANSWERED.append((request, memory))
@@ -182,5 +183,5 @@ def _wait(request: MPI.Request, deadline: float, settings: ServerSettings, memor
         time.sleep(0.001)
 
 
-def _digest(data: bytes) -> str:
+def _digest_data(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:32]

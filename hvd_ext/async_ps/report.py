@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 DEAD = "its process ended"  # why a worker was left out
-LONGEST = 4096  # delays from here on share the histogram's last entry
+MAX_DELAY_BINS = 4096  # delays from here on share the histogram's last entry
 
 
 @dataclass
@@ -19,12 +19,12 @@ class Delays:
     maximum: int = 0
     histogram: list[int] = field(default_factory=list)
 
-    def add(self, delay: int) -> None:
+    def add_delay(self, delay: int) -> None:
         """Takes note of one delay."""
         self.count += 1
         self.total += delay
         self.maximum = max(self.maximum, delay)
-        place = min(delay, LONGEST)
+        place = min(delay, MAX_DELAY_BINS)
         if place >= len(self.histogram):
             self.histogram.extend([0] * (place + 1 - len(self.histogram)))
         self.histogram[place] += 1

@@ -13,7 +13,7 @@ from hvd_ext.async_ps.model import Array
 from hvd_ext.async_ps.plan import Plan
 from hvd_ext.async_ps.registration import Membership
 from hvd_ext.async_ps.sequencer import Commit
-from hvd_ext.async_ps.server import FLUSH_SECONDS, Patience, Server
+from hvd_ext.async_ps.server import FLUSH_TIMEOUT_S, IdleTimeout, Server
 from hvd_ext.async_ps.transport import HeaderBox, receive_text
 
 LAST_WORDS = 5.0  # seconds in which a slice may still arrive after the primary has gone
@@ -25,7 +25,7 @@ class Secondary(Server):
     def __init__(self, plan: Plan, member: Membership, settings: ServerSettings, weights: Array) -> None:
         super().__init__(plan, member, settings, weights)
         self._orders = HeaderBox(self.comm, wire.ORDER)
-        self._orders_awaited = Patience(settings.server_timeout)
+        self._orders_awaited = IdleTimeout(settings.server_timeout)
         self._ended = False
         self._gathered = False
         self._primary_gone: float | None = None
@@ -38,24 +38,24 @@ class Secondary(Server):
             ServerLost: the primary server died.
             ServerStopped: the primary server stopped the run.
         """
-        idle = wire.Idle()
+        idle = wire.Backoff()
         self._orders_awaited.reset()
         with self.catching_signals():
             try:
                 while not self._ended:
-                    if self._take():
+                    if self._receive_arrived():
                         idle.reset()
                     else:
                         idle.wait()
-                    self.look()
-                whole = self.gather()
+                    self.poll_process()
+                whole = self.gather_weights()
                 self._gathered = True
-                self.flush()
+                self.flush_sends()
                 # The primary must not take the end of this rank for a loss: it goes first.
-                deadline = time.monotonic() + FLUSH_SECONDS
+                deadline = time.monotonic() + FLUSH_TIMEOUT_S
                 while (self._primary_gone is None and self._watching
                        and time.monotonic() < deadline):
-                    self.look()
+                    self.poll_process()
                     time.sleep(1e-3)
                 return whole
             except (ServerLost, ServerStopped):
@@ -69,11 +69,11 @@ class Secondary(Server):
     def _tell_failure(self, error: Exception) -> None:
         """Tells the primary why this server ends."""
         text = bytearray(repr(error).encode())
-        self._confirm(wire.header(wire.FAILED, size=len(text)))
-        self.outbox.send(text, 0, wire.TEXT)
-        patience = Patience(LAST_WORDS)
+        self._confirm_slice(wire.make_header(wire.FAILED, size=len(text)))
+        self.outbox.start_send(text, 0, wire.TEXT)
+        patience = IdleTimeout(LAST_WORDS)
         while not self.outbox.empty and not patience.over:
-            self.outbox.prune()
+            self.outbox.poll_sends()
             time.sleep(1e-3)
 
     @property
@@ -85,43 +85,43 @@ class Secondary(Server):
         self._orders.close()
         super().close()
 
-    def _take(self) -> bool:
+    def _receive_arrived(self) -> bool:
         busy = False
-        while (arrived := self.headers.take()) is not None:
+        while (arrived := self.headers.next_header()) is not None:
             busy = True
             rank, message = arrived
-            m = self.plan.worker(rank)
+            m = self.plan.worker_number(rank)
             if m not in self.gone:
-                self.inbox.expect(m, rank, int(message["step"]), finite=message["kind"] == wire.PUSH)
-        for push in self.inbox.arrived():
+                self.inbox.expect_push(m, rank, int(message["step"]), finite=message["kind"] == wire.PUSH)
+        for push in self.inbox.arrived_pushes():
             busy = True
-            self._confirm(wire.header(wire.RECEIVED, worker=push.worker, step=push.step))
-        while not self._ended and (arrived := self._orders.take()) is not None:
+            self._confirm_slice(wire.make_header(wire.RECEIVED, worker=push.worker, step=push.step))
+        while not self._ended and (arrived := self._orders.next_header()) is not None:
             busy = True
             self._orders_awaited.reset()
-            self._obey(arrived[1])
-        self.outbox.prune()
+            self._on_order(arrived[1])
+        self.outbox.poll_sends()
         return busy
 
-    def _confirm(self, made: wire.Header) -> None:
-        self.outbox.header(made, 0, wire.CONFIRM)
+    def _confirm_slice(self, made: wire.Header) -> None:
+        self.outbox.send_header(made, 0, wire.CONFIRM)
 
-    def _obey(self, message: Any) -> None:
+    def _on_order(self, message: Any) -> None:
         kind, m = message["kind"], int(message["worker"])
         if kind == wire.COMMIT:
-            self.apply(Commit(int(message["update"]), m, int(message["step"]), int(message["version"]),
-                              float(message["lr"]), float(message["momentum"])))
+            self.apply_update(Commit(int(message["update"]), m, int(message["step"]), int(message["version"]),
+                                     float(message["lr"]), float(message["momentum"])))
         elif kind == wire.DROP:
-            self.drop(m, int(message["step"]))
+            self.drop_push(m, int(message["step"]))
         elif kind == wire.FORGET:
-            self.forget(m)
+            self.forget_worker(m)
         elif kind == wire.SEND_SNAPSHOT:
-            self.snapshot(m)
+            self.send_snapshot(m)
         elif kind == wire.SAVE:
-            size, digest = self.save(int(message["update"]))
-            self._confirm(wire.header(wire.SAVED, size=size, version=digest))
+            size, digest = self.save_slice(int(message["update"]))
+            self._confirm_slice(wire.make_header(wire.SAVED, size=size, version=digest))
         elif kind == wire.ASK_ALIVE:
-            self._confirm(wire.header(wire.ALIVE))
+            self._confirm_slice(wire.make_header(wire.ALIVE))
         elif kind == wire.END:
             self._ended = True
         elif kind == wire.STOP:
@@ -133,8 +133,8 @@ class Secondary(Server):
         assert self.member.guest is not None
         if self.signal is not None and not self._interrupted:
             self._interrupted = True
-            self._confirm(wire.header(wire.INTERRUPTED, size=int(signal.Signals(self.signal))))
-        if self._primary_gone is None and self.member.guest.lost():
+            self._confirm_slice(wire.make_header(wire.INTERRUPTED, size=int(signal.Signals(self.signal))))
+        if self._primary_gone is None and self.member.guest.primary_lost():
             self._primary_gone = now
         if self._primary_gone is None and not self._gathered and self._orders_awaited.over:
             raise ServerLost(f"the primary server (rank 0) said nothing for "
@@ -142,8 +142,8 @@ class Secondary(Server):
                              "resume= and the folder given as checkpoint_dir")
         if self._primary_gone is None or self._gathered:
             return
-        while not self._ended and (arrived := self._orders.take()) is not None:
-            self._obey(arrived[1])  # it may have said why
+        while not self._ended and (arrived := self._orders.next_header()) is not None:
+            self._on_order(arrived[1])  # it may have said why
         if not self._ended or now - self._primary_gone > LAST_WORDS:
             raise ServerLost(
                 "the primary server (rank 0) is lost; start again with resume= and the folder "

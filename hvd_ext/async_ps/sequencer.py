@@ -12,8 +12,8 @@ import numpy as np
 from hvd_ext.async_ps.config import ServerSettings
 from hvd_ext.async_ps.plan import Plan
 from hvd_ext.async_ps.report import Delays, Report, WorkerReport, worker_from
-from hvd_ext.delay.momentum import AutoMomentum
-from hvd_ext.delay.sequences import Recorded
+from hvd_ext.reducers.delay_compensation.momentum import AutoMomentum
+from hvd_ext.reducers.delay_compensation.sequences import Recorded
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Sequencer:
         self.workers = [WorkerReport(m, plan.rank(m)) for m in range(plan.workers)]
         self.delay = Delays()
         momentum = settings.momentum
-        self.auto = momentum.fresh() if isinstance(momentum, AutoMomentum) else None
+        self.auto = momentum.fresh_copy() if isinstance(momentum, AutoMomentum) else None
         self.momentum = 0.0 if self.auto is not None else float(momentum)  # type: ignore[arg-type]
         self.lr = settings.lr_at(0)
         self._record: dict[str, array[Any]] = {
@@ -55,35 +55,35 @@ class Sequencer:
         self._began = time.perf_counter()
         self._first = 0
 
-    def commit(self, worker: int) -> Commit:
+    def commit_push(self, worker: int) -> Commit:
         """The next update, from this worker's next push."""
         slot = self.counts[worker] % self.settings.depth
         delay = self.update - self.versions[worker][slot]
         self.lr = self.settings.lr_at(self.update)
         if self.auto is not None:
-            self.momentum = self.auto.after(delay)
+            self.momentum = self.auto.next_momentum(delay)
         made = Commit(self.update, worker, slot, delay, self.lr, self.momentum)
         for name, value in (("delays", delay), ("senders", worker),
                             ("batches", self.counts[worker]), ("lr", self.lr),
                             ("momentum", self.momentum)):
             self._record[name].append(value)
-        self.delay.add(delay)
+        self.delay.add_delay(delay)
         record = self.workers[worker]
-        record.delay.add(delay)
+        record.delay.add_delay(delay)
         record.updates += 1
         record.bytes_pushed += self.plan.numel * self.itemsize
         self.update += 1
-        self._answer(worker, slot)
+        self._record_answer(worker, slot)
         return made
 
-    def drop(self, worker: int) -> int:
+    def drop_push(self, worker: int) -> int:
         """A push with a gradient that is not finite: counted, not applied; the slot it frees."""
         slot = self.counts[worker] % self.settings.depth
         self.workers[worker].not_finite += 1
-        self._answer(worker, slot)
+        self._record_answer(worker, slot)
         return slot
 
-    def _answer(self, worker: int, slot: int) -> None:
+    def _record_answer(self, worker: int, slot: int) -> None:
         self.versions[worker][slot] = self.update
         self.counts[worker] += 1
         self.workers[worker].bytes_pulled += self.plan.numel * self.itemsize

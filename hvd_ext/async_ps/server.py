@@ -22,13 +22,13 @@ from hvd_ext.async_ps.registration import Membership
 from hvd_ext.async_ps.sequencer import Commit
 from hvd_ext.async_ps.shard import Shard
 from hvd_ext.async_ps.transport import HeaderBox, Inbox, Outbox
-from hvd_ext.checkpoints import Mark, place
+from hvd_ext.checkpoint.files import FileDigest, checkpoint_dir
 
 LOOK_EVERY = 0.02  # seconds between looks at the watch, the clock and the terminal
-FLUSH_SECONDS = 30.0
+FLUSH_TIMEOUT_S = 30.0
 
 
-class Patience:
+class IdleTimeout:
     """How long nothing may happen; ``limit`` None is for ever."""
 
     def __init__(self, limit: float | None) -> None:
@@ -70,7 +70,7 @@ class Server:
         own = plan.slices[self.rank]
         self.shard = Shard(weights[own], settings, plan.workers)
         if member.checkpoint is not None:
-            self.shard.load_state_dict(member.checkpoint.state(own),
+            self.shard.load_state_dict(member.checkpoint.read_state(own),
                                        reset_workers=settings.reset_workers)
         self.inbox = Inbox(self.comm, self.shard.w.size, self.shard.w.dtype, plan.workers)
         self.outbox = Outbox(self.comm)
@@ -82,41 +82,41 @@ class Server:
         if member.checkpoint is not None or settings.broadcast:
             for m in range(plan.workers):
                 for slot in range(settings.depth):
-                    self._send(m, slot, self.shard.w_bak[m][slot])
+                    self._send_weights(m, slot, self.shard.w_bak[m][slot])
 
-    def apply(self, order: Commit) -> None:
+    def apply_update(self, order: Commit) -> None:
         """One update, and the new weights to its worker."""
-        push = self.inbox.first(order.worker)
+        push = self.inbox.oldest_push(order.worker)
         assert push.gradient is not None
-        self._release(order.worker, order.slot)
-        fresh = self.shard.commit(order, push.gradient)
-        self.inbox.done(order.worker)
-        self._send(order.worker, order.slot, fresh)
+        self._wait_slot(order.worker, order.slot)
+        fresh = self.shard.commit_update(order, push.gradient)
+        self.inbox.release_push(order.worker)
+        self._send_weights(order.worker, order.slot, fresh)
 
-    def drop(self, worker: int, slot: int) -> None:
+    def drop_push(self, worker: int, slot: int) -> None:
         """No update; the current weights to the worker."""
-        self._release(worker, slot)
-        self.inbox.done(worker)
-        self._send(worker, slot, self.shard.refresh(worker, slot))
+        self._wait_slot(worker, slot)
+        self.inbox.release_push(worker)
+        self._send_weights(worker, slot, self.shard.copy_current(worker, slot))
 
-    def snapshot(self, worker: int) -> None:
+    def send_snapshot(self, worker: int) -> None:
         """This slice as it is now, to a worker that asked."""
         if worker not in self.gone:
-            self.outbox.send(self.shard.w.copy(), self.plan.rank(worker), wire.SNAPSHOT)
+            self.outbox.start_send(self.shard.w.copy(), self.plan.rank(worker), wire.SNAPSHOT)
 
-    def forget(self, worker: int) -> None:
+    def forget_worker(self, worker: int) -> None:
         """A worker no longer takes part; a push of it that is not committed is dropped whole."""
         self.gone.add(worker)
-        self.inbox.forget(worker)
-        self.outbox.forget(self.plan.rank(worker))
+        self.inbox.forget_worker(worker)
+        self.outbox.forget_rank(self.plan.rank(worker))
 
-    def save(self, update: int) -> Mark:
+    def save_slice(self, update: int) -> FileDigest:
         """Writes this slice into the checkpoint after ``update`` updates."""
         assert self.settings.checkpoint_dir is not None
-        return save_shard(place(self.settings.checkpoint_dir, update), self.rank, self.plan.servers,
+        return save_shard(checkpoint_dir(self.settings.checkpoint_dir, update), self.rank, self.plan.servers,
                           self.shard.state_dict())
 
-    def gather(self) -> Array:
+    def gather_weights(self) -> Array:
         """The whole weights (numel,), from all servers; all of them call it at the end.
 
         Raises:
@@ -126,10 +126,10 @@ class Server:
         whole[self.plan.slices[self.rank]] = self.shard.w
         others = [rank for rank in range(self.plan.servers) if rank != self.rank]
         for rank in others:
-            self.outbox.send(self.shard.w, rank, wire.EXCHANGE)
+            self.outbox.start_send(self.shard.w, rank, wire.EXCHANGE)
         requests = {rank: self.comm.Irecv(whole[self.plan.slices[rank]], source=rank,
                                           tag=wire.EXCHANGE) for rank in others}
-        patience = Patience(self.settings.server_timeout)
+        patience = IdleTimeout(self.settings.server_timeout)
         while requests:
             waiting = {rank: request for rank, request in requests.items() if not request.Test()}
             if len(waiting) < len(requests):
@@ -138,17 +138,17 @@ class Server:
             if requests and patience.over:
                 raise ServerLost(f"no final weights from {ranks_text(requests)} within "
                                  f"{patience.limit:g} s (server_timeout)")
-            self.outbox.prune()
-            self.look()
+            self.outbox.poll_sends()
+            self.poll_process()
             time.sleep(2e-4)
         return whole
 
-    def flush(self) -> None:
+    def flush_sends(self) -> None:
         """Waits until everything has been sent, but not for ever."""
-        deadline = time.monotonic() + FLUSH_SECONDS
+        deadline = time.monotonic() + FLUSH_TIMEOUT_S
         while not self.outbox.empty and time.monotonic() < deadline:
-            self.outbox.prune()
-            self.look()
+            self.outbox.poll_sends()
+            self.poll_process()
             time.sleep(2e-4)
 
     def close(self) -> None:
@@ -159,7 +159,7 @@ class Server:
         if self.member.guest is not None:
             self.member.guest.close()
 
-    def look(self) -> None:
+    def poll_process(self) -> None:
         """Now and then: what happened outside of the messages."""
         now = time.monotonic()
         if now - self._looked >= LOOK_EVERY:
@@ -187,12 +187,12 @@ class Server:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _send(self, worker: int, slot: int, weights: Array) -> None:
+    def _send_weights(self, worker: int, slot: int, weights: Array) -> None:
         if worker not in self.gone:
-            self._sent[worker, slot] = self.outbox.send(weights, self.plan.rank(worker),
-                                                        wire.WEIGHTS)
+            self._sent[worker, slot] = self.outbox.start_send(weights, self.plan.rank(worker),
+                                                              wire.WEIGHTS)
 
-    def _release(self, worker: int, slot: int) -> None:
+    def _wait_slot(self, worker: int, slot: int) -> None:
         """Before a slot is overwritten: the send from it must be over.
 
         It is, since the worker computed on what it received; MPI may only not know it yet.
@@ -201,5 +201,5 @@ class Server:
         deadline = time.monotonic() + 5.0
         while request is not None and not request.Test():
             if time.monotonic() > deadline:
-                self.shard.replace(worker, slot)
+                self.shard.replace_buffer(worker, slot)
                 return

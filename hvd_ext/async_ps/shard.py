@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from hvd_ext.async_ps.config import ServerSettings
 from hvd_ext.async_ps.sequencer import Commit
-from hvd_ext.delay.async_rules import BLOCK, apply_in_blocks
+from hvd_ext.reducers.delay_compensation.update_rules import BLOCK_NUMEL, apply_in_blocks
 
 Array = NDArray[Any]
 
@@ -33,10 +33,10 @@ class Shard:
         self.mean_square = [
             np.zeros_like(self.w) if settings.rule.adaptive else None for _ in range(workers)
         ]
-        size = min(BLOCK, self.w.size)
+        size = min(BLOCK_NUMEL, self.w.size)
         self._work = np.empty(size, self.w.dtype), np.empty(size, self.w.dtype)
 
-    def commit(self, order: Commit, gradient: Array) -> Array:
+    def commit_update(self, order: Commit, gradient: Array) -> Array:
         """Applies an update; returns the buffer with the new weights for its worker (n,)."""
         bak = self.w_bak[order.worker][order.slot]
         with np.errstate(over="ignore", invalid="ignore"):  # a run that diverges goes on
@@ -47,13 +47,13 @@ class Shard:
             )
         return bak
 
-    def refresh(self, worker: int, slot: int) -> Array:
+    def copy_current(self, worker: int, slot: int) -> Array:
         """The current weights in a worker's buffer (n,), without an update."""
         bak = self.w_bak[worker][slot]
         bak[...] = self.w
         return bak
 
-    def replace(self, worker: int, slot: int) -> None:
+    def replace_buffer(self, worker: int, slot: int) -> None:
         """A new buffer in the place of one that MPI may still read."""
         self.w_bak[worker][slot] = self.w_bak[worker][slot].copy()
 

@@ -22,21 +22,21 @@ class Outbox:
         self._pending: list[tuple[MPI.Request, int, Any]] = []
         self._abandoned: list[tuple[MPI.Request, int, Any]] = []
 
-    def send(self, buffer: Any, rank: int, tag: int) -> MPI.Request:
+    def start_send(self, buffer: Any, rank: int, tag: int) -> MPI.Request:
         """Starts a send; the buffer must not change before it is done."""
         request = self._comm.Isend(buffer, dest=rank, tag=tag)
         self._pending.append((request, rank, buffer))
         return request
 
-    def header(self, made: wire.Header, rank: int, tag: int) -> None:
+    def send_header(self, made: wire.Header, rank: int, tag: int) -> None:
         """Starts to send a header."""
-        self.send(wire.raw(made), rank, tag)
+        self.start_send(wire.header_bytes(made), rank, tag)
 
-    def prune(self) -> None:
+    def poll_sends(self) -> None:
         """Lets MPI move on, forgets what is done."""
         self._pending = [entry for entry in self._pending if not entry[0].Test()]
 
-    def forget(self, rank: int) -> None:
+    def forget_rank(self, rank: int) -> None:
         """A rank is gone: what it will never take is kept aside, its buffers untouched."""
         self._abandoned += [entry for entry in self._pending if entry[1] == rank]
         self._pending = [entry for entry in self._pending if entry[1] != rank]
@@ -69,20 +69,20 @@ class HeaderBox:
     def __init__(self, comm: MPI.Comm, tag: int) -> None:
         self._comm = comm
         self._tag = tag
-        self._header = wire.header(0)
+        self._header = wire.make_header(0)
         self._status = MPI.Status()
-        self._post()
+        self._post_receive()
 
-    def _post(self) -> None:
-        self._request = self._comm.Irecv(wire.raw(self._header), source=MPI.ANY_SOURCE,
+    def _post_receive(self) -> None:
+        self._request = self._comm.Irecv(wire.header_bytes(self._header), source=MPI.ANY_SOURCE,
                                          tag=self._tag)
 
-    def take(self) -> tuple[int, Any] | None:
+    def next_header(self) -> tuple[int, Any] | None:
         """The next header as (rank, record), or None."""
         if not self._request.Test(self._status):
             return None
         rank, record = self._status.Get_source(), self._header[0].copy()
-        self._post()
+        self._post_receive()
         return rank, record
 
     def close(self) -> None:
@@ -126,7 +126,7 @@ class Inbox:
         self._free: list[Array] = []
         self._abandoned: list[Push] = []
 
-    def expect(self, worker: int, rank: int, step: int, *, finite: bool) -> None:
+    def expect_push(self, worker: int, rank: int, step: int, *, finite: bool) -> None:
         """A header announced a push."""
         if not finite:
             self._pushes[worker].append(Push(worker, step, None, None))
@@ -135,7 +135,7 @@ class Inbox:
         request = self._comm.Irecv(gradient, source=rank, tag=wire.GRADIENT)
         self._pushes[worker].append(Push(worker, step, gradient, request))
 
-    def arrived(self) -> list[Push]:
+    def arrived_pushes(self) -> list[Push]:
         """The first push of each worker that is whole and was not announced before."""
         ready = []
         for pushes in self._pushes:
@@ -147,17 +147,17 @@ class Inbox:
                     ready.append(push)
         return ready
 
-    def first(self, worker: int) -> Push:
+    def oldest_push(self, worker: int) -> Push:
         """A worker's oldest push."""
         return self._pushes[worker][0]
 
-    def done(self, worker: int) -> None:
+    def release_push(self, worker: int) -> None:
         """The oldest push has been applied or dropped; its buffer serves again."""
         push = self._pushes[worker].popleft()
         if push.gradient is not None:
             self._free.append(push.gradient)
 
-    def forget(self, worker: int) -> None:
+    def forget_worker(self, worker: int) -> None:
         """A worker is gone: what has not arrived whole is never looked at again."""
         self._abandoned += self._pushes[worker]
         self._pushes[worker].clear()

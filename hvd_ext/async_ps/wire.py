@@ -34,7 +34,7 @@ RECEIVED, SAVED, INTERRUPTED, FAILED, ALIVE = range(21, 26)
 COMMIT, DROP, FORGET, SEND_SNAPSHOT, SAVE, END, STOP, ASK_ALIVE = range(31, 39)
 
 
-def header(kind: int, **values: Any) -> Header:
+def make_header(kind: int, **values: Any) -> Header:
     """A header of one kind; fields not given are 0."""
     made = np.zeros(1, dtype=HEADER)
     made["kind"] = kind
@@ -43,12 +43,12 @@ def header(kind: int, **values: Any) -> Header:
     return made
 
 
-def raw(made: Header) -> NDArray[np.uint8]:
+def header_bytes(made: Header) -> NDArray[np.uint8]:
     """The header's bytes, for MPI."""
     return made.view(np.uint8)
 
 
-class Idle:
+class Backoff:
     """Waits a little longer each time nothing happened, at most half a millisecond."""
 
     def __init__(self) -> None:

@@ -15,8 +15,8 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from hvd_ext.cli.console import Failure, err
-from hvd_ext.cli.gpu import GpuPlan, asked, variables
+from hvd_ext.cli.console import CliError, stderr_console
+from hvd_ext.cli.gpu import GpuPlan, build_variables, is_requested
 from hvd_ext.cli.horovod_source import patch_id
 from hvd_ext.cli.toolchain import HOROVOD_NAMES, Mpi
 
@@ -62,7 +62,7 @@ def build_environ(
         environ["HOROVOD_WITH_MPI"] = "1"  # else a broken MPI is left out without a word
     if gpu is not None:
         assert shop is not None
-        environ.update(variables(gpu, shop, environ))
+        environ.update(build_variables(gpu, shop, environ))
     if mpi.folder is not None:
         environ["PATH"] = f"{mpi.folder}{os.pathsep}{environ.get('PATH', '')}"
     rpath = [mpi.rpath] if mpi.rpath else []
@@ -70,7 +70,7 @@ def build_environ(
     if rpath:
         environ["HVD_EXT_RPATH"] = ";".join(rpath)
         # Libraries of the machine may lie anywhere: their folders are kept as they are.
-        movable = mpi.flavour != "system" and (gpu.movable if gpu else not asked(environ))
+        movable = mpi.flavour != "system" and (gpu.movable if gpu else not is_requested(environ))
         environ["HVD_EXT_RPATH_USE_LINK_PATH"] = "OFF" if movable else "ON"
     environ["HVD_EXT_EDITS"] = patch_id()
     environ["HOROVOD_CMAKE"] = cmake
@@ -96,18 +96,18 @@ def compile_wheel(source: Path, into: Path, *, environ: Mapping[str, str], log: 
     started = time.monotonic()
     with log.open("w") as lines:
         lines.write(" ".join(command) + "\n")
-        status = _run(command, environ, lines, Meter(err()))
+        status = _run_build(command, environ, lines, BuildProgress(stderr_console()))
     wheels = sorted(into.glob("horovod-*.whl"))
     if status or not wheels:
-        raise Failure(
+        raise CliError(
             f"building Horovod failed after {time.monotonic() - started:.0f} s. From {log}:\n"
-            + telling_lines(log.read_text(errors="replace")),
+            + error_lines(log.read_text(errors="replace")),
             "see docs/install.md, \"When it fails\"; the whole log is " + str(log),
         )
     return wheels[0]
 
 
-def telling_lines(log: str, limit: int = TAIL_LINES) -> str:
+def error_lines(log: str, limit: int = TAIL_LINES) -> str:
     """The first lines of a build log that name an error, and its end."""
     lines = log.splitlines()
     errors = [line for line in lines[:-limit] if _ERROR.search(line)][:10]
@@ -115,7 +115,7 @@ def telling_lines(log: str, limit: int = TAIL_LINES) -> str:
     return "\n".join(errors + gap + lines[-limit:])
 
 
-class Meter:
+class BuildProgress:
     """How far a build is, from CMake's output: a bar on a terminal, a line each 10 % elsewhere."""
 
     def __init__(self, console: Console) -> None:
@@ -133,7 +133,7 @@ class Meter:
     def _live(self) -> bool:
         return self.console.is_terminal
 
-    def __enter__(self) -> "Meter":
+    def __enter__(self) -> "BuildProgress":
         self._started = time.monotonic()
         self._bar.start()
         return self
@@ -141,7 +141,7 @@ class Meter:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def feed(self, line: str) -> None:
+    def feed_line(self, line: str) -> None:
         """Take in one line of the build's output."""
         match = _PERCENT.match(line)
         if match is None:
@@ -156,7 +156,7 @@ class Meter:
             self.console.print(f"Horovod: {self.percent:3d} % after {seconds:.0f} s")
 
 
-def _run(command: list[str], environ: Mapping[str, str], log: TextIO, meter: Meter) -> int:
+def _run_build(command: list[str], environ: Mapping[str, str], log: TextIO, meter: BuildProgress) -> int:
     with meter, subprocess.Popen(
         command,
         env=dict(environ),
@@ -171,7 +171,7 @@ def _run(command: list[str], environ: Mapping[str, str], log: TextIO, meter: Met
         try:
             for line in process.stdout:
                 log.write(line)
-                meter.feed(line)
+                meter.feed_line(line)
             return process.wait()
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)

@@ -5,7 +5,7 @@ import sys
 from rich.console import Console
 
 
-class Failure(Exception):
+class CliError(Exception):
     """A command cannot go on. ``str(failure)`` says what is wrong, ``remedy`` what to do about it."""
 
     def __init__(self, problem: str, remedy: str = "") -> None:
@@ -13,11 +13,11 @@ class Failure(Exception):
         self.remedy = remedy
 
 
-def out() -> Console:
+def stdout_console() -> Console:
     """A console on the standard output of this moment (tests replace it between calls)."""
     return Console(file=sys.stdout, highlight=False)
 
 
-def err() -> Console:
+def stderr_console() -> Console:
     """A console on the standard error of this moment."""
     return Console(file=sys.stderr, highlight=False)

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvd_ext.cli.console import Failure
-from hvd_ext.cli.toolchain import printed
+from hvd_ext.cli.console import CliError
+from hvd_ext.cli.toolchain import output_of
 
 # What a toolkit consists of, as wheels. Before CUDA 13 they bring no nvcc.
 _WHEELS = ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-cccl", "nvidia-cuda-runtime")
@@ -50,19 +50,19 @@ class Driver:
     cuda: str
 
 
-def numbers(release: str) -> tuple[int, ...]:
+def parse_version(release: str) -> tuple[int, ...]:
     """"13.0" as (13, 0), to compare with."""
     return tuple(int(part) for part in re.findall(r"\d+", release)[:2])
 
 
 def gpu_visible() -> bool:
     """Whether the driver shows an NVIDIA GPU."""
-    return shutil.which("nvidia-smi") is not None and "GPU" in printed(["nvidia-smi", "-L"])
+    return shutil.which("nvidia-smi") is not None and "GPU" in output_of(["nvidia-smi", "-L"])
 
 
-def driver() -> Driver | None:
+def find_driver() -> Driver | None:
     """The driver that ``nvidia-smi`` tells of; None where there is none."""
-    text = printed(["nvidia-smi"]) if shutil.which("nvidia-smi") else ""
+    text = output_of(["nvidia-smi"]) if shutil.which("nvidia-smi") else ""
     version = re.search(r"Driver Version: *([\d.]+)", text)
     release = re.search(r"CUDA Version: *([\d.]+)", text)
     return Driver(version[1], release[1]) if version and release else None
@@ -103,17 +103,17 @@ def _has_headers(home: Path) -> bool:
 
 def release_of(home: Path) -> str:
     """What the nvcc of a toolkit says it is, such as "13.0"; empty where it does not run."""
-    match = re.search(r"release ([\d.]+)", printed([str(home / "bin" / "nvcc"), "--version"]))
+    match = re.search(r"release ([\d.]+)", output_of([str(home / "bin" / "nvcc"), "--version"]))
     return match[1] if match else ""
 
 
-def complaint(toolkit: Toolkit, wanted: str, compiler: str = "c++") -> str:
+def incompatibility(toolkit: Toolkit, wanted: str, compiler: str = "c++") -> str:
     """Why a toolkit does not serve a framework that was built with CUDA ``wanted``; empty where it does.
 
     CUDA keeps its binary interface within a major release. Whether a toolkit and the C++ compiler get
     along is known to nvcc: it compiles and links a kernel here.
     """
-    if numbers(toolkit.release)[0] != numbers(wanted)[0]:
+    if parse_version(toolkit.release)[0] != parse_version(wanted)[0]:
         return f"CUDA {toolkit.release} is another major release than {wanted}"
     if toolkit.home is None:
         return ""
@@ -146,42 +146,42 @@ def choose_toolkit(wanted: str, cache: Path, environ: Mapping[str, str] = os.env
     machine = None if origin == "wheels" else machine_toolkit(environ)
     reason = "they are asked for" if origin == "wheels" else "the machine has none"
     if machine is not None:
-        reason = complaint(machine, wanted, compiler)
+        reason = incompatibility(machine, wanted, compiler)
         if not reason:
             return machine, f"the machine's, at {machine.home}"
         if environ.get("HOROVOD_CUDA_HOME"):
-            raise Failure(
+            raise CliError(
                 f"HOROVOD_CUDA_HOME={environ['HOROVOD_CUDA_HOME']} does not serve: {reason}",
                 f"set it to a toolkit of CUDA {wanted}, or unset it to have one from wheels",
             )
         reason = f"the machine's at {machine.home} does not serve: {reason}"
     if origin == "machine":
-        raise Failure(f"--toolkit machine, but {reason}",
-                      f"load a CUDA {wanted} toolkit (nvcc on the PATH, or HOROVOD_CUDA_HOME), or leave "
-                      "--toolkit out")
-    wheels(wanted)
+        raise CliError(f"--toolkit machine, but {reason}",
+                       f"load a CUDA {wanted} toolkit (nvcc on the PATH, or HOROVOD_CUDA_HOME), or leave "
+                       "--toolkit out")
+    toolkit_wheels(wanted)
     home = cache / wanted
     present = home if (home / "bin" / "nvcc").exists() else None
     return Toolkit(wanted, "wheels", present), f"wheels pinned to {wanted}.*, since {reason}"
 
 
-def wheels(release: str) -> list[str]:
+def toolkit_wheels(release: str) -> list[str]:
     """The requirements that make up a toolkit; without the pin, parts of different releases come.
 
     Raises:
         Failure: there are none with a compiler for this release.
     """
-    if numbers(release)[0] < _FIRST_WITH_NVCC:
-        raise Failure(
+    if parse_version(release)[0] < _FIRST_WITH_NVCC:
+        raise CliError(
             f"no toolkit of CUDA {release} that serves, and its wheels have no nvcc (those of CUDA "
             f"{_FIRST_WITH_NVCC} have)",
             f"load or install a CUDA {release} toolkit and set HOROVOD_CUDA_HOME to it, or install a "
             f"framework that is built with CUDA {_FIRST_WITH_NVCC}",
         )
-    return [f"{name}=={'.'.join(str(part) for part in numbers(release))}.*" for name in _WHEELS]
+    return [f"{name}=={'.'.join(str(part) for part in parse_version(release))}.*" for name in _WHEELS]
 
 
-def assemble(release: str, cache: Path, pip: Callable[[list[str]], None]) -> Toolkit:
+def build_toolkit(release: str, cache: Path, pip: Callable[[list[str]], None]) -> Toolkit:
     """Make a toolkit of wheels in ``cache``/``release``, which appears whole or not at all.
 
     Args:
@@ -195,19 +195,19 @@ def assemble(release: str, cache: Path, pip: Callable[[list[str]], None]) -> Too
         return Toolkit(release, "wheels", home)
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="toolkit-", dir=cache) as folder:
-        pip(["--no-deps", "--target", folder, *wheels(release)])
+        pip(["--no-deps", "--target", folder, *toolkit_wheels(release)])
         trees = [tree for tree in Path(folder).glob("nvidia/*") if (tree / "bin" / "nvcc").exists()]
         if len(trees) != 1:
-            raise Failure(f"the wheels {', '.join(wheels(release))} hold no bin/nvcc",
-                          "load or install a toolkit and set HOROVOD_CUDA_HOME to it")
-        name_for_linkers(trees[0] / "lib")
+            raise CliError(f"the wheels {', '.join(toolkit_wheels(release))} hold no bin/nvcc",
+                           "load or install a toolkit and set HOROVOD_CUDA_HOME to it")
+        add_linker_names(trees[0] / "lib")
         (trees[0] / "lib64").symlink_to("lib")
         shutil.rmtree(home, ignore_errors=True)
         os.replace(trees[0], home)
     return Toolkit(release, "wheels", home)
 
 
-def name_for_linkers(folder: Path) -> None:
+def add_linker_names(folder: Path) -> None:
     """Beside each ``libx.so.13`` of ``folder`` the ``libx.so`` that a linker asks for."""
     for library in sorted(folder.glob("lib*.so.*")):
         plain = folder / f"{library.name.split('.so.')[0]}.so"

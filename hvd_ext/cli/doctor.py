@@ -8,10 +8,10 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from hvd_ext.cli.console import Failure, err, out
-from hvd_ext.cli.facts import collect
+from hvd_ext.cli.console import CliError, stderr_console, stdout_console
+from hvd_ext.cli.diagnosis import diagnose, usable_frameworks
+from hvd_ext.cli.environment import collect_facts
 from hvd_ext.cli.finding import Finding, Level
-from hvd_ext.cli.findings import judge, usable
 from hvd_ext.cli.selftest import allreduce
 from hvd_ext.versions import HVD_EXT
 
@@ -22,7 +22,7 @@ SIGNS: dict[Level, str] = {
 }
 
 
-def register(subcommands: Any) -> None:
+def add_subcommand(subcommands: Any) -> None:
     """Add the subcommand to ``hvd-ext``."""
     parser = subcommands.add_parser(
         "doctor",
@@ -39,18 +39,18 @@ def register(subcommands: Any) -> None:
         metavar="SECONDS",
         help="limit of each two-rank run, after which it is killed (default: %(default)g)",
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run_command)
 
 
-def run(args: argparse.Namespace) -> int:
+def run_command(args: argparse.Namespace) -> int:
     """Print the findings; 1 when one of them is a problem."""
     if not args.timeout > 0:
-        raise Failure(f"--timeout must be above 0 seconds, got {args.timeout:g}", "leave it out")
-    if err().is_terminal:
-        with err().status("Looking around ..."):
-            findings = examine(selftest=not args.no_selftest, limit=args.timeout)
+        raise CliError(f"--timeout must be above 0 seconds, got {args.timeout:g}", "leave it out")
+    if stderr_console().is_terminal:
+        with stderr_console().status("Looking around ..."):
+            findings = run_diagnosis(selftest=not args.no_selftest, limit=args.timeout)
     else:
-        findings = examine(selftest=not args.no_selftest, limit=args.timeout)
+        findings = run_diagnosis(selftest=not args.no_selftest, limit=args.timeout)
     problems = [finding for finding in findings if finding.level == "problem"]
     if args.json:
         report = {
@@ -58,24 +58,24 @@ def run(args: argparse.Namespace) -> int:
             "ok": not problems,
             "findings": [asdict(finding) for finding in findings],
         }
-        out().print_json(json.dumps(report))
+        stdout_console().print_json(json.dumps(report))
     else:
-        _print(findings, len(problems))
+        _print_findings(findings, len(problems))
     return 1 if problems else 0
 
 
-def examine(*, selftest: bool, limit: float) -> list[Finding]:
+def run_diagnosis(*, selftest: bool, limit: float) -> list[Finding]:
     """All findings about this machine, those of the two-rank runs last."""
-    facts = collect()
-    findings = judge(facts)
+    facts = collect_facts()
+    findings = diagnose(facts)
     if selftest and not any(finding.level == "problem" for finding in findings):
-        findings += [allreduce(facts, framework, limit) for framework in usable(facts)]
+        findings += [allreduce(facts, framework, limit) for framework in usable_frameworks(facts)]
     elif selftest:
         findings.append(Finding("Self-test", "left out until the problems are fixed", "note"))
     return findings
 
 
-def _print(findings: list[Finding], problems: int) -> None:
+def _print_findings(findings: list[Finding], problems: int) -> None:
     table = Table(title=f"hvd-ext {HVD_EXT}")
     for heading in ("", "found", "", "what to do"):
         table.add_column(heading, overflow="fold")
@@ -83,7 +83,7 @@ def _print(findings: list[Finding], problems: int) -> None:
         table.add_row(
             finding.subject, escape(finding.value), SIGNS[finding.level], escape(finding.remedy)
         )
-    console = out()
+    console = stdout_console()
     console.print(table)
     for finding in findings:
         if finding.level == "problem":

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvd_ext.cli import cuda
-from hvd_ext.cli.console import Failure
+from hvd_ext.cli.console import CliError
 
 # Any of these is the user's own choice of GPU operations.
 OPERATIONS = (
@@ -62,17 +62,18 @@ class GpuPlan:
         """Folders relative to Horovod's libraries, which lie in horovod/torch and horovod/tensorflow."""
         if self.nccl is None:
             return []
-        major = cuda.numbers(self.release)[0]
+        major = cuda.parse_version(self.release)[0]
         return ["$ORIGIN/../../nvidia/nccl/lib", f"$ORIGIN/../../nvidia/cu{major}/lib"]
 
 
-def asked(environ: Mapping[str, str]) -> bool:
+def is_requested(environ: Mapping[str, str]) -> bool:
     """Whether the user's variables ask for GPU operations."""
     return any(environ.get(name) for name in OPERATIONS)
 
 
-def decide(flag: bool | None, frameworks: Mapping[str, str], cache: Path,
-           environ: Mapping[str, str] = os.environ, origin: str = "auto") -> tuple[GpuPlan | None, str]:
+def decide_operations(flag: bool | None, frameworks: Mapping[str, str], cache: Path,
+                      environ: Mapping[str, str] = os.environ, origin: str = "auto") -> tuple[GpuPlan | None,
+                                                                                              str]:
     """The GPU operations to build, None for CPU operations; and in words why.
 
     Args:
@@ -87,24 +88,25 @@ def decide(flag: bool | None, frameworks: Mapping[str, str], cache: Path,
     if flag is False:
         named = [name for name in OPERATIONS if environ.get(name)]
         if named:
-            raise Failure(f"--no-gpu, but {named[0]}={environ[named[0]]}",
-                          f"unset {named[0]}, or leave --no-gpu out")
+            raise CliError(f"--no-gpu, but {named[0]}={environ[named[0]]}",
+                           f"unset {named[0]}, or leave --no-gpu out")
         return None, "CPU operations: --no-gpu"
-    wanted = bool(flag) or asked(environ)
+    wanted = bool(flag) or is_requested(environ)
     if environ.get("HOROVOD_GPU", "CUDA") != "CUDA":
         return None, f"GPU operations as the variables say: HOROVOD_GPU={environ['HOROVOD_GPU']}"
     if not wanted and not cuda.gpu_visible():
         return None, "CPU operations: no NVIDIA GPU is visible (--gpu builds for one all the same)"
     try:
-        plan = _plan(frameworks, cache, environ, origin)
-    except Failure as failure:
+        plan = _plan_operations(frameworks, cache, environ, origin)
+    except CliError as failure:
         if wanted:
             raise
         return None, f"CPU operations: {failure}. {failure.remedy}"
     return plan, f"GPU operations for CUDA {plan.release}; toolkit {plan.toolkit.release}: {plan.reason}"
 
 
-def _plan(frameworks: Mapping[str, str], cache: Path, environ: Mapping[str, str], origin: str) -> GpuPlan:
+def _plan_operations(frameworks: Mapping[str, str], cache: Path, environ: Mapping[str, str],
+                     origin: str) -> GpuPlan:
     """GPU operations for these frameworks.
 
     Raises:
@@ -119,7 +121,7 @@ def _plan(frameworks: Mapping[str, str], cache: Path, environ: Mapping[str, str]
         return GpuPlan(release, toolkit, None, reason)
     nccl = nccl_wheel()
     if nccl is None and toolkit.origin == "wheels" and _uses_nccl(environ):
-        raise Failure("no NCCL came with the frameworks", "set HOROVOD_NCCL_HOME to one")
+        raise CliError("no NCCL came with the frameworks", "set HOROVOD_NCCL_HOME to one")
     return GpuPlan(release, toolkit, nccl, reason)
 
 
@@ -131,17 +133,17 @@ def _same_release(releases: Mapping[str, str | None]) -> None:
     """
     without = [name for name, release in releases.items() if release is None]
     if len(without) == len(releases):
-        raise Failure(f"no GPU operations: {' and '.join(without)} is built for the CPU",
-                      "install a CUDA build of the framework (pip's own torch is one)")
+        raise CliError(f"no GPU operations: {' and '.join(without)} is built for the CPU",
+                       "install a CUDA build of the framework (pip's own torch is one)")
     if without:
         other = "TENSORFLOW" if without == ["tensorflow"] else "PYTORCH"
-        raise Failure(f"{without[0]} is built for the CPU, and one Horovod with GPU operations serves "
-                      "frameworks with CUDA only",
-                      f"HOROVOD_WITHOUT_{other}=1 hvd-ext install-horovod --gpu, or install its CUDA build")
-    if len({cuda.numbers(release)[0] for release in releases.values() if release}) > 1:
+        raise CliError(f"{without[0]} is built for the CPU, and one Horovod with GPU operations serves "
+                       "frameworks with CUDA only",
+                       f"HOROVOD_WITHOUT_{other}=1 hvd-ext install-horovod --gpu, or install its CUDA build")
+    if len({cuda.parse_version(release)[0] for release in releases.values() if release}) > 1:
         told = " and ".join(f"{name} with CUDA {release}" for name, release in releases.items())
-        raise Failure(f"{told}: one Horovod cannot serve two major releases",
-                      "use one environment for each, or HOROVOD_WITHOUT_TENSORFLOW=1")
+        raise CliError(f"{told}: one Horovod cannot serve two major releases",
+                       "use one environment for each, or HOROVOD_WITHOUT_TENSORFLOW=1")
 
 
 def nccl_wheel() -> Nccl | None:
@@ -162,7 +164,7 @@ def _uses_nccl(environ: Mapping[str, str]) -> bool:
     return not chosen or "NCCL" in chosen
 
 
-def variables(plan: GpuPlan, shop: Path, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+def build_variables(plan: GpuPlan, shop: Path, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Variables of the build alone.
 
     Args:
@@ -177,7 +179,7 @@ def variables(plan: GpuPlan, shop: Path, environ: Mapping[str, str] = os.environ
         "HOROVOD_CUDA_HOME": str(home),
         "PATH": f"{home / 'bin'}{os.pathsep}{environ.get('PATH', '')}",
     }
-    if not asked(environ):
+    if not is_requested(environ):
         found["HOROVOD_GPU_OPERATIONS"] = "NCCL"
     if plan.nccl is not None:
         links = shop / "nccl"
@@ -185,7 +187,7 @@ def variables(plan: GpuPlan, shop: Path, environ: Mapping[str, str] = os.environ
         (links / "include").symlink_to(plan.nccl.home / "include")
         for library in (plan.nccl.home / "lib").glob("libnccl.so*"):
             (links / "lib" / library.name).symlink_to(library)
-        cuda.name_for_linkers(links / "lib")
+        cuda.add_linker_names(links / "lib")
         found["HOROVOD_NCCL_HOME"] = str(links)
         found["HOROVOD_NCCL_LINK"] = "SHARED"
     return found

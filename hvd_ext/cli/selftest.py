@@ -7,9 +7,9 @@ import sys
 import tempfile
 from typing import IO
 
-from hvd_ext.cli.facts import Facts
+from hvd_ext.cli.diagnosis import TITLES
+from hvd_ext.cli.environment import Facts
 from hvd_ext.cli.finding import REBUILD, Finding
-from hvd_ext.cli.findings import TITLES
 
 RANKS = 2
 DONE = "hvd-ext-selftest"
@@ -108,11 +108,11 @@ def run_limited(command: list[str], limit: float) -> tuple[int | None, str]:
         except subprocess.TimeoutExpired:
             status = None
         finally:
-            _end(process)
-        return status, _read(output)
+            _end_process(process)
+        return status, _read_file(output)
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
+def _end_process(process: "subprocess.Popen[bytes]") -> None:
     """Ask a launcher and its ranks to end, then make them."""
     for number, patience in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
         if process.poll() is not None:
@@ -124,6 +124,6 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
             continue
 
 
-def _read(file: IO[str]) -> str:
+def _read_file(file: IO[str]) -> str:
     file.seek(0)
     return file.read()

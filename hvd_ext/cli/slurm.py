@@ -36,10 +36,10 @@ def look_for_slurm(srun: str | None, mpirun: str | None, open_mpi: int) -> Slurm
     """
     if srun is None:
         return None
-    return Slurm(srun, kinds(toolchain.printed([srun, "--mpi=list"])), _has_pmix(mpirun, open_mpi))
+    return Slurm(srun, parse_kinds(toolchain.output_of([srun, "--mpi=list"])), _has_pmix(mpirun, open_mpi))
 
 
-def kinds(listed: str) -> tuple[str, ...]:
+def parse_kinds(listed: str) -> tuple[str, ...]:
     """The names in what ``srun --mpi=list`` prints, which differs from version to version.
 
     Old versions write "srun: pmix" a line, newer ones the name alone, and "specific pmix plugin
@@ -60,12 +60,12 @@ def _has_pmix(mpirun: str | None, open_mpi: int) -> bool | None:
         return None
     if open_mpi >= 5:
         return True  # it cannot be built without
-    listed = toolchain.printed([str(Path(mpirun).parent / "ompi_info"), "--parsable"])
+    listed = toolchain.output_of([str(Path(mpirun).parent / "ompi_info"), "--parsable"])
     names = {line.split(":")[2] for line in listed.splitlines() if line.startswith("mca:pmix:")}
     return bool(names - _OTHER) if names else None
 
 
-def finding(slurm: Slurm, mpi: bool) -> Finding:
+def pmix_finding(slurm: Slurm, mpi: bool) -> Finding:
     """Whether ``srun --mpi=pmix`` starts Horovod's ranks here.
 
     Args:
@@ -76,7 +76,8 @@ def finding(slurm: Slurm, mpi: bool) -> Finding:
         value = "Horovod is built without MPI: ranks of srun would not know each other"
         return Finding("SLURM", value, "note", REBUILD)
     if not any(kind.startswith("pmix") for kind in slurm.kinds):
-        return Finding("SLURM", f"srun has no PMIx, it knows {', '.join(slurm.kinds) or 'nothing'}", "note",
+        return Finding("SLURM", f"srun has no PMIx, it knows {', '.join(slurm.kinds) or 'nothing'}",
+                       "note",
                        inside)
     if slurm.pmix is False:
         return Finding("SLURM", "srun has PMIx, but this Open MPI is built without", "note", inside)

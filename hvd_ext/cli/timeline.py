@@ -12,7 +12,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from hvd_ext.cli.console import Failure, out
+from hvd_ext.cli.console import CliError, stdout_console
 
 Event = dict[str, Any]
 _BETWEEN = re.compile(r"[\s,]*")
@@ -57,7 +57,7 @@ class Summary:
         return 0.0 if self.first is None or self.last is None else (self.last - self.first) / 1e6
 
 
-def register(subcommands: Any) -> None:
+def add_subcommand(subcommands: Any) -> None:
     """Add the subcommand to ``hvd-ext``."""
     parser = subcommands.add_parser(
         "timeline",
@@ -68,32 +68,32 @@ def register(subcommands: Any) -> None:
     parser.add_argument("file", type=Path, help="the timeline")
     parser.add_argument("--repair", type=Path, metavar="OUT", help="write a complete timeline to OUT")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run_command)
 
 
-def run(args: argparse.Namespace) -> int:
+def run_command(args: argparse.Namespace) -> int:
     """Mend, if asked to, and print the summary."""
     try:
         text = args.file.read_text(errors="replace")
     except OSError as error:
-        raise Failure(f"{args.file} cannot be read: {error}",
-                      "pass the file that HOROVOD_TIMELINE named; rank 0 writes it") from error
+        raise CliError(f"{args.file} cannot be read: {error}",
+                       "pass the file that HOROVOD_TIMELINE named; rank 0 writes it") from error
     if args.repair is not None and args.repair.resolve() == args.file.resolve():
-        raise Failure(f"--repair {args.repair} is the timeline itself", "name another file")
-    events, whole = read(text)
+        raise CliError(f"--repair {args.repair} is the timeline itself", "name another file")
+    events, whole = read_timeline(text)
     if not events:
-        raise Failure(f"{args.file} has no whole event", "pass the file that HOROVOD_TIMELINE named")
+        raise CliError(f"{args.file} has no whole event", "pass the file that HOROVOD_TIMELINE named")
     if args.repair is not None:
-        write(events, args.repair)
-    summary = summarise(events)
+        write_timeline(events, args.repair)
+    summary = summarize_events(events)
     if args.json:
-        out().print_json(json.dumps(as_json(summary, len(events), whole)))
+        stdout_console().print_json(json.dumps(as_json(summary, len(events), whole)))
     else:
-        show(summary, len(events), whole, args)
+        show_summary(summary, len(events), whole, args)
     return 0
 
 
-def read(text: str) -> tuple[list[Event], bool]:
+def read_timeline(text: str) -> tuple[list[Event], bool]:
     """The whole events of a timeline, and whether the file is complete.
 
     Horovod writes a closing bracket behind every event and overwrites it with the next; a run that is
@@ -105,7 +105,7 @@ def read(text: str) -> tuple[list[Event], bool]:
     start = _BETWEEN.match(text)
     at = start.end() if start else 0
     if text[at : at + 1] != "[":
-        raise Failure("this is no timeline: it does not begin with [", "pass what HOROVOD_TIMELINE named")
+        raise CliError("this is no timeline: it does not begin with [", "pass what HOROVOD_TIMELINE named")
     events: list[Event] = []
     decoder = json.JSONDecoder()
     at += 1
@@ -116,19 +116,19 @@ def read(text: str) -> tuple[list[Event], bool]:
         if text[at] == "]":
             rest = text[at + 1 :].strip()
             if rest:
-                raise Failure(f"{len(rest)} characters behind the closing bracket", "pass one timeline only")
+                raise CliError(f"{len(rest)} characters behind the closing bracket", "pass one timeline only")
             return events, True
         try:
             event, at = decoder.raw_decode(text, at)
         except ValueError as error:
             if "\n{" in text[at:] or "},{" in text[at:]:
-                raise Failure(
+                raise CliError(
                     f"the timeline is broken at character {at}, with whole events behind it: {error}",
                     "two runs may have written to the same file: give each one its own",
                 ) from error
             return events, False
         if not isinstance(event, dict) or "ph" not in event:
-            raise Failure(f"no event of a timeline: {str(event)[:80]}", "pass what HOROVOD_TIMELINE named")
+            raise CliError(f"no event of a timeline: {str(event)[:80]}", "pass what HOROVOD_TIMELINE named")
         events.append(event)
 
 
@@ -137,18 +137,18 @@ def _after_blanks(text: str, at: int) -> int:
     return match.end() if match else at
 
 
-def write(events: Iterable[Event], path: Path) -> None:
+def write_timeline(events: Iterable[Event], path: Path) -> None:
     """A complete timeline, one event a line."""
     path.write_text("[\n" + ",\n".join(json.dumps(event) for event in events) + "\n]\n")
 
 
-def group(tensor: str) -> str:
+def group_of(tensor: str) -> str:
     """Which part of this package a tensor's name belongs to; ``THEIRS`` for everything else."""
     match = _OURS.search(tensor)
     return next(name for name in match.groups() if name) if match else THEIRS
 
 
-def summarise(events: Iterable[Event]) -> Summary:
+def summarize_events(events: Iterable[Event]) -> Summary:
     """Time by group and phase. Tensors overlap: a sum over them is no time by the clock."""
     summary = Summary()
     tensors: dict[int, str] = {}
@@ -167,19 +167,19 @@ def summarise(events: Iterable[Event]) -> Summary:
             stacks[tensor].append((event.get("name", ""), now))
         elif kind == "E" and stacks[tensor]:
             name, since = stacks[tensor].pop()
-            _add(summary, group(tensors.get(tensor, "")), name, len(stacks[tensor]), now - since)
+            _add_time(summary, group_of(tensors.get(tensor, "")), name, len(stacks[tensor]), now - since)
     summary.unended = sum(len(stack) for stack in stacks.values())
     return summary
 
 
-def _add(summary: Summary, part: str, name: str, depth: int, micros: int) -> None:
+def _add_time(summary: Summary, part: str, name: str, depth: int, micros: int) -> None:
     phase = summary.phases.setdefault(part, {}).setdefault(name, Phase(depth))
     phase.count += 1
     phase.micros += micros
     phase.longest = max(phase.longest, micros)
 
 
-def rows(summary: Summary) -> Iterator[tuple[str, str, Phase]]:
+def summary_rows(summary: Summary) -> Iterator[tuple[str, str, Phase]]:
     """Group, name and phase, the groups that took longest first; operations before their parts."""
     def whole(part: str) -> int:
         return sum(phase.micros for phase in summary.phases[part].values() if phase.depth == 0)
@@ -196,22 +196,22 @@ def as_json(summary: Summary, events: int, whole: bool) -> dict[str, Any]:
         "complete": whole, "events": events, "seconds": summary.seconds, "unended": summary.unended,
         "phases": [{"group": part, "phase": name, "part_of_operation": phase.depth > 0, "count": phase.count,
                     "seconds": phase.micros / 1e6, "longest": phase.longest / 1e6}
-                   for part, name, phase in rows(summary)],
+                   for part, name, phase in summary_rows(summary)],
     }
 
 
-def show(summary: Summary, events: int, whole: bool, args: argparse.Namespace) -> None:
+def show_summary(summary: Summary, events: int, whole: bool, args: argparse.Namespace) -> None:
     """The summary for people."""
     table = Table(title=f"{events} events in {summary.seconds:.3f} s")
     for heading in ("whose", "phase", "times", "s in all", "ms each", "longest"):
         table.add_column(heading, no_wrap=True)
     last = ""
-    for part, name, phase in rows(summary):
+    for part, name, phase in summary_rows(summary):
         shown = ("  " * phase.depth) + escape(name)
         table.add_row(part if part != last else "", shown, str(phase.count), f"{phase.micros / 1e6:.3f}",
                       f"{phase.micros / 1e3 / phase.count:.3f}", f"{phase.longest / 1e3:.3f}")
         last = part
-    console = out()
+    console = stdout_console()
     console.print(table)
     console.print("Sums are over tensors, which overlap; indented phases are parts of an operation.")
     if summary.unended:

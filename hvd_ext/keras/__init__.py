@@ -4,12 +4,12 @@ It is :mod:`hvd_ext.tensorflow.keras`, module by module, and what ``horovod.kera
 ``DistributedOptimizer`` takes its arguments in the order of ``horovod.keras``.
 """
 
-from hvd_ext import aliases
+from hvd_ext.horovod_api import aliases
 from hvd_ext.tensorflow.keras import *  # noqa: F403
 from hvd_ext.tensorflow.keras import callbacks, elastic  # noqa: F401
 from hvd_ext.tensorflow.optimizer import (
     StandaloneKerasDistributedOptimizer as DistributedOptimizer,  # noqa: F401
 )
 
-aliases.offer(__name__, "hvd_ext.tensorflow.keras")
-__getattr__ = aliases.names_of(__name__, "horovod.keras")
+aliases.alias_package(__name__, "hvd_ext.tensorflow.keras")
+__getattr__ = aliases.module_getattr(__name__, "horovod.keras")

@@ -13,7 +13,7 @@ VARIABLE = "HVD_EXT_KERNELS"
 CHOICES = ("auto", "plain", "triton")
 
 
-def choice() -> str:
+def kernel_choice() -> str:
     """What ``HVD_EXT_KERNELS`` says: "auto", the default, "plain", or "triton": on CUDA tensors too.
 
     Raises:
@@ -26,9 +26,9 @@ def choice() -> str:
     return said
 
 
-def usable() -> bool:
+def kernels_usable() -> bool:
     """Whether the compiled loops are to be used; the first call imports Numba."""
-    if choice() == "plain":
+    if kernel_choice() == "plain":
         return False
     from hvd_ext.kernels import compiler
 

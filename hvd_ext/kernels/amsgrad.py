@@ -7,15 +7,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hvd_ext.kernels.compiler import BLOCK, compiled, fma
+from hvd_ext.kernels.compiler import BLOCK_NUMEL, compile_loop, fma
 
 Array = NDArray[Any]
 
 
-@compiled
-def update(w: Array, gradient: Array, moment: Array, square: Array, largest: Array, start: int, stop: int, *,
-           lr: Any, beta1: Any, fresh1: Any, beta2: Any, fresh2: Any, eps: Any, shrink: Any, decay: Any,
-           sign: Any) -> None:
+@compile_loop
+def update_amsgrad(w: Array, gradient: Array, moment: Array, square: Array, largest: Array, start: int,
+                   stop: int, *,
+                   lr: Any, beta1: Any, fresh1: Any, beta2: Any, fresh2: Any, eps: Any, shrink: Any,
+                   decay: Any,
+                   sign: Any) -> None:
     """Elements ``start`` to ``stop`` of flat arrays (n,) of one dtype, in place but for the gradient.
 
     Args:
@@ -25,9 +27,9 @@ def update(w: Array, gradient: Array, moment: Array, square: Array, largest: Arr
         decay: how much of the weights is added to the gradient.
         sign: 1, or -1 to maximize.
     """
-    root = np.empty(BLOCK, w.dtype)
-    for begin in range(start, stop, BLOCK):
-        end = min(begin + BLOCK, stop)
+    root = np.empty(BLOCK_NUMEL, w.dtype)
+    for begin in range(start, stop, BLOCK_NUMEL):
+        end = min(begin + BLOCK_NUMEL, stop)
         size = end - begin
         weight, g, m = w[begin:end], gradient[begin:end], moment[begin:end]
         v, most = square[begin:end], largest[begin:end]

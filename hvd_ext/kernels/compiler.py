@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 Loop = TypeVar("Loop", bound=Callable[..., Any])
 
-BLOCK = 2048
+BLOCK_NUMEL = 2048
 """Elements that loops of several passes take at a time: six arrays of them stay in a first-level cache."""
 
 PROBLEM: str | None = None
@@ -26,7 +26,7 @@ except ImportError as error:  # also where it is installed and refuses this NumP
     PROBLEM = str(error)
 
 
-def compiled(loop: Loop) -> Loop:
+def compile_loop(loop: Loop) -> Loop:
     """The loop, compiled for the types of its first call; as it is without Numba.
 
     Nothing is reordered and no product is merged with a sum but where ``fma`` says so, so that results are
@@ -52,26 +52,26 @@ if numba is not None:
         return a(a, b, c), lambda context, builder, signature, arguments: builder.fma(*arguments)
 
     @numba.extending.intrinsic  # type: ignore[untyped-decorator]
-    def _pointer(typing: Any, address: Any) -> Any:
+    def _to_pointer(typing: Any, address: Any) -> Any:
         def cast(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
         return numba.types.voidptr(numba.types.intp), cast
 
     @numba.njit  # type: ignore[untyped-decorator]
-    def at(address: Any, size: Any, like: Any) -> Any:
+    def array_at(address: Any, size: Any, like: Any) -> Any:
         """The ``size`` elements from an address on, of an array's dtype."""
-        return numba.carray(_pointer(address), size, like.dtype)
+        return numba.carray(_to_pointer(address), size, like.dtype)
 else:
     def fma(a: Any, b: Any, c: Any) -> Any:
         """``a * b + c``."""
         return a * b + c
 
-    def at(address: Any, size: Any, like: Any) -> Any:
+    def array_at(address: Any, size: Any, like: Any) -> Any:
         """Only compiled loops read from addresses."""
         raise ImportError(f"needs Numba: {PROBLEM}")
 
 
-def addresses(rows: list[NDArray[Any]]) -> NDArray[np.intp]:
+def row_addresses(rows: list[NDArray[Any]]) -> NDArray[np.intp]:
     """Where rows begin in memory, (M,), for loops over any number of them."""
     return np.array([row.ctypes.data for row in rows], dtype=np.intp)

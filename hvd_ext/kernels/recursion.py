@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hvd_ext.kernels.compiler import BLOCK, at, compiled, fma
+from hvd_ext.kernels.compiler import BLOCK_NUMEL, array_at, compile_loop, fma
 
 Array = NDArray[Any]
 
 
-@compiled
+@compile_loop
 def compensated_sum(rows: NDArray[np.intp], mean_square: Array, out: Array, start: int, stop: int, *,
                     adaptive: bool, cumulative: bool, decay: Any, fresh: Any, eps: Any, strength: Any,
                     divisor: Any) -> None:
@@ -27,13 +27,13 @@ def compensated_sum(rows: NDArray[np.intp], mean_square: Array, out: Array, star
         out: (n,) float32 or float64; may be one of the rows.
         decay, fresh, eps, strength, divisor: scalars of that dtype; strength is negative.
     """
-    total = np.empty(BLOCK, out.dtype)
+    total = np.empty(BLOCK_NUMEL, out.dtype)
     one = divisor / divisor
-    for begin in range(start, stop, BLOCK):
-        size = min(BLOCK, stop - begin)
+    for begin in range(start, stop, BLOCK_NUMEL):
+        size = min(BLOCK_NUMEL, stop - begin)
         target = out[begin:begin + size]
         for number in range(rows.size):
-            g = at(rows[number], stop, out)[begin:begin + size]
+            g = array_at(rows[number], stop, out)[begin:begin + size]
             first = number == 0
             if adaptive:
                 ms = mean_square[begin:begin + size]

@@ -7,25 +7,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hvd_ext.kernels.compiler import BLOCK, compiled
+from hvd_ext.kernels.compiler import BLOCK_NUMEL, compile_loop
 
 Array = NDArray[Any]
 
 
-@compiled
-def update(w: Array, gradient: Array, w_bak: Array, mean_square: Array, velocity: Array, *, compensates: bool,
-           adaptive: bool, moves: bool, lr: Any, momentum: Any, lam: Any, decay: Any, fresh: Any,
-           eps: Any) -> None:
-    """:func:`hvd_ext.delay.async_rules.apply_update`, bit for bit; then ``w_bak`` holds the new weights too.
+@compile_loop
+def update_weights(w: Array, gradient: Array, w_bak: Array, mean_square: Array, velocity: Array, *,
+                   compensates: bool,
+                   adaptive: bool, moves: bool, lr: Any, momentum: Any, lam: Any, decay: Any, fresh: Any,
+                   eps: Any) -> None:
+    """:func:`hvd_ext.reducers.delay_compensation.update_rules.apply_update`, bit for bit; then ``w_bak``
+    holds the new weights too.
 
     Args:
         w, gradient, w_bak: (n,) of one dtype, float32 or float64.
         mean_square, velocity: the same; any array of the dtype where the rule or ``moves`` has no use for it.
         lr, momentum, lam, decay, fresh, eps: scalars of that dtype; ``fresh`` is 1 - decay.
     """
-    step = np.empty(BLOCK, w.dtype)
-    for begin in range(0, w.size, BLOCK):
-        end = min(begin + BLOCK, w.size)
+    step = np.empty(BLOCK_NUMEL, w.dtype)
+    for begin in range(0, w.size, BLOCK_NUMEL):
+        end = min(begin + BLOCK_NUMEL, w.size)
         size = end - begin
         now, old, g = w[begin:end], w_bak[begin:end], gradient[begin:end]
         if adaptive:

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hvd_ext.kernels.compiler import compiled
+from hvd_ext.kernels.compiler import compile_loop
 
 GROUP = 32  # entries that are looked at together: most groups hold none
 
 
-@compiled
-def _above(flat: NDArray[Any], threshold: Any, found: NDArray[np.int64], magnitudes: NDArray[Any]) -> int:
+@compile_loop
+def _scan_above(flat: NDArray[Any], threshold: Any, found: NDArray[np.int64],
+                magnitudes: NDArray[Any]) -> int:
     """How many there are; as many of their positions and magnitudes as there is place for."""
     count = 0
     zero = threshold == 0
@@ -44,8 +45,8 @@ def _above(flat: NDArray[Any], threshold: Any, found: NDArray[np.int64], magnitu
     return count
 
 
-def above(flat: NDArray[Any], threshold: float,
-          expected: int) -> tuple[NDArray[np.int64], NDArray[Any]]:
+def find_above(flat: NDArray[Any], threshold: float,
+               expected: int) -> tuple[NDArray[np.int64], NDArray[Any]]:
     """Rising positions of magnitudes at or above a threshold, above it when it is zero; and these magnitudes.
 
     Args:
@@ -57,7 +58,7 @@ def above(flat: NDArray[Any], threshold: float,
     place = min(flat.size, expected + GROUP)
     while True:
         found, magnitudes = np.empty(place, np.int64), np.empty(place, flat.dtype)
-        count = _above(flat, least, found, magnitudes)
+        count = _scan_above(flat, least, found, magnitudes)
         if count <= place:
             return found[:count], magnitudes[:count]
         place = count

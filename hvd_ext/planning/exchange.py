@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hvd_ext.planning.links import Cluster
-from hvd_ext.planning.messages import moved
+from hvd_ext.planning.messages import collective_traffic
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class Exchange:
         stages: the first one during the backward pass.
         end: seconds of computing at the end, the update among it.
         beside: messages of the step before that travel during this step's compute.
-        late: the first stage's messages are sent when the step ends and waited for at the end of the
+        delayed: the first stage's messages are sent when the step ends and waited for at the end of the
             next one.
-        goes_on: with ``late``, further stages run beside the next step's backward pass, and not after it.
+        goes_on: with ``delayed``, further stages run beside the next step's backward pass, and not after it.
         refresh: messages of every ``update_freq``-th step, of which each step has its share.
     """
 
@@ -64,23 +64,25 @@ class Exchange:
     stages: tuple[Stage, ...]
     end: float = 0.0
     beside: tuple[Message, ...] = ()
-    late: bool = False
+    delayed: bool = False
     goes_on: bool = False
     refresh: tuple[Message, ...] = ()
     update_freq: int = 1
 
-    def messages(self) -> tuple[Message, ...]:
+    def all_messages(self) -> tuple[Message, ...]:
         """Of all stages."""
         return (*(one for stage in self.stages for one in stage.messages), *self.beside)
 
     def rank_bytes(self, cluster: Cluster) -> float:
         """Bytes in (and out) of each rank in a step, without those by which ranks agree."""
-        each = sum(moved(one.collective, one.size, cluster).rank for one in self.messages() if one.counted)
-        return each + sum(moved(one.collective, one.size, cluster).rank
+        each = sum(collective_traffic(one.collective, one.size, cluster).rank
+                   for one in self.all_messages() if one.counted)
+        return each + sum(collective_traffic(one.collective, one.size, cluster).rank
                           for one in self.refresh) / self.update_freq
 
     def link_bytes(self, cluster: Cluster) -> float:
         """Bytes in (and out) of each host's link in a step."""
-        each = sum(moved(one.collective, one.size, cluster).outer for one in self.messages() if one.counted)
-        return each + sum(moved(one.collective, one.size, cluster).outer
+        each = sum(collective_traffic(one.collective, one.size, cluster).outer
+                   for one in self.all_messages() if one.counted)
+        return each + sum(collective_traffic(one.collective, one.size, cluster).outer
                           for one in self.refresh) / self.update_freq

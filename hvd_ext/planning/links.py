@@ -27,11 +27,11 @@ class Link:
     latency_us: float = 20.0
 
     def __post_init__(self) -> None:
-        checks.number("gbps", self.gbps, low=0.0, open_low=True,
-                      hint="10 Gbit/s Ethernet is gbps=10")
-        checks.number("latency_us", self.latency_us, low=0.0)
+        checks.check_float("gbps", self.gbps, low=0.0, open_low=True,
+                           hint="10 Gbit/s Ethernet is gbps=10")
+        checks.check_float("latency_us", self.latency_us, low=0.0)
 
-    def seconds(self, moved: float, hops: int) -> float:
+    def transfer_seconds(self, moved: float, hops: int) -> float:
         """Time to move so many bytes in so many hops."""
         return moved / (self.gbps * 1e9 / 8) + hops * self.latency_us * 1e-6
 
@@ -66,17 +66,17 @@ class Cluster:
     measured: Mapping[str, Link] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        checks.whole("hosts", self.hosts, low=1)
-        checks.whole("ranks per host", self.per_host, low=1)
-        checks.flag("hierarchical", self.hierarchical)
-        checks.number("fixed_us", self.fixed_us, low=0.0)
+        checks.check_int("hosts", self.hosts, low=1)
+        checks.check_int("ranks per host", self.per_host, low=1)
+        checks.check_bool("hierarchical", self.hierarchical)
+        checks.check_float("fixed_us", self.fixed_us, low=0.0)
         for name in self.measured:
-            checks.choice("a measured collective", name, COLLECTIVES)
+            checks.check_choice("a measured collective", name, COLLECTIVES)
 
     @classmethod
-    def flat(cls, ranks: int, link: Link) -> Cluster:
+    def one_rank_per_host(cls, ranks: int, link: Link) -> Cluster:
         """``ranks`` hosts with one rank each."""
-        return cls(checks.whole("ranks", ranks, low=1), link)
+        return cls(checks.check_int("ranks", ranks, low=1), link)
 
     @property
     def ranks(self) -> int:

@@ -1,6 +1,7 @@
 """Links and work as they are where the ranks run now: ``hvd-ext plan --measure``.
 
-Every rank calls :func:`measure`. Collectives go through Horovod where it is installed, else through mpi4py.
+Every rank calls :func:`measure_cluster`. Collectives go through Horovod where it is installed, else through
+mpi4py.
 What is computed is timed on all ranks at once, so that ranks which share cores are measured sharing them.
 """
 
@@ -17,16 +18,16 @@ from typing import Any
 import numpy as np
 
 from hvd_ext import checks
+from hvd_ext.planning.backends import Backend, find_voice
+from hvd_ext.planning.compute_benchmark import time_compute
+from hvd_ext.planning.compute_costs import ComputeCosts
 from hvd_ext.planning.links import Cluster, Link
-from hvd_ext.planning.messages import moved
-from hvd_ext.planning.timed_work import timed_work
-from hvd_ext.planning.voices import Voice, find_voice
-from hvd_ext.planning.work import Work
+from hvd_ext.planning.messages import collective_traffic
 
-SIZES = (2**16, 2**19, 2**21, 2**23)  # bytes that move through a rank, about
-REPEATS = 5
-LONGEST = 4.0  # seconds for one size of one collective, after the first two
-SMALL = 30  # collectives of a few bytes
+MESSAGE_BYTES = (2**16, 2**19, 2**21, 2**23)  # bytes that move through a rank, about
+TIMED_CALLS = 5
+MAX_SECONDS_PER_SIZE = 4.0  # seconds for one size of one collective, after the first two
+SMALL_MESSAGES = 30  # collectives of a few bytes
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,13 @@ class Measured:
     """
 
     cluster: Cluster
-    work: Work
+    work: ComputeCosts
     points: Mapping[str, list[tuple[int, float]]]
     first: bool
 
 
-def measure(numel: int, ratio: float = 0.01, *, rank: int = 4, voice: Voice | None = None) -> Measured:
+def measure_cluster(numel: int, ratio: float = 0.01, *, rank: int = 4,
+                    voice: Backend | None = None) -> Measured:
     """Measure links and work; called on all ranks, all of which get the same figures.
 
     Args:
@@ -59,28 +61,28 @@ def measure(numel: int, ratio: float = 0.01, *, rank: int = 4, voice: Voice | No
         ValueError: a single rank, or ranks that are not evenly spread over the hosts.
         ImportError: neither is installed.
     """
-    checks.whole("params", numel, low=1)
+    checks.check_int("params", numel, low=1)
     voice = voice or find_voice()
     if voice.size == 1:
         raise ValueError("one rank has no link to measure; start two or more")
-    local = {int(one) for one in voice.gather([float(voice.local_size)]).ravel()}
+    local = {int(one) for one in voice.gather_values([float(voice.local_size)]).ravel()}
     if len(local) > 1:
         raise ValueError(f"the hosts have {sorted(local)} ranks; start as many on each of them")
     per_host = local.pop()
     shape = Cluster(voice.size // per_host, Link(1.0), per_host)
-    hop = _hop(voice)
-    small = _timed(voice, voice.prepare("allreduce", 4), SMALL)
-    ring = moved("allreduce", 4, shape)
+    hop = _measure_hop(voice)
+    small = _time_collective(voice, voice.prepare_collective("allreduce", 4), SMALL_MESSAGES)
+    ring = collective_traffic("allreduce", 4, shape)
     fixed = 0.0 if hop is None else max(0.0, small - hop * (ring.outer_hops + ring.inner_hops))
-    points = {name: _points(voice, name, numel)
+    points = {name: _measure_points(voice, name, numel)
               for name in ("allreduce", "allreduce_half", "allgather", "alltoall", "broadcast")}
-    links = {name: fitted(name, found, shape, fixed) for name, found in points.items()}
+    links = {name: fit_link(name, found, shape, fixed) for name, found in points.items()}
     plain = links["allreduce"]
     cluster = Cluster(shape.hosts, plain, per_host, plain, fixed_us=1e6 * fixed, measured=links)
-    return Measured(cluster, _work(voice, numel, ratio, rank), points, voice.rank == 0)
+    return Measured(cluster, _measure_compute(voice, numel, ratio, rank), points, voice.rank == 0)
 
 
-def fitted(collective: str, points: Sequence[tuple[int, float]], cluster: Cluster, fixed: float) -> Link:
+def fit_link(collective: str, points: Sequence[tuple[int, float]], cluster: Cluster, fixed: float) -> Link:
     """The link that a collective sees, from ``seconds = fixed + hops latency + bytes / speed``.
 
     The speed is that of least squares, to which large messages count most: links that are shaped let short
@@ -90,7 +92,7 @@ def fitted(collective: str, points: Sequence[tuple[int, float]], cluster: Cluste
         points: (bytes handed over, seconds).
         fixed: seconds that are no hop's.
     """
-    what = [moved(collective, size, cluster) for size, _ in points]
+    what = [collective_traffic(collective, size, cluster) for size, _ in points]
     taken = np.array([max(one.outer, one.inner) for one in what])
     seconds = np.array([second for _, second in points])
     rows = np.stack([np.ones_like(taken), taken], axis=1)
@@ -102,33 +104,34 @@ def fitted(collective: str, points: Sequence[tuple[int, float]], cluster: Cluste
     return Link(8e-9 / per_byte, 1e6 * max(0.0, float(begin) - fixed) / hops)
 
 
-def _points(voice: Voice, collective: str, numel: int) -> list[tuple[int, float]]:
+def _measure_points(voice: Backend, collective: str, numel: int) -> list[tuple[int, float]]:
     """Bytes handed over, and seconds, of some sizes up to the model's."""
     share = voice.size if collective == "allgather" else 1
     largest = numel * (2 if collective == "allreduce_half" else 4)
     found = []
-    for total in sorted({min(size, largest) for size in SIZES}):
+    for total in sorted({min(size, largest) for size in MESSAGE_BYTES}):
         nbytes = max(4 * voice.size, total // share)
-        found.append((nbytes, _timed(voice, voice.prepare(collective, nbytes), REPEATS)))
+        found.append((nbytes,
+                      _time_collective(voice, voice.prepare_collective(collective, nbytes), TIMED_CALLS)))
     return found
 
 
-def _timed(voice: Voice, call: Callable[[], Any], repeats: int) -> float:
+def _time_collective(voice: Backend, call: Callable[[], Any], repeats: int) -> float:
     """The median over calls of the slowest rank's seconds; the first calls are for memory and plans."""
     taken: list[float] = []
     for number in range(repeats + 2):
-        voice.barrier()
+        voice.wait_for_all()
         began = time.perf_counter()
         call()
-        slowest = float(voice.gather([time.perf_counter() - began]).max())  # the same on every rank
+        slowest = float(voice.gather_values([time.perf_counter() - began]).max())  # the same on every rank
         if number >= 2:
             taken.append(slowest)
-        if taken and sum(taken) > LONGEST:
+        if taken and sum(taken) > MAX_SECONDS_PER_SIZE:
             break
     return statistics.median(taken)
 
 
-def _hop(voice: Voice) -> float | None:
+def _measure_hop(voice: Backend) -> float | None:
     """Seconds of a hop to the next rank in a ring by MPI; None without mpi4py, or for ranks without MPI."""
     if importlib.util.find_spec("mpi4py") is None:
         return None
@@ -142,12 +145,12 @@ def _hop(voice: Voice) -> float | None:
         for _ in range(10):
             world.Sendrecv(out, dest=(here + 1) % size, recvbuf=back, source=(here - 1) % size)
 
-    return _timed(voice, ring, REPEATS) / 10
+    return _time_collective(voice, ring, TIMED_CALLS) / 10
 
 
-def _work(voice: Voice, numel: int, ratio: float, rank: int) -> Work:
+def _measure_compute(voice: Backend, numel: int, ratio: float, rank: int) -> ComputeCosts:
     """The slowest rank's figures, all ranks at work at once."""
-    mine = timed_work(numel, ratio, rank, voice.framework, voice.barrier)
+    mine = time_compute(numel, ratio, rank, voice.framework, voice.wait_for_all)
     names = list(mine.to_dict())
-    slowest = voice.gather(list(mine.to_dict().values())).max(axis=0)
-    return Work(**dict(zip(names, map(float, slowest), strict=True)))
+    slowest = voice.gather_values(list(mine.to_dict().values())).max(axis=0)
+    return ComputeCosts(**dict(zip(names, map(float, slowest), strict=True)))

@@ -26,7 +26,7 @@ _RINGS = {"allreduce": 2, "allreduce_half": 2, "reduce_scatter": 1}  # times aro
 
 
 @dataclass(frozen=True)
-class Moved:
+class Traffic:
     """What one collective moves.
 
     Attributes:
@@ -46,13 +46,13 @@ class Moved:
     in_turn: bool = False
 
 
-def moved(collective: str, size: float, cluster: Cluster) -> Moved:
+def collective_traffic(collective: str, size: float, cluster: Cluster) -> Traffic:
     """What a collective moves on a cluster; nothing on a single rank.
 
     Raises:
         ValueError: no such collective.
     """
-    checks.choice("collective", collective, COLLECTIVES)
+    checks.check_choice("collective", collective, COLLECTIVES)
     ranks, hosts, local = cluster.ranks, cluster.hosts, cluster.per_host
     times = _RINGS.get(collective, 1)
     hops = times * (ranks - 1)
@@ -66,26 +66,26 @@ def moved(collective: str, size: float, cluster: Cluster) -> Moved:
     if collective == "alltoall":
         away, within = local * (ranks - local) * size / ranks, (local - 1) * size / ranks
     if hosts == 1:
-        return Moved(rank, 0.0, rank, 0, hops)
+        return Traffic(rank, 0.0, rank, 0, hops)
     if local == 1:
-        return Moved(rank, rank, 0.0, hops, 0)
+        return Traffic(rank, rank, 0.0, hops, 0)
     if cluster.hierarchical:
-        return Moved(rank, away, within, times * (hosts - 1), times * (local - 1), in_turn=True)
+        return Traffic(rank, away, within, times * (hosts - 1), times * (local - 1), in_turn=True)
     if collective == "alltoall":
-        return Moved(rank, away, within, ranks - local, local - 1)
-    return Moved(rank, rank, rank, hops, 0)  # every step of the ring waits for a hop between hosts
+        return Traffic(rank, away, within, ranks - local, local - 1)
+    return Traffic(rank, rank, rank, hops, 0)  # every step of the ring waits for a hop between hosts
 
 
-def seconds(collective: str, size: float, cluster: Cluster) -> float:
+def collective_seconds(collective: str, size: float, cluster: Cluster) -> float:
     """How long a collective takes, once every rank has handed over its part."""
-    what = moved(collective, size, cluster)
+    what = collective_traffic(collective, size, cluster)
     if cluster.ranks == 1:
         return 0.0
     fixed = cluster.fixed_us * 1e-6
     link = cluster.measured.get(collective) or (
         cluster.measured.get("allreduce") if collective in _RINGS else None)
     if link is not None:
-        return fixed + link.seconds(max(what.outer, what.inner), what.outer_hops + what.inner_hops)
-    outer = cluster.outer.seconds(what.outer, what.outer_hops)
-    inner = cluster.inner.seconds(what.inner, what.inner_hops)
+        return fixed + link.transfer_seconds(max(what.outer, what.inner), what.outer_hops + what.inner_hops)
+    outer = cluster.outer.transfer_seconds(what.outer, what.outer_hops)
+    inner = cluster.inner.transfer_seconds(what.inner, what.inner_hops)
     return fixed + (outer + inner if what.in_turn else max(outer, inner))

@@ -17,10 +17,10 @@ import numpy.typing as npt
 from hvd_ext import checks
 from hvd_ext.planning.exchange import Exchange, Message
 from hvd_ext.planning.links import Cluster
-from hvd_ext.planning.messages import seconds
+from hvd_ext.planning.messages import collective_seconds
 from hvd_ext.planning.stragglers import Stragglers
 from hvd_ext.planning.workload import Workload
-from hvd_ext.topk.config import HOROVOD_FUSION_BYTES
+from hvd_ext.reducers.topk.config import HOROVOD_FUSION_BYTES
 
 STEPS = 200  # drawn of each way, where stragglers make them differ
 POINTS = 17  # factors at which the schedule is run; between them it is interpolated
@@ -54,7 +54,7 @@ class Queue:
         self.cluster = cluster
         self.free = busy
 
-    def serve(self, messages: Sequence[Message], ready: Sequence[float]) -> list[float]:
+    def serve_messages(self, messages: Sequence[Message], ready: Sequence[float]) -> list[float]:
         """When each message has arrived, given when each was ready on all ranks."""
         arrived: list[float] = []
         first = 0
@@ -66,7 +66,7 @@ class Queue:
                    and size + messages[last].size <= HOROVOD_FUSION_BYTES):
                 size += messages[last].size
                 last += 1
-            self.free = begin + seconds(kind, size, self.cluster)
+            self.free = begin + collective_seconds(kind, size, self.cluster)
             arrived += [self.free] * (last - first)
             first = last
         return arrived
@@ -94,7 +94,7 @@ def sent_at(messages: Sequence[Message], now: float) -> tuple[float, list[float]
     return now, ready
 
 
-def received(messages: Sequence[Message], arrived: Sequence[float], now: float) -> float:
+def received_time(messages: Sequence[Message], arrived: Sequence[float], now: float) -> float:
     """When a rank that waits from ``now`` on has dealt with all messages, in their order."""
     for message, time in zip(messages, arrived, strict=True):
         now = max(now, time) + message.after
@@ -105,23 +105,23 @@ def rest_of_step(exchange: Exchange, queue: Queue, now: float) -> float:
     """From the arrival of the first stage to the end of the step."""
     for stage in exchange.stages[1:]:
         now, ready = sent_at(stage.messages, now + stage.work)
-        now = received(stage.messages, queue.serve(stage.messages, ready), now)
+        now = received_time(stage.messages, queue.serve_messages(stage.messages, ready), now)
     return now + exchange.end
 
 
-def synchronous(exchange: Exchange, workload: Workload, cluster: Cluster, factor: float = 1.0) -> float:
+def synchronous_step(exchange: Exchange, workload: Workload, cluster: Cluster, factor: float = 1.0) -> float:
     """Seconds of a step that waits for its own exchange.
 
     Args:
         factor: by which the slowest rank's compute is longer.
     """
     queue = Queue(cluster)
-    beside = queue.serve(exchange.beside, [0.0] * len(exchange.beside))
+    beside = queue.serve_messages(exchange.beside, [0.0] * len(exchange.beside))
     messages = exchange.stages[0].messages
     now, ready = after_backward(exchange, workload, factor)
-    now = received(messages, queue.serve(messages, ready), now)
-    now = received(exchange.beside, beside, now)
-    refresh = sum(seconds(one.collective, one.size, cluster) for one in exchange.refresh)
+    now = received_time(messages, queue.serve_messages(messages, ready), now)
+    now = received_time(exchange.beside, beside, now)
+    refresh = sum(collective_seconds(one.collective, one.size, cluster) for one in exchange.refresh)
     return rest_of_step(exchange, queue, now) + refresh / exchange.update_freq
 
 
@@ -138,12 +138,12 @@ def beside_backward(exchange: Exchange, queue: Queue, arrived: Sequence[float],
         now = max(now, *arrived)
         through, ready = sent_at(stage.messages, now + stage.work)
         work += through - now
-        arrived, now = queue.serve(stage.messages, ready), through
+        arrived, now = queue.serve_messages(stage.messages, ready), through
     return work, arrived[-1]
 
 
-def late(exchange: Exchange, workload: Workload, cluster: Cluster,
-         factors: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def delayed_steps(exchange: Exchange, workload: Workload, cluster: Cluster,
+                  factors: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Seconds of each step that waits for the exchange of the step before.
 
     A rank goes on as soon as that has arrived, however slow others are at their own step; only an
@@ -173,15 +173,16 @@ def late(exchange: Exchange, workload: Workload, cluster: Cluster,
                 gone = np.full_like(gone, rest_of_step(exchange, queue, float(gone.max())) - exchange.end)
         begin = float(gone.max())
         through, ready = sent_at(messages, begin)
-        arrived = queue.serve(messages, ready)
+        arrived = queue.serve_messages(messages, ready)
         gone = gone + (through - begin) + exchange.end
         ends.append(float(gone.mean()))
     found: npt.NDArray[Any] = np.diff(ends)
     return found
 
 
-def simulate(exchange: Exchange, workload: Workload, cluster: Cluster, stragglers: Stragglers | None = None,
-             *, steps: int = STEPS, seed: int = 0) -> Result:
+def simulate_steps(exchange: Exchange, workload: Workload, cluster: Cluster,
+                   stragglers: Stragglers | None = None,
+                   *, steps: int = STEPS, seed: int = 0) -> Result:
     """Seconds of a step, by a Monte Carlo simulation where ranks straggle.
 
     Args:
@@ -193,22 +194,22 @@ def simulate(exchange: Exchange, workload: Workload, cluster: Cluster, straggler
     Raises:
         TypeError, ValueError: fewer than two steps, or a negative seed.
     """
-    checks.whole("steps", steps, low=2)
-    checks.whole("seed", seed, low=0)
+    checks.check_int("steps", steps, low=2)
+    checks.check_int("seed", seed, low=0)
     stragglers = stragglers or Stragglers()
     still = Workload(workload.shapes, 0.0, workload.forward)
     ranks = cluster.ranks
-    if exchange.late:
-        alone = float(late(exchange, still, cluster, np.ones((4, ranks)))[-1])
-        drawn = stragglers.draw(np.random.default_rng(seed), steps + 2, ranks)
-        taken = late(exchange, workload, cluster, drawn)[1:]  # the first step waits for nothing
+    if exchange.delayed:
+        alone = float(delayed_steps(exchange, still, cluster, np.ones((4, ranks)))[-1])
+        drawn = stragglers.draw_factors(np.random.default_rng(seed), steps + 2, ranks)
+        taken = delayed_steps(exchange, workload, cluster, drawn)[1:]  # the first step waits for nothing
         return Result(float(taken.mean()), float(np.quantile(taken, 0.95)), alone)
-    alone = synchronous(exchange, still, cluster)
+    alone = synchronous_step(exchange, still, cluster)
     if stragglers.amount == 0 or workload.compute == 0:
-        step = synchronous(exchange, workload, cluster)
+        step = synchronous_step(exchange, workload, cluster)
         return Result(step, step, alone)
-    slowest = stragglers.draw(np.random.default_rng(seed), steps, ranks).max(axis=1)
+    slowest = stragglers.draw_factors(np.random.default_rng(seed), steps, ranks).max(axis=1)
     points = np.linspace(slowest.min(), slowest.max(), POINTS)
-    at = [synchronous(exchange, workload, cluster, float(one)) for one in points]
+    at = [synchronous_step(exchange, workload, cluster, float(one)) for one in points]
     taken = np.interp(slowest, points, at)
     return Result(float(taken.mean()), float(np.quantile(taken, 0.95)), alone)

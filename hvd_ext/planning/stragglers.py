@@ -30,12 +30,12 @@ class Stragglers:
     amount: float = 0.0
 
     def __post_init__(self) -> None:
-        checks.choice("straggler", self.kind, KINDS)
-        checks.number("straggler's amount", self.amount, low=0.0, high=10.0,
-                      hint="10 % is lognormal:0.1")
+        checks.check_choice("straggler", self.kind, KINDS)
+        checks.check_float("straggler's amount", self.amount, low=0.0, high=10.0,
+                           hint="10 % is lognormal:0.1")
 
     @classmethod
-    def parse(cls, text: str) -> Stragglers:
+    def parse_text(cls, text: str) -> Stragglers:
         """From "none", "lognormal:0.1" or "exponential:0.05".
 
         Raises:
@@ -49,7 +49,7 @@ class Stragglers:
                              "a spread of 10 % is lognormal:0.1") from None
         return cls(kind, value)
 
-    def draw(self, generator: np.random.Generator, steps: int, ranks: int) -> npt.NDArray[Any]:
+    def draw_factors(self, generator: np.random.Generator, steps: int, ranks: int) -> npt.NDArray[Any]:
         """Factors (steps, ranks)."""
         if self.kind == "lognormal":
             return np.exp(self.amount * generator.standard_normal((steps, ranks)))

@@ -8,7 +8,7 @@ from functools import cached_property
 from math import isqrt, prod
 
 from hvd_ext import checks
-from hvd_ext.buckets import Kind, TensorSpec
+from hvd_ext.reducers.buckets import BucketKey, TensorSpec
 
 FORWARD = 1 / 3  # of a step's compute
 PIECES = 32  # tensors of a model of which only the size is known, and
@@ -33,14 +33,14 @@ class Workload:
     forward: float = FORWARD
 
     def __post_init__(self) -> None:
-        checks.whole("params", self.numel, low=1)
-        checks.number("compute", self.compute, low=0.0)
-        checks.number("forward", self.forward, low=0.0, high=1.0)
+        checks.check_int("params", self.numel, low=1)
+        checks.check_float("compute", self.compute, low=0.0)
+        checks.check_float("forward", self.forward, low=0.0, high=1.0)
 
     @classmethod
     def of_size(cls, numel: int, compute: float = 0.0, pieces: int = PIECES) -> Workload:
         """``numel`` parameters in equal, about square matrices; what does not fit is a vector."""
-        checks.whole("params", numel, low=1)
+        checks.check_int("params", numel, low=1)
         pieces = min(pieces, max(1, numel // SMALLEST))
         side = isqrt(numel // pieces)
         matrices = [(side, numel // pieces // side)] * pieces
@@ -57,8 +57,8 @@ class Workload:
         """All elements."""
         return sum(self.sizes)
 
-    def specs(self, routes: Sequence[str | None] | None = None) -> list[TensorSpec]:
+    def tensor_specs(self, routes: Sequence[str | None] | None = None) -> list[TensorSpec]:
         """The tensors as buckets are planned from; ``routes`` says how each travels."""
         given = routes or [None] * len(self.shapes)
-        return [TensorSpec(f"p{number}", shape, 4, Kind("float32", route=route))
+        return [TensorSpec(f"p{number}", shape, 4, BucketKey("float32", route=route))
                 for number, (shape, route) in enumerate(zip(self.shapes, given, strict=True))]

@@ -53,22 +53,22 @@ def within_memory(shapes: Sequence[LayerShape], settings: Settings, itemsize: in
     """
     if settings.memory is None:
         return settings
-    budget = checks.size("memory", settings.memory)
+    budget = checks.check_bytes("memory", settings.memory)
     itemsize = stored_itemsize(settings, itemsize)
     wanted = settings.subsample or SAMPLES
-    tried = list(_thresholds(shapes, settings))
-    for rank in _halves(settings.most_columns, min(LEAST_RANK, settings.most_columns)):
+    tried = list(_effective_thresholds(shapes, settings))
+    for rank in _successive_halves(settings.most_columns, min(LEAST_RANK, settings.most_columns)):
         for threshold in tried:
             chosen = replace(settings, rank=rank, explicit_threshold=threshold)
             if bytes_held(shapes, chosen, wanted, itemsize) <= budget:
-                most = settings.subsample or _most(shapes, chosen, budget, itemsize)
+                most = settings.subsample or _max_samples(shapes, chosen, budget, itemsize)
                 return replace(chosen, subsample=most)
-    for samples in _halves(wanted, 1):
-        for rank in _halves(min(LEAST_RANK, settings.most_columns), 1):
+    for samples in _successive_halves(wanted, 1):
+        for rank in _successive_halves(min(LEAST_RANK, settings.most_columns), 1):
             for threshold in tried:
                 chosen = replace(settings, rank=rank, explicit_threshold=threshold, subsample=samples)
                 if bytes_held(shapes, chosen, samples, itemsize) <= budget:
-                    most = _most(shapes, chosen, budget, itemsize)
+                    most = _max_samples(shapes, chosen, budget, itemsize)
                     return replace(chosen, subsample=min(most, wanted))
     least = min(bytes_held(shapes, replace(settings, rank=1, explicit_threshold=threshold), 1, itemsize)
                 for threshold in tried)
@@ -84,21 +84,21 @@ def memory_text(settings: Settings, plans: Sequence[LayerPlan]) -> str:
             f"{implicit}, and at most {settings.subsample:,} samples of a rank's batch")
 
 
-def _thresholds(shapes: Sequence[LayerShape], settings: Settings) -> Iterator[int]:
+def _effective_thresholds(shapes: Sequence[LayerShape], settings: Settings) -> Iterator[int]:
     """Values of ``explicit_threshold`` that differ in effect, the largest first."""
     yield settings.explicit_threshold
     sizes = {shape.n for shape in shapes if shape.product and shape.n < settings.explicit_threshold}
     yield from sorted(sizes, reverse=True)
 
 
-def _halves(value: int, least: int) -> Iterator[int]:
+def _successive_halves(value: int, least: int) -> Iterator[int]:
     while value > least:
         yield value
         value //= 2
     yield max(value, least)
 
 
-def _most(shapes: Sequence[LayerShape], settings: Settings, budget: int, itemsize: int) -> int:
+def _max_samples(shapes: Sequence[LayerShape], settings: Settings, budget: int, itemsize: int) -> int:
     """The most samples that fit; one does."""
     low, high = 1, 2
     while bytes_held(shapes, settings, high, itemsize) <= budget:

@@ -68,18 +68,18 @@ def plan_layer(shape: LayerShape, settings: Settings) -> LayerPlan:
             implicit=True,
             rank=settings.most_columns,
             adaptive=settings.rank == "auto",
-            rows_g=None if shape.lookup else _kept(shape.n_g, settings.row_sketch, settings),
-            rows_a=None if shape.lookup else _kept(shape.n_a, settings.row_sketch, settings),
+            rows_g=None if shape.lookup else _kept_rows(shape.n_g, settings.row_sketch, settings),
+            rows_a=None if shape.lookup else _kept_rows(shape.n_a, settings.row_sketch, settings),
         )
     if shape.lookup and not shape.product:
         return LayerPlan(implicit=False)
-    return LayerPlan(implicit=False, sketch=_kept(shape.n, settings.sketch_size, settings))
+    return LayerPlan(implicit=False, sketch=_kept_rows(shape.n, settings.sketch_size, settings))
 
 
 TOLERANCE = 0.05
 
 
-def negligible(lam: Any) -> Any:
+def negligible_error(lam: Any) -> Any:
     """What may be left out of ``||U||_F^2`` of a layer: ``(0.05)^2 lam``.
 
     With U = V + E, where E is what is cut off, ``U U^T + lam I`` changes by ``V E^T + E V^T + E E^T``.
@@ -101,5 +101,5 @@ def elements_held(shape: LayerShape, plan: LayerPlan, *, rho: int, r: int = 0) -
     return shape.groups * rows * r * rho
 
 
-def _kept(rows: int, limit: int, settings: Settings) -> int | None:
+def _kept_rows(rows: int, limit: int, settings: Settings) -> int | None:
     return limit if settings.sketch is not None and rows > limit else None

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hvd_ext.seng.coverage import Gap, by_cause, coverage_line
+from hvd_ext.seng.coverage_report import UncoveredParameters, coverage_line, group_by_reason
 from hvd_ext.seng.plan import LayerPlan, LayerShape, elements_held
 from hvd_ext.seng.settings import Settings
 
@@ -18,7 +18,7 @@ COLUMNS = ("layer", "kind", "held", "n", "n_G", "n_A", "groups", "rho", "kappa",
 
 
 @dataclass(frozen=True)
-class Held:
+class LayerStats:
     """What a front end knows about the curvature that it holds for one layer.
 
     ``r`` is 0 for a layer without factors, ``itemsize`` the bytes of one stored number, ``nbytes``
@@ -36,7 +36,7 @@ class Held:
     kappa: int | None = None
 
 
-def layer_row(shape: LayerShape, plan: LayerPlan, held: Held | None, *,
+def layer_row(shape: LayerShape, plan: LayerPlan, held: LayerStats | None, *,
               failures: int) -> dict[str, Any]:
     """One layer's row; ``held`` is None while the layer has no curvature."""
     row: dict[str, Any] = {
@@ -59,7 +59,7 @@ def layer_row(shape: LayerShape, plan: LayerPlan, held: Held | None, *,
 
 def make_report(rows: Sequence[dict[str, Any]], settings: Settings, *, step: int, ranks: int,
                 skipped: int, identity_parameters: int, parameters: int | None = None,
-                gaps: Sequence[Gap] = (), **more: Any) -> CurvatureReport:
+                gaps: Sequence[UncoveredParameters] = (), **more: Any) -> CurvatureReport:
     """The rows of all layers and their totals.
 
     Args:
@@ -71,32 +71,32 @@ def make_report(rows: Sequence[dict[str, Any]], settings: Settings, *, step: int
     if parameters is not None:
         missing = sum(gap.count for gap in gaps)
         more = {"coverage": (parameters - missing) / max(parameters, 1),
-                "coverage_line": coverage_line(parameters, gaps, settings.other_text),
+                "coverage_line": coverage_line(parameters, gaps, settings.fallback_text),
                 "without_rule": {cause: {"parameters": sum(gap.count for gap in group),
                                          "modules": [gap.what for gap in group]}
-                                 for cause, group in by_cause(gaps).items()}, **more}
+                                 for cause, group in group_by_reason(gaps).items()}, **more}
     return CurvatureReport(
         layers=list(rows), step=step, damping=lam, coupling=settings.coupling,
         ranks=ranks, bytes=sum(row["bytes"] for row in rows),
         formula_bytes=sum(row["formula_bytes"] for row in rows),
         identity_parameters=identity_parameters, failures=sum(row["failures"] for row in rows),
-        skipped=skipped, rate_ratio=settings.other_divisor(lam) / lam, other=settings.other, **more)
+        skipped=skipped, rate_ratio=settings.fallback_divisor(lam) / lam, fallback=settings.fallback, **more)
 
 
 class CurvatureReport(dict[str, Any]):
     """A dict with ``layers`` (dicts with the keys of ``COLUMNS``) and totals; prints as a table."""
 
-    def table(self) -> Table:
+    def build_table(self) -> Table:
         """The layers as a table of the rich library."""
-        table = Table(title=self._title())
+        table = Table(title=self._table_title())
         for column in COLUMNS:
             left = column in ("layer", "kind", "held", "sketch")
             table.add_column(column, justify="left" if left else "right", overflow="fold")
         for row in self["layers"]:
-            table.add_row(*(_cell(row.get(column)) for column in COLUMNS))
+            table.add_row(*(_format_cell(row.get(column)) for column in COLUMNS))
         return table
 
-    def _title(self) -> str:
+    def _table_title(self) -> str:
         return (f"SENG at step {self['step']}: damping {self['damping']:g}, coupling "
                 f"{self['coupling']}, {self['bytes']:,} bytes of curvature, "
                 f"{self['identity_parameters']:,} parameters without curvature (their step is "
@@ -106,12 +106,12 @@ class CurvatureReport(dict[str, Any]):
     def __str__(self) -> str:
         console = Console(width=200)
         with console.capture() as capture:
-            console.print(self.table())
+            console.print(self.build_table())
         lead = f"{self['coverage_line']}\n" if "coverage_line" in self else ""
         return lead + capture.get()
 
 
-def _cell(value: Any) -> str:
+def _format_cell(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, (bool, str)):

@@ -19,8 +19,8 @@ class ExpDecay:
     decay: float = 6.0
 
     def __post_init__(self) -> None:
-        checks.number("max_epoch", self.max_epoch, low=0.0, open_low=True)
-        checks.number("decay", self.decay, low=0.0)
+        checks.check_float("max_epoch", self.max_epoch, low=0.0, open_low=True)
+        checks.check_float("decay", self.decay, low=0.0)
 
     def __call__(self, epoch: float) -> float:
         return float(max(0.0, 1.0 - epoch / self.max_epoch) ** self.decay)
@@ -35,9 +35,9 @@ class Cosine:
     floor: float = 0.001
 
     def __post_init__(self) -> None:
-        checks.number("max_epoch", self.max_epoch, low=0.0, open_low=True)
-        checks.number("lr", self.lr, low=0.0, open_low=True)
-        checks.number("floor", self.floor, low=0.0)
+        checks.check_float("max_epoch", self.max_epoch, low=0.0, open_low=True)
+        checks.check_float("lr", self.lr, low=0.0, open_low=True)
+        checks.check_float("floor", self.floor, low=0.0)
 
     def __call__(self, epoch: float) -> float:
         part = min(max(epoch / self.max_epoch, 0.0), 1.0)
@@ -54,8 +54,8 @@ class WarmUp:
     start: float = 0.0
 
     def __post_init__(self) -> None:
-        checks.number("epochs", self.epochs, low=0.0, hint="0 for no warm-up")
-        checks.number("start", self.start, low=0.0, hint="a fraction of the initial learning rate")
+        checks.check_float("epochs", self.epochs, low=0.0, hint="0 for no warm-up")
+        checks.check_float("start", self.start, low=0.0, hint="a fraction of the initial learning rate")
 
     def __call__(self, epoch: float) -> float:
         if epoch < self.epochs:
@@ -78,10 +78,10 @@ class DampingDecay:
     stepwise: bool = True
 
     def __post_init__(self) -> None:
-        checks.number("initial", self.initial, low=0.0, open_low=True)
-        checks.whole("steps_per_epoch", self.steps_per_epoch, low=1)
-        checks.number("factor", self.factor, low=0.0, high=1.0, open_low=True)
-        checks.number("every", self.every, low=0.0, open_low=True)
+        checks.check_float("initial", self.initial, low=0.0, open_low=True)
+        checks.check_int("steps_per_epoch", self.steps_per_epoch, low=1)
+        checks.check_float("factor", self.factor, low=0.0, high=1.0, open_low=True)
+        checks.check_float("every", self.every, low=0.0, open_low=True)
 
     def __call__(self, step: int) -> float:
         epoch = step // self.steps_per_epoch if self.stepwise else step / self.steps_per_epoch
@@ -127,6 +127,6 @@ of the warm-up, decay and length are those of the next row."""
 
 def imagenet_recipe(batch_size: int) -> Recipe:
     """The recipe of the smallest listed batch size that is not below ``batch_size``."""
-    checks.whole("batch_size", batch_size, low=1)
+    checks.check_int("batch_size", batch_size, low=1)
     return IMAGENET_RECIPES[min((size for size in IMAGENET_RECIPES if size >= batch_size),
                                 default=max(IMAGENET_RECIPES))]

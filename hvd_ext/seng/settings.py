@@ -9,7 +9,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from hvd_ext import checks
-from hvd_ext.seng.samples import check_samples
+from hvd_ext.seng.sample_axes import check_samples
 
 Damping = float | Callable[[int], float]
 
@@ -33,7 +33,7 @@ class Settings:
         sketch_size: q, rows kept of an explicit layer's least squares problem (eq. 11). A layer
             with no more rows than this is not sketched.
         replacement: whether rows are drawn with replacement.
-        redraw: when rows are drawn: ``"refresh"``, with the curvature, or ``"step"``, anew at every step
+        resample: when rows are drawn: ``"refresh"``, with the curvature, or ``"step"``, anew at every step
             (SENG Algorithm 1), for a Gram matrix and a factorization of every sketched layer.
         rank: r, columns kept of an implicit layer's factors of one sample (eq. 15). ``"auto"``: of each
             layer, at every refresh, the fewest (at most 64) that the damping leaves meaningful, see
@@ -49,10 +49,11 @@ class Settings:
         curvature_dtype: ``"float32"``, ``"bfloat16"``, ``"float64"`` or the framework's dtype of that
             name; None for the working precision (the parameters', float32 for half-precision ones).
         exclude: names of modules (with all inside them) that get no curvature.
-        other: what a parameter without curvature gets: ``"identity"`` g/(1+lam), ``"matched"`` g/lam, as
+        fallback: what a parameter without curvature gets: ``"identity"`` g/(1+lam), ``"matched"`` g/lam, as
             directions outside of U do in layers with curvature, ``"none"`` g as it is.
-        stale: what a step makes of curvature that is older than it. ``"keep"`` takes it as it is (SENG
-            Algorithm 1). ``"bound"`` counts the step's own gradient as one more column of U: p becomes
+        stale_curvature: what a step makes of curvature that is older than it. ``"keep"`` takes it as it is
+            (SENG
+            Algorithm 1). ``"rescale"`` counts the step's own gradient as one more column of U: p becomes
             ``p / (1 + g^T p)``, layer by layer, so that ``g^T p < 1`` as with curvature of this step.
         samples: where the samples are. None: the first axis of the model's input, and what its layers
             make of it is found out. An axis of the model's input; or a dict from the name of a module
@@ -79,7 +80,7 @@ class Settings:
     sketch: str | None = "uniform"
     sketch_size: int = DEFAULT_SKETCH_SIZE
     replacement: bool = False
-    redraw: str = "refresh"
+    resample: str = "refresh"
     rank: int | str = 16
     row_sketch: int = 512
     subsample: int | None = None
@@ -88,8 +89,8 @@ class Settings:
     loss_scale: float = 1.0
     curvature_dtype: Any = None
     exclude: Iterable[str] | None = None
-    other: str = "identity"
-    stale: str = "keep"
+    fallback: str = "identity"
+    stale_curvature: str = "keep"
     samples: Any = None
     strict: bool = False
     check_gradients: bool = True
@@ -101,29 +102,30 @@ class Settings:
             hint="it is added to the curvature's diagonal; 0.1 to 2 are usual for convolutional "
                  "networks with a mean loss",
         )
-        checks.whole("update_freq", self.update_freq, low=1,
-                     hint="1 refreshes the curvature at every step, 200 to 1000 are usual")
-        checks.choice("coupling", self.coupling, ("block", "lagged", "full"))
-        checks.choice("uc", self.uc, ("factored", "exact"))
-        checks.whole("explicit_threshold", self.explicit_threshold, low=0,
-                     hint="0 makes every linear and convolution layer implicit")
-        checks.choice("sketch", self.sketch, ("uniform", "leverage", None))
-        checks.whole("sketch_size", self.sketch_size, low=1,
-                     hint="pass sketch=None for no sketch at all")
-        checks.flag("replacement", self.replacement)
-        checks.choice("redraw", self.redraw, ("refresh", "step"))
-        if self.redraw == "step" and self.sketch is None:
-            raise ValueError('redraw must be "refresh" with sketch=None, which draws no rows, got "step"; '
-                             "choose a sketch, or leave redraw= out")
+        checks.check_int("update_freq", self.update_freq, low=1,
+                         hint="1 refreshes the curvature at every step, 200 to 1000 are usual")
+        checks.check_choice("coupling", self.coupling, ("block", "lagged", "full"))
+        checks.check_choice("uc", self.uc, ("factored", "exact"))
+        checks.check_int("explicit_threshold", self.explicit_threshold, low=0,
+                         hint="0 makes every linear and convolution layer implicit")
+        checks.check_choice("sketch", self.sketch, ("uniform", "leverage", None))
+        checks.check_int("sketch_size", self.sketch_size, low=1,
+                         hint="pass sketch=None for no sketch at all")
+        checks.check_bool("replacement", self.replacement)
+        checks.check_choice("resample", self.resample, ("refresh", "step"))
+        if self.resample == "step" and self.sketch is None:
+            raise ValueError('resample must be "refresh" with sketch=None, which draws no rows, got "step"; '
+                             "choose a sketch, or leave resample= out")
         if self.rank != "auto":
-            checks.whole("rank", self.rank, low=1, hint='16 is usual, more costs more memory; "auto" takes '
-                                                        "what the damping leaves meaningful")
-        checks.whole("row_sketch", self.row_sketch, low=1,
-                     hint="pass sketch=None for no sketch at all")
+            checks.check_int("rank", self.rank, low=1,
+                             hint='16 is usual, more costs more memory; "auto" takes '
+                                                            "what the damping leaves meaningful")
+        checks.check_int("row_sketch", self.row_sketch, low=1,
+                         hint="pass sketch=None for no sketch at all")
         if self.subsample is not None:
-            checks.whole("subsample", self.subsample, low=1, hint="pass None to use all samples")
+            checks.check_int("subsample", self.subsample, low=1, hint="pass None to use all samples")
         if self.memory is not None:
-            checks.size("memory", self.memory)
+            checks.check_bytes("memory", self.memory)
             if self.rank == "auto":
                 raise ValueError("rank must be a number with memory=, which brings it down to what fits, got "
                                  '"auto"; pass the most that you want, or leave rank= out')
@@ -131,29 +133,31 @@ class Settings:
                 raise ValueError(
                     f"memory must be None with coupling=\"full\", which holds the sketches of all ranks, got "
                     f'{self.memory!r}; choose coupling="block", or rank= and subsample= yourself')
-        checks.choice(
+        checks.check_choice(
             "loss_reduction", self.loss_reduction, ("mean", "sum"),
             hint="SENG reads per-sample gradients off a loss that is the mean or the sum over the "
                  "rank's batch; reduce the loss so and say which",
         )
-        checks.number("loss_scale", self.loss_scale, low=0.0, open_low=True,
-                      hint="1 for a loss that is not multiplied by anything")
+        checks.check_float("loss_scale", self.loss_scale, low=0.0, open_low=True,
+                           hint="1 for a loss that is not multiplied by anything")
         if self.curvature_dtype is not None:  # torch.bfloat16 and tf.bfloat16 are "bfloat16" too
             named = getattr(self.curvature_dtype, "name", self.curvature_dtype)
             object.__setattr__(self, "curvature_dtype", str(named).removeprefix("torch."))
-        checks.choice("curvature_dtype", self.curvature_dtype,
-                      ("float32", "bfloat16", "float64", None))
-        checks.choice("other", self.other, ("identity", "matched", "none"),
-                      hint="what parameters without curvature get: g/(1+lam), g/lam or g")
-        checks.choice("stale", self.stale, ("keep", "bound"))
-        if self.stale == "bound" and self.loss_reduction != "mean":
+        checks.check_choice("curvature_dtype", self.curvature_dtype,
+                            ("float32", "bfloat16", "float64", None))
+        checks.check_choice("fallback", self.fallback, ("identity", "matched", "none"),
+                            hint="what parameters without curvature get: g/(1+lam), g/lam or g")
+        checks.check_choice("stale_curvature", self.stale_curvature, ("keep", "rescale"))
+        if self.stale_curvature == "rescale" and self.loss_reduction != "mean":
             raise ValueError(
-                'stale="bound" compares the step\'s gradient with single samples\' and needs their mean, got '
-                f"loss_reduction={self.loss_reduction!r}; take the mean as loss, or leave stale= out")
+                'stale_curvature="rescale" compares the step\'s gradient with single samples\' and needs '
+                'their mean, got '
+                f"loss_reduction={self.loss_reduction!r}; take the mean as loss, or leave stale_curvature= "
+                "out")
         check_samples(self.samples)
-        checks.flag("strict", self.strict)
-        checks.flag("check_gradients", self.check_gradients)
-        checks.whole("seed", self.seed, low=0)
+        checks.check_bool("strict", self.strict)
+        checks.check_bool("check_gradients", self.check_gradients)
+        checks.check_int("seed", self.seed, low=0)
         if isinstance(self.exclude, str):
             raise TypeError(f"exclude must be a list of names, got {self.exclude!r}; pass "
                             f"[{self.exclude!r}]")
@@ -174,14 +178,14 @@ class Settings:
         """The names in ``exclude``."""
         return tuple(self.exclude or ())
 
-    def other_divisor(self, lam: float) -> float:
+    def fallback_divisor(self, lam: float) -> float:
         """What the gradient of a parameter without curvature is divided by."""
-        return {"identity": 1.0 + lam, "matched": lam, "none": 1.0}[self.other]
+        return {"identity": 1.0 + lam, "matched": lam, "none": 1.0}[self.fallback]
 
     @property
-    def other_text(self) -> str:
+    def fallback_text(self) -> str:
         """What such a parameter gets, in words."""
-        return {"identity": "g/(1 + damping)", "matched": "g/damping", "none": "g as it is"}[self.other]
+        return {"identity": "g/(1 + damping)", "matched": "g/damping", "none": "g as it is"}[self.fallback]
 
     def damping_at(self, step: int) -> float:
         """lam at this step.
@@ -191,8 +195,8 @@ class Settings:
             ValueError: it returned something not positive and finite.
         """
         value = self.damping(step) if callable(self.damping) else self.damping
-        return checks.number(f"damping at step {step}", value, low=0.0, open_low=True,
-                             hint="let the schedule stay above zero")
+        return checks.check_float(f"damping at step {step}", value, low=0.0, open_low=True,
+                                  hint="let the schedule stay above zero")
 
     def check_sketch(self, rows: Iterable[int]) -> None:
         """Refuse a chosen sketch that no explicit layer is large enough for.

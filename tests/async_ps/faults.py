@@ -30,9 +30,9 @@ def killed_with_half_a_push_sent(options, steps):
     def die(ps, batch, g):
         if ps.worker == LAST and batch == 5:
             worker = ps._worker
-            made = wire.header(wire.PUSH, worker=worker.number, step=worker.pushes)
-            worker._outbox.header(made, 0, wire.TO_SERVER)
-            worker._outbox.header(made, 1, wire.TO_SERVER)
+            made = wire.make_header(wire.PUSH, worker=worker.number, step=worker.pushes)
+            worker._outbox.send_header(made, 0, wire.TO_SERVER)
+            worker._outbox.send_header(made, 1, wire.TO_SERVER)
             worker.comm.Send(g[worker.plan.slices[0]], dest=0, tag=wire.GRADIENT)
             time.sleep(0.2)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -54,9 +54,9 @@ def killed_within_a_large_push(options):
     for batch in range(6):
         if ps.worker == LAST and batch == 3:
             worker = ps._worker
-            made = wire.header(wire.PUSH, worker=worker.number, step=worker.pushes)
-            worker._outbox.send(np.ones(4_000_000, np.float32), 0, wire.GRADIENT)
-            worker._outbox.header(made, 0, wire.TO_SERVER)
+            made = wire.make_header(wire.PUSH, worker=worker.number, step=worker.pushes)
+            worker._outbox.start_send(np.ones(4_000_000, np.float32), 0, wire.GRADIENT)
+            worker._outbox.send_header(made, 0, wire.TO_SERVER)
             os.kill(os.getpid(), signal.SIGKILL)
         ps.step([np.ones(4_000_000, np.float32)])
     ps.finish()
@@ -132,9 +132,9 @@ def disk_full(options, steps, rank):
 
     from mpi4py import MPI
 
-    from hvd_ext import checkpoints
+    from hvd_ext.checkpoint import files
 
-    write, calls = checkpoints.write, []
+    write, calls = files.write_atomically, []
 
     def fail(path, save):
         calls.append(path)
@@ -145,7 +145,7 @@ def disk_full(options, steps, rank):
         return write(path, save)
 
     if MPI.COMM_WORLD.rank == rank:
-        checkpoints.write = fail
+        files.write_atomically = fail
     return train(options, steps, pause=0.002)
 
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from hvd_ext.async_ps import Checkpoint, Report
-from hvd_ext.async_ps.checkpoint import save_shard, seal
+from hvd_ext.async_ps.checkpoint import finalize_checkpoint, save_shard
 from hvd_ext.async_ps.config import ServerSettings
 from hvd_ext.async_ps.plan import Plan
 from hvd_ext.async_ps.sequencer import Sequencer
 from hvd_ext.async_ps.shard import Shard
-from hvd_ext.checkpoints import DamagedCheckpointError, place
-from hvd_ext.delay.async_rules import AsyncRule
+from hvd_ext.checkpoint.files import DamagedCheckpointError, checkpoint_dir
+from hvd_ext.reducers.delay_compensation.update_rules import AsyncRule
 from tests.async_ps import runs
 
 SHAPES = [(4, 5), (3,)]
@@ -35,18 +35,19 @@ def trained(folder, updates=20, servers=2, **changes):
     shards = [Shard(w[part], told, 3) for part in plan.slices]
     for _ in range(updates):
         g = rng.normal(size=N).astype(np.float32)
-        order = books.commit(int(rng.integers(3)))
+        order = books.commit_push(int(rng.integers(3)))
         for shard, part in zip(shards, plan.slices, strict=True):
-            shard.commit(order, g[part])
+            shard.commit_update(order, g[part])
     return plan, told, books, shards
 
 
 def save(folder, plan, told, books, shards, run="this run"):
-    there = place(folder, books.update)
+    there = checkpoint_dir(folder, books.update)
     marks = {server: save_shard(there, server, plan.servers, shard.state_dict())
              for server, shard in enumerate(shards)}
-    seal(there, plan, told, books.state_dict(), books.recording, marks, run=run, dtype="float32",
-         shapes=SHAPES)
+    finalize_checkpoint(there, plan, told, books.state_dict(), books.recording, marks, run=run,
+                        dtype="float32",
+                        shapes=SHAPES)
     return there
 
 
@@ -56,11 +57,11 @@ def test_everything_comes_back_bit_for_bit_on_any_number_of_servers(tmp_path, se
     save(tmp_path, plan, told, books, shards)
     saved = Checkpoint(tmp_path)
     again = Plan(3 + servers, servers, N)
-    saved.check(again, told, dtype="float32", shapes=SHAPES)
+    saved.check_compatible(again, told, dtype="float32", shapes=SHAPES)
     loaded = []
     for part in again.slices:
         shard = Shard(np.zeros(part.stop - part.start, np.float32), told, 3)
-        shard.load_state_dict(saved.state(part), reset_workers=False)
+        shard.load_state_dict(saved.read_state(part), reset_workers=False)
         loaded.append(shard.state_dict())
     before = [shard.state_dict() for shard in shards]
     assert {"w", "velocity", "w_bak.2.1", "mean_square.0"} <= set(before[0])
@@ -68,14 +69,14 @@ def test_everything_comes_back_bit_for_bit_on_any_number_of_servers(tmp_path, se
         np.testing.assert_array_equal(np.concatenate([state[name] for state in loaded]),
                                       np.concatenate([state[name] for state in before]))
     fresh = Sequencer(told, again, 4)
-    fresh.load_state_dict(json.loads(json.dumps(saved.manifest["books"])), saved.recording(),
+    fresh.load_state_dict(json.loads(json.dumps(saved.manifest["books"])), saved.read_recording(),
                           reset_workers=False)
     assert fresh.state_dict() == books.state_dict()
     for name in ("delays", "senders", "batches", "lr", "momentum"):
         np.testing.assert_array_equal(getattr(fresh.recording, name),
                                       getattr(books.recording, name))
-    assert fresh.commit(1) == books.commit(1)
-    weights = saved.weights()
+    assert fresh.commit_push(1) == books.commit_push(1)
+    weights = saved.read_weights()
     assert [array.shape for array in weights] == SHAPES
     np.testing.assert_array_equal(runs.flat(weights), np.concatenate([s["w"] for s in before]))
 
@@ -86,16 +87,16 @@ def test_without_a_manifest_the_one_before_counts(tmp_path):
         save(tmp_path, *state)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "update-000000000010", "update-000000000015"]  # keep=2
-    (place(tmp_path, 15) / "manifest.json").unlink()
+    (checkpoint_dir(tmp_path, 15) / "manifest.json").unlink()
     assert Checkpoint(tmp_path).update == 10
     with pytest.raises(FileNotFoundError, match="no valid checkpoint"):
-        Checkpoint(place(tmp_path, 15))
+        Checkpoint(checkpoint_dir(tmp_path, 15))
 
 
 def test_only_valid_checkpoints_of_this_run_are_removed(tmp_path):
     save(tmp_path, *trained(tmp_path, 2), run="another run")
     save(tmp_path, *trained(tmp_path, 10, keep=1))
-    place(tmp_path, 15).mkdir()  # a crash left it: no manifest
+    checkpoint_dir(tmp_path, 15).mkdir()  # a crash left it: no manifest
     save(tmp_path, *trained(tmp_path, 12, keep=1))
     assert sorted(int(path.name[-12:]) for path in tmp_path.iterdir()) == [2, 12, 15]
     assert Checkpoint(tmp_path).update == 12
@@ -104,7 +105,7 @@ def test_only_valid_checkpoints_of_this_run_are_removed(tmp_path):
 def test_the_checkpoint_just_sealed_is_never_removed(tmp_path):
     save(tmp_path, *trained(tmp_path, 10, keep=1))
     save(tmp_path, *trained(tmp_path, 5, keep=1))  # the run went on from an older one
-    assert place(tmp_path, 5).exists()
+    assert checkpoint_dir(tmp_path, 5).exists()
 
 
 @pytest.mark.parametrize("name", ["shard-1-of-2.npz", "recording.npz", "manifest.json"])
@@ -122,8 +123,8 @@ def test_damaged_file_is_refused_by_its_name(tmp_path, name, damage):
 
     def read():
         saved = Checkpoint(tmp_path)
-        saved.state()
-        saved.recording()
+        saved.read_state()
+        saved.read_recording()
 
     with pytest.raises(error, match=None if error is FileNotFoundError else name):
         read()
@@ -142,10 +143,10 @@ def test_state_that_does_not_fit_is_refused(tmp_path, workers, changes, message)
     save(tmp_path, *trained(tmp_path))
     saved = Checkpoint(tmp_path)
     with pytest.raises(ValueError, match=message):
-        saved.check(Plan(workers + 1, 1, N), settings(tmp_path, **changes), dtype="float32",
-                    shapes=SHAPES)
+        saved.check_compatible(Plan(workers + 1, 1, N), settings(tmp_path, **changes), dtype="float32",
+                               shapes=SHAPES)
     with pytest.raises(ValueError, match="build the model that was saved"):
-        saved.check(Plan(4, 1, N), settings(tmp_path), dtype="float64", shapes=SHAPES)
+        saved.check_compatible(Plan(4, 1, N), settings(tmp_path), dtype="float64", shapes=SHAPES)
 
 
 def test_reset_workers_keeps_weights_and_velocity(tmp_path):
@@ -154,17 +155,17 @@ def test_reset_workers_keeps_weights_and_velocity(tmp_path):
     saved = Checkpoint(tmp_path)
     now = settings(tmp_path, reset_workers=True, rule=AsyncRule(name="dc-asgd-c"))
     two = Plan(3, 1, N)
-    saved.check(two, now, dtype="float32", shapes=SHAPES)
+    saved.check_compatible(two, now, dtype="float32", shapes=SHAPES)
     shard = Shard(np.zeros(N, np.float32), now, 2)
-    shard.load_state_dict(saved.state(), reset_workers=True)
+    shard.load_state_dict(saved.read_state(), reset_workers=True)
     whole = np.concatenate([s.w for s in shards])
     np.testing.assert_array_equal(shard.w, whole)
     np.testing.assert_array_equal(shard.velocity, np.concatenate([s.velocity for s in shards]))
     np.testing.assert_array_equal(shard.w_bak[1][0], whole)
     fresh = Sequencer(now, two, 4)
-    fresh.load_state_dict(saved.manifest["books"], saved.recording(), reset_workers=True)
+    fresh.load_state_dict(saved.manifest["books"], saved.read_recording(), reset_workers=True)
     assert fresh.update == books.update
-    assert fresh.commit(0).delay == 0
+    assert fresh.commit_push(0).delay == 0
 
 
 @pytest.mark.ranks
@@ -177,7 +178,7 @@ def test_one_worker_goes_on_as_if_nothing_had_happened(pool, tmp_path, prefetch)
     saving = {**options, "checkpoint_dir": tmp_path, "checkpoint_every": 10, "keep": 99}
     pool.run(runs.train_some, saving, 40, 2, "float32")
     assert len(list(tmp_path.iterdir())) == 4
-    again = {**options, "resume": place(tmp_path, 30)}
+    again = {**options, "resume": checkpoint_dir(tmp_path, 30)}
     told = pool.run(runs.train_some, again, 60, 2, "float32")[0]
     np.testing.assert_array_equal(told["weights"], through)
     assert told["report"].updates == 60
@@ -221,7 +222,7 @@ def test_used_folder_is_refused_unless_the_run_goes_on_from_it(pool, tmp_path):
     names = sorted(path.name for path in tmp_path.iterdir())
     said = pool.run(runs.refused, options, 2)
     assert all("holds the checkpoints of another run" in text for text in said), said
-    older = {**options, "resume": place(tmp_path, 10)}
+    older = {**options, "resume": checkpoint_dir(tmp_path, 10)}
     said = pool.run(runs.refused, older, 2)
     assert all("resume from it, or write to an empty folder" in text for text in said), said
     assert sorted(path.name for path in tmp_path.iterdir()) == names

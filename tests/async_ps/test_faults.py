@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from hvd_ext.async_ps import Checkpoint
-from hvd_ext.delay.async_rules import AsyncRule
-from hvd_ext.delay.engine import replay
+from hvd_ext.reducers.delay_compensation.engine import replay
+from hvd_ext.reducers.delay_compensation.update_rules import AsyncRule
 from tests.async_ps.program import run_program
 from tests.async_ps.runs import flat, gradient, start
 
@@ -169,7 +169,7 @@ def check_checkpoint(folder):
     """It holds what the delays recorded in it lead to."""
     saved = Checkpoint(folder)
     assert saved.update >= 20
-    np.testing.assert_array_equal(flat(saved.weights()), replayed(saved.recording()))
+    np.testing.assert_array_equal(flat(saved.read_weights()), replayed(saved.read_recording()))
     return saved
 
 

@@ -3,10 +3,15 @@
 import numpy as np
 import pytest
 
-from hvd_ext.delay.async_rules import BLOCK, AsyncRule, apply_in_blocks, apply_update
-from hvd_ext.delay.engine import replay
-from hvd_ext.delay.momentum import AutoMomentum, momentum_for_delay
-from hvd_ext.delay.sequences import Constant, Geometric, Recorded, Simulated, Uniform
+from hvd_ext.reducers.delay_compensation.engine import replay
+from hvd_ext.reducers.delay_compensation.momentum import AutoMomentum, momentum_for_delay
+from hvd_ext.reducers.delay_compensation.sequences import Constant, Geometric, Recorded, Simulated, Uniform
+from hvd_ext.reducers.delay_compensation.update_rules import (
+    BLOCK_NUMEL,
+    AsyncRule,
+    apply_in_blocks,
+    apply_update,
+)
 from tests.reference.async_sgd import trajectory
 
 N = 7
@@ -83,7 +88,7 @@ def test_repetitions_equal_single_runs():
 @pytest.mark.parametrize("momentum", [None, 0.6])
 def test_blocks_equal_one_pass_bit_for_bit(rule, momentum):
     rng = np.random.default_rng(5)
-    n = 2 * BLOCK + 17
+    n = 2 * BLOCK_NUMEL + 17
     w, g, bak, velocity = (rng.normal(size=n).astype(np.float32) for _ in range(4))
     mean_square = rng.random(n).astype(np.float32)
     one = [array.copy() for array in (w, bak, mean_square, velocity)]
@@ -94,7 +99,7 @@ def test_blocks_equal_one_pass_bit_for_bit(rule, momentum):
                  work=(np.empty_like(w), np.empty_like(w)))
     apply_in_blocks(rule, two[0], g, lr=0.1, momentum=momentum or 0.0, w_bak=two[1],
                     mean_square=two[2], velocity=two[3] if moving else None,
-                    work=(np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)))
+                    work=(np.empty(BLOCK_NUMEL, np.float32), np.empty(BLOCK_NUMEL, np.float32)))
     for first, second in zip((one[0], one[0], one[2], one[3]), two, strict=True):
         np.testing.assert_array_equal(first, second)
 
@@ -141,10 +146,10 @@ def test_momentum_for_delay():
 
 def test_auto_momentum_follows_the_largest_recent_delay():
     auto = AutoMomentum(momentum=0.9, reference_delay=1, window=3)
-    assert [round(auto.after(d), 3) for d in (0, 4, 1, 1, 1)] == [0.9, 0.8, 0.8, 0.8, 0.9]
+    assert [round(auto.next_momentum(d), 3) for d in (0, 4, 1, 1, 1)] == [0.9, 0.8, 0.8, 0.8, 0.9]
     other = AutoMomentum(momentum=0.9, reference_delay=1, window=3)
     other.load_state_dict(auto.state_dict())
-    assert other.after(0) == auto.after(0)
+    assert other.next_momentum(0) == auto.next_momentum(0)
     runs = [replay(gradient, START, steps=40, delays=Constant(4), lr=0.02, momentum=auto)
             for _ in range(2)]
     np.testing.assert_array_equal(runs[0].weights, runs[1].weights)

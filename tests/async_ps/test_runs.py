@@ -5,9 +5,9 @@ import re
 import numpy as np
 import pytest
 
-from hvd_ext.delay.async_rules import AsyncRule
-from hvd_ext.delay.engine import replay
-from hvd_ext.delay.momentum import AutoMomentum
+from hvd_ext.reducers.delay_compensation.engine import replay
+from hvd_ext.reducers.delay_compensation.momentum import AutoMomentum
+from hvd_ext.reducers.delay_compensation.update_rules import AsyncRule
 from tests.async_ps import runs
 
 pytestmark = [pytest.mark.ranks, pytest.mark.waits]

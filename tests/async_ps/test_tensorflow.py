@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from hvd_ext.delay.async_rules import AsyncRule
-from hvd_ext.delay.engine import replay
+from hvd_ext.reducers.delay_compensation.engine import replay
+from hvd_ext.reducers.delay_compensation.update_rules import AsyncRule
 from hvd_ext.tensorflow.async_ps import ParameterServer, TensorFlowModel
 
 STEPS = 20
@@ -33,9 +33,9 @@ def gradients(model, worker, batch):
 
 def flat(model):
     """All trainable variables (n,)."""
-    buffer = TensorFlowModel(model.trainable_variables).buffer()
+    buffer = TensorFlowModel(model.trainable_variables).new_buffer()
     buffer.take_weights()
-    return buffer.read().copy()
+    return buffer.read_entries().copy()
 
 
 def train(options):
@@ -62,15 +62,15 @@ def replayed(recording):
     """What the delay engine makes of the recorded delays with the same model's gradients."""
     model = build()
     flattened = TensorFlowModel(model.trainable_variables)
-    buffer = flattened.buffer()
+    buffer = flattened.new_buffer()
 
     def gradient(w, k):
-        buffer.write(w)
+        buffer.write_entries(w)
         buffer.put_weights()
         flattened.gradients = gradients(model, int(recording.senders[k]),
                                         int(recording.batches[k]))
         buffer.take_gradients()
-        return buffer.read().copy()
+        return buffer.read_entries().copy()
 
     return replay(gradient, flat(model), steps=len(recording), delays=recording, lr=0.1,
                   momentum=0.4, rule=AsyncRule(name="dc-asgd-a", lam=0.2)).weights
@@ -94,7 +94,7 @@ def test_flat_and_back_keeps_every_entry():
     before = [tf.identity(v) for v in variables]
     model = TensorFlowModel(variables)
     assert model.dtype == np.float32
-    buffer = model.buffer()
+    buffer = model.new_buffer()
     buffer.take_weights()
     for v in variables:
         v.assign(tf.zeros_like(v))
@@ -103,7 +103,7 @@ def test_flat_and_back_keeps_every_entry():
         assert bool(tf.reduce_all(v == old))
     model.gradients = [None, tf.fill((4,), tf.constant(2.0, tf.bfloat16))]
     buffer.take_gradients()
-    assert buffer.read().tolist() == [0.0] * 6 + [2.0] * 4
+    assert buffer.read_entries().tolist() == [0.0] * 6 + [2.0] * 4
     model.gradients = [tf.zeros((3, 2)), None]
     with pytest.raises(ValueError, match=r"variable's shape \(2, 3\), got \(3, 2\)"):
         buffer.take_gradients()

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from hvd_ext.delay.async_rules import AsyncRule
-from hvd_ext.delay.engine import replay
+from hvd_ext.reducers.delay_compensation.engine import replay
+from hvd_ext.reducers.delay_compensation.update_rules import AsyncRule
 from hvd_ext.torch.async_ps import ParameterServer, TorchModel
 
 STEPS = 15
@@ -35,9 +35,9 @@ def backward(model, worker, batch):
 
 def flat(model):
     """All trainable parameters (n,)."""
-    buffer = TorchModel(list(model.parameters())).buffer()
+    buffer = TorchModel(list(model.parameters())).new_buffer()
     buffer.take_weights()
-    return buffer.read().copy()
+    return buffer.read_entries().copy()
 
 
 def train(options, size):
@@ -68,14 +68,14 @@ def train(options, size):
 def replayed(recording, rule, momentum):
     """What the delay engine makes of the recorded delays with the same model's gradients."""
     model = build()
-    buffer = TorchModel(list(model.parameters())).buffer()
+    buffer = TorchModel(list(model.parameters())).new_buffer()
 
     def gradient(w, k):
-        buffer.write(w)
+        buffer.write_entries(w)
         buffer.put_weights()
         backward(model, int(recording.senders[k]), int(recording.batches[k]))
         buffer.take_gradients()
-        return buffer.read().copy()
+        return buffer.read_entries().copy()
 
     return replay(gradient, flat(model), steps=len(recording), delays=recording, lr=0.1,
                   momentum=momentum, rule=rule).weights
@@ -100,16 +100,16 @@ def sequential():
     """Sequential SGD in this process: by NumPy and by torch."""
     model, optimizer_model = build(), build()
     w = flat(model)
-    buffer = TorchModel(list(model.parameters())).buffer()
+    buffer = TorchModel(list(model.parameters())).new_buffer()
     optimizer = torch.optim.SGD(optimizer_model.parameters(), lr=0.1)
     for batch in range(STEPS):
         backward(optimizer_model, 0, batch)
         optimizer.step()
-        buffer.write(w)
+        buffer.write_entries(w)
         buffer.put_weights()
         backward(model, 0, batch)
         buffer.take_gradients()
-        w = w - buffer.read() * np.float32(0.1)
+        w = w - buffer.read_entries() * np.float32(0.1)
     return w, flat(optimizer_model)
 
 
@@ -131,7 +131,7 @@ def test_flat_and_back_keeps_every_entry(dtypes):
     before = [p.detach().clone() for p in parameters]
     model = TorchModel(parameters)
     assert model.dtype == (np.float64 if torch.float64 in dtypes else np.float32)
-    buffer = model.buffer()
+    buffer = model.new_buffer()
     buffer.take_weights()
     for p in parameters:
         p.data.zero_()
@@ -141,19 +141,19 @@ def test_flat_and_back_keeps_every_entry(dtypes):
         assert p.dtype == old.dtype
     parameters[0].grad = torch.full_like(parameters[0], 2.0)
     buffer.take_gradients()
-    assert buffer.read()[:6].tolist() == [2.0] * 6
-    assert (buffer.read()[6:] == 0).all()
-    assert buffer.largest() == 2.0
+    assert buffer.read_entries()[:6].tolist() == [2.0] * 6
+    assert (buffer.read_entries()[6:] == 0).all()
+    assert buffer.max_magnitude() == 2.0
     parameters[0].grad[0, 0] = float("nan")
     buffer.take_gradients()
-    assert np.isnan(buffer.largest())
+    assert np.isnan(buffer.max_magnitude())
 
 
 @pytest.mark.parametrize("use", [lambda b: b.wire, lambda b: b.write(np.zeros(6, np.float32)),
                                  lambda b: b.take_gradients()])
 def test_a_buffer_is_not_used_before_what_is_copied_out_of_it_is_gone(use):
     waited = []
-    buffer = TorchModel([torch.zeros(6, requires_grad=True)]).buffer()
+    buffer = TorchModel([torch.zeros(6, requires_grad=True)]).new_buffer()
     buffer._leaving = [SimpleNamespace(synchronize=lambda: waited.append(1))]
     for _ in range(2):
         use(buffer)
@@ -172,11 +172,11 @@ def test_parameters_that_cannot_travel_are_refused():
 def test_gpu_parameters_are_staged(cuda_aware):
     model = build(device="cuda")
     flattened = TorchModel(list(model.parameters()), cuda_aware=cuda_aware)
-    buffer = flattened.buffer()
+    buffer = flattened.new_buffer()
     assert buffer._flat.is_cuda == cuda_aware
     assert buffer._flat.is_pinned() != cuda_aware
     buffer.take_weights()
-    np.testing.assert_array_equal(buffer.read(), flat(build()))
-    buffer.write(2 * buffer.read())
+    np.testing.assert_array_equal(buffer.read_entries(), flat(build()))
+    buffer.write_entries(2 * buffer.read_entries())
     buffer.put_weights()
     np.testing.assert_array_equal(flat(model.cpu()), 2 * flat(build()))

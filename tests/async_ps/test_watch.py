@@ -7,16 +7,16 @@ import time
 
 import pytest
 
+from hvd_ext.async_ps.liveness import LOCAL, LivenessClient, LivenessServer
 from hvd_ext.async_ps.progress import Display
 from hvd_ext.async_ps.report import Delays, Report, WorkerReport
-from hvd_ext.async_ps.watch import LOCAL, Guest, Host
 
 
 def connected(ranks):
-    host = Host(local=True)
-    guests = {rank: Guest(rank, addresses=["256.0.0.1", LOCAL], port=host.port, token=host.token,
-                          seconds=2.0) for rank in ranks}
-    assert host.accept(set(ranks), seconds=5.0) == set()
+    host = LivenessServer(local=True)
+    guests = {rank: LivenessClient(rank, addresses=["256.0.0.1", LOCAL], port=host.port, token=host.token,
+                                   seconds=2.0) for rank in ranks}
+    assert host.accept_ranks(set(ranks), seconds=5.0) == set()
     return host, guests
 
 
@@ -29,61 +29,61 @@ def soon(question, seconds=5.0):
 
 def test_both_ends_notice_the_other(tmp_path):
     host, guests = connected([1, 2, 3])
-    assert host.lost() == []
-    assert not any(guest.lost() for guest in guests.values())
+    assert host.dead_ranks() == []
+    assert not any(guest.primary_lost() for guest in guests.values())
     guests[2].close()
     found = []
-    soon(lambda: found.extend(host.lost()) or found)
+    soon(lambda: found.extend(host.dead_ranks()) or found)
     assert found == [2]
-    assert host.lost() == []
-    host.forget(3)
-    soon(guests[3].lost)
-    assert guests[3].lost()
-    assert not guests[1].lost()
+    assert host.dead_ranks() == []
+    host.forget_rank(3)
+    soon(guests[3].primary_lost)
+    assert guests[3].primary_lost()
+    assert not guests[1].primary_lost()
     host.close()
-    soon(guests[1].lost)
-    assert guests[1].lost()
+    soon(guests[1].primary_lost)
+    assert guests[1].primary_lost()
 
 
 def test_a_killed_process_is_noticed():
-    host = Host(local=True)
+    host = LivenessServer(local=True)
     code = (
-        "import sys, time; from hvd_ext.async_ps.watch import Guest;"
-        f"guest = Guest(5, addresses=['{LOCAL}'], port={host.port}, token='{host.token}',"
+        "import sys, time; from hvd_ext.async_ps.liveness import LivenessClient;"
+        f"guest = LivenessClient(5, addresses=['{LOCAL}'], port={host.port}, token='{host.token}',"
         " seconds=5.0); print('there', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-    assert host.accept({5}, seconds=20.0) == set()
-    assert host.lost() == []
+    assert host.accept_ranks({5}, seconds=20.0) == set()
+    assert host.dead_ranks() == []
     process.kill()
     process.wait()
     found = []
-    soon(lambda: found.extend(host.lost()) or found)
+    soon(lambda: found.extend(host.dead_ranks()) or found)
     assert found == [5]
     host.close()
 
 
 def test_strangers_are_not_let_in():
-    host = Host(local=True)
+    host = LivenessServer(local=True)
     for said in (b"nonsense 1".ljust(64), b"", f"{host.token} one".encode().ljust(64)):
         with socket.create_connection((LOCAL, host.port)) as stranger:
             stranger.sendall(said)
-    guest = Guest(1, addresses=[LOCAL], port=host.port, token=host.token, seconds=2.0)
-    assert host.accept({1, 2}, seconds=1.5) == {2}
-    assert host.lost() == []
+    guest = LivenessClient(1, addresses=[LOCAL], port=host.port, token=host.token, seconds=2.0)
+    assert host.accept_ranks({1, 2}, seconds=1.5) == {2}
+    assert host.dead_ranks() == []
     guest.close()
     host.close()
 
 
 def test_many_silent_strangers_keep_no_rank_out():
-    host = Host(local=True)
+    host = LivenessServer(local=True)
     crowd = [socket.create_connection((LOCAL, host.port)) for _ in range(300)]
     for number, stranger in enumerate(crowd):
         stranger.sendall(host.token.encode()[: number % 17])  # silent, or the beginning of the token
-    guests = [Guest(rank, addresses=[LOCAL], port=host.port, token=host.token, seconds=2.0)
+    guests = [LivenessClient(rank, addresses=[LOCAL], port=host.port, token=host.token, seconds=2.0)
               for rank in (1, 2)]
-    assert host.accept({1, 2}, seconds=10.0) == set()
-    assert host.lost() == []
+    assert host.accept_ranks({1, 2}, seconds=10.0) == set()
+    assert host.dead_ranks() == []
     with pytest.raises(ConnectionError):  # the port is there for the start only
         socket.create_connection((LOCAL, host.port))
     for one in [*crowd, *guests, host]:
@@ -91,19 +91,20 @@ def test_many_silent_strangers_keep_no_rank_out():
 
 
 def test_a_second_connection_does_not_take_a_ranks_place():
-    host = Host(local=True)
-    guests = [Guest(1, addresses=[LOCAL], port=host.port, token=host.token, seconds=2.0) for _ in range(2)]
-    assert host.accept({1, 2}, seconds=1.0) == {2}
+    host = LivenessServer(local=True)
+    guests = [LivenessClient(1, addresses=[LOCAL], port=host.port, token=host.token, seconds=2.0)
+              for _ in range(2)]
+    assert host.accept_ranks({1, 2}, seconds=1.0) == {2}
     guests[1].close()
-    assert host.lost() == []
+    assert host.dead_ranks() == []
     guests[0].close()
     host.close()
 
 
 def test_primary_out_of_reach_is_known():
-    guest = Guest(1, addresses=["256.0.0.1"], port=1, token="x", seconds=0.2)
+    guest = LivenessClient(1, addresses=["256.0.0.1"], port=1, token="x", seconds=0.2)
     assert not guest.connected
-    assert not guest.lost()
+    assert not guest.primary_lost()
 
 
 def report():
@@ -114,17 +115,17 @@ def report():
 
 def test_log_line_and_terminal(capsys):
     display = Display(enabled=True, total=10)
-    assert not display.due()
-    display.show(report())
-    display.say("async: [worker] 2 is left out")
+    assert not display.is_due()
+    display.show_report(report())
+    display.print_line("async: [worker] 2 is left out")
     display.close()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == ("async: 7/10 updates, 3.5 updates/s, delay 2.0 (max 3), 1 workers, "
                         "2 gradients not finite")
     assert lines[1] == "async: [worker] 2 is left out"
     silent = Display(enabled=False, total=None)
-    silent.show(report())
-    assert not silent.due()
+    silent.show_report(report())
+    assert not silent.is_due()
     assert capsys.readouterr().out == ""
 
 

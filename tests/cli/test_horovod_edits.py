@@ -13,8 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from hvd_ext.cli.facts import unedited
-from hvd_ext.cli.launch import look_around
+from hvd_ext.cli.environment import unpatched_parts
+from hvd_ext.cli.launch import detect_machine
 from tests.conftest import LEFT_OUT
 from tests.ranks import run_ranks
 
@@ -22,7 +22,7 @@ SPEC = importlib.util.find_spec("horovod")
 HOME = Path(SPEC.origin).parent if SPEC and SPEC.origin else Path("/nowhere")
 
 
-OTHERWISE = unedited(HOME)
+OTHERWISE = unpatched_parts(HOME)
 pytestmark = pytest.mark.skipif(
     bool(OTHERWISE), reason=f"Horovod was built with other edits ({', '.join(OTHERWISE[:1])}): "
     "hvd-ext install-horovod")
@@ -49,7 +49,7 @@ print("the dtypes stay")
 
 def machine_mpi() -> dict[str, str]:
     """What one rank without a launcher needs where Open MPI is a wheel's."""
-    machine = look_around()
+    machine = detect_machine()
     return {"OPAL_PREFIX": machine.prefix} if machine.wheel else {}
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from hvd_ext.cli import horovod_source
-from hvd_ext.cli.console import Failure
-from hvd_ext.cli.horovod_edits import EDITS, Edit
-from hvd_ext.cli.horovod_source import apply, digest, patch_id, unpack
+from hvd_ext.cli.console import CliError
+from hvd_ext.cli.horovod_patches import EDITS, Patch
+from hvd_ext.cli.horovod_source import apply_patches, patch_id, sha256_of, unpack_source
 
 BEFORE = {"a.txt": "one\ntwo\n", "deep/b.txt": "three\n"}
 AFTER = {"a.txt": "one\n2\n", "deep/b.txt": "3\n"}
@@ -28,9 +28,9 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def edits() -> tuple[Edit, ...]:
+def edits() -> tuple[Patch, ...]:
     return tuple(
-        Edit(name, digest(BEFORE[name].encode()), digest(AFTER[name].encode()), (change,), "test")
+        Patch(name, sha256_of(BEFORE[name].encode()), sha256_of(AFTER[name].encode()), (change,), "test")
         for name, change in CHANGES.items()
     )
 
@@ -39,42 +39,42 @@ def contents(folder: Path) -> dict[str, str]:
     return {name: (folder / name).read_text() for name in BEFORE}
 
 
-def test_recognised_source_is_edited(source: Path, edits: tuple[Edit, ...]) -> None:
-    apply(source, edits)
+def test_recognised_source_is_edited(source: Path, edits: tuple[Patch, ...]) -> None:
+    apply_patches(source, edits)
     assert contents(source) == AFTER
 
 
 @pytest.mark.parametrize("name", sorted(BEFORE))
 def test_one_changed_byte_is_refused_and_nothing_is_edited(
-    source: Path, edits: tuple[Edit, ...], name: str
+    source: Path, edits: tuple[Patch, ...], name: str
 ) -> None:
     (source / name).write_text(BEFORE[name] + " ")
     found = contents(source)
-    with pytest.raises(Failure, match=f"not recognised: {name} differs") as failure:
-        apply(source, edits)
+    with pytest.raises(CliError, match=f"not recognised: {name} differs") as failure:
+        apply_patches(source, edits)
     assert contents(source) == found
-    assert digest((BEFORE[name] + " ").encode()) in str(failure.value)
+    assert sha256_of((BEFORE[name] + " ").encode()) in str(failure.value)
     assert "unchanged source archive" in failure.value.remedy
 
 
-def test_missing_file_is_refused(source: Path, edits: tuple[Edit, ...]) -> None:
+def test_missing_file_is_refused(source: Path, edits: tuple[Patch, ...]) -> None:
     (source / "deep/b.txt").unlink()
-    with pytest.raises(Failure, match=r"deep/b\.txt cannot be read"):
-        apply(source, edits)
+    with pytest.raises(CliError, match=r"deep/b\.txt cannot be read"):
+        apply_patches(source, edits)
     assert (source / "a.txt").read_text() == BEFORE["a.txt"]
 
 
-def test_a_second_application_is_refused(source: Path, edits: tuple[Edit, ...]) -> None:
-    apply(source, edits)
-    with pytest.raises(Failure, match="not recognised"):
-        apply(source, edits)
+def test_a_second_application_is_refused(source: Path, edits: tuple[Patch, ...]) -> None:
+    apply_patches(source, edits)
+    with pytest.raises(CliError, match="not recognised"):
+        apply_patches(source, edits)
     assert contents(source) == AFTER
 
 
 def test_result_other_than_recorded_is_an_error(source: Path) -> None:
-    wrong = Edit("a.txt", digest(BEFORE["a.txt"].encode()), "0" * 64, (("two", "2"),), "test")
+    wrong = Patch("a.txt", sha256_of(BEFORE["a.txt"].encode()), "0" * 64, (("two", "2"),), "test")
     with pytest.raises(AssertionError, match="expected 000"):
-        apply(source, (wrong,))
+        apply_patches(source, (wrong,))
 
 
 def test_every_edit_names_another_file_with_real_checksums_and_a_reason() -> None:
@@ -88,10 +88,10 @@ def test_every_edit_names_another_file_with_real_checksums_and_a_reason() -> Non
 
 def test_another_number_of_occurrences_is_an_error(source: Path) -> None:
     (source / "a.txt").write_text("two two\n")
-    once = Edit("a.txt", digest(b"two two\n"), digest(b"2 2\n"), (("two", "2"),), "test")
+    once = Patch("a.txt", sha256_of(b"two two\n"), sha256_of(b"2 2\n"), (("two", "2"),), "test")
     with pytest.raises(AssertionError, match="occurs 2 times, not 1"):
-        apply(source, (once,))
-    apply(source, (replace(once, times=2),))
+        apply_patches(source, (once,))
+    apply_patches(source, (replace(once, times=2),))
     assert (source / "a.txt").read_text() == "2 2\n"
 
 
@@ -112,16 +112,16 @@ def archive(path: Path, names: list[str]) -> Path:
 
 def test_unpack_finds_the_source_folder(tmp_path: Path) -> None:
     packed = archive(tmp_path / "horovod.tar.gz", ["horovod-1/setup.py", "horovod-1/x/y.txt"])
-    assert unpack(packed, tmp_path / "out") == tmp_path / "out" / "horovod-1"
+    assert unpack_source(packed, tmp_path / "out") == tmp_path / "out" / "horovod-1"
 
 
 def test_unpack_refuses_another_archive(tmp_path: Path) -> None:
     packed = archive(tmp_path / "other.tar.gz", ["other/readme"])
-    with pytest.raises(Failure, match="not a source archive of Horovod"):
-        unpack(packed, tmp_path / "out")
+    with pytest.raises(CliError, match="not a source archive of Horovod"):
+        unpack_source(packed, tmp_path / "out")
 
 
 def test_unpack_refuses_what_is_no_archive(tmp_path: Path) -> None:
     (tmp_path / "page.tar.gz").write_text("<html>404</html>")
-    with pytest.raises(Failure, match="cannot be unpacked"):
-        unpack(tmp_path / "page.tar.gz", tmp_path / "out")
+    with pytest.raises(CliError, match="cannot be unpacked"):
+        unpack_source(tmp_path / "page.tar.gz", tmp_path / "out")

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 
 from hvd_ext.cli import cuda, gpu, install_horovod, toolchain
-from hvd_ext.cli.console import Failure
+from hvd_ext.cli.console import CliError
 from hvd_ext.cli.gpu import Nccl
-from hvd_ext.cli.horovod_source import digest
-from hvd_ext.cli.install_horovod import decide
+from hvd_ext.cli.horovod_source import sha256_of
+from hvd_ext.cli.install_horovod import decide_build
 from hvd_ext.cli.main import main
 from hvd_ext.cli.toolchain import Mpi
 
@@ -24,15 +24,15 @@ VERSIONS = {"torch": "2.13.0", "tensorflow": "2.21.0"}
 @pytest.fixture
 def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache that has the wheel of a machine with both frameworks."""
-    monkeypatch.setattr(toolchain, "installed", VERSIONS.get)
+    monkeypatch.setattr(toolchain, "installed_version", VERSIONS.get)
     monkeypatch.setattr(toolchain, "choose_mpi", lambda wanted, environ: MPI)
-    monkeypatch.setattr(toolchain, "compiler", lambda environ: "c++ 12")
-    monkeypatch.setattr(toolchain, "cmake", lambda environ=None: "/x/cmake")
-    slot = decide("auto", tmp_path / "cache", {}).slot
+    monkeypatch.setattr(toolchain, "compiler_version", lambda environ: "c++ 12")
+    monkeypatch.setattr(toolchain, "find_cmake", lambda environ=None: "/x/cmake")
+    slot = decide_build("auto", tmp_path / "cache", {}).slot
     built = tmp_path / "horovod-0.28.1-any.whl"
     built.write_text("wheel")
-    with slot.lock():
-        return slot.store(built)
+    with slot.hold_lock():
+        return slot.store_wheel(built)
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_cached_wheel_is_installed_without_its_frameworks(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(install_horovod, "_verify", lambda plan: None)
+    monkeypatch.setattr(install_horovod, "_verify_import", lambda plan: None)
     pretend_installed(monkeypatch, "0" * 64)
     assert install(cached) == 0
     assert pip == [["--no-deps", "--force-reinstall", str(cached)]]
@@ -69,8 +69,8 @@ def test_cached_wheel_is_installed_without_its_frameworks(
 def test_nothing_is_installed_twice(
     cached: Path, pip: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(install_horovod, "_verify", lambda plan: None)
-    pretend_installed(monkeypatch, digest(cached.read_bytes()))
+    monkeypatch.setattr(install_horovod, "_verify_import", lambda plan: None)
+    pretend_installed(monkeypatch, sha256_of(cached.read_bytes()))
     assert install(cached) == 0
     assert pip == []
 
@@ -91,7 +91,7 @@ def test_a_wheel_that_does_not_import_is_a_failure(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    pretend_installed(monkeypatch, digest(cached.read_bytes()))
+    pretend_installed(monkeypatch, sha256_of(cached.read_bytes()))
     broken = cached.parent / "python"
     broken.write_text("#!/bin/sh\necho 'ImportError: undefined symbol: x' >&2\nexit 1\n")
     broken.chmod(0o755)
@@ -106,13 +106,13 @@ def test_a_wheel_that_does_not_import_is_a_failure(
 def test_copy_of_the_wheel(
     cached: Path, pip: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(install_horovod, "_verify", lambda plan: None)
+    monkeypatch.setattr(install_horovod, "_verify_import", lambda plan: None)
     assert install(cached, "--wheel-dir", str(tmp_path / "wheels")) == 0
     assert (tmp_path / "wheels" / cached.name).read_text() == "wheel"
 
 
 def test_pip_that_fails_is_quoted() -> None:
-    with pytest.raises(Failure, match="no-such-option"):
+    with pytest.raises(CliError, match="no-such-option"):
         install_horovod._pip_install(["--no-such-option"])
 
 
@@ -129,7 +129,7 @@ def test_an_environment_without_pip_gets_it_from_python(monkeypatch: pytest.Monk
     if status == 0:
         install_horovod._have_pip()
     else:
-        with pytest.raises(Failure, match="no pip: No module named ensurepip") as failure:
+        with pytest.raises(CliError, match="no pip: No module named ensurepip") as failure:
             install_horovod._have_pip()
         assert "uv pip install pip" in failure.value.remedy
     assert ran == [["-m", "ensurepip"]]

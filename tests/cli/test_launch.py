@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from hvd_ext.cli.console import Failure
-from hvd_ext.cli.launch import Host, Line, Machine, decide, look_around, parse_hosts
+from hvd_ext.cli.console import CliError
+from hvd_ext.cli.launch import Host, LaunchCommand, MachineInfo, choose_launcher, detect_machine, parse_hosts
 from hvd_ext.cli.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -19,7 +19,7 @@ TWO = [Host("h1", 2), Host("h2", 2)]
 HERE = [Host("localhost", 2)]
 PROGRAM = ["python", "train.py"]
 LAUNCHERS = {"mpirun": "/opt/mpi/bin/mpirun", "horovodrun": "/env/bin/horovodrun", "srun": "/usr/bin/srun"}
-CLUSTER = Machine(LAUNCHERS, mpi="mpirun (Open MPI) 4.1.8", prefix="/opt/mpi")
+CLUSTER = MachineInfo(LAUNCHERS, mpi="mpirun (Open MPI) 4.1.8", prefix="/opt/mpi")
 WHEEL = replace(CLUSTER, prefix="/env", wheel=True, root=True)
 RANK = """
 import os, sys, torch, hvd_ext.torch as hvd
@@ -29,9 +29,10 @@ sys.stdout.write(f"rank {hvd.rank()} of {hvd.size()}: {total.tolist()} {os.envir
 """
 
 
-def line(hosts: list[Host], machine: Machine, **options: object) -> Line:
-    return decide(hosts, PROGRAM, machine, environ={"PATH": "/x", "HOME": "/root", "NCCL_DEBUG": "INFO"},
-                  **options)  # type: ignore[arg-type]
+def line(hosts: list[Host], machine: MachineInfo, **options: object) -> LaunchCommand:
+    return choose_launcher(hosts, PROGRAM, machine,
+                           environ={"PATH": "/x", "HOME": "/root", "NCCL_DEBUG": "INFO"},
+                           **options)  # type: ignore[arg-type]
 
 
 def after(command: list[str], option: str) -> str:
@@ -48,7 +49,7 @@ def test_hosts() -> None:
      ("h1:1,h1:1", "more than once")],
 )
 def test_wrong_hosts(text: str, problem: str) -> None:
-    with pytest.raises(Failure, match=problem):
+    with pytest.raises(CliError, match=problem):
         parse_hosts(text)
 
 
@@ -100,7 +101,7 @@ def test_open_mpi_5_has_other_names() -> None:
      (replace(CLUSTER, launchers={"horovodrun": "/env/bin/horovodrun"}), "--gloo"),
      (replace(CLUSTER, mpi="mpirun (Open MPI) 5.0.11"), "--gloo")],
 )
-def test_horovodrun(machine: Machine, way: str) -> None:
+def test_horovodrun(machine: MachineInfo, way: str) -> None:
     made = line(TWO, machine, launcher="horovodrun", network="eth0")
     command = made.command
     assert made.variables == ({"PATH": "/opt/mpi/bin:/x"} if way == "--mpi" else {})
@@ -132,13 +133,13 @@ def test_srun() -> None:
         (replace(CLUSTER, mpi="HYDRA build details:"), {"launcher": "mpirun"}, "no Open MPI"),
     ],
 )
-def test_what_cannot_be_launched(machine: Machine, options: dict[str, str], problem: str) -> None:
-    with pytest.raises(Failure, match=problem):
+def test_what_cannot_be_launched(machine: MachineInfo, options: dict[str, str], problem: str) -> None:
+    with pytest.raises(CliError, match=problem):
         line(TWO, machine, **options)
 
 
 def test_srun_needs_the_same_number_on_each_host() -> None:
-    with pytest.raises(Failure, match="same number of ranks"):
+    with pytest.raises(CliError, match="same number of ranks"):
         line([Host("h1", 2), Host("h2", 1)], CLUSTER, launcher="srun")
 
 
@@ -158,7 +159,7 @@ def test_dry_run_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("launcher", ["srun", "horovodrun"])
 def test_a_line_for_another_machine_needs_no_launcher_here(
         launcher: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("hvd_ext.cli.launch.look_around", lambda: replace(CLUSTER, launchers={}))
+    monkeypatch.setattr("hvd_ext.cli.launch.detect_machine", lambda: replace(CLUSTER, launchers={}))
     words = ["launch", "--hosts", "h1:2,h2:2", "--launcher", launcher]
     assert main([*words, "--dry-run", "--", *PROGRAM]) == 0
     printed = capsys.readouterr()
@@ -171,7 +172,7 @@ def test_a_line_for_another_machine_needs_no_launcher_here(
 
 def test_a_line_of_mpirun_depends_on_which_it_is(
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("hvd_ext.cli.launch.look_around", lambda: replace(CLUSTER, launchers={}))
+    monkeypatch.setattr("hvd_ext.cli.launch.detect_machine", lambda: replace(CLUSTER, launchers={}))
     assert main(["launch", "--launcher", "mpirun", "--dry-run", "--", *PROGRAM]) == 1
     assert "no mpirun here" in capsys.readouterr().err
 
@@ -179,7 +180,7 @@ def test_a_line_of_mpirun_depends_on_which_it_is(
 @pytest.mark.ranks
 @pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
 def test_two_ranks_of_this_machine(launcher: str, tmp_path: Path) -> None:
-    if launcher not in look_around().launchers:
+    if launcher not in detect_machine().launchers:
         pytest.skip(f"no {launcher} here")
     (tmp_path / "rank.py").write_text(RANK)
     command = [sys.executable, "-m", "hvd_ext.cli.main", "launch", "--hosts", "localhost:2",

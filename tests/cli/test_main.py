@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hvd_ext.cli import doctor
-from hvd_ext.cli.console import Failure
+from hvd_ext.cli.console import CliError
 from hvd_ext.cli.main import COMMANDS, main
 
 
@@ -39,7 +39,7 @@ def test_without_a_command_the_usage_is_shown(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("error", "status", "told"),
     [
-        (Failure("no [compiler]", "install g++"), 1, ["no [compiler]", "What to do: install g++"]),
+        (CliError("no [compiler]", "install g++"), 1, ["no [compiler]", "What to do: install g++"]),
         (KeyboardInterrupt(), 130, ["interrupted"]),
     ],
 )
@@ -53,7 +53,7 @@ def test_failures_are_told_without_a_traceback(
     def fail(args: object) -> int:
         raise error
 
-    monkeypatch.setattr(doctor, "run", fail)
+    monkeypatch.setattr(doctor, "run_command", fail)
     assert main(["doctor"]) == status
     printed = capsys.readouterr().err
     assert all(text in printed for text in told)

@@ -31,7 +31,7 @@ print(json.dumps({"version": hvd_ext.__version__, "places": {
     name: importlib.import_module(name).__file__ for name in sys.argv[1:]}}))
 """
 TYPED = """import hvd_ext.torch as hvd
-from hvd_ext.buckets import plan_buckets
+from hvd_ext.reducers.buckets import plan_buckets
 reveal_type(hvd.DelayCompensated(lam=2.0))
 reveal_type(hvd.DelayCompensated(lam=2.0).lam)
 reveal_type(plan_buckets)
@@ -135,4 +135,4 @@ def test_mypy_sees_the_types_from_outside(elsewhere: Path) -> None:
     revealed = re.findall(r'Revealed type is "(.*)"', printed)
     assert revealed[0].endswith("DelayCompensated")
     assert revealed[1].endswith("float")
-    assert "hvd_ext.buckets.TensorSpec" in revealed[2]
+    assert "hvd_ext.reducers.buckets.TensorSpec" in revealed[2]

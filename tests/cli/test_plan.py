@@ -12,10 +12,10 @@ import pytest
 
 from hvd_ext.cli import plan
 from hvd_ext.cli.main import main
-from hvd_ext.planning import Cluster, Link, Work, Workload
-from hvd_ext.planning.measure import Measured, measure
-from hvd_ext.planning.methods import METHODS, Setup, exchanges
-from hvd_ext.planning.voices import MpiVoice
+from hvd_ext.planning import Cluster, ComputeCosts, Link, Workload
+from hvd_ext.planning.backends import MpiBackend
+from hvd_ext.planning.measure import Measured, measure_cluster
+from hvd_ext.planning.methods import METHODS, Scenario, plan_exchanges
 from tests.ranks import ROOT, environment_of_ranks, launch_command
 
 COMMAND = ["plan", "--params", "25e6", "--ranks", "64", "--gbps", "10", "--ratio", "0.01"]
@@ -53,7 +53,7 @@ def test_compute_and_stragglers_make_steps(capsys: pytest.CaptureFixture[str]) -
     assert 0.5 < dense["step_seconds"] < 0.5 + dense["seconds"]  # part of it is hidden
     assert slower["exchange"]["dense"]["step_seconds"] > 1.2 * dense["step_seconds"]
     assert "hidden behind the backward pass" in alone["recommendation"]["reason"]
-    assert main([*COMMAND, "--compute-ms", "500", "--method", "dense", "late"]) == 0
+    assert main([*COMMAND, "--compute-ms", "500", "--method", "dense", "overlap"]) == 0
     said = capsys.readouterr().out
     assert "step, ms" in said
     assert "powersgd" not in said
@@ -76,7 +76,7 @@ def test_a_measured_cluster_is_taken_from_its_file(tmp_path: Path,
                                                    capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "cluster.json"
     cluster = Cluster(4, Link(1.0), fixed_us=1000.0, measured={"allreduce": Link(0.5)})
-    path.write_text(json.dumps({"cluster": cluster.to_dict(), "work": Work.none().to_dict()}))
+    path.write_text(json.dumps({"cluster": cluster.to_dict(), "work": ComputeCosts.no_compute().to_dict()}))
     given = ["plan", "--params", "25e6", "--cluster", str(path), "--method", "dense"]
     here = figures(capsys, command=given)
     assert here["exchange"]["dense"]["seconds"] == pytest.approx(1e-3 + 2 * 3 / 4 * 8e8 / 0.5e9 + 6 * 20e-6)
@@ -131,7 +131,7 @@ def test_two_ranks_measure_and_plan(tmp_path: Path, capsys: pytest.CaptureFixtur
     cluster = Cluster.from_dict(saved["cluster"])
     assert cluster.ranks == 2
     assert set(cluster.measured) == {"allreduce", "allreduce_half", "allgather", "alltoall", "broadcast"}
-    assert all(0 < value < 1e6 for value in Work(**saved["work"]).to_dict().values())
+    assert all(0 < value < 1e6 for value in ComputeCosts(**saved["work"]).to_dict().values())
     again = figures(capsys, command=["plan", "--params", "3e5", "--cluster", str(path)])
     assert again["exchange"]["dense"]["seconds"] > 0
 
@@ -142,17 +142,17 @@ def test_the_benchmark_takes_one_speed_from_a_file(tmp_path: Path) -> None:
 
     path = tmp_path / "cluster.json"
     path.write_text(json.dumps({"hosts": 4, "rate": "1gbit", "parameters": 2e5, "compute_ms": 30.0, "rows": [
-        {"name": "mpi4py Allreduce", "exchange_ms": 1.0}, {"name": "late", "step_ms": 40.0},
+        {"name": "mpi4py Allreduce", "exchange_ms": 1.0}, {"name": "overlap", "step_ms": 40.0},
         {"name": "dense", "exchange_ms": 25.0, "step_ms": 50.0}]}))
-    late, dense = against(path, cores=8)["rows"]
+    delayed, dense = against(path, cores=8)["rows"]
     assert dense["simulated_exchange_ms"] == pytest.approx(25.0)
-    assert (dense["exchange_ms"], late["exchange_ms"]) == (None, None)  # what was fitted is no check
-    assert (dense["step_ms"], late["step_ms"]) == (50.0, 40.0)
-    assert 30.0 < late["simulated_step_ms"] < dense["simulated_step_ms"]
+    assert (dense["exchange_ms"], delayed["exchange_ms"]) == (None, None)  # what was fitted is no check
+    assert (dense["step_ms"], delayed["step_ms"]) == (50.0, 40.0)
+    assert 30.0 < delayed["simulated_step_ms"] < dense["simulated_step_ms"]
 
 
 def measured_by_mpi() -> Measured:
-    return measure(100_000, voice=MpiVoice())
+    return measure_cluster(100_000, voice=MpiBackend())
 
 
 @pytest.mark.ranks
@@ -180,7 +180,8 @@ def sent() -> dict[str, float]:
         "rank0": {"server": "rank0"}, "sharded": {"server": "sharded"},
         "sharded, fp16": {"server": "sharded", "compression": hvd.Compression.fp16},
         "topk, rank0": {"server": "rank0", "compression": topk},
-        "topk, sharded": {"server": "sharded", "compression": topk}, "late": {"late": hvd.Late()},
+        "topk, sharded": {"server": "sharded", "compression": topk},
+        "overlap": {"overlap": hvd.DelayedUpdate()},
     }
     for number, (name, options) in enumerate(ways.items()):
         parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
@@ -203,8 +204,8 @@ SHAPES = ((300, 500), (500,), (400, 700))
 @pytest.mark.ranks
 def test_bytes_are_those_that_the_front_end_counts(ranks) -> None:
     workload = Workload(SHAPES)
-    ways = {one.name: one for one in exchanges(Setup(workload, 2))}
-    here = Cluster.flat(2, Link(1.0))
+    ways = {one.name: one for one in plan_exchanges(Scenario(workload, 2))}
+    here = Cluster.one_rank_per_host(2, Link(1.0))
     by_rank = ranks(2).run(sent, timeout=120)
     for name in by_rank[0]:
         counted = max(one[name] for one in by_rank)  # of weights from rank 0 the others send nothing

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from hvd_ext.cli.console import Failure
+from hvd_ext.cli.console import CliError
 from hvd_ext.cli.main import main
-from hvd_ext.cli.timeline import THEIRS, group, read, summarise
+from hvd_ext.cli.timeline import THEIRS, group_of, read_timeline, summarize_events
 from tests.ranks import run_ranks
 
 # One tensor of ours and one of the user's; the times are those that the test below expects.
@@ -55,7 +55,7 @@ def train() -> None:
 
 
 def test_figures_of_a_made_up_timeline() -> None:
-    summary = summarise(MADE_UP)
+    summary = summarize_events(MADE_UP)
     topk = summary.phases["topk"]
     figures = {name: (phase.depth, phase.count, phase.micros, phase.longest) for name, phase in topk.items()}
     assert figures == {
@@ -73,14 +73,14 @@ def test_figures_of_a_made_up_timeline() -> None:
         ("allgather.topk/bucket0@37fa21", "topk"), ("allgather.topk/agree@37fa21.1", "topk"),
         ("alltoall.delay/bucket0@37fa21", "delay"), ("allgather.delay/bucket0/reduced@37fa21", "delay"),
         ("allreduce.powersgd/bucket0/p@37fa21", "powersgd"), ("allreduce.seng.uc/layer1.0.conv1", "seng"),
-        ("broadcast.server/rank1/bucket0", "server"), ("allreduce.hvd_ext/meet", "hvd_ext"),
+        ("broadcast.server/rank1/bucket0", "server"), ("allreduce.hvd_ext/consistency", "hvd_ext"),
         ("DistributedSGD/topk/bucket0", "topk"),
         ("allreduce.weight", THEIRS), ("allreduce.topk.weight", THEIRS), ("allreduce.server.weight", THEIRS),
         ("", THEIRS),
     ],
 )
 def test_names_by_whose_they_are(tensor: str, part: str) -> None:
-    assert group(tensor) == part
+    assert group_of(tensor) == part
 
 
 @pytest.mark.ranks
@@ -100,7 +100,7 @@ def test_timeline_of_two_ranks(real: Path, tmp_path: Path, capsys: pytest.Captur
 @pytest.mark.ranks
 def test_cut_anywhere_it_is_mended(real: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = real.read_text()
-    whole, complete = read(text)
+    whole, complete = read_timeline(text)
     assert complete
     cut, mended = tmp_path / "cut.json", tmp_path / "mended.json"
     for length in [*range(300, len(text) - 1, len(text) // 40), text.rindex("]"), text.rindex("}")]:
@@ -140,5 +140,5 @@ def test_the_timeline_is_not_overwritten(tmp_path: Path) -> None:
     assert main(["timeline", str(path), "--repair", str(path)]) == 1
     assert json.loads(path.read_text()) == MADE_UP
     assert main(["timeline", str(tmp_path / "missing")]) == 1
-    with pytest.raises(Failure, match="behind the closing bracket"):
-        read(json.dumps(MADE_UP) * 2)
+    with pytest.raises(CliError, match="behind the closing bracket"):
+        read_timeline(json.dumps(MADE_UP) * 2)

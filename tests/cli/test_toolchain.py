@@ -9,8 +9,15 @@ from pathlib import Path
 import pytest
 
 from hvd_ext.cli import toolchain
-from hvd_ext.cli.console import Failure
-from hvd_ext.cli.toolchain import Mpi, choose_mpi, cmake, compiler, frameworks, system_mpi
+from hvd_ext.cli.console import CliError
+from hvd_ext.cli.toolchain import (
+    Mpi,
+    choose_mpi,
+    compiler_version,
+    find_cmake,
+    frameworks_to_build,
+    system_mpi,
+)
 
 VERSIONS = {"torch": "2.13.0+cpu", "tensorflow": "2.21.0"}
 
@@ -25,7 +32,7 @@ def program(folder: Path, name: str, printed: str = "") -> Path:
 
 @pytest.fixture
 def both(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(toolchain, "installed", VERSIONS.get)
+    monkeypatch.setattr(toolchain, "installed_version", VERSIONS.get)
 
 
 @pytest.mark.usefixtures("both")
@@ -41,21 +48,21 @@ def both(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_frameworks_are_those_installed_unless_left_out(
     environ: dict[str, str], expected: set[str]
 ) -> None:
-    assert set(frameworks(environ)) == expected
+    assert set(frameworks_to_build(environ)) == expected
 
 
 def test_asked_for_but_missing_framework(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(toolchain, "installed", {"torch": "2.13.0"}.get)
-    assert frameworks({}) == {"torch": "2.13.0"}
-    with pytest.raises(Failure, match="tensorflow is not installed") as failure:
-        frameworks({"HOROVOD_WITH_TENSORFLOW": "1"})
+    monkeypatch.setattr(toolchain, "installed_version", {"torch": "2.13.0"}.get)
+    assert frameworks_to_build({}) == {"torch": "2.13.0"}
+    with pytest.raises(CliError, match="tensorflow is not installed") as failure:
+        frameworks_to_build({"HOROVOD_WITH_TENSORFLOW": "1"})
     assert "pip install 'hvd-ext[tensorflow]'" in failure.value.remedy
 
 
 def test_no_framework_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(toolchain, "installed", lambda name: None)
-    with pytest.raises(Failure, match="no framework"):
-        frameworks({})
+    monkeypatch.setattr(toolchain, "installed_version", lambda name: None)
+    with pytest.raises(CliError, match="no framework"):
+        frameworks_to_build({})
 
 
 def test_system_mpi_needs_both_programs_outside_the_environment(
@@ -88,7 +95,7 @@ def test_choice_of_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(toolchain, "system_mpi", lambda: None)
     assert choose_mpi("auto", {}) is wheel
-    with pytest.raises(Failure, match="no MPI with both mpicxx and mpirun"):
+    with pytest.raises(CliError, match="no MPI with both mpicxx and mpirun"):
         choose_mpi("system", {})
 
     monkeypatch.setattr(toolchain, "wheel_mpi", lambda: None)
@@ -116,7 +123,7 @@ def test_cmake_is_taken_only_in_its_range(
 ) -> None:
     monkeypatch.setattr(toolchain, "own_folders", set)
     file = program(tmp_path, "cmake", f"cmake version {version}")
-    assert cmake({"PATH": str(tmp_path)}) == (str(file) if taken else None)
+    assert find_cmake({"PATH": str(tmp_path)}) == (str(file) if taken else None)
 
 
 def test_cmake_beyond_an_unfit_one_is_found(
@@ -126,13 +133,13 @@ def test_cmake_beyond_an_unfit_one_is_found(
     program(tmp_path / "new", "cmake", "cmake version 4.1.0")
     good = program(tmp_path / "old", "cmake", "cmake version 3.25.1")
     path = os.pathsep.join(str(tmp_path / name) for name in ("new", "old"))
-    assert cmake({"PATH": path}) == str(good)
-    assert cmake({"PATH": path, "HOROVOD_CMAKE": "/mine"}) == "/mine"
+    assert find_cmake({"PATH": path}) == str(good)
+    assert find_cmake({"PATH": path, "HOROVOD_CMAKE": "/mine"}) == "/mine"
 
 
 def test_missing_compiler_says_how_to_get_one() -> None:
-    with pytest.raises(Failure, match="no C\\+\\+ compiler: nothing-like-it") as failure:
-        compiler({"CXX": "nothing-like-it -O2"})
+    with pytest.raises(CliError, match="no C\\+\\+ compiler: nothing-like-it") as failure:
+        compiler_version({"CXX": "nothing-like-it -O2"})
     assert "apt install g++" in failure.value.remedy
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from hvd_ext.cli.toolchain import Mpi
-from hvd_ext.cli.wheel_cache import Slot, default_root, ingredients, key
+from hvd_ext.cli.wheel_cache import CacheEntry, default_root, folder_name, key_inputs
 
 BASE: dict[str, Any] = {
     "horovod": "0.28.1",
@@ -25,7 +25,7 @@ BASE: dict[str, Any] = {
 
 
 def name(**changes: Any) -> str:
-    return key(ingredients(**{**BASE, **changes}))
+    return folder_name(key_inputs(**{**BASE, **changes}))
 
 
 @pytest.mark.parametrize(
@@ -72,14 +72,14 @@ def test_default_root_follows_xdg(tmp_path: Path) -> None:
 
 
 def test_stored_wheel_is_found_and_replaced(tmp_path: Path) -> None:
-    slot = Slot(tmp_path / "cache", ingredients(**BASE))
-    assert slot.wheel() is None
+    slot = CacheEntry(tmp_path / "cache", key_inputs(**BASE))
+    assert slot.finished_wheel() is None
     for number, text in enumerate(("first", "second")):
         built = tmp_path / f"horovod-{number}.whl"
         built.write_text(text)
-        with slot.lock():
-            slot.store(built)
-        wheel = slot.wheel()
+        with slot.hold_lock():
+            slot.store_wheel(built)
+        wheel = slot.finished_wheel()
         assert wheel is not None
         assert wheel.read_text() == text
     assert len(list(slot.folder.glob("*.whl"))) == 1
@@ -87,7 +87,7 @@ def test_stored_wheel_is_found_and_replaced(tmp_path: Path) -> None:
 
 
 def test_half_copied_wheel_is_not_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slot = Slot(tmp_path / "cache", ingredients(**BASE))
+    slot = CacheEntry(tmp_path / "cache", key_inputs(**BASE))
 
     def stop(source: Path, target: Path) -> None:
         Path(target).write_text("half")
@@ -96,36 +96,36 @@ def test_half_copied_wheel_is_not_found(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("hvd_ext.cli.wheel_cache.shutil.copyfile", stop)
     built = tmp_path / "horovod.whl"
     built.write_text("whole")
-    with pytest.raises(OSError, match="No space left"), slot.lock():
-        slot.store(built)
-    assert slot.wheel() is None
+    with pytest.raises(OSError, match="No space left"), slot.hold_lock():
+        slot.store_wheel(built)
+    assert slot.finished_wheel() is None
 
 
 def test_second_builder_waits_for_the_first(tmp_path: Path) -> None:
-    slot, order = Slot(tmp_path, ingredients(**BASE)), []
+    slot, order = CacheEntry(tmp_path, key_inputs(**BASE)), []
 
     def second() -> None:
-        other = Slot(tmp_path, ingredients(**BASE))
-        assert other.busy()
-        with other.lock():
+        other = CacheEntry(tmp_path, key_inputs(**BASE))
+        assert other.is_locked()
+        with other.hold_lock():
             order.append("second")
 
-    with slot.lock():
+    with slot.hold_lock():
         thread = threading.Thread(target=second)
         thread.start()
         time.sleep(0.2)
         order.append("first")
     thread.join(10)
     assert order == ["first", "second"]
-    assert not slot.busy()
+    assert not slot.is_locked()
 
 
 def test_workshop_is_removed_also_after_a_failure(tmp_path: Path) -> None:
-    slot = Slot(tmp_path, ingredients(**BASE))
+    slot = CacheEntry(tmp_path, key_inputs(**BASE))
     shops = []
 
     def fail() -> None:
-        with slot.workshop() as shop:
+        with slot.build_dir() as shop:
             shops.append(shop)
             (shop / "big").write_text("x")
             raise RuntimeError("build")

@@ -125,7 +125,7 @@ def cut_off(method: str, server: str | None, folder: str) -> None:
 def busy(seconds: float) -> bool:
     """Rank 0 is at work for longer than the limit; the others wait for it."""
     import hvd_ext.torch as hvd
-    from hvd_ext.watch import WATCH
+    from hvd_ext.watchdog.watchdog import WATCH
 
     model, optimizer = make("plain", None)
     for number in range(3):

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import hvd_ext
-from hvd_ext import aliases
+from hvd_ext.horovod_api import aliases
 
 HOROVOD = importlib.util.find_spec("horovod") is not None
 needs_horovod = pytest.mark.skipif(not HOROVOD, reason="Horovod is not installed")
@@ -35,7 +35,7 @@ def test_horovods_packages_are_the_same_modules():
     program = "import sys\nimport hvd_ext\nfor line in sys.argv[1:]:\n" \
         "    exec(line, {})\n" \
         "    for name in [n for n in sys.modules if n.startswith(('horovod', 'hvd_ext.')) \n" \
-        "                 and n != 'hvd_ext.aliases']: del sys.modules[name]\n" \
+        "                 and n != 'hvd_ext.horovod_api.aliases']: del sys.modules[name]\n" \
         "    for name in ('runner', 'common', 'data'): vars(hvd_ext).pop(name, None)\n"
     done = subprocess.run([sys.executable, "-c", program, *LINES], capture_output=True, text=True,
                           timeout=100, check=False)

@@ -12,28 +12,35 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvd_ext import checkpoints, run_checkpoints
 from hvd_ext.async_ps import wire
 from hvd_ext.async_ps.config import ServerSettings
 from hvd_ext.async_ps.plan import Plan
-from hvd_ext.buckets import Kind, TensorSpec, check_groups, plan_buckets, slice_sizes, split_groups
-from hvd_ext.delay import DelayCompensated
-from hvd_ext.delay.async_rules import AsyncRule
-from hvd_ext.delay.engine import replay
-from hvd_ext.delay.momentum import AutoMomentum
-from hvd_ext.delay.sequences import Recorded
-from hvd_ext.header import pack_row, unpack_rows
-from hvd_ext.powersgd import PowerSGD
+from hvd_ext.checkpoint import files, protocol
+from hvd_ext.consistency.wire import pack_row, unpack_rows
+from hvd_ext.reducers.buckets import (
+    BucketKey,
+    TensorSpec,
+    check_groups,
+    plan_buckets,
+    slice_sizes,
+    split_groups,
+)
+from hvd_ext.reducers.delay_compensation import DelayCompensated
+from hvd_ext.reducers.delay_compensation.engine import replay
+from hvd_ext.reducers.delay_compensation.momentum import AutoMomentum
+from hvd_ext.reducers.delay_compensation.sequences import Recorded
+from hvd_ext.reducers.delay_compensation.update_rules import AsyncRule
+from hvd_ext.reducers.powersgd import PowerSGD
+from hvd_ext.reducers.topk import Layout, TopK
+from hvd_ext.reducers.topk.wire import MessageError, check_messages
 from hvd_ext.seng import Settings
-from hvd_ext.servers import owners, shares
-from hvd_ext.servers.ownership import EVERY_RANK
-from hvd_ext.topk import Layout, TopK
-from hvd_ext.topk.wire import MessageError, check_messages
+from hvd_ext.sharding import owned_elements, plan_owners
+from hvd_ext.sharding.ownership import EVERY_RANK
 from tests.reference.async_sgd import trajectory
 
 SHAPES = st.lists(st.lists(st.integers(0, 40), max_size=3).map(tuple), max_size=12)
-KINDS = st.sampled_from([Kind("float32"), Kind("float64"), Kind("float16", group=1),
-                         Kind("float32", route="topk"), Kind("float32", owner=2)])
+KINDS = st.sampled_from([BucketKey("float32"), BucketKey("float64"), BucketKey("float16", group=1),
+                         BucketKey("float32", route="topk"), BucketKey("float32", owner=2)])
 ANYTHING = st.one_of(st.none(), st.booleans(), st.integers(-3, 3), st.integers(), st.text(max_size=5),
                      st.floats(allow_nan=True), st.floats(0, 1), st.just([]), st.just(object()),
                      st.sampled_from(["exact", "sampled", "norm", "rank", "float32", "bfloat16"]))
@@ -65,8 +72,8 @@ def test_every_element_has_one_place(case, limit):
         flat = np.full(bucket.numel, -1)
         for slot in bucket.slots:
             assert slot.numel == specs[slot.index].numel
-            assert (slot.of(flat) == -1).all()
-            slot.of(flat)[:] = slot.index
+            assert (slot.slice_of(flat) == -1).all()
+            slot.slice_of(flat)[:] = slot.index
         assert (flat >= 0).all()
         if groups is None and len(bucket.slots) > 1:
             last = specs[bucket.slots[-1].index]
@@ -115,7 +122,7 @@ def test_messages_are_aligned_and_do_not_overlap(k, values):
     assert layout.data.start >= layout.indices.stop
     assert layout.data.start % 2 == layout.words % 2 == 0
     assert 4 * (layout.data.stop - layout.data.start) >= k * size
-    assert sum(layout.parts().values()) == 4 * layout.words
+    assert sum(layout.bytes_by_kind().values()) == 4 * layout.words
 
 
 @given(st.lists(st.tuples(st.integers(-2, 9), st.integers(-2, 9)), min_size=1, max_size=4),
@@ -133,9 +140,9 @@ def test_messages_of_another_layout_are_refused(headers, words):
 @given(st.sampled_from(["replicated", "rank0", "sharded"]), st.lists(st.integers(0, 10**9), max_size=30),
        st.integers(1, 16))
 def test_every_parameter_has_an_owner_and_none_has_too_much(server, numels, ranks):
-    owned = owners(server, numels, ranks)
+    owned = plan_owners(server, numels, ranks)
     assert all(owner == EVERY_RANK or 0 <= owner < ranks for owner in owned)
-    held = shares(owned, numels, ranks)
+    held = owned_elements(owned, numels, ranks)
     if server == "sharded" and numels:
         assert sum(held) == sum(numels)
         assert max(held) <= sum(numels) / ranks + max(numels)
@@ -164,14 +171,14 @@ def test_settings_are_taken_or_refused_at_construction(settings, given_first, da
 def test_damage_to_a_file_is_seen(content, at, change):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "update-1" / "shard"
-        mark = checkpoints.write(path, lambda file: file.write(content))
-        checkpoints.check(path, mark)
+        mark = files.write_atomically(path, lambda file: file.write(content))
+        files.check_digest(path, mark)
         data = bytearray(path.read_bytes())
         if data:
             data[at % len(data)] ^= change
         path.write_bytes(data or b"x")
-        with pytest.raises(checkpoints.DamagedCheckpointError, match="shard"):
-            checkpoints.check(path, mark)
+        with pytest.raises(files.DamagedCheckpointError, match="shard"):
+            files.check_digest(path, mark)
 
 
 EXPECTED = {"front_end": "a", "optimizer": "b", "extensions": "c"}
@@ -179,11 +186,12 @@ EXPECTED = {"front_end": "a", "optimizer": "b", "extensions": "c"}
 
 def sealed(folder):
     """A checkpoint of two files."""
-    there = checkpoints.place(folder, 7)
-    marks = {name: checkpoints.write(there / name, lambda file, name=name: file.write(name.encode() * 9))
+    there = files.checkpoint_dir(folder, 7)
+    marks = {name: files.write_atomically(there / name, lambda file, name=name: file.write(name.encode() * 9))
              for name in ("model.pt", "rank0000.pt")}
-    checkpoints.seal(there, {**EXPECTED, "server": None, "format": 1, "step": 7, "ranks": 1}, marks, run="r",
-                     keep=1)
+    files.finalize_checkpoint(there, {**EXPECTED, "server": None, "format": 1, "step": 7, "ranks": 1}, marks,
+                              run="r",
+                              keep=1)
     return there
 
 
@@ -198,9 +206,9 @@ class Alone:
 
 def load(folder):
     """What a front end does: find, then read both files."""
-    found = run_checkpoints.find(Alone(), folder, EXPECTED, reset_per_rank_state=False)
-    return run_checkpoints.read(Alone(), found, ["model.pt", "rank0000.pt"],
-                                lambda paths: [path.read_bytes() for path in paths.values()])
+    found = protocol.find_checkpoint(Alone(), folder, EXPECTED, reset_per_rank_state=False)
+    return protocol.read_files(Alone(), found, ["model.pt", "rank0000.pt"],
+                               lambda paths: [path.read_bytes() for path in paths.values()])
 
 
 @given(st.sampled_from(["model.pt", "rank0000.pt", "manifest.json"]), st.data())
@@ -213,7 +221,7 @@ def test_any_changed_byte_or_cut_of_any_file_is_refused_by_its_name(name, data):
         changed = bytearray(whole)
         changed[at] ^= data.draw(st.integers(1, 255))
         path.write_bytes(data.draw(st.sampled_from([bytes(changed), whole[:at], whole + whole[: at + 1]])))
-        with pytest.raises(checkpoints.DamagedCheckpointError, match=name):
+        with pytest.raises(files.DamagedCheckpointError, match=name):
             load(parent)
         path.write_bytes(whole)
         assert len(load(parent)) == 2
@@ -223,13 +231,14 @@ def test_any_changed_byte_or_cut_of_any_file_is_refused_by_its_name(name, data):
 def test_steps_and_numbers_of_checkpoints_are_taken_or_refused(step, keep):
     with tempfile.TemporaryDirectory() as parent:
         def save():
-            run_checkpoints.save(Alone(), parent, step, keep=keep, contents=lambda: run_checkpoints.Contents(
+            protocol.save_together(Alone(), parent, step, keep=keep,
+                                   contents=lambda: protocol.CheckpointFiles(
                 {"rank0000.pt": lambda file: file.write(b"x")}, {}))
 
         fine = all(type(one) is int for one in (step, keep)) and 0 <= step < 10**12 and keep >= 1
         if fine:
             save()
-            assert checkpoints.latest(Path(parent)) == checkpoints.place(Path(parent), step)
+            assert files.latest_checkpoint(Path(parent)) == files.checkpoint_dir(Path(parent), step)
             return
         with pytest.raises((ValueError, TypeError), match=r"(step|keep) must be .*got"):
             save()
@@ -249,14 +258,15 @@ def test_every_entry_has_one_server(size, servers, numel):
     assert (counts == 1).all()
     sizes = [part.stop - part.start for part in plan.slices]
     assert max(sizes) - min(sizes) <= 1
-    assert [plan.rank(plan.worker(rank)) for rank in range(servers, size)] == list(range(servers, size))
+    assert [plan.rank(plan.worker_number(rank))
+            for rank in range(servers, size)] == list(range(servers, size))
 
 
 @given(st.dictionaries(st.sampled_from(wire.HEADER.names), st.integers(-2**63, 2**63 - 1)))
 def test_headers_come_back(values):
     kind = values.pop("kind", 3)
-    sent = wire.header(kind, **values)
-    got = np.frombuffer(wire.raw(sent).tobytes(), wire.HEADER)[0]
+    sent = wire.make_header(kind, **values)
+    got = np.frombuffer(wire.header_bytes(sent).tobytes(), wire.HEADER)[0]
     assert got["kind"] == kind
     for name in set(wire.HEADER.names) - {"kind"}:
         assert got[name] == np.zeros(1, wire.HEADER)[name].dtype.type(values.get(name, 0))

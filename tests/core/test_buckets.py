@@ -9,11 +9,13 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from hvd_ext import checks, composition
-from hvd_ext.agreement import describe, differences, digest
-from hvd_ext.buckets import (
+from hvd_ext import checks
+from hvd_ext.consistency.fingerprint import describe_mismatch, describe_settings, digest_parts
+from hvd_ext.consistency.wire import pack_row, unpack_rows
+from hvd_ext.reducers import registry
+from hvd_ext.reducers.buckets import (
     MOST_BYTES,
-    Kind,
+    BucketKey,
     TensorSpec,
     check_groups,
     check_message,
@@ -21,13 +23,12 @@ from hvd_ext.buckets import (
     slice_sizes,
     split_groups,
 )
-from hvd_ext.delay import DelayCompensated
-from hvd_ext.delay.slices import VirtualWorker, application_order, usable
-from hvd_ext.header import pack_row, unpack_rows
-from hvd_ext.topk import TopK
-from hvd_ext.traffic import Traffic
+from hvd_ext.reducers.delay_compensation import DelayCompensated
+from hvd_ext.reducers.delay_compensation.slices import VirtualWorker, all_usable, application_order
+from hvd_ext.reducers.topk import TopK
+from hvd_ext.reducers.traffic import Traffic
 
-FLOAT = Kind("float32")
+FLOAT = BucketKey("float32")
 
 
 def specs(*sizes, kind=FLOAT):
@@ -60,9 +61,9 @@ def test_a_message_holds_what_mpi_can_count():
 
 
 def test_kinds_do_not_share_a_bucket():
-    mixed = [*specs(3, 4), TensorSpec("h", (5,), 2, Kind("float16"))]
+    mixed = [*specs(3, 4), TensorSpec("h", (5,), 2, BucketKey("float16"))]
     plan = plan_buckets(mixed, bucket_bytes=10**6)
-    assert sorted(bucket.kind for bucket in plan) == [Kind("float16"), Kind("float32")]
+    assert sorted(bucket.kind for bucket in plan) == [BucketKey("float16"), BucketKey("float32")]
 
 
 def test_groups_make_buckets_whatever_their_size():
@@ -95,9 +96,9 @@ def test_shorter_steps_come_first_and_ties_go_by_rank():
                VirtualWorker(1, 1, 0.5)]
     assert [(w.rank, w.part) for w in application_order(workers, "norm")] == [(1, 1), (1, 0), (0, 0), (2, 0)]
     assert [(w.rank, w.part) for w in application_order(workers, "rank")] == [(0, 0), (1, 0), (1, 1), (2, 0)]
-    assert usable(workers)
-    assert not usable([*workers, VirtualWorker(3, 0, math.nan)])
-    assert not usable([*workers, VirtualWorker(3, 0, math.inf)])
+    assert all_usable(workers)
+    assert not all_usable([*workers, VirtualWorker(3, 0, math.nan)])
+    assert not all_usable([*workers, VirtualWorker(3, 0, math.inf)])
 
 
 def test_header_brings_every_ranks_numbers_back():
@@ -110,21 +111,21 @@ def test_header_brings_every_ranks_numbers_back():
 
 
 def test_digest_tells_plans_apart_and_fits_the_header():
-    assert digest("a", specs(3)) == digest("a", specs(3))
-    assert digest("a", specs(3)) != digest("a", specs(4))
-    assert 0 <= digest("a") < 2**62
+    assert digest_parts("a", specs(3)) == digest_parts("a", specs(3))
+    assert digest_parts("a", specs(3)) != digest_parts("a", specs(4))
+    assert 0 <= digest_parts("a") < 2**62
 
 
 def test_differences_name_the_rank_and_the_parameter():
-    lines = differences([["a", "b"], ["a", "c"], ["b", "a"]])
+    lines = describe_mismatch([["a", "b"], ["a", "c"], ["b", "a"]])
     assert lines == ["rank 1 does not have b; has c", "rank 2 has the same in another order"]
 
 
 def test_traffic_of_a_step_is_what_came_since_the_last():
     traffic = Traffic()
-    traffic.add("values", sent=5)
+    traffic.count_bytes("values", sent=5)
     traffic.step()
-    traffic.add("values", sent=7, received=2)
+    traffic.count_bytes("values", sent=7, received=2)
     traffic.step()
     assert dict(traffic.last_sent) == {"values": 7}
     assert dict(traffic.last_received) == {"values": 2}
@@ -141,14 +142,14 @@ def test_traffic_of_a_step_is_what_came_since_the_last():
 ])
 def test_combinations_without_meaning_are_refused(changed, message):
     settings = {"op": None, "compression": None, "op_name": "Average", "predivide": 1.0, "server": None}
-    composition.check(**settings)
+    registry.check_combination(**settings)
     with pytest.raises(ValueError, match=message):
-        composition.check(**{**settings, **changed})
+        registry.check_combination(**{**settings, **changed})
 
 
 def test_a_bucket_says_only_what_sets_it_apart():
-    assert str(Kind("float32", "cpu", route="topk")) == "float32 on cpu sent topk"
-    assert str(TensorSpec("w", (2, 3), 4, Kind("float32", "cpu", 1))) == \
+    assert str(BucketKey("float32", "cpu", route="topk")) == "float32 on cpu sent topk"
+    assert str(TensorSpec("w", (2, 3), 4, BucketKey("float32", "cpu", 1))) == \
         "w[2, 3] float32 on cpu in parameter group 1"
 
 
@@ -171,9 +172,9 @@ def test_groups_that_are_none_are_refused(groups, message):
 
 
 def test_settings_are_described_field_by_field():
-    assert describe(TopK(lambda step: 0.1)) == describe(TopK(lambda step: 0.2))
-    assert describe(TopK(0.1)) != describe(TopK(0.2))
-    assert "lam=2.0" in describe(DelayCompensated())
+    assert describe_settings(TopK(lambda step: 0.1)) == describe_settings(TopK(lambda step: 0.2))
+    assert describe_settings(TopK(0.1)) != describe_settings(TopK(0.2))
+    assert "lam=2.0" in describe_settings(DelayCompensated())
 
 
 @dataclass(frozen=True)
@@ -183,22 +184,22 @@ class Method:
 
 
 def test_methods_are_registered_once():
-    composition.check_registration(Method, {TopK: object})
+    registry.check_registration(Method, {TopK: object})
     with pytest.raises(ValueError, match="'mine' is registered already, for Method"):
-        composition.check_registration(Method, {Method: object})
-    composition.check_registration(Method, {Method: object}, replace=True)
+        registry.check_registration(Method, {Method: object})
+    registry.check_registration(Method, {Method: object}, replace=True)
     with pytest.raises(TypeError, match="dataclass type"):
-        composition.check_registration(float, {})
+        registry.check_registration(float, {})
     with pytest.raises(ValueError, match="slot must be"):
-        composition.check_registration(type("Bad", (Method,), {"slot": "elsewhere"}), {})
+        registry.check_registration(type("Bad", (Method,), {"slot": "elsewhere"}), {})
 
 
 def test_messages_say_value_limit_and_way_out():
     with pytest.raises(ValueError, match=r"ratio must be in \(0, 1\], got 1.5; pass 0.01"):
-        checks.number("ratio", 1.5, low=0, high=1, open_low=True, hint="pass 0.01")
+        checks.check_float("ratio", 1.5, low=0, high=1, open_low=True, hint="pass 0.01")
     with pytest.raises(ValueError, match=r"rank must be at least 1, got 0"):
-        checks.whole("rank", 0, low=1)
+        checks.check_int("rank", 0, low=1)
     with pytest.raises(TypeError, match=r"must be a whole number, got 1\.5"):
-        checks.whole("rank", 1.5, low=1)
+        checks.check_int("rank", 1.5, low=1)
     with pytest.raises(TypeError, match="must be a number, got True"):
-        checks.number("lam", True)
+        checks.check_float("lam", True)

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvd_ext import kernels
-from hvd_ext.delay import async_rules
-from hvd_ext.delay.async_rules import AsyncRule, apply_in_blocks
-from hvd_ext.kernels.threads import LEAST, spread
+from hvd_ext.kernels.threads import MIN_THREAD_NUMEL, run_in_parts
+from hvd_ext.reducers.delay_compensation import update_rules
+from hvd_ext.reducers.delay_compensation.update_rules import AsyncRule, apply_in_blocks
 from tests.reference.delay_compensation import DelayOracle
 from tests.reference.spars_ams import amsgrad_step
 
@@ -27,18 +27,18 @@ SIZES = st.one_of(st.integers(0, 70), st.sampled_from([2047, 2048, 2049, 6000]))
 
 
 def test_kernels_are_used_here_and_can_be_turned_off(monkeypatch):
-    assert kernels.usable()
+    assert kernels.kernels_usable()
     monkeypatch.setenv(kernels.VARIABLE, "plain")
-    assert not kernels.usable()
+    assert not kernels.kernels_usable()
     monkeypatch.setenv(kernels.VARIABLE, "fast")
     with pytest.raises(ValueError, match="HVD_EXT_KERNELS must be one of auto, plain, triton, got 'fast'"):
-        kernels.usable()
+        kernels.kernels_usable()
 
 
 def test_without_numba_the_plain_way_is_taken():
     code = ("import sys; sys.modules['numba'] = None\n"
             "from hvd_ext import kernels; from hvd_ext.kernels import amsgrad, recursion, rules, topk\n"
-            "assert not kernels.usable()\n")
+            "assert not kernels.kernels_usable()\n")
     environment = {key: value for key, value in os.environ.items() if key != kernels.VARIABLE}
     done = subprocess.run([sys.executable, "-c", code], env=environment, timeout=60, capture_output=True,
                           text=True)
@@ -61,7 +61,8 @@ def updated(rule, arrays, velocity, monkeypatch, way):
     with np.errstate(all="ignore"):
         apply_in_blocks(rule, w, gradient, lr=0.1, momentum=0.7, w_bak=bak,
                         mean_square=square if rule.adaptive else None, velocity=moved,
-                        work=(np.empty(async_rules.BLOCK, w.dtype), np.empty(async_rules.BLOCK, w.dtype)))
+                        work=(np.empty(update_rules.BLOCK_NUMEL, w.dtype),
+                              np.empty(update_rules.BLOCK_NUMEL, w.dtype)))
     return [w, bak, square, *([] if moved is None else [moved])]
 
 
@@ -83,7 +84,7 @@ def test_the_servers_update_is_numpys_bit_for_bit(size, dtype, moving, seed, rul
 def test_the_servers_update_goes_through_the_kernel(monkeypatch):
     """Otherwise the comparison above would compare NumPy with itself."""
     monkeypatch.setenv(kernels.VARIABLE, "auto")
-    monkeypatch.setattr("hvd_ext.kernels.rules.update", lambda *args, **kwargs: args[0].fill(7.0))
+    monkeypatch.setattr("hvd_ext.kernels.rules.update_weights", lambda *args, **kwargs: args[0].fill(7.0))
     arrays = [np.zeros(5, np.float32) for _ in range(4)]
     assert (updated(AsyncRule(), arrays, None, monkeypatch, "auto")[0] == 7.0).all()
     strided = [np.zeros(10, np.float32)[::2] for _ in range(4)]
@@ -99,7 +100,7 @@ def compensated(rows, square, *, cumulative, lam, decay, eps, step, out=None):
     out = np.full(rows[0].size, np.nan, rows[0].dtype) if out is None else out
     scalar = out.dtype.type
     recursion.compensated_sum(
-        compiler.addresses(rows), out if square is None else square, out, 0, out.size,
+        compiler.row_addresses(rows), out if square is None else square, out, 0, out.size,
         adaptive=square is not None, cumulative=cumulative, decay=scalar(decay), fresh=scalar(1 - decay),
         eps=scalar(eps), strength=scalar(-step * lam), divisor=scalar(len(rows)))
     return out
@@ -137,7 +138,7 @@ def test_the_result_may_take_the_place_of_a_row():
 @pytest.mark.parametrize("threads", [1, 3])
 def test_amsgrad_is_the_oracles(threads):
     rng = np.random.default_rng(0)
-    size = 3 * LEAST + 5
+    size = 3 * MIN_THREAD_NUMEL + 5
     w = rng.standard_normal(size)
     expected = w.copy()
     states = [np.zeros(size) for _ in range(3)]
@@ -146,8 +147,9 @@ def test_amsgrad_is_the_oracles(threads):
               "shrink": 1.0, "decay": 0.0, "sign": 1.0}
     for _ in range(3):
         gradient = rng.standard_normal(size)
-        spread(lambda start, stop, g=gradient: amsgrad.update(w, g, *states, start, stop, **values), size,
-               threads)
+        run_in_parts(lambda start, stop,
+                     g=gradient: amsgrad.update_amsgrad(w, g, *states, start, stop, **values), size,
+                     threads)
         expected = amsgrad_step(expected, gradient, oracle, lr=0.1, beta1=0.9, beta2=0.99, eps=1e-6)
         np.testing.assert_allclose(w, expected, rtol=1e-12, atol=1e-13)
 
@@ -161,26 +163,27 @@ def test_entries_above_a_threshold_are_all_found(size, dtype, seed, expected, th
     threshold = float(dtype(threshold))
     with np.errstate(invalid="ignore"):
         positions = np.flatnonzero(magnitudes >= threshold if threshold else magnitudes > 0)
-    found, larger = topk.above(flat, threshold, expected)
+    found, larger = topk.find_above(flat, threshold, expected)
     np.testing.assert_array_equal(found, positions)
     np.testing.assert_array_equal(larger, magnitudes[positions])
 
 
-@pytest.mark.parametrize("length", [0, 1, LEAST - 1, 2 * LEAST, 5 * LEAST + 7])
+@pytest.mark.parametrize("length",
+                         [0, 1, MIN_THREAD_NUMEL - 1, 2 * MIN_THREAD_NUMEL, 5 * MIN_THREAD_NUMEL + 7])
 def test_threads_cover_everything_once(length):
     visits = np.zeros(length, int)
 
     def visit(start, stop):
         visits[start:stop] += 1
 
-    spread(visit, length, 4)
+    run_in_parts(visit, length, 4)
     assert (visits == 1).all()
 
 
 def test_an_error_in_a_thread_is_raised():
     def fails_at_the_end(start, stop):
-        if stop == 4 * LEAST:
+        if stop == 4 * MIN_THREAD_NUMEL:
             raise ArithmeticError("here")
 
     with pytest.raises(ArithmeticError, match="here"):
-        spread(fails_at_the_end, 4 * LEAST, 4)
+        run_in_parts(fails_at_the_end, 4 * MIN_THREAD_NUMEL, 4)

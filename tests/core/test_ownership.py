@@ -4,33 +4,33 @@ from __future__ import annotations
 
 import pytest
 
-from hvd_ext.servers import OwnedState, assign, check_loadable, owners, shares
-from hvd_ext.servers.ownership import EVERY_RANK
+from hvd_ext.sharding import OwnedState, assign_owners, check_loadable, owned_elements, plan_owners
+from hvd_ext.sharding.ownership import EVERY_RANK
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_no_rank_owns_more_than_the_mean_and_one_parameter(ranks):
     numels = [7, 4096, 64, 64, 1000, 0, 1, 2304, 2304, 640, 10, 512]
-    owned = assign(numels, ranks)
-    held = shares(owned, numels, ranks)
+    owned = assign_owners(numels, ranks)
+    held = owned_elements(owned, numels, ranks)
     assert sum(held) == sum(numels)
     assert max(held) <= sum(numels) / ranks + max(numels)
-    assert assign(numels, ranks) == owned
+    assert assign_owners(numels, ranks) == owned
 
 
 def test_equal_parameters_are_dealt_evenly():
-    assert assign([5] * 6, 3) == [0, 1, 2, 0, 1, 2]
+    assert assign_owners([5] * 6, 3) == [0, 1, 2, 0, 1, 2]
 
 
 def test_later_parameters_go_where_least_is():
-    assert assign([10, 1], 2, loads=[100, 95]) == [1, 0]
+    assert assign_owners([10, 1], 2, loads=[100, 95]) == [1, 0]
 
 
 def test_owners_of_each_server():
-    assert owners("rank0", [3, 2], 4) == [0, 0]
-    assert owners("replicated", [3, 2], 4) == [EVERY_RANK] * 2
-    assert owners("sharded", [3, 2], 2) == [0, 1]
-    assert shares(owners("replicated", [3, 2], 2), [3, 2], 2) == [5, 5]
+    assert plan_owners("rank0", [3, 2], 4) == [0, 0]
+    assert plan_owners("replicated", [3, 2], 4) == [EVERY_RANK] * 2
+    assert plan_owners("sharded", [3, 2], 2) == [0, 1]
+    assert owned_elements(plan_owners("replicated", [3, 2], 2), [3, 2], 2) == [5, 5]
 
 
 def test_what_can_be_loaded_where():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hvd_ext.scopes import SharedName, open_scope
+from hvd_ext.consistency.scopes import SharedName, open_scope
 
 PARAMETERS = []  # of all tests: an address that is free could be taken by the next one
 
@@ -58,5 +58,5 @@ def test_an_optimizer_that_a_cycle_keeps_takes_no_name():
 def test_a_complete_name_gets_no_scope():
     one = scope("p")
     assert one.add_to("topk/bucket0") == f"topk/bucket0@{one.label}"
-    assert one.add_to(SharedName("hvd_ext/meet")) == "hvd_ext/meet"
+    assert one.add_to(SharedName("hvd_ext/consistency")) == "hvd_ext/consistency"
     assert one.add_to(one.keep_whole("p")) == "p"

@@ -19,7 +19,7 @@ from hvd_ext.seng import (
     WarmUp,
     elements_held,
     imagenet_recipe,
-    jitters,
+    jitter_sequence,
     plan_layer,
 )
 from hvd_ext.torch.seng.schedules import cosine_lr, exp_lr, recipe_lr
@@ -42,13 +42,13 @@ from hvd_ext.torch.seng.schedules import cosine_lr, exp_lr, recipe_lr
     ({"damping": 1.0, "loss_scale": 0}, "loss_scale must be in"),
     ({"damping": 1.0, "curvature_dtype": "int8"}, "curvature_dtype must be one of"),
     ({"damping": 1.0, "replacement": 1}, "True or False"),
-    ({"damping": 1.0, "stale": "drop"}, "stale must be one of"),
-    ({"damping": 1.0, "stale": "bound", "loss_reduction": "sum"}, "got loss_reduction='sum'"),
+    ({"damping": 1.0, "stale_curvature": "drop"}, "stale_curvature must be one of"),
+    ({"damping": 1.0, "stale_curvature": "rescale", "loss_reduction": "sum"}, "got loss_reduction='sum'"),
     ({"damping": 1.0, "explicit_threshold": -1}, "explicit_threshold must be at least 0"),
     ({"damping": 1.0, "rank": "all"}, "rank must be a whole number"),
     ({"damping": 1.0, "rank": "auto", "memory": "1GB"}, "rank must be a number with memory="),
-    ({"damping": 1.0, "redraw": "never"}, "redraw must be one of"),
-    ({"damping": 1.0, "redraw": "step", "sketch": None}, 'redraw must be "refresh" with sketch=None'),
+    ({"damping": 1.0, "resample": "never"}, "resample must be one of"),
+    ({"damping": 1.0, "resample": "step", "sketch": None}, 'resample must be "refresh" with sketch=None'),
     ({"damping": 1.0, "exclude": (1,)}, "names of modules"),
 ])
 def test_bad_settings_say_value_limit_and_way_out(bad, said):
@@ -136,7 +136,7 @@ def test_lr_factories():
 
 
 def test_jitters_escalate_from_nothing():
-    ladder = jitters(2.0)
+    ladder = jitter_sequence(2.0)
     assert ladder[0] == 0.0
     assert list(ladder) == sorted(set(ladder))
     assert ladder[-1] == pytest.approx(0.02)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvd_ext.checks import size
+from hvd_ext.checks import check_bytes
 from hvd_ext.seng import LayerShape, Settings, plan_layer
 from hvd_ext.seng.memory import bytes_held, memory_text, within_memory
 
@@ -20,7 +20,7 @@ SHAPES = [LayerShape("norm", "LayerNorm", 128, 128, 1, product=False),
     (1000, 1000), ("1000", 1000), ("500MB", 500_000_000), ("2 GiB", 2 * 2**30), ("1.5k", 1500),
     ("3mib", 3 * 2**20)])
 def test_sizes(value, meant):
-    assert size("memory", value) == meant
+    assert check_bytes("memory", value) == meant
 
 
 @pytest.mark.parametrize(("bad", "said"), [

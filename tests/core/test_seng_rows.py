@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hvd_ext.seng.rows import generator, inclusion_probabilities, sample_batch, sample_rows, usable_scores
+from hvd_ext.seng.row_sampling import (
+    inclusion_probabilities,
+    sample_batch,
+    sample_rows,
+    seeded_generator,
+    usable_scores,
+)
 
 KINDS = [(leverage, replacement) for leverage in (False, True) for replacement in (False, True)]
 
@@ -18,7 +24,7 @@ def matrix(n: int = 60, rho: int = 4) -> np.ndarray:
 @pytest.mark.parametrize(("leverage", "replacement"), KINDS)
 def test_rows_are_sorted_and_the_same_for_the_same_seed(leverage, replacement):
     scores = np.square(matrix()).sum(1) if leverage else None
-    draws = [sample_rows(60, 20, generator(5, 200, "layer"), scores=scores, replacement=replacement)
+    draws = [sample_rows(60, 20, seeded_generator(5, 200, "layer"), scores=scores, replacement=replacement)
              for _ in range(2)]
     rows, weights = draws[0]
     assert rows.shape == weights.shape == (20,)
@@ -28,7 +34,7 @@ def test_rows_are_sorted_and_the_same_for_the_same_seed(leverage, replacement):
     if not leverage:
         np.testing.assert_allclose(weights, np.sqrt(60 / 20))
     np.testing.assert_array_equal(rows, draws[1][0])
-    other, _ = sample_rows(60, 20, generator(5, 201, "layer"), scores=scores,
+    other, _ = sample_rows(60, 20, seeded_generator(5, 201, "layer"), scores=scores,
                            replacement=replacement)
     assert not np.array_equal(rows, other)
 
@@ -42,7 +48,7 @@ def test_sketch_is_unbiased(leverage, replacement):
     count = 1000
     diagonals = np.zeros((count, 60))
     for seed in range(count):
-        rows, weights = sample_rows(60, 20, generator(seed, 0, "x"), scores=scores,
+        rows, weights = sample_rows(60, 20, seeded_generator(seed, 0, "x"), scores=scores,
                                     replacement=replacement)
         np.add.at(diagonals[seed], rows, weights**2)
     error = diagonals.std(0) / np.sqrt(count)
@@ -73,7 +79,7 @@ def test_subspace_embedding_and_matrix_product(leverage, replacement):
     assert q < n / 2
     broken = np.zeros(2, int)
     for seed in range(300):
-        rows, weights = sample_rows(n, q, generator(seed, 0, "y"), scores=scores,
+        rows, weights = sample_rows(n, q, seeded_generator(seed, 0, "y"), scores=scores,
                                     replacement=replacement)
         xi = basis[rows] * weights[:, None]
         broken[0] += np.linalg.norm(xi.T @ xi - np.eye(rho), 2) > eta
@@ -89,7 +95,7 @@ def test_errors_shrink_with_the_sketch():
     for q in (100, 400, 1600):
         found = []
         for seed in range(40):
-            rows, weights = sample_rows(2000, q, generator(seed, 0, "z"),
+            rows, weights = sample_rows(2000, q, seeded_generator(seed, 0, "z"),
                                         scores=np.square(u).sum(1), replacement=True)
             xi = basis[rows] * weights[:, None]
             found.append(np.linalg.norm(xi.T @ xi - np.eye(3), 2))
@@ -103,14 +109,14 @@ def test_inclusion_probabilities_are_capped_and_sum_to_q():
     scores = np.array([100.0, 1, 1, 1, 1, 0])
     chances = inclusion_probabilities(scores, 3)
     np.testing.assert_allclose(chances, [1, 0.5, 0.5, 0.5, 0.5, 0])
-    rows, weights = sample_rows(6, 3, generator(0, 0, "a"), scores=scores)
+    rows, weights = sample_rows(6, 3, seeded_generator(0, 0, "a"), scores=scores)
     assert 0 in rows
     assert weights[list(rows).index(0)] == 1.0
 
 
 def test_few_scores_are_taken_all_and_padded_at_weight_zero():
     scores = np.array([0.0, 2.0, 0.0, 1.0, 0.0])
-    rows, weights = sample_rows(5, 4, generator(0, 0, "a"), scores=scores)
+    rows, weights = sample_rows(5, 4, seeded_generator(0, 0, "a"), scores=scores)
     assert rows.size == 4
     taken = dict(zip(rows.tolist(), weights.tolist(), strict=True))
     assert (taken[1], taken[3]) == (1.0, 1.0)
@@ -120,18 +126,18 @@ def test_few_scores_are_taken_all_and_padded_at_weight_zero():
 @pytest.mark.parametrize("q", [0, 11])
 def test_a_sketch_larger_than_n_is_refused(q):
     with pytest.raises(ValueError, match=r"\[1, 10\], got"):
-        sample_rows(10, q, generator(0, 0, "a"))
+        sample_rows(10, q, seeded_generator(0, 0, "a"))
 
 
 def test_scores_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="finite"):
-        sample_rows(3, 2, generator(0, 0, "a"), scores=np.array([1.0, np.nan, 2.0]))
+        sample_rows(3, 2, seeded_generator(0, 0, "a"), scores=np.array([1.0, np.nan, 2.0]))
 
 
 def test_sample_batch():
-    assert sample_batch(8, None, generator(0, 0, "s")) is None
-    assert sample_batch(8, 8, generator(0, 0, "s")) is None
-    rows = sample_batch(8, 3, generator(0, 0, "s"))
+    assert sample_batch(8, None, seeded_generator(0, 0, "s")) is None
+    assert sample_batch(8, 8, seeded_generator(0, 0, "s")) is None
+    rows = sample_batch(8, 3, seeded_generator(0, 0, "s"))
     assert rows.size == np.unique(rows).size == 3
 
 
@@ -142,6 +148,6 @@ def test_scores_that_overflow_on_one_rank_choose_uniformly_there(bad):
     assert usable_scores(scores) is not None
     scores[[3, 4]] = bad  # finite numbers whose sum overflows count too
     assert usable_scores(scores) is None
-    rows, weights = sample_rows(20, 5, generator(0, 0, "layer"), scores=usable_scores(scores))
+    rows, weights = sample_rows(20, 5, seeded_generator(0, 0, "layer"), scores=usable_scores(scores))
     assert len(rows) == 5
     assert np.isfinite(weights).all()

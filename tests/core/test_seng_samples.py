@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 
 from hvd_ext.seng import Settings
-from hvd_ext.seng.coverage import Gap, by_cause, coverage_line, some
-from hvd_ext.seng.samples import (
+from hvd_ext.seng.coverage_report import UncoveredParameters, coverage_line, format_names, group_by_reason
+from hvd_ext.seng.sample_axes import (
     CONSTANT,
     CONTIGUOUS,
     ROWS,
     STRIDED,
     Signature,
-    agreed,
     chosen_for,
-    described,
+    common_placement,
+    describe_samples,
     is_plain,
-    recognise,
+    recognize_placement,
     rows_of,
-    shuffled,
+    shuffled_order,
 )
 
 B = 6
@@ -54,19 +54,19 @@ LAYOUTS = {
 def test_recognise(layout, time):
     x = np.random.default_rng(0).standard_normal((B, time, 3))
     arrange, wanted = LAYOUTS[layout]
-    found = recognise(signature(arrange(x)), signature(arrange(x[shuffled(B)])), B)
+    found = recognize_placement(signature(arrange(x)), signature(arrange(x[shuffled_order(B)])), B)
     assert found == wanted
 
 
 def test_the_axis_that_was_asked_for_comes_first():
     x = np.ones((B, B))
-    assert recognise(signature(x), signature(x), B) == 0
-    assert recognise(signature(x), signature(x), B, first=1) == 1
+    assert recognize_placement(signature(x), signature(x), B) == 0
+    assert recognize_placement(signature(x), signature(x), B, first=1) == 1
 
 
 @pytest.mark.parametrize("batch", [2, 3, 17])
 def test_no_sample_stays_at_its_place(batch):
-    order = shuffled(batch)
+    order = shuffled_order(batch)
     assert sorted(order) == list(range(batch))
     assert (order != np.arange(batch)).all()
 
@@ -91,8 +91,8 @@ def test_what_is_beyond_doubt_and_what_uses_have_in_common():
     assert not is_plain((6, 6), 6)
     assert not is_plain((12, 3), 6)
     assert is_plain((3, 6), 6, axis=1)
-    assert agreed([1, 1]) == 1
-    assert agreed([1, CONTIGUOUS]) == ROWS
+    assert common_placement([1, 1]) == 1
+    assert common_placement([1, CONTIGUOUS]) == ROWS
 
 
 def test_settings_name_modules_and_whatever_is_in_them():
@@ -100,7 +100,7 @@ def test_settings_name_modules_and_whatever_is_in_them():
     assert chosen_for("body.norm", samples) == 1
     assert chosen_for("body.head.fc", samples) == CONTIGUOUS
     assert chosen_for("bodyguard", samples) is None
-    assert described({"a": len}) == {"a": "<function>"}
+    assert describe_samples({"a": len}) == {"a": "<function>"}
 
 
 @pytest.mark.parametrize(("bad", "said"), [
@@ -111,7 +111,7 @@ def test_settings_name_modules_and_whatever_is_in_them():
     ({"samples": {"a": -2}}, r"samples\['a'\] must be at least 0"),
     ({"strict": 1}, "strict must be True or False"),
     ({"check_gradients": None}, "check_gradients must be True or False"),
-    ({"other": "same"}, "'identity', 'matched', 'none'; got 'same'"),
+    ({"fallback": "same"}, "'identity', 'matched', 'none'; got 'same'"),
 ])
 def test_bad_settings_say_value_limit_and_way_out(bad, said):
     with pytest.raises((ValueError, TypeError), match=said):
@@ -120,22 +120,24 @@ def test_bad_settings_say_value_limit_and_way_out(bad, said):
 
 def test_parameters_without_curvature():
     for other, divisor in (("identity", 1.5), ("matched", 0.5), ("none", 1.0)):
-        assert Settings(damping=0.5, other=other).other_divisor(0.5) == divisor
+        assert Settings(damping=0.5, fallback=other).fallback_divisor(0.5) == divisor
 
 
 def test_coverage_leads_with_what_has_most_parameters():
-    gaps = [Gap("a", "K", "no rule", 10), Gap("b", "K", "it is off (relative error 3e-2)", 20),
-            Gap("c", "K", "it is off (relative error 4e-2)", 30), Gap("d", "K", "rank 3 refused it", 1)]
-    assert list(by_cause(gaps)) == ["it is off", "no rule", "rank N refused it"]
+    gaps = [UncoveredParameters("a", "K", "no rule", 10),
+            UncoveredParameters("b", "K", "it is off (relative error 3e-2)", 20),
+            UncoveredParameters("c", "K", "it is off (relative error 4e-2)", 30),
+            UncoveredParameters("d", "K", "rank 3 refused it", 1)]
+    assert list(group_by_reason(gaps)) == ["it is off", "no rule", "rank N refused it"]
     assert coverage_line(100, gaps, "g") == (
         "SENG has a rule for 39.0 % of 100 parameters; the rest gets g: 50.0 % it is off (b, K, c, K), "
         "10.0 % no rule (a, K), 1.0 % rank N refused it (d, K).")
     assert coverage_line(100, [], "g") == "SENG has a rule for 100 % of 100 parameters."
     assert coverage_line(10**6, gaps[:1], "g").startswith("SENG has a rule for 99.9 %")
-    assert some(list("abcdef")) == "a, b, c, d and 2 more"
+    assert format_names(list("abcdef")) == "a, b, c, d and 2 more"
 
 
 def test_an_input_without_rows_tells_nothing():
     none = Signature({0: np.zeros(0), 1: np.zeros(B)}, 0.0)
-    assert recognise(none, none, B) == ROWS
-    assert recognise(signature(np.ones((B, 2))), none, B) == ROWS
+    assert recognize_placement(none, none, B) == ROWS
+    assert recognize_placement(signature(np.ones((B, 2))), none, B) == ROWS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hvd_ext.signatures import copy_signature
+from hvd_ext.horovod_api.signatures import copy_signature
 
 
 def model(tensor, name=None, *, op="average", **options):

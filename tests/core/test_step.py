@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hvd_ext.step import ReducedGradients, StepState
-from hvd_ext.uneven import CODES, Attendance, Decision, attendance_row
+from hvd_ext.uneven_inputs import CODES, Attendance, Decision, attendance_row
 
 
 def state(**fields):
@@ -64,37 +64,37 @@ class Gradient:
 
 def test_reduced_gradients_are_known_until_they_are_replaced_or_gone():
     known, first, second = ReducedGradients(), Gradient(), Gradient()
-    known.remember([("a", first), ("b", second), ("c", None)])
+    known.remember_gradients([("a", first), ("b", second), ("c", None)])
     assert known
-    assert known.includes("a", first)
-    assert not known.includes("a", second)
-    assert not known.includes("c", None)
+    assert known.includes_gradient("a", first)
+    assert not known.includes_gradient("a", second)
+    assert not known.includes_gradient("c", None)
     del second
-    assert not known.includes("b", None)
-    known.forget()
+    assert not known.includes_gradient("b", None)
+    known.forget_gradients()
     assert not known
-    assert not known.includes("a", first)
+    assert not known.includes_gradient("a", first)
 
 
 @pytest.mark.parametrize(("present", "root"), [([True, True, True], 0), ([False, True, False], 1),
                                                ([False, False, False], None)])
 def test_who_has_a_batch(present, root):
     rows = [attendance_row(one, 4.0 * one, 77, rank, 3) for rank, one in enumerate(present)]
-    found = Attendance.of(sum(rows), 3)
+    found = Attendance.from_sum(sum(rows), 3)
     assert (found.active, found.samples, found.root) == (sum(present), 4.0 * sum(present), root)
     assert found.missing == (0 < sum(present) < 3)
     assert found.alike
-    assert not Attendance.of(sum(rows[:2]) + attendance_row(present[2], 0.0, 78, 2, 3), 3).alike
+    assert not Attendance.from_sum(sum(rows[:2]) + attendance_row(present[2], 0.0, 78, 2, 3), 3).alike
 
 
 @pytest.mark.parametrize("code", CODES)
 def test_a_decision_comes_through_a_sum(code):
     decision = Decision(code, touched=True, max_norm=0.1, norm_type=float("inf"))
-    total = decision.row(5, root=True) + decision.row(5, root=False) + Decision.empty_row(5)
-    assert Decision.of(total, 2) == decision
+    total = decision.encode_row(5, root=True) + decision.encode_row(5, root=False) + Decision.empty_row(5)
+    assert Decision.from_sum(total, 2) == decision
 
 
 def test_decisions_that_differ_are_an_error():
-    total = Decision("update").row(5, root=True) + Decision("clip").row(5, root=False)
+    total = Decision("update").encode_row(5, root=True) + Decision("clip").encode_row(5, root=False)
     with pytest.raises(RuntimeError, match=r"'update': 1, 'clip': 1"):
-        Decision.of(total, 2)
+        Decision.from_sum(total, 2)

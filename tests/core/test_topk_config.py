@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hvd_ext.exclude import check_names
-from hvd_ext.topk import TopK, keep_count, warm_up
+from hvd_ext.reducers.filters import check_names
+from hvd_ext.reducers.topk import TopK, keep_count, warm_up
 
 
 @pytest.mark.parametrize("ratio", [0, -0.1, 1.5, float("nan")])
@@ -74,14 +74,14 @@ def test_k_is_at_least_one_and_at_most_all():
 
 def test_what_goes_whole():
     config = TopK(exclude=["*.bias", "norm?.weight"], min_size=100)
-    assert config.compresses("a.weight", (10, 10)) is True
-    assert config.compresses("a.weight", (9, 11)) is False
-    assert config.compresses("a.bias", (1000,)) is False
-    assert config.compresses("norm1.weight", (1000,)) is False
+    assert config.should_compress("a.weight", (10, 10)) is True
+    assert config.should_compress("a.weight", (9, 11)) is False
+    assert config.should_compress("a.bias", (1000,)) is False
+    assert config.should_compress("norm1.weight", (1000,)) is False
     by_shape = TopK(exclude=lambda name, shape: len(shape) == 1, min_size=0)
-    assert by_shape.compresses("x", (5000,)) is False
-    assert by_shape.compresses("x", (1, 1)) is True
-    assert by_shape.compresses("x", (0, 3)) is False
+    assert by_shape.should_compress("x", (5000,)) is False
+    assert by_shape.should_compress("x", (1, 1)) is True
+    assert by_shape.should_compress("x", (0, 3)) is False
 
 
 def test_exclude_that_fits_nothing_is_refused():

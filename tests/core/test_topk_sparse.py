@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvd_ext.topk import sparse
-from hvd_ext.topk.wire import Layout, MessageError
+from hvd_ext.reducers.topk import allreduce
+from hvd_ext.reducers.topk.wire import Layout, MessageError
 
 
 def rows_of(parts, k_out):
@@ -16,9 +16,9 @@ def rows_of(parts, k_out):
     rows = []
     for part in parts:
         falling = np.sort(np.abs(part))[::-1]
-        most = min(sparse.share(k_out, len(parts), len(part)), int((falling > 0).sum()))
-        told = falling[sparse.told_ranks(most) - 1] if most else np.zeros(0)
-        rows.append(sparse.row_of(most, told, [0] * sparse.CELLS))
+        most = min(allreduce.max_reply(k_out, len(parts), len(part)), int((falling > 0).sum()))
+        told = falling[allreduce.reported_ranks(most) - 1] if most else np.zeros(0)
+        rows.append(allreduce.encode_report(most, told, [0] * allreduce.COUNT_BINS))
     return np.array(rows)
 
 
@@ -29,33 +29,33 @@ def test_threshold_lets_about_k_entries_through(ranks, numel, k_out, spread):
     rng = np.random.default_rng(0)
     scales = np.exp(spread * rng.standard_normal(ranks))
     parts = [scale * rng.standard_t(3, numel // ranks) for scale in scales]
-    least = sparse.threshold(rows_of(parts, k_out), k_out)
-    found = sum(min(int((np.abs(part) >= least).sum()), sparse.share(k_out, ranks, len(part)))
+    least = allreduce.shared_threshold(rows_of(parts, k_out), k_out)
+    found = sum(min(int((np.abs(part) >= least).sum()), allreduce.max_reply(k_out, ranks, len(part)))
                 for part in parts)
     assert found == pytest.approx(k_out, rel=0.05)
 
 
 def test_threshold_is_zero_where_there_are_too_few():
     parts = [np.array([1.0, 0.0, 3.0]), np.zeros(5)]
-    assert sparse.threshold(rows_of(parts, 100), 100) == 0.0
-    assert sparse.threshold(rows_of([np.zeros(4)] * 3, 0), 0) == 0.0
+    assert allreduce.shared_threshold(rows_of(parts, 100), 100) == 0.0
+    assert allreduce.shared_threshold(rows_of([np.zeros(4)] * 3, 0), 0) == 0.0
 
 
 @given(st.integers(1, 9), st.integers(0, 500), st.integers(0, 2**32 - 1))
 def test_cut_ranges_are_ranges_and_nearly_even(ranks, numel, seed):
     rng = np.random.default_rng(seed)
-    bounds = sparse.even_bounds(numel, ranks)
+    bounds = allreduce.even_bounds(numel, ranks)
     assert bounds[0] == 0
     assert bounds[-1] == numel
     entries = np.sort((numel * rng.beta(0.3, 2.0, 400)).astype(np.int64)) if numel else np.zeros(0, int)
     for _ in range(3):
-        edges = sparse.cells(bounds)
-        rows = np.zeros((ranks, sparse.WORDS))
+        edges = allreduce.count_bins(bounds)
+        rows = np.zeros((ranks, allreduce.WORDS))
         for rank in range(ranks):
-            rows[rank, 1 + sparse.POINTS:] = [((entries >= a) & (entries < b)).sum()
-                                              for a, b in zip(edges[rank], edges[rank, 1:], strict=False)]
-        assert sparse.received(rows).sum() == len(entries)
-        bounds = sparse.cut(bounds, rows)
+            rows[rank, 1 + allreduce.POINTS:] = [((entries >= a) & (entries < b)).sum()
+                                                 for a, b in zip(edges[rank], edges[rank, 1:], strict=False)]
+        assert allreduce.received_counts(rows).sum() == len(entries)
+        bounds = allreduce.rebalance(bounds, rows)
         assert bounds[0] == 0
         assert bounds[-1] == numel
         assert (np.diff(bounds) >= 0).all()
@@ -64,16 +64,16 @@ def test_cut_ranges_are_ranges_and_nearly_even(ranks, numel, seed):
 def test_ranges_follow_entries_and_wait_longer_each_time():
     rng = np.random.default_rng(1)
     entries = (100_000 * rng.beta(0.5, 4.0, 20_000)).astype(np.int64)
-    ranges = sparse.Ranges(sparse.even_bounds(100_000, 8))
+    ranges = allreduce.OwnerRanges(allreduce.even_bounds(100_000, 8))
     seen = []
     for _ in range(6):
-        edges = sparse.cells(ranges.bounds)
-        rows = np.zeros((8, sparse.WORDS))
+        edges = allreduce.count_bins(ranges.bounds)
+        rows = np.zeros((8, allreduce.WORDS))
         for rank in range(8):
-            rows[rank, 1 + sparse.POINTS:] = np.histogram(
+            rows[rank, 1 + allreduce.POINTS:] = np.histogram(
                 entries[entries < edges[rank, -1]], np.unique(edges[rank]))[0]
-        seen.append(sparse.imbalance(rows))
-        ranges = ranges.after(rows)
+        seen.append(allreduce.measure_imbalance(rows))
+        ranges = ranges.next_ranges(rows)
     assert seen[0] > 2.0
     assert max(seen[2:]) < 1.4
     assert ranges.age > 0
@@ -90,11 +90,11 @@ def message(count, values="float32"):
 def test_messages_are_told_apart(values):
     counts = [3, 0, 8, 1]
     words = np.concatenate([message(count, values) for count in counts])
-    found = list(sparse.layouts(words, values, 4, "b"))
+    found = list(allreduce.message_layouts(words, values, 4, "b"))
     assert [layout.k for _, layout in found] == counts
     for cut in (words[:-2], np.append(words, np.int32(0)), words[:1], np.zeros(0, np.int32)):
         with pytest.raises(MessageError, match="b: "):
-            list(sparse.layouts(cut, values, 4, "b"))
+            list(allreduce.message_layouts(cut, values, 4, "b"))
     words[1] += 1
     with pytest.raises(MessageError, match="message 0 of 4"):
-        list(sparse.layouts(words, values, 4, "b"))
+        list(allreduce.message_layouts(words, values, 4, "b"))

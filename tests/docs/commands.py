@@ -149,13 +149,13 @@ def _horovodruns(words: Sequence[str]) -> list[str]:
 
 
 def _hvd_exts(words: Sequence[str]) -> list[str]:
-    from hvd_ext.cli.main import parser
+    from hvd_ext.cli.main import build_parser
 
     given = list(words[1:])
     if given == ["plan"]:  # in a sentence
         given += ["--params", "1e6", "--ranks", "2"]
     try:
-        args = parser().parse_args(given)
+        args = build_parser().parse_args(given)
     except SystemExit as ended:
         raise Wrong(f"hvd-ext refuses {shlex.join(words)} ({ended})") from None
     return [word for word in getattr(args, "program", []) if word != "--"]

@@ -26,7 +26,7 @@ class SparseAllreduce:
         self.applied = np.zeros(numel)
         self.seen = np.zeros(numel)
 
-    def means(self, gradients: Sequence[Vector], k: int) -> Vector:
+    def finish_exchange(self, gradients: Sequence[Vector], k: int) -> Vector:
         """Each worker's k largest of g + e, averaged, and O on top."""
         self.seen += np.sum(gradients, axis=0)
         total = np.asarray(gradients) + self.e

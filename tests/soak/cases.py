@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hvd_ext import checkpoints
 from hvd_ext.async_ps import Checkpoint
+from hvd_ext.checkpoint import files
 from tests.async_ps.program import run_program
 from tests.async_ps.runs import flat
 from tests.ranks import ROOT, command_of, environment_of_ranks, kill_tree, launch_command
@@ -189,11 +189,11 @@ def _synchronous(strike: Strike, place: Path, small: contextlib.AbstractContextM
     if strike.fault == "full":
         assert "No space left on device" in output, output[-4000:]
         assert output.count("CheckpointNotWrittenError: rank ") >= 2, output[-4000:]  # each rank's traceback
-    valid = checkpoints.valid(place)
+    valid = files.complete_checkpoints(place)
     for one in valid:
-        manifest = checkpoints.read_manifest(one)
+        manifest = files.read_manifest(one)
         for name in manifest["files"]:
-            checkpoints.checked_file(one, manifest, name)
+            files.checked_file(one, manifest, name)
     newest = int(valid[-1].name[-12:]) if valid else 0
     if strike.fault != "full":  # the last one is at most one period old
         assert newest >= strike.step // EVERY * EVERY - EVERY, (newest, strike)
@@ -260,10 +260,10 @@ def _servers(strike: Strike, folder: Path, place: Path,
     for rank in range(size) if full else others:
         assert ended.outcomes[rank].state == "raised", said
         assert ("No space left" if full else "ServerLost") in ended.outcomes[rank].value, said
-    found = checkpoints.valid(place)
+    found = files.complete_checkpoints(place)
     if found:
         saved = Checkpoint(place)
-        np.testing.assert_array_equal(flat(saved.weights()), replayed(saved.recording()))
+        np.testing.assert_array_equal(flat(saved.read_weights()), replayed(saved.read_recording()))
         options["resume"] = place
     again = run_program(folder / "again", "struck", size, options, ASYNC_STEPS, -1, 0.0, 0, timeout=SECONDS)
     said = "\n".join(map(str, again.outcomes.values())) + again.output[-3000:]
@@ -272,5 +272,5 @@ def _servers(strike: Strike, folder: Path, place: Path,
     assert told["report"].updates == 2 * ASYNC_STEPS, said
     np.testing.assert_array_equal(told["weights"], replayed(told["recording"]))
     if found:  # the run went on from there, and not from anywhere else
-        before = len(saved.recording())
-        np.testing.assert_array_equal(told["recording"].senders[:before], saved.recording().senders)
+        before = len(saved.read_recording())
+        np.testing.assert_array_equal(told["recording"].senders[:before], saved.read_recording().senders)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import hvd_ext.torch as hvd
-from tests.soak.striking import Striker
+from tests.soak.fault_injection import Striker
 from tests.torch.checkpointed import build, digest, train_step
 
 STEPS = 16

@@ -9,7 +9,7 @@ import importlib
 import os
 import sys
 
-from tests.soak.striking import Striker
+from tests.soak.fault_injection import Striker
 
 STEPS, EVERY = 20, 3
 

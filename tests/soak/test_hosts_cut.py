@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hvd_ext import checkpoints
+from hvd_ext.checkpoint import files
 from tests.cluster.hosts import Cluster, missing
 
 pytestmark = [pytest.mark.ranks, pytest.mark.soak]
@@ -86,7 +86,7 @@ def test_training_goes_on_from_the_last_checkpoint(hosts, undisturbed, tmp_path,
         hosts.mend("node2")
     assert cut.is_set()
     assert ended[0].state in ("raised", "died"), str(ended[0])  # neither a hang nor the end of the training
-    newest = int(checkpoints.valid(folder)[-1].name[-12:])
+    newest = int(files.complete_checkpoints(folder)[-1].name[-12:])
     assert newest >= step // EVERY * EVERY - EVERY
     with hosts.ranks() as ranks:
         again = ranks.run(train, method, str(folder), str(begun), -1, timeout=120)

@@ -40,8 +40,8 @@ METHODS = {
     "seng": lambda model: {"preconditioner": hvd.SENG(model, damping=0.5, update_freq=3)},
     "rank0": lambda model: {"server": "rank0"},
     "sharded": lambda model: {"server": "sharded"},
-    "topk_sharded": lambda model: {"server": hvd.Server("sharded", reply=topk()), "compression": topk()},
-    "topk_late": lambda model: {"late": hvd.Late(1.0), "compression": topk()},
+    "topk_sharded": lambda model: {"server": hvd.Server("sharded", downlink=topk()), "compression": topk()},
+    "topk_late": lambda model: {"overlap": hvd.DelayedUpdate(1.0), "compression": topk()},
 }
 
 
@@ -74,7 +74,7 @@ def loss_of(model):
 def whole(optimizer):
     """What must be the same whoever is there after a commit: all but what each rank keeps alone."""
     wrapper = optimizer._hvd_ext
-    own = [*wrapper.reducer.kept_alone(), wrapper.reducer.stamp, wrapper.server_stamp]
+    own = [*wrapper.reducer.local_state(), wrapper.reducer.stamp, wrapper.server_stamp]
     return [np.array(one) for one in optimizer.variables
             if not any(getattr(one, "value", one) is other for other in own)]
 
@@ -142,7 +142,7 @@ def train_all(folder=None, methods=tuple(METHODS)):
             state.check_host_updates()
 
     train(state)
-    return {method: {"loss": loss_of(model), "lost_residuals": optimizer.report().get("lost_residuals")}
+    return {method: {"loss": loss_of(model), "lost_residuals": optimizer.report().get("dropped_residuals")}
             for method, (model, optimizer) in made.items()}
 
 
@@ -177,7 +177,7 @@ def fit(folder=None):
                   callbacks=[CountSteps(state, hosts), hvd.elastic.CommitStateCallback(state)])
 
     train(state)
-    return {"loss": loss_of(model), "lost_residuals": optimizer.report()["lost_residuals"]}
+    return {"loss": loss_of(model), "lost_residuals": optimizer.report()["dropped_residuals"]}
 
 
 def main(folder, *methods):

@@ -19,7 +19,7 @@ class Alone(Collectives):
 
     size, rank, elastic = 1, 0, False
 
-    def if_many(self, communicate, alone):
+    def if_distributed(self, communicate, alone):
         return alone()
 
 
@@ -69,7 +69,7 @@ class Attention(keras.Layer):
         return self.attention(x, x)
 
 
-class Tied(L.Dense):
+class TiedEmbeddingBlock(L.Dense):
     """A dense layer with the kernel of another."""
 
     def __init__(self, other):
@@ -82,7 +82,7 @@ class Tied(L.Dense):
 
 def tied():
     first = L.Dense(5, use_bias=False, activation="tanh")
-    return sequential((5,), first, Tied(first))
+    return sequential((5,), first, TiedEmbeddingBlock(first))
 
 
 def moved(there, back, *between):

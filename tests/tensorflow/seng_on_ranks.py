@@ -36,7 +36,7 @@ def directions(model: keras.Model, seng: Any, collectives: Collectives, steps: i
     @tf.function(reduce_retracing=True)
     def step(x: tf.Tensor, y: tf.Tensor) -> Any:
         found = gradient(model, x, y)
-        mean = [collectives.if_many(lambda k=k, g=g: collectives.allreduce(g, f"g{k}"), lambda g=g: g)
+        mean = [collectives.if_distributed(lambda k=k, g=g: collectives.allreduce(g, f"g{k}"), lambda g=g: g)
                 for k, g in enumerate(found)]
         turned = seng.precondition(mean, variables, collectives)
         for variable, direction in zip(variables, turned, strict=True):
@@ -113,7 +113,7 @@ def fitted(how: dict[str, Any], wrap: str = "plain", policy: str = "float32",
     return training.weights(model), int(seng.steps), seng.report()["failures"]
 
 
-REDRAWN = {"damping": 0.5, "update_freq": 3, "sketch_size": 20, "redraw": "step"}
+REDRAWN = {"damping": 0.5, "update_freq": 3, "sketch_size": 20, "resample": "step"}
 
 
 def fitted_redrawn() -> list[np.ndarray]:

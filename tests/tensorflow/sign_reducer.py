@@ -25,11 +25,11 @@ class Sign:
 class SignReducer(BucketReducer):
     """Sums the ranks' signs, one allreduce per bucket, started while backward still runs."""
 
-    def start(self, bucket: Any, part: int, flat: tf.Tensor) -> tf.Tensor:
+    def start_exchange(self, bucket: Any, part: int, flat: tf.Tensor) -> tf.Tensor:
         return self.collectives.allreduce(tf.sign(flat), f"{self.prefix}/sign/bucket{bucket.index}",
                                           op=hvd.Sum)
 
-    def complete(self, started: Mapping[tuple[int, int], tf.Tensor],
-                 **inputs: Any) -> tuple[list[tf.Tensor], Any]:
+    def finish_exchange(self, started: Mapping[tuple[int, int], tf.Tensor],
+                        **inputs: Any) -> tuple[list[tf.Tensor], Any]:
         votes = [started[bucket.index, 0] for bucket in self.buckets]
         return [tf.sign(vote) * self.settings.scale for vote in votes], None

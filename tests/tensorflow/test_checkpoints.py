@@ -14,7 +14,7 @@ pytest.importorskip("horovod.tensorflow", reason="Horovod is not built for Tenso
 import keras
 
 import hvd_ext.tensorflow.keras as hvd
-from hvd_ext import checkpoints
+from hvd_ext.checkpoint import files
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.variables import as_tf
 from tests.tensorflow import checkpointed
@@ -55,7 +55,7 @@ def state(method="plain"):
 
 def faults(folder):
     """A full disk on rank 1, then each file damaged; what is said, and that nothing changed."""
-    given, write = state("topk"), checkpoints.write
+    given, write = state("topk"), files.write_atomically
     hvd.save_checkpoint(folder, 1, **given, epoch=3, text="a", parts={"x": [1.5, None]})
 
     def fail(path, save):
@@ -65,13 +65,13 @@ def faults(folder):
         return write(path, half)
 
     if hvd.rank() == 1:
-        checkpoints.write = fail
+        files.write_atomically = fail
     try:
         said = [says(lambda: hvd.save_checkpoint(folder, 2, **given), hvd.CheckpointNotWrittenError)]
     finally:
-        checkpoints.write = write
+        files.write_atomically = write
     names = sorted(path.name for path in Path(folder).iterdir())
-    together, there = Collectives(), checkpoints.place(Path(folder), 1)
+    together, there = Collectives(), files.checkpoint_dir(Path(folder), 1)
     for name in ("model.npz", "rank0000.npz", "rank0001.npz", "manifest.json"):
         whole = (there / name).read_bytes()
         half = len(whole) // 2

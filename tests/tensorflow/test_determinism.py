@@ -19,7 +19,7 @@ CASES = {
     "sharded": lambda model: {"server": "sharded"},
     "topk": lambda model: {"compression": hvd.Compression.topk(0.3, min_size=0)},
     "delay": lambda model: {"op": hvd.DelayCompensated(lam=1.0)},
-    "late": lambda model: {"late": hvd.Late()},
+    "late": lambda model: {"overlap": hvd.DelayedUpdate()},
     "seng": lambda model: {"preconditioner": hvd.SENG(model, damping=0.5, update_freq=2)},
 }
 

@@ -22,7 +22,7 @@ from hvd_ext.tensorflow import DistributedGradientTape  # noqa: E402
 from hvd_ext.tensorflow.elastic import TensorFlowState  # noqa: E402
 from tests.elastic_runs import run_elastic  # noqa: E402
 from tests.tensorflow.elastic_program import FIT_STEPS, METHODS, STEPS, fit, train_all  # noqa: E402
-from tests.tensorflow.made import flat, make_variables  # noqa: E402
+from tests.tensorflow.synthetic_steps import flat, make_variables  # noqa: E402
 
 GLOO = 60  # a rank that joins imports TensorFlow first: more than 30 s where other jobs have the cores
 

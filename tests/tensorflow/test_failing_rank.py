@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("tensorflow", reason="TensorFlow is not installed")
 pytest.importorskip("horovod.tensorflow", reason="Horovod is not built for TensorFlow")
 
-from hvd_ext.watch import EXIT_STATUS
+from hvd_ext.watchdog.watchdog import EXIT_STATUS
 from tests.ranks import run_program
 
 pytestmark = [pytest.mark.ranks, pytest.mark.waits]

@@ -20,8 +20,8 @@ CASES = {
     "topk": lambda model: {"compression": hvd.Compression.topk(0.3, min_size=0)},
     "powersgd": lambda model: {"compression": hvd.Compression.powersgd(1)},
     "delay": lambda model: {"op": hvd.DelayCompensated(lam=1.0)},
-    "late": lambda model: {"late": hvd.Late()},
-    "reply": lambda model: {"server": hvd.Server("sharded", reply=hvd.Compression.topk(0.3, min_size=0))},
+    "late": lambda model: {"overlap": hvd.DelayedUpdate()},
+    "reply": lambda model: {"server": hvd.Server("sharded", downlink=hvd.Compression.topk(0.3, min_size=0))},
     "seng": lambda model: {"preconditioner": hvd.SENG(model, damping=0.5, update_freq=2)},
 }
 LIKE_ONE_PROCESS = ("plain", "sharded", "topk1")

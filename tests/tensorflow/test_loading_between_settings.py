@@ -14,7 +14,7 @@ pytest.importorskip("horovod.tensorflow", reason="Horovod is not built for Tenso
 import keras
 
 import hvd_ext.tensorflow.keras as hvd
-from hvd_ext.tensorflow import keras_store
+from hvd_ext.tensorflow.persistence import keras_checkpoint_layout
 from hvd_ext.tensorflow.variables import as_tf, is_per_rank
 from tests.tensorflow import training
 
@@ -30,15 +30,15 @@ SETTINGS = {
     "replicated": lambda model: {"server": "replicated"},
     "rank0": lambda model: {"server": "rank0"},
     "sharded": lambda model: {"server": "sharded"},
-    "reply": lambda model: {"server": hvd.Server("sharded", reply=topk())},
+    "reply": lambda model: {"server": hvd.Server("sharded", downlink=topk())},
     "topk": lambda model: {"compression": topk()},
     "topk_sparse": lambda model: {"compression": topk(exchange="sparse_allreduce")},
     "topk_sharded": lambda model: {"compression": topk(), "server": "sharded"},
     "delay": lambda model: {"op": hvd.DelayCompensated()},
     "powersgd": lambda model: {"compression": hvd.Compression.powersgd(1, min_compression=1.0)},
-    "late": lambda model: {"late": hvd.Late()},
-    "late_topk": lambda model: {"late": hvd.Late(), "compression": topk()},
-    "late_delay": lambda model: {"late": hvd.Late(), "op": hvd.DelayCompensated()},
+    "late": lambda model: {"overlap": hvd.DelayedUpdate()},
+    "late_topk": lambda model: {"overlap": hvd.DelayedUpdate(), "compression": topk()},
+    "late_delay": lambda model: {"overlap": hvd.DelayedUpdate(), "op": hvd.DelayCompensated()},
     "passes": lambda model: {"backward_passes_per_step": 2},
     "seng": lambda model: {"preconditioner": hvd.SENG(model, damping=0.5, update_freq=2)},
 }
@@ -80,7 +80,8 @@ def by_name(optimizer):
     """Values of the plain optimizer's variables, by number, and of the extensions', by name."""
     values = [np.array(as_tf(one)) for one in optimizer.variables]
     count = optimizer._hvd_ext.plain_count
-    return values[:count], dict(zip(keras_store.layout_of(optimizer).names, values[count:], strict=True))
+    return values[:count], dict(zip(keras_checkpoint_layout.layout_of(optimizer).names, values[count:],
+                                    strict=True))
 
 
 def same(one, other):

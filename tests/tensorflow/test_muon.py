@@ -11,17 +11,17 @@ pytest.importorskip("horovod.tensorflow", reason="Horovod is not built for Tenso
 import keras  # noqa: E402
 
 import hvd_ext.tensorflow.keras as hvd  # noqa: E402
-from hvd_ext.servers import orthogonalising_cost  # noqa: E402
-from hvd_ext.tensorflow.pieces import update_cost  # noqa: E402
+from hvd_ext.sharding import orthogonalising_cost  # noqa: E402
+from hvd_ext.tensorflow.sharding.shards import update_cost  # noqa: E402
 from tests.problems import worker_gradients  # noqa: E402
-from tests.tensorflow import made  # noqa: E402
+from tests.tensorflow import synthetic_steps  # noqa: E402
 
 SHAPES = [(3, 3, 3, 8), (3, 8, 6), (10, 12), (7,)]
 
 
 def variables(shapes=SHAPES):
     return [keras.Variable(one.numpy(), name=f"p{number}")
-            for number, one in enumerate(made.make_variables(shapes))]
+            for number, one in enumerate(synthetic_steps.make_variables(shapes))]
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
@@ -63,9 +63,9 @@ def test_owners_are_balanced_by_the_matrix():
 def on_ranks(server):
     owned = variables()
     optimizer = hvd.DistributedOptimizer(hvd.Muon(0.05), server=server)
-    made.run_steps(optimizer, owned, hvd.rank(), 3, compiled=True)
+    synthetic_steps.run_steps(optimizer, owned, hvd.rank(), 3, compiled=True)
     hvd.assert_replicas_equal(owned, optimizer=optimizer)
-    return made.flat(owned), sum(int(np.prod(v.shape)) > 2 for v in optimizer.variables)
+    return synthetic_steps.flat(owned), sum(int(np.prod(v.shape)) > 2 for v in optimizer.variables)
 
 
 @pytest.mark.ranks

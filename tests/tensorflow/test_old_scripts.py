@@ -34,7 +34,7 @@ def in_a_session():
         found = session.run(w)
     said = []
     for options in ({"compression": hvd.Compression.topk(0.1)}, {"op": hvd.DelayCompensated()},
-                    {"server": "sharded"}, {"late": hvd.Late()}):
+                    {"server": "sharded"}, {"overlap": hvd.DelayedUpdate()}):
         with pytest.raises(NotImplementedError) as caught:
             hvd.DistributedOptimizer(v1.train.GradientDescentOptimizer(0.1), **options)
         said.append(str(caught.value))
@@ -51,7 +51,7 @@ def in_a_session():
 def test_graphs_of_tensorflow_1():
     for found, said in run_ranks(in_a_session, 2, init=None, timeout=100):
         np.testing.assert_array_equal(found, np.full((3, 1), 0.5))
-        names = ("Compression.topk", "DelayCompensated", "server=", "late=")
+        names = ("Compression.topk", "DelayCompensated", "server=", "overlap=")
         for text, name in zip(said, names, strict=True):
             assert text.startswith(name)
             assert "use a Keras optimizer" in text

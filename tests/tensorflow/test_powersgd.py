@@ -11,8 +11,8 @@ pytest.importorskip("horovod.tensorflow", reason="Horovod is not built for Tenso
 import keras  # noqa: E402
 
 import hvd_ext.tensorflow.keras as hvd  # noqa: E402
-from hvd_ext.buckets import Kind, TensorSpec, plan_buckets  # noqa: E402
-from hvd_ext.powersgd import first_q, matrices  # noqa: E402
+from hvd_ext.reducers.buckets import BucketKey, TensorSpec, plan_buckets  # noqa: E402
+from hvd_ext.reducers.powersgd import first_q, plan_matrices  # noqa: E402
 from tests.reference.powersgd import powersgd  # noqa: E402
 
 SHAPES = [(12, 9), (5,), (3, 4, 10), (20, 21)]
@@ -54,16 +54,16 @@ def train(variables, optimizer, steps, *, compiled=True, poison=None):
 
 
 def oracle(ranks, steps, settings):
-    specs = [TensorSpec("", shape, 8, Kind("float64", route="powersgd" if k in COMPRESSED else "dense"))
+    specs = [TensorSpec("", shape, 8, BucketKey("float64", route="powersgd" if k in COMPRESSED else "dense"))
              for k, shape in enumerate(SHAPES)]
     expected = {}
     for bucket in plan_buckets(specs):
         if bucket.kind.route == "dense":
             continue
-        found = matrices(bucket, specs, settings.get("rank", 2), output_axis=-1)
+        found = plan_matrices(bucket, specs, settings.get("rank", 2), output_axis=-1)
         for one in found:
             def first(step, one=one, found=found, index=bucket.index):
-                return one.q.of(first_q(found, (0, index, step))).reshape(one.m, one.r)
+                return one.q.slice_of(first_q(found, (0, index, step))).reshape(one.m, one.r)
 
             def gradient(rank, step, one=one):
                 return made_gradients(rank, step)[one.slot.index].reshape(one.n, one.m)

@@ -22,7 +22,7 @@ SETTINGS = {
     "topk": lambda model: {"compression": hvd.Compression.topk(0.3, min_size=0)},
     "sharded": lambda model: {"server": "sharded"},
     "rank0": lambda model: {"server": "rank0"},
-    "late": lambda model: {"late": hvd.Late()},
+    "late": lambda model: {"overlap": hvd.DelayedUpdate()},
     "seng": lambda model: {"preconditioner": hvd.SENG(model, damping=0.5)},
 }
 

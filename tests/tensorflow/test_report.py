@@ -12,8 +12,8 @@ pytest.importorskip("torch", reason="the cross-checks need PyTorch")
 import keras  # noqa: E402
 
 import hvd_ext.tensorflow as hvd  # noqa: E402
-from hvd_ext.topk import Layout, TopK  # noqa: E402
-from tests.tensorflow import made, training, twins  # noqa: E402
+from hvd_ext.reducers.topk import Layout, TopK  # noqa: E402
+from tests.tensorflow import synthetic_steps, training, twins  # noqa: E402
 
 STEPS = 3
 
@@ -24,8 +24,9 @@ def reports():
     for name, options in twins.cases(hvd).items():
         for way in ("traced", "eager") if name in ("topk", "sharded") else ("traced",):
             optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1, momentum=0.9), **options)
-            made.run_steps(optimizer, made.make_variables(twins.SHAPES), hvd.rank(), STEPS,
-                           compiled=way == "traced")
+            synthetic_steps.run_steps(optimizer, synthetic_steps.make_variables(twins.SHAPES), hvd.rank(),
+                                      STEPS,
+                                      compiled=way == "traced")
             found[way, name] = optimizer.report()
         if name in ("topk", "delay"):
             found["tape", name] = of_tape(options)
@@ -43,7 +44,7 @@ def reports():
 
 
 def of_tape(options):
-    variables = made.make_variables(twins.SHAPES)
+    variables = synthetic_steps.make_variables(twins.SHAPES)
     optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
 
     @tf.function
@@ -54,7 +55,7 @@ def of_tape(options):
         optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
 
     for number in range(STEPS):
-        step(*[tf.constant(g, tf.float32) for g in made.worker_gradients(
+        step(*[tf.constant(g, tf.float32) for g in synthetic_steps.worker_gradients(
             twins.SHAPES, worker=hvd.rank(), step=number)])
     return optimizer.report()
 
@@ -95,7 +96,7 @@ def test_bytes_are_those_of_the_formula_and_of_pytorch(ranks):
         assert plain["sent"] == plain["received"] == {"gradients": 4 * sum(numels),  # 2 (M-1)/M
                                                       "agreement": agreement}
         assert mine["traced", "fp16"]["sent"] == {"gradients": 2 * sum(numels), "agreement": agreement}
-        parts = Layout(round(0.05 * (407 + 81)), "float32").parts()
+        parts = Layout(round(0.05 * (407 + 81)), "float32").bytes_by_kind()
         assert without_agreement(mine["traced", "topk"]["sent"]) == {**parts, "dense": 4 * 50}
         assert TopK(0.05).ratio == mine["traced", "topk"]["ratio"]
         delay = mine["traced", "delay"]

@@ -66,14 +66,14 @@ def test_direction_is_the_dense_solve(case, settings, compiled):
     assert model.get_config() is not None
 
 
-@pytest.mark.parametrize("stale", ["keep", "bound"])
+@pytest.mark.parametrize("stale", ["keep", "rescale"])
 def test_direction_by_curvature_that_is_older_than_the_step(stale):
     keras.utils.set_random_seed(1)
     model, shape = MODELS["dense"]()
     x, y = batch(shape)
     batches = [(x, y), (10 * x[::-1], y)]
     samples = per_sample(model, x, y)
-    seng = hvd.SENG(model, **{**EXACT, "update_freq": 5}, stale=stale)
+    seng = hvd.SENG(model, **{**EXACT, "update_freq": 5}, stale_curvature=stale)
     variables = model.trainable_variables
 
     @tf.function(reduce_retracing=True)
@@ -81,7 +81,7 @@ def test_direction_by_curvature_that_is_older_than_the_step(stale):
         found = gradient(model, x, y)
         return found, seng.step(found, variables)
 
-    solve = {"keep": reference.direction, "bound": reference.bound_direction}
+    solve = {"keep": reference.direction, "rescale": reference.bound_direction}
     for number, (x, y) in enumerate(batches):
         g, p = step(tf.constant(x), tf.constant(y))
         for numbers in places(seng, variables):
@@ -118,7 +118,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="sketch_size"):
         hvd.SENG(dense()[0], damping=1.0, sketch_size=10**6)
     with pytest.raises(ValueError, match="stale"):
-        hvd.SENG(dense()[0], damping=1.0, stale="old")
+        hvd.SENG(dense()[0], damping=1.0, stale_curvature="old")
     model = dense()[0]
     seng = hvd.SENG(model, damping=1.0)
     with pytest.raises(ValueError, match="tapped already"):

@@ -45,4 +45,4 @@ def test_meaningful_counts_from_the_end():
     g = tf.tile(tf.linalg.diag([3.0, 2.0, 1.0])[None, None], (2, 1, 1, 1))
     a = tf.tile(tf.eye(3)[None, None], (2, 1, 1, 1))
     for least, kept in ((0.0, 3), (1.9, 3), (2.0, 2), (10.0, 1), (100.0, 1)):
-        assert int(kernels.meaningful(g, a, tf.constant(least, tf.float64))) == kept
+        assert int(kernels.effective_rank(g, a, tf.constant(least, tf.float64))) == kept

@@ -59,9 +59,9 @@ JOINED = {
     "implicit, factored": {"sketch": None, "explicit_threshold": 0, "rank": 4},
     "implicit, sketched rows": {"row_sketch": 7, "explicit_threshold": 0, "rank": 4, "uc": "exact"},
     "explicit, leverage": {"sketch": "leverage", "sketch_size": 60},
-    "explicit, redrawn": {"sketch_size": 60, "redraw": "step"},
-    "implicit, redrawn": {"row_sketch": 7, "explicit_threshold": 0, "rank": 4, "redraw": "step"},
-    "leverage, redrawn": {"sketch": "leverage", "sketch_size": 60, "redraw": "step"},
+    "explicit, redrawn": {"sketch_size": 60, "resample": "step"},
+    "implicit, redrawn": {"row_sketch": 7, "explicit_threshold": 0, "rank": 4, "resample": "step"},
+    "leverage, redrawn": {"sketch": "leverage", "sketch_size": 60, "resample": "step"},
 }
 
 

@@ -157,13 +157,13 @@ def test_a_function_says_which_sample_each_row_is_of(settings):
 
 def test_samples_of_different_numbers_of_rows():
     from hvd_ext.tensorflow.seng.rules import Factors
-    from hvd_ext.tensorflow.seng.samples import group_rows, regroup
+    from hvd_ext.tensorflow.seng.sample_axes import group_rows, regroup_result
     rng = np.random.default_rng(0)
     sample = np.array([1, 0, 1, 2, 1, 0])
     g, a = rng.standard_normal((6, 1, 2, 3)), rng.standard_normal((6, 1, 2, 4))
     group = group_rows(lambda rows: sample, tf.constant(6), None)
-    found = regroup(Factors(tf.constant(g), tf.constant(a), {"bias": tf.constant(g[:, 0, 0])}), group,
-                    tf.identity)
+    found = regroup_result(Factors(tf.constant(g), tf.constant(a), {"bias": tf.constant(g[:, 0, 0])}), group,
+                           tf.identity)
     assert found.g.shape == (3, 1, 6, 3)
     for k in range(3):
         mine = sample == k
@@ -201,7 +201,7 @@ class Positions(keras.Layer):
 
 def test_a_layer_that_sees_no_samples_has_none():
     model, (x, y) = sequential((4, 5), Positions(), L.Dense(3, activation="tanh")), batch((4, 5))
-    seng = hvd.SENG(model, other="matched", **EXACT)
+    seng = hvd.SENG(model, fallback="matched", **EXACT)
     with pytest.warns(UserWarning, match="table: its input is the same for all samples") as caught:
         p = seng.step(gradient(model, x, y))
     assert len(caught) == 1
@@ -216,7 +216,7 @@ def test_a_layer_that_sees_no_samples_has_none():
 def test_what_weights_without_curvature_get(other, divisor, compiled):
     model, shape = MODELS["dense"]()
     path = model.layers[0].path
-    seng = hvd.SENG(model, other=other, exclude=[path], **EXACT)
+    seng = hvd.SENG(model, fallback=other, exclude=[path], **EXACT)
     x, y = batch(shape)
 
     def step(x, y):

@@ -88,7 +88,7 @@ def there_step(theirs, seng, x, y, passes=1):
 SETTINGS = {
     "explicit": EXACT,
     "lagged": {**EXACT, "coupling": "lagged"},
-    "lagged, no rows to redraw": {**EXACT, "coupling": "lagged", "sketch": "uniform", "redraw": "step"},
+    "lagged, no rows to redraw": {**EXACT, "coupling": "lagged", "sketch": "uniform", "resample": "step"},
     "subsample": {**EXACT, "subsample": 4},
     "bfloat16": {**EXACT, "curvature_dtype": "bfloat16"},
     "float64": {**EXACT, "curvature_dtype": "float64", "loss_reduction": "sum"},

@@ -12,7 +12,7 @@ pytest.importorskip("torch", reason="the shared problems need PyTorch")
 import keras  # noqa: E402
 
 import hvd_ext.tensorflow.keras as hvd  # noqa: E402
-from tests.tensorflow import made, training  # noqa: E402
+from tests.tensorflow import synthetic_steps, training  # noqa: E402
 
 SERVERS = ("rank0", "sharded", "replicated")
 WEIGHTS = 5 * 8 + 8 + 8 * 3 + 3  # of training.dense_model()
@@ -83,20 +83,20 @@ def with_topk():
     """Steps of AMSGrad behind TopK, a bad gradient in one of them; some weights stay on their rank."""
     found = {}
     for server in SERVERS:
-        variables = made.make_variables(SHAPES)
+        variables = synthetic_steps.make_variables(SHAPES)
         for compiled in (True, False):
             optimizer = hvd.DistributedOptimizer(
                 hvd.AMSGrad(0.01), compression=hvd.Compression.topk(0.1, min_size=10), server=server)
-            made.run_steps(optimizer, variables, hvd.rank(), 4, compiled=compiled, change=spoil)
+            synthetic_steps.run_steps(optimizer, variables, hvd.rank(), 4, compiled=compiled, change=spoil)
             hvd.assert_replicas_equal(variables, optimizer=optimizer)
             report = optimizer.report()
             assert (report["steps"], report["skipped_steps"]) == (3, 1)
             assert int(optimizer.iterations) == 3
-        found[server] = made.flat(variables), report
-    local = made.make_variables([(3,), (4,)])
+        found[server] = synthetic_steps.flat(variables), report
+    local = synthetic_steps.make_variables([(3,), (4,)])
     optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1), server="sharded")
     optimizer.register_local_var(local[0])
-    made.run_steps(optimizer, local, hvd.rank(), 2, compiled=True)
+    synthetic_steps.run_steps(optimizer, local, hvd.rank(), 2, compiled=True)
     return found, [v.numpy() for v in local]
 
 
@@ -227,17 +227,17 @@ def failing(server, where):
     """The update fails on one rank: what each rank is told, in eager mode and in a traced step."""
     said = []
     for compiled in (False, True):
-        variables = made.make_variables(SHAPES)
+        variables = synthetic_steps.make_variables(SHAPES)
         optimizer = hvd.DistributedOptimizer(Breaking(0.1), server=server)
-        made.run_steps(optimizer, variables, hvd.rank(), 1, compiled=compiled)
+        synthetic_steps.run_steps(optimizer, variables, hvd.rank(), 1, compiled=compiled)
         optimizer.broken = hvd.rank() == where
         try:
-            made.run_steps(optimizer, variables, hvd.rank(), 1, compiled=compiled)
+            synthetic_steps.run_steps(optimizer, variables, hvd.rank(), 1, compiled=compiled)
             said.append("no error")
         except Exception as error:
             said.append(f"{type(error).__name__}: {error}")
         optimizer.broken = False
-        made.run_steps(optimizer, variables, hvd.rank(), 1, compiled=compiled)
+        synthetic_steps.run_steps(optimizer, variables, hvd.rank(), 1, compiled=compiled)
     return said
 
 

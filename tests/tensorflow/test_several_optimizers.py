@@ -18,7 +18,7 @@ pytestmark = pytest.mark.ranks
 OPTIONS = {
     "plain": dict, "sharded": lambda: {"server": "sharded"},
     "topk": lambda: {"compression": hvd.Compression.topk(1.0, min_size=1)},
-    "late": lambda: {"late": hvd.Late(0.0, adaptive=False)},
+    "late": lambda: {"overlap": hvd.DelayedUpdate(0.0, adaptive=False)},
 }
 WAYS = ("joint", "traced apart", "eager")
 

@@ -12,7 +12,7 @@ import keras  # noqa: E402
 
 import hvd_ext.tensorflow.keras as hvd  # noqa: E402
 from tests.problems import worker_gradients  # noqa: E402
-from tests.tensorflow import made, training  # noqa: E402
+from tests.tensorflow import synthetic_steps, training  # noqa: E402
 
 pytestmark = pytest.mark.ranks
 
@@ -37,13 +37,14 @@ WAYS = {
 
 
 def run(make, server, *, compiled=True, steps=4, shapes=SHAPES, passes=1, change=None, **options):
-    variables = made.make_variables(shapes)
+    variables = synthetic_steps.make_variables(shapes)
     if isinstance(make(), keras.optimizers.Muon):  # asks for the variables' paths
         variables = [keras.Variable(one.numpy(), name=f"p{n}") for n, one in enumerate(variables)]
     optimizer = hvd.DistributedOptimizer(make(), server=server, **options)
-    made.run_steps(optimizer, variables, hvd.rank(), steps, compiled=compiled, passes=passes, change=change)
+    synthetic_steps.run_steps(optimizer, variables, hvd.rank(), steps, compiled=compiled, passes=passes,
+                              change=change)
     hvd.assert_replicas_equal(variables, optimizer=optimizer)
-    return made.flat(variables), optimizer
+    return synthetic_steps.flat(variables), optimizer
 
 
 def trajectories(names, ways):
@@ -85,12 +86,12 @@ def test_trajectory_is_that_of_every_rank_updating_all(ranks, size, names, ways)
 def against_oracle(half):
     """SGD steps against the mean of the ranks' gradients in float64; the largest difference."""
     shapes = [(50, 4), (9,), (3, 3)]
-    variables = made.make_variables(shapes)
+    variables = synthetic_steps.make_variables(shapes)
     oracle = [one.numpy().astype(np.float64) for one in variables]
     optimizer = hvd.DistributedOptimizer(
         keras.optimizers.SGD(0.1), server="sharded",
         compression=hvd.Compression.fp16 if half else hvd.Compression.none)
-    made.run_steps(optimizer, variables, hvd.rank(), 3, compiled=True)
+    synthetic_steps.run_steps(optimizer, variables, hvd.rank(), 3, compiled=True)
     for step in range(3):
         for number, weights in enumerate(oracle):
             each = [worker_gradients(shapes, worker=rank, step=step)[number] for rank in range(hvd.size())]
@@ -149,7 +150,7 @@ def test_bytes_are_those_of_an_allreduce(ranks, size):
 
 def with_missing_gradients(server):
     """In step 1 a variable has no gradient, on any rank; in step 2 one rank's holds a NaN."""
-    variables = made.make_variables([(40, 30), (7,), (5, 5)])
+    variables = synthetic_steps.make_variables([(40, 30), (7,), (5, 5)])
     optimizer = hvd.DistributedOptimizer(keras.optimizers.Adam(0.1), server=server)
     bad = []
     for step in range(3):
@@ -161,7 +162,7 @@ def with_missing_gradients(server):
             gradients[2] = gradients[2] * np.nan
         optimizer.apply_gradients(zip(gradients, variables, strict=True))
         bad.append([bool(tf.reduce_any(tf.math.is_nan(v))) for v in variables])
-    return made.flat(variables[:2]), bad
+    return synthetic_steps.flat(variables[:2]), bad
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
@@ -259,7 +260,7 @@ def whole_where_it_must_be():
                "clipped": (lambda: keras.optimizers.Adam(0.01, clipnorm=1.0), {}),
                "muon": (lambda: keras.optimizers.Muon(0.01), {}),
                "reply": (lambda: keras.optimizers.Adam(0.01), {"server": hvd.Server(
-                   "sharded", reply=hvd.Compression.fp16)})}
+                   "sharded", downlink=hvd.Compression.fp16)})}
     found = {}
     for name, (make, options) in made_of.items():
         optimizer = hvd.DistributedOptimizer(make(), **{"server": "sharded", **options})

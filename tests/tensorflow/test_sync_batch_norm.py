@@ -222,7 +222,7 @@ def uneven_on_ranks(graph):
     optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.125))
     step = step_of(model, optimizer)
     run = tf.function(step, reduce_retracing=True) if graph else step
-    with hvd.uneven(optimizer, weigh="samples") as data:
+    with hvd.uneven_inputs(optimizer, average_over="samples") as data:
         for x, y in data.batches(batches_of(hvd.rank())):
             run(tf.constant(x), tf.constant(y))
     hvd.assert_replicas_equal(model, statistics=True)
@@ -249,7 +249,7 @@ def padded_with_statistics():
     optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
     plain = normalised(keras.layers.BatchNormalization)
     plain.compile(optimizer, "mse")
-    again = hvd.uneven(optimizer).padded(mine)
+    again = hvd.uneven_inputs(optimizer).padded(mine)
     plain.fit(again, verbose=0)
     model = normalised(hvd.SyncBatchNormalization)
     with pytest.raises(ValueError, match=r"enter the statistics.*batches\(dataset\)"):
@@ -257,10 +257,10 @@ def padded_with_statistics():
     del again
     model(np.zeros((2, 5)), training=True)
     with pytest.raises(ValueError, match=r"padded\(\) with SyncBatchNormalization"):
-        hvd.uneven(optimizer).padded(mine)
-    hvd.uneven(optimizer).padded(data)  # as many on every rank
+        hvd.uneven_inputs(optimizer).padded(mine)
+    hvd.uneven_inputs(optimizer).padded(data)  # as many on every rank
     model.trainable = False
-    hvd.uneven(optimizer).padded(mine)
+    hvd.uneven_inputs(optimizer).padded(mine)
     return True
 
 

@@ -15,12 +15,12 @@ import keras  # noqa: E402
 import torch  # noqa: E402
 
 import hvd_ext.tensorflow.keras as hvd  # noqa: E402
-from hvd_ext.tensorflow.reducers import topk_kernels as kernels  # noqa: E402
-from hvd_ext.topk import Layout, TopK, keep_count, warm_up  # noqa: E402
-from hvd_ext.topk.plan import Segment  # noqa: E402
+from hvd_ext.reducers.topk import Layout, TopK, keep_count, warm_up  # noqa: E402
+from hvd_ext.reducers.topk.plan import Segment  # noqa: E402
+from hvd_ext.tensorflow.reducers.kernels import topk as kernels  # noqa: E402
 from tests.problems import worker_gradients  # noqa: E402
 from tests.reference import spars_ams  # noqa: E402
-from tests.tensorflow import made, training  # noqa: E402
+from tests.tensorflow import synthetic_steps, training  # noqa: E402
 
 SHAPES = [(37, 11), (50,), (9, 9)]
 TOTAL = 37 * 11 + 50 + 81
@@ -29,9 +29,9 @@ KEEP = {"ratio": 0.05, "min_size": 0}
 
 def torch_kernels():
     """PyTorch's kernels; Horovod serves one framework a process, so never on a TensorFlow rank."""
-    from hvd_ext.torch.reducers import topk_kernels
+    from hvd_ext.torch.reducers.kernels import topk
 
-    return topk_kernels
+    return topk
 
 
 def vector(seed, n=5000, dtype=np.float32):
@@ -44,7 +44,7 @@ def vector(seed, n=5000, dtype=np.float32):
 
 def chosen(flat, segments, config, *, residual=None, seed=0):
     total = kernels.Total(tf.constant(flat), None if residual is None else tf.constant(residual))
-    found = kernels.select(total, segments, config, (seed,), tf.constant(9))
+    found = kernels.select_entries(total, segments, config, (seed,), tf.constant(9))
     if bool(found.finite):
         sums = flat if residual is None else flat + residual
         np.testing.assert_array_equal(found.exact.numpy(), sums[found.positions.numpy()])
@@ -56,7 +56,7 @@ def test_selection_is_pytorchs(k):
     flat, config = vector(k), TopK(0.01)
     segments = [Segment(0, 3000, k % 3000 or 1), Segment(3000, 2000, min(k, 2000))]
     ours = chosen(flat, segments, config).positions
-    theirs = torch_kernels().select(torch.from_numpy(flat), segments, config, (0,))
+    theirs = torch_kernels().select_entries(torch.from_numpy(flat), segments, config, (0,))
     np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
 
 
@@ -116,11 +116,11 @@ def test_messages_are_pytorchs_bit_for_bit(values, k):
     positions = spars_ams_top(flat, k)[:6]
     dtype, layout = getattr(torch, values), Layout(k, values)
     left = torch.from_numpy(flat.copy())
-    sent = torch_kernels().split(left, torch.from_numpy(positions), dtype)
-    message = torch_kernels().pack(torch.from_numpy(positions), sent, layout)
+    sent = torch_kernels().split_selected(left, torch.from_numpy(positions), dtype)
+    message = torch_kernels().pack_message(torch.from_numpy(positions), sent, layout)
     places = tf.constant(positions, tf.int32)
-    ours, rounded = kernels.split(tf.gather(tf.constant(flat), places), tf.as_dtype(values))
-    words = kernels.pack(places, ours, layout)
+    ours, rounded = kernels.split_selected(tf.gather(tf.constant(flat), places), tf.as_dtype(values))
+    words = kernels.pack_message(places, ours, layout)
     np.testing.assert_array_equal(words.numpy(), message.numpy())
     behind = [[0, 5]]  # what is padded is left out
     half = tf.constant(flat) / 2
@@ -130,7 +130,7 @@ def test_messages_are_pytorchs_bit_for_bit(values, k):
     np.testing.assert_array_equal(  # e_new + s == a
         (residual + tf.scatter_nd(positions[:, None], tf.cast(ours, residual.dtype),
                                   residual.shape)).numpy(), flat)
-    everyone = kernels.unpack(tf.stack([words, words]), layout, tf.as_dtype(values))
+    everyone = kernels.unpack_messages(tf.stack([words, words]), layout, tf.as_dtype(values))
     mean = kernels.mean_of(*everyone, 200, residual.dtype).numpy()
     expected = np.zeros(200, flat.dtype)
     expected[positions] = tf.cast(ours, residual.dtype).numpy()
@@ -148,10 +148,10 @@ def compression_of(options):
 def amsgrad_steps(cases, steps, compiled):
     found = {}
     for name, options in cases.items():
-        variables = made.make_variables(SHAPES)
+        variables = synthetic_steps.make_variables(SHAPES)
         optimizer = hvd.DistributedOptimizer(hvd.AMSGrad(0.01),
                                              compression=compression_of(options))
-        seen = made.run_steps(optimizer, variables, hvd.rank(), steps, compiled=compiled)
+        seen = synthetic_steps.run_steps(optimizer, variables, hvd.rank(), steps, compiled=compiled)
         hvd.assert_replicas_equal(variables, optimizer=optimizer)
         found[name] = seen
     return found
@@ -159,13 +159,13 @@ def amsgrad_steps(cases, steps, compiled):
 
 def oracle(ranks, steps, options):
     def gradient(weights, worker, step):
-        return made.flat([g.astype("float32") for g in
-                          worker_gradients(SHAPES, worker=worker, step=step)])
+        return synthetic_steps.flat([g.astype("float32") for g in
+                                     worker_gradients(SHAPES, worker=worker, step=step)])
 
     # Buckets hold the last variable first; the oracle's pieces are in the variables' order.
     order = np.concatenate([np.arange(TOTAL - 81, TOTAL), np.arange(407, 457), np.arange(407)])
     back = np.argsort(order)
-    start = made.flat(made.make_variables(SHAPES))
+    start = synthetic_steps.flat(synthetic_steps.make_variables(SHAPES))
     asked = itertools.count()  # once a worker and step
 
     def keep(n):
@@ -207,16 +207,16 @@ def test_amsgrad_is_pytorchs():
     from hvd_ext.torch.amsgrad import AMSGrad as TorchAMSGrad
 
     for options in ({}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "decoupled_weight_decay": True}):
-        ours = made.make_variables(SHAPES)
+        ours = synthetic_steps.make_variables(SHAPES)
         theirs = [torch.nn.Parameter(torch.from_numpy(v.numpy())) for v in ours]
         reference = TorchAMSGrad(theirs, lr=0.01, betas=(0.8, 0.99), eps=1e-6, **options)
         optimizer = hvd.AMSGrad(0.01, betas=(0.8, 0.99), eps=1e-6, **options)
-        for step, mine in enumerate(made.run_steps(optimizer, ours, 0, 5, compiled=True)):
+        for step, mine in enumerate(synthetic_steps.run_steps(optimizer, ours, 0, 5, compiled=True)):
             for parameter, g in zip(theirs, worker_gradients(SHAPES, worker=0, step=step),
                                     strict=True):
                 parameter.grad = torch.from_numpy(g.astype("float32"))
             reference.step()
-            np.testing.assert_allclose(mine, made.flat([p.detach() for p in theirs]), rtol=1e-5,
+            np.testing.assert_allclose(mine, synthetic_steps.flat([p.detach() for p in theirs]), rtol=1e-5,
                                        atol=1e-6)
 
 
@@ -269,7 +269,7 @@ def test_fit_save_load_continue(ranks, tmp_path):
 
 
 def nan_on_one_rank():
-    variables = made.make_variables(SHAPES)
+    variables = synthetic_steps.make_variables(SHAPES)
     optimizer = hvd.DistributedOptimizer(hvd.AMSGrad(0.01), compression=hvd.Compression.topk(0.1))
     reducer = optimizer._hvd_ext.reducer
     residuals = []
@@ -279,7 +279,7 @@ def nan_on_one_rank():
         bad = step == 2 and hvd.rank() == 1
         return [tf.fill(g.shape, np.inf) if bad else g for g in gradients]
 
-    seen = made.run_steps(optimizer, variables, hvd.rank(), 4, compiled=True, change=spoil)
+    seen = synthetic_steps.run_steps(optimizer, variables, hvd.rank(), 4, compiled=True, change=spoil)
     return seen, residuals, int(optimizer.iterations), int(reducer.skipped_steps)
 
 
@@ -301,14 +301,14 @@ def accumulated_steps():
 
     found = []
     for here in ({"passes": 2}, {"keras": 2}):
-        variables = made.make_variables(SHAPES)
+        variables = synthetic_steps.make_variables(SHAPES)
         sgd = keras.optimizers.SGD(0.1, momentum=0.9, weight_decay=0.1,
                                    gradient_accumulation_steps=here.get("keras"))
         optimizer = hvd.DistributedOptimizer(
             sgd, compression=hvd.Compression.topk(**KEEP), average_aggregated_gradients=True,
             backward_passes_per_step=here.get("passes", 1))
-        seen = made.run_steps(optimizer, variables, hvd.rank(), 6, compiled=True, passes=2,
-                              change=spoil)
+        seen = synthetic_steps.run_steps(optimizer, variables, hvd.rank(), 6, compiled=True, passes=2,
+                                         change=spoil)
         hvd.assert_replicas_equal(variables)
         found.append((seen, int(optimizer._hvd_ext.reducer.skipped_steps)))
     return found
@@ -324,7 +324,7 @@ def test_gradients_that_keras_accumulates(ranks):
 
 
 def tape_steps():
-    variables = made.make_variables(SHAPES)
+    variables = synthetic_steps.make_variables(SHAPES)
     optimizer = hvd.AMSGrad(0.01)
     import hvd_ext.tensorflow as tensors
 
@@ -341,7 +341,7 @@ def tape_steps():
         step(*[tf.constant(g, tf.float32) for g in
                worker_gradients(SHAPES, worker=hvd.rank(), step=number)])
     traces = step.experimental_get_tracing_count()
-    return made.flat(variables), traces
+    return synthetic_steps.flat(variables), traces
 
 
 @pytest.mark.ranks
@@ -366,13 +366,13 @@ def test_bad_input():
 
 def ratios_that_differ():
     """The error of a step whose ratio depends on the rank."""
-    variables = made.make_variables(SHAPES)
+    variables = synthetic_steps.make_variables(SHAPES)
     optimizer = hvd.DistributedOptimizer(
         keras.optimizers.SGD(0.1), compression=hvd.Compression.topk(
             lambda step: 0.1 if step < 2 else 0.1 + 0.2 * hvd.rank(), min_size=0))
-    made.run_steps(optimizer, variables, hvd.rank(), 2, compiled=True)
+    synthetic_steps.run_steps(optimizer, variables, hvd.rank(), 2, compiled=True)
     try:
-        made.run_steps(optimizer, variables, hvd.rank(), 1, compiled=True, first=2)
+        synthetic_steps.run_steps(optimizer, variables, hvd.rank(), 1, compiled=True, first=2)
     except tf.errors.InvalidArgumentError as error:
         return str(error)
     return None

@@ -81,7 +81,7 @@ def trained(name, option, weigh, graph):
     options = {**OPTIONS, **OTHERS}[option]()
     optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(RATE, momentum=MOMENTUM), **options)
     step, seen = stepper(model, optimizer, graph), 0
-    with hvd.uneven(optimizer, weigh) as data:
+    with hvd.uneven_inputs(optimizer, weigh) as data:
         for x, y in data.batches(dataset(name)):
             step(x, y)
             seen += 1
@@ -153,7 +153,7 @@ def overflows(graph, spoiled):
     if spoiled and hvd.rank() == 0:
         batches[-1] = (batches[-1][0] * np.inf, batches[-1][1])
     run = tf.function(step) if graph else step
-    with hvd.uneven(optimizer) as data:
+    with hvd.uneven_inputs(optimizer) as data:
         for x, y in data.batches([tuple(map(tf.constant, batch)) for batch in batches]):
             run(x, y)
     hvd.assert_replicas_equal(model)
@@ -180,7 +180,7 @@ def faults():
     step = stepper(model, optimizer, True)
 
     def leave_early():
-        with hvd.uneven(optimizer) as data:
+        with hvd.uneven_inputs(optimizer) as data:
             for x, y in data.batches(dataset("two and five")):
                 step(x, y)
                 if hvd.rank() == 1:
@@ -196,7 +196,7 @@ def faults():
         yield from rows("two and five", hvd.rank())[1:]
 
     def read():
-        with hvd.uneven(optimizer) as data:
+        with hvd.uneven_inputs(optimizer) as data:
             for x, y in data.batches(broken()):
                 step(tf.constant(x), tf.constant(y))
 
@@ -205,13 +205,13 @@ def faults():
         read()
 
     def differ():
-        with hvd.uneven(optimizer, "active" if hvd.rank() else "samples") as data:
+        with hvd.uneven_inputs(optimizer, "active" if hvd.rank() else "samples") as data:
             for x, y in data.batches(dataset("two and five")):
                 step(x, y)
 
-    with pytest.raises(ValueError, match=r"weigh= of hvd\.uneven differ"):
+    with pytest.raises(ValueError, match=r"average_over= of hvd\.uneven_inputs differ"):
         differ()
-    with hvd.uneven(optimizer) as data:
+    with hvd.uneven_inputs(optimizer) as data:
         for x, y in data.batches(dataset("two and five")):
             step(x, y)
     hvd.assert_replicas_equal(model)
@@ -225,7 +225,7 @@ def traced_too_early():
     batch = tf.constant(rows("two and five", 0)[0][0]), tf.constant(rows("two and five", 0)[0][1])
     step(*batch)
     with pytest.raises(RuntimeError, match="before the first step"):  # noqa: PT012, SIM117
-        with hvd.uneven(optimizer) as data:
+        with hvd.uneven_inputs(optimizer) as data:
             for x, y in data.batches([batch, batch]):
                 step(x, y)
 
@@ -239,17 +239,18 @@ def test_errors_come_on_all_ranks(ranks):
 
 def test_bad_arguments():
     with pytest.raises(TypeError, match=r"hvd\.DistributedOptimizer returned"):
-        hvd.uneven(keras.optimizers.SGD(0.1))
+        hvd.uneven_inputs(keras.optimizers.SGD(0.1))
 
 
 def refused():
-    with pytest.raises(ValueError, match="weigh"):
-        hvd.uneven(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), "rows")
-    with pytest.raises(ValueError, match="weigh='active' needs a mean"):
-        hvd.uneven(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1), op=hvd.Sum), "active")
-    with pytest.raises(ValueError, match="weigh='samples' and DelayCompensated"):
-        hvd.uneven(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1), op=hvd.DelayCompensated()), "samples")
-    data = hvd.uneven(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)))
+    with pytest.raises(ValueError, match="average_over"):
+        hvd.uneven_inputs(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), "rows")
+    with pytest.raises(ValueError, match="average_over='active' needs a mean"):
+        hvd.uneven_inputs(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1), op=hvd.Sum), "active")
+    with pytest.raises(ValueError, match="average_over='samples' and DelayCompensated"):
+        hvd.uneven_inputs(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1), op=hvd.DelayCompensated()),
+                          "samples")
+    data = hvd.uneven_inputs(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)))
     with pytest.raises(RuntimeError, match="outside of its block"):
         next(data.batches([]))
 
@@ -263,7 +264,7 @@ def fitted(name, option, weigh):
     model = model_of()
     optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(RATE, momentum=MOMENTUM), **OPTIONS[option]())
     model.compile(optimizer, loss=keras.losses.MeanSquaredError(dtype="float64"))
-    data = hvd.uneven(optimizer, weigh).padded(dataset(name))
+    data = hvd.uneven_inputs(optimizer, weigh).padded(dataset(name))
     steps = max(count for count, _ in BATCHES[name])
     assert int(data.cardinality()) == steps
     model.fit(data, verbose=0, shuffle=False)
@@ -297,11 +298,11 @@ def padded_wrong():
                         ("ranks", good.map(lambda x, y, w: x) if last else good),
                         ("active" if last else "samples", good), ("ranks", good.take(0))]:
         try:
-            hvd.uneven(optimizer, weigh).padded(data)
+            hvd.uneven_inputs(optimizer, weigh).padded(data)
             said.append("nothing")
         except Exception as error:
             said.append(f"{type(error).__name__}: {error}")
-    weighed = hvd.uneven(optimizer, "active").padded(good if last else good.take(1))
+    weighed = hvd.uneven_inputs(optimizer, "active").padded(good if last else good.take(1))
     return said, [w.numpy().tolist() for _, _, w in weighed]
 
 
@@ -315,7 +316,7 @@ def test_data_that_cannot_be_padded_is_an_error_on_all_ranks(ranks):
     assert "RuntimeError: the dataset of rank 1 cannot be padded: TypeError" in first[2]
     assert "TypeError: padded() gives some batches the sample weight 0" in second[2]
     assert first[3] == second[3]
-    assert "weigh= of hvd.uneven differ: ['samples', 'active'] by rank" in first[3]
+    assert "average_over= of hvd.uneven_inputs differ: ['samples', 'active'] by rank" in first[3]
     assert first[4] == second[4] == "ValueError: no rank's dataset has a batch"
     assert weights == [[1.0, 1.0], [0.0, 0.0]]
     assert others == [[1.0, 1.0], [2.0, 2.0]]

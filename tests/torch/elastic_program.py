@@ -39,8 +39,8 @@ METHODS = {
     "rank0": lambda model: {"server": "rank0"},
     "sharded": lambda model: {"server": "sharded"},
     "topk_sharded": lambda model: {"server": "sharded", "compression": topk()},
-    "reply": lambda model: {"server": hvd.Server("sharded", reply=topk())},
-    "topk_late": lambda model: {"late": hvd.Late(1.0), "compression": topk()},
+    "reply": lambda model: {"server": hvd.Server("sharded", downlink=topk())},
+    "topk_late": lambda model: {"overlap": hvd.DelayedUpdate(1.0), "compression": topk()},
     "delay_rank0": lambda model: {"server": "rank0", "op": hvd.DelayCompensated(0.5)},
 }
 
@@ -123,7 +123,7 @@ def train_all(folder=None, methods=tuple(METHODS)):
     train(state)
     with torch.no_grad():
         return {method: {"loss": sum(float(loss_at(model, 10_000 + k, 0)) for k in range(8)) / 8,
-                         "lost_residuals": optimizer.report().get("lost_residuals")}
+                         "lost_residuals": optimizer.report().get("dropped_residuals")}
                 for method, (model, optimizer) in made.items()}
 
 

@@ -26,7 +26,7 @@ def main(how: str, method: str) -> None:
     options = {"topk": lambda: {"compression": hvd.Compression.topk(0.5, min_size=0)},
                "powersgd": lambda: {"compression": hvd.Compression.powersgd(min_compression=1.0)},
                "seng": lambda: {"preconditioner": hvd.SENG(model, damping=0.1)},
-               "late": lambda: {"late": hvd.Late()},
+               "late": lambda: {"overlap": hvd.DelayedUpdate()},
                "sharded": lambda: {"server": "sharded"}}.get(method, dict)()
     optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1),
                                          named_parameters=model.named_parameters(), **options)

@@ -34,7 +34,8 @@ def main(how: str, method: str, folder: str) -> None:
 def train(method: str, ends: Path, keep: bool) -> None:
     model = torch.nn.Linear(6, 3)
     optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1),
-                                         named_parameters=model.named_parameters(), late=hvd.Late(),
+                                         named_parameters=model.named_parameters(),
+                                         overlap=hvd.DelayedUpdate(),
                                          **METHODS[method]())
     for last in (False, False, True):
         if last and hvd.rank() == 1:

@@ -13,7 +13,7 @@ from hvd_ext.torch.seng import SENG
 from tests.torch import seng_models as models
 from tests.torch.per_sample import flat_gradient
 from tests.torch.seng_on_ranks import LAM, bits
-from tests.torch.test_seng_lookup import Attention
+from tests.torch.test_seng_embedding import Attention
 
 
 def language(tied: bool = False) -> torch.nn.Module:

@@ -25,11 +25,11 @@ class Sign:
 class SignReducer(BucketReducer):
     """Sums the ranks' signs, one allreduce per bucket, started while backward still runs."""
 
-    def start(self, bucket: Any, part: int, flat: torch.Tensor) -> Any:
+    def start_exchange(self, bucket: Any, part: int, flat: torch.Tensor) -> Any:
         return self.collectives.allreduce_async_(flat.sign_(), f"{self.prefix}/bucket{bucket.index}",
                                                  op=hvd.Sum)
 
-    def complete(self, started: Mapping[tuple[int, int], Any]) -> tuple[list[torch.Tensor], bool]:
+    def finish_exchange(self, started: Mapping[tuple[int, int], Any]) -> tuple[list[torch.Tensor], bool]:
         self.agree([])  # an error on every rank where models or settings differ
         votes = [started[bucket.index, 0].wait() for bucket in self.buckets]
         return [vote.sign_().mul_(self.settings.scale) for vote in votes], True

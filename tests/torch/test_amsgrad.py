@@ -70,7 +70,7 @@ def test_the_compiled_update_is_pytorchs(monkeypatch, options):
 def test_the_update_goes_through_the_compiled_loop(monkeypatch):
     pytest.importorskip("numba")
     monkeypatch.setenv("HVD_EXT_KERNELS", "auto")
-    monkeypatch.setattr("hvd_ext.kernels.amsgrad.update", lambda w, *args, **kwargs: w.fill(7.0))
+    monkeypatch.setattr("hvd_ext.kernels.amsgrad.update_amsgrad", lambda w, *args, **kwargs: w.fill(7.0))
     half, single = parameters_of(torch.float16), parameters_of(torch.float32)
     single.append(torch.nn.Parameter(torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)))
     run([*half, *single], 1)

@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd_ext.buckets import Kind, TensorSpec, plan_buckets
-from hvd_ext.delay import DelayCompensated
-from hvd_ext.topk import Layout, TopK
-from hvd_ext.topk.plan import segments
-from hvd_ext.torch.reducers.delay_kernels import Recursion, compensated_sum
-from hvd_ext.torch.reducers.topk_kernels import add_up, headers, pack, select, wire_dtype
+from hvd_ext.reducers.buckets import BucketKey, TensorSpec, plan_buckets
+from hvd_ext.reducers.delay_compensation import DelayCompensated
+from hvd_ext.reducers.topk import Layout, TopK
+from hvd_ext.reducers.topk.plan import plan_segments
+from hvd_ext.torch.reducers.kernels.delay_compensation import Recursion, compensated_sum
+from hvd_ext.torch.reducers.kernels.topk import add_up, pack_message, read_headers, select_entries, wire_dtype
 from tests.reference.delay_compensation import DelayOracle
 
 
@@ -43,28 +43,28 @@ def test_delay_compensation(lam, adaptive, decay, eps, cumulative, workers, leng
 def test_topk(sizes, ratio, per_tensor, values, ranks, zeros):
     """Each rank's largest entries, rounded as they travel; equals by lowest position, zeros never."""
     made = TopK(ratio, per_tensor=per_tensor, values=values, min_size=0)
-    tensors = [TensorSpec(f"p{n}", (size,), 8, Kind("float64")) for n, size in enumerate(sizes)]
+    tensors = [TensorSpec(f"p{n}", (size,), 8, BucketKey("float64")) for n, size in enumerate(sizes)]
     bucket = plan_buckets(tensors, bucket_bytes=1 << 20)[0]
     if not bucket.numel:
         return
     rng = np.random.default_rng(sum(sizes))
     messages, expected = [], np.zeros(bucket.numel)
-    parts = segments(bucket, made.ratio_at(0), per_tensor=made.per_tensor)
+    parts = plan_segments(bucket, made.ratio_at(0), per_tensor=made.per_tensor)
     layout = Layout(sum(part.k for part in parts), values)
     for _ in range(ranks):
         flat = rng.integers(-9, 10, size=bucket.numel) / 8  # many equals and zeros, exact in every dtype
         flat[: zeros * 4] = 0.0
         tensor = torch.from_numpy(flat)
-        chosen = select(tensor, parts, made, (0,))
+        chosen = select_entries(tensor, parts, made, (0,))
         wanted = [part.offset + int(position) for part in parts
                   for position in sorted(np.lexsort((
                       np.arange(part.numel), -abs(flat[part.offset:part.offset + part.numel])))[:part.k])
                   if flat[part.offset + position] != 0]
         assert chosen.tolist() == sorted(wanted)
-        messages.append(pack(chosen, tensor[chosen].to(wire_dtype(made)), layout))
+        messages.append(pack_message(chosen, tensor[chosen].to(wire_dtype(made)), layout))
         expected[wanted] += flat[wanted]
     together = torch.cat(messages)
-    counts = [int(row[0]) for row in headers(together, ranks)]
+    counts = [int(row[0]) for row in read_headers(together, ranks)]
     total = torch.zeros(bucket.numel, dtype=torch.float64)
     add_up(together, counts, layout, wire_dtype(made), total)
     np.testing.assert_array_equal(total.numpy(), expected)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import hvd_ext.torch as hvd
-from hvd_ext import checkpoints
+from hvd_ext.checkpoint import files
 from tests.torch import checkpointed
 
 pytestmark = pytest.mark.ranks
@@ -46,7 +46,7 @@ def state(method="plain"):
 
 def full_disk(folder, rank):
     """A rank's disk is full at the second checkpoint; the third is written."""
-    given, write = state("topk"), checkpoints.write
+    given, write = state("topk"), files.write_atomically
     before = checkpointed.digest(**given)
     hvd.save_checkpoint(folder, 1, **given)
 
@@ -57,11 +57,11 @@ def full_disk(folder, rank):
         return write(path, half)
 
     if hvd.rank() == rank:
-        checkpoints.write = fail
+        files.write_atomically = fail
     try:
         said = says(lambda: hvd.save_checkpoint(folder, 2, **given), hvd.CheckpointNotWrittenError)
     finally:
-        checkpoints.write = write
+        files.write_atomically = write
     names = sorted(path.name for path in Path(folder).iterdir())
     again = state("topk")
     checkpointed.train_step(again["model"], again["optimizer"],
@@ -80,13 +80,13 @@ def test_a_full_disk_is_an_error_on_all_ranks_and_the_one_before_stays(ranks, tm
         assert names == ["update-000000000001"]
         assert step == 1
         assert same
-    assert len(checkpoints.valid(tmp_path)) == 2
+    assert len(files.complete_checkpoints(tmp_path)) == 2
 
 
 def damaged(folder):
     """Each file cut, altered or gone: refused by name on both ranks, and nothing is changed."""
     hvd.save_checkpoint(folder, 1, **state("topk"))
-    there = checkpoints.place(Path(folder), 1)
+    there = files.checkpoint_dir(Path(folder), 1)
     said = []
     for name in ("model.pt", "rank0000.pt", "rank0001.pt", "manifest.json"):
         whole = (there / name).read_bytes()
@@ -166,7 +166,7 @@ def test_who_is_refused_and_why(ranks, tmp_path):
             "build the model that was saved", "reset_per_rank_state must be True or False",
             "save between two steps"], strict=True):
         assert wanted in text
-    assert [path.name[-2:] for path in checkpoints.valid(tmp_path)] == ["07", "08"]
+    assert [path.name[-2:] for path in files.complete_checkpoints(tmp_path)] == ["07", "08"]
 
 
 def saved_by(folder, method):
@@ -203,9 +203,9 @@ def test_moments_of_a_sharded_run_are_found_under_other_ranks_and_servers(ranks,
 
 def other_run(folder):
     """A run that has not loaded from the folder."""
-    from hvd_ext import run_checkpoints
+    from hvd_ext.checkpoint import protocol
 
-    run_checkpoints._RUNS.clear()
+    protocol._RUNS.clear()
     return says(lambda: hvd.save_checkpoint(folder, 99, **state()), ValueError)
 
 

@@ -61,7 +61,7 @@ def join_later():
     for number in range(3):
         step(optimizer, number)
     if rank == 1:
-        optimizer._hvd_ext.unhook()
+        optimizer._hvd_ext.remove_hooks()
         optimizer = make()
     state = hvd.elastic.TorchState(optimizer=optimizer)
     state.sync()
@@ -104,15 +104,15 @@ def hand_on():
             state.commit()
         assert not raised.value.skip_sync
         if hvd.rank() == 2:
-            optimizer._hvd_ext.unhook()
+            optimizer._hvd_ext.remove_hooks()
             optimizer = make()
             state = hvd.elastic.TorchState(optimizer=optimizer)
         state.sync()
         assert optimizer.report()["steps"] == steps
-        assert optimizer.report()["lost_residuals"] == 0
+        assert optimizer.report()["dropped_residuals"] == 0
         reducer = optimizer._hvd_ext.reducer
         found[type(reducer).__name__] = before, flat(reducer.residual.values()) / reducer._kept_scale
-        optimizer._hvd_ext.unhook()
+        optimizer._hvd_ext.remove_hooks()
     return found
 
 

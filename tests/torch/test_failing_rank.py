@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from hvd_ext.watch import EXIT_STATUS
+from hvd_ext.watchdog.watchdog import EXIT_STATUS
 from tests.ranks import run_program
 
 pytestmark = pytest.mark.ranks

@@ -24,8 +24,8 @@ METHODS = {  # kind of the reference, and the options
         1.0, min_size=0, exchange="sparse_allreduce")}),
     "powersgd": ("plain", {"compression": hvd.Compression.powersgd(rank=8, min_compression=1.0)}),
     "adaptive": ("adaptive", {"op": hvd.DelayCompensated(0.8)}),
-    "late": ("plain", {"late": hvd.Late(0.0, adaptive=False)}),
-    "late_compensated": ("plain", {"late": hvd.Late(0.4, adaptive=False)}),
+    "late": ("plain", {"overlap": hvd.DelayedUpdate(0.0, adaptive=False)}),
+    "late_compensated": ("plain", {"overlap": hvd.DelayedUpdate(0.4, adaptive=False)}),
 }
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=LR, momentum=0.9, weight_decay=0.05),
@@ -145,7 +145,7 @@ KEEPING = {
     "topk_sparse": {"compression": hvd.Compression.topk(0.2, min_size=0, exchange="sparse_allreduce")},
     "powersgd": {"compression": hvd.Compression.powersgd(rank=1, min_compression=1.0)},
     "late_topk": {"compression": hvd.Compression.topk(0.2, min_size=0),
-                  "late": hvd.Late(0.0, adaptive=False)},
+                  "overlap": hvd.DelayedUpdate(0.0, adaptive=False)},
 }
 
 
@@ -237,7 +237,7 @@ def test_nothing_of_the_gradients_is_lost_by_freezing(ranks, method, size):
 
 DISAGREEING = {
     "plain": {}, "groups": {"groups": 1}, "fp16": {"compression": hvd.Compression.fp16},
-    "sharded": {"server": "sharded"}, "rank0": {"server": "rank0"}, "late": {"late": hvd.Late()},
+    "sharded": {"server": "sharded"}, "rank0": {"server": "rank0"}, "late": {"overlap": hvd.DelayedUpdate()},
     "delay": {"op": hvd.DelayCompensated()}, **{key: KEEPING[key] for key in ("topk", "powersgd")},
 }
 
@@ -261,7 +261,7 @@ def disagree(method, step_of_others, unfreeze):
     except ValueError as error:
         return step, str(error)
     finally:
-        optimizer._hvd_ext.forget()
+        optimizer._hvd_ext.abort_step()
     return None, "no error"
 
 

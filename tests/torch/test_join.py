@@ -17,7 +17,7 @@ EXTENSIONS = {
     "powersgd": lambda model: {"compression": hvd.Compression.powersgd(min_compression=1.0)},
     "sharded": lambda model: {"server": "sharded"},
     "rank0": lambda model: {"server": "rank0"},
-    "late": lambda model: {"late": hvd.Late()},
+    "late": lambda model: {"overlap": hvd.DelayedUpdate()},
     "seng": lambda model: {"preconditioner": hvd.SENG(model, damping=0.1, update_freq=2)},
 }
 
@@ -62,4 +62,5 @@ def test_a_rank_that_trains_on(name, launcher):
     said = "rank 0 trains on (has waited"
     assert f"RuntimeError: {said}" in output, output
     assert f"rank 0 ends because rank 1 failed: RuntimeError: {said}" in output, output
-    assert output.count("put the loop over the batches into `with hvd.uneven(optimizer):`") >= 4, output
+    assert output.count("put the loop over the batches into `with "
+                        "hvd.uneven_inputs(optimizer):`") >= 4, output

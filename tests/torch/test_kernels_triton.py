@@ -17,8 +17,8 @@ import pytest
 import torch
 
 import hvd_ext.torch as hvd
-from hvd_ext.torch.reducers import delay_kernels, topk_kernels
-from hvd_ext.torch.reducers.delay_kernels import Recursion
+from hvd_ext.torch.reducers.kernels import delay_compensation, topk
+from hvd_ext.torch.reducers.kernels.delay_compensation import Recursion
 from tests.reference.delay_compensation import DelayOracle
 from tests.reference.spars_ams import amsgrad_step
 
@@ -52,7 +52,7 @@ def check_recursion(dtype, adaptive, cumulative):
                 rows[0][0], rows[1][-1] = torch.inf, torch.nan
             found, expected = torch.empty(size, dtype=dtype), torch.empty(size, dtype=dtype)
             kernels_triton.compensated_sum(rows, rule, squares[0], found)
-            delay_kernels.compensated_sum(rows, rule, squares[1], expected)
+            delay_compensation.compensated_sum(rows, rule, squares[1], expected)
             torch.testing.assert_close(found, expected, equal_nan=True)
             if adaptive:
                 torch.testing.assert_close(*squares, equal_nan=True)
@@ -68,14 +68,14 @@ def check_topk(dtype):
         flat = torch.from_numpy(np.random.default_rng(size).standard_normal(size)).to(dtype)
         flat[: size // 3] = 0.0
         for threshold in (0.0, 0.5, 9.0):
-            positions = kernels_triton.above(flat, threshold)
+            positions = kernels_triton.find_above(flat, threshold)
             magnitudes = flat.abs()
             expected = (magnitudes >= threshold) & (magnitudes > 0)
             assert torch.equal(positions, expected.nonzero().flatten()), (size, threshold)
             for wire in (torch.float32, torch.float16, torch.float64):
                 left, kept = flat * 1e5, flat * 1e5
-                assert torch.equal(kernels_triton.split(left, positions, wire),
-                                   topk_kernels.split(kept, positions, wire))
+                assert torch.equal(kernels_triton.split_selected(left, positions, wire),
+                                   topk.split_selected(kept, positions, wire))
                 assert torch.equal(left, kept)
 
 
@@ -93,7 +93,7 @@ def check_amsgrad(dtype, weight_decay, decoupled, maximize):
         for _ in range(3):
             weights.grad = torch.from_numpy(rng.standard_normal(size)).to(dtype)
             optimizer.step()
-            kernels_triton.amsgrad(
+            kernels_triton.update_amsgrad(
                 found, weights.grad, *states, lr=-0.1, beta1=0.9, fresh1=1 - 0.9, beta2=0.999,
                 fresh2=1 - 0.999, eps=1e-6, shrink=1 - 0.1 * weight_decay if decoupled else 1.0,
                 decay=0.0 if decoupled else weight_decay, sign=-1.0 if maximize else 1.0)

@@ -1,4 +1,4 @@
-"""With ``late=`` a rank that ends after its last step waits for those that have yet to take theirs."""
+"""With ``overlap=`` a rank that ends after its last step waits for those that have yet to take theirs."""
 
 from __future__ import annotations
 

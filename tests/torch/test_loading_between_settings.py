@@ -17,15 +17,16 @@ SETTINGS = {
     "replicated": lambda model: {"server": "replicated"},
     "rank0": lambda model: {"server": "rank0"},
     "sharded": lambda model: {"server": "sharded"},
-    "reply": lambda model: {"server": hvd.Server("sharded", reply=hvd.Compression.topk(0.3, min_size=1))},
+    "reply": lambda model: {"server": hvd.Server("sharded", downlink=hvd.Compression.topk(0.3, min_size=1))},
     "topk": lambda model: {"compression": hvd.Compression.topk(0.3, min_size=1)},
     "topk_sparse": lambda model: {"compression": hvd.Compression.topk(
         0.3, min_size=1, exchange="sparse_allreduce")},
     "delay": lambda model: {"op": hvd.DelayCompensated()},
     "powersgd": lambda model: {"compression": hvd.Compression.powersgd(1, min_compression=1.0)},
-    "late": lambda model: {"late": hvd.Late()},
-    "late_topk": lambda model: {"late": hvd.Late(), "compression": hvd.Compression.topk(0.3, min_size=1)},
-    "late_delay": lambda model: {"late": hvd.Late(), "op": hvd.DelayCompensated()},
+    "late": lambda model: {"overlap": hvd.DelayedUpdate()},
+    "late_topk": lambda model: {"overlap": hvd.DelayedUpdate(),
+                                "compression": hvd.Compression.topk(0.3, min_size=1)},
+    "late_delay": lambda model: {"overlap": hvd.DelayedUpdate(), "op": hvd.DelayCompensated()},
     "seng": lambda model: {"preconditioner": hvd.SENG(model, damping=0.5, update_freq=2)},
 }
 EXTENSIONS = {"topk": {"topk"}, "topk_sparse": {"topk"}, "delay": {"delay"}, "powersgd": {"powersgd"},
@@ -100,7 +101,7 @@ def test_every_pair_restores_everything_or_is_refused(ranks):
             if missing:
                 assert "which would drop what" in said, (saved, here)
             elif saved == "reply" and here != "reply":
-                assert "saved with Server(reply=...)" in said, (saved, here)
+                assert "saved with Server(downlink=...)" in said, (saved, here)
             elif partly and here not in ("sharded", "reply") and not (here == "rank0" and rank == 1):
                 assert "gather_state_dict()" in said, (saved, here)
 

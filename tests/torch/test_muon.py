@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import hvd_ext.torch as hvd
-from hvd_ext.servers import orthogonalising_cost
-from hvd_ext.torch.pieces import update_cost
+from hvd_ext.sharding import orthogonalising_cost
+from hvd_ext.torch.sharding.shards import update_cost
 from tests.torch.problems import backward, bits, flat, make_parameters, named, worker_gradients
 
 SHAPES = [(8, 3, 3, 3), (16, 8, 3, 3), (10, 12), (6, 4, 5)]

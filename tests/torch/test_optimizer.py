@@ -140,7 +140,7 @@ def check_sparse_and_layouts():
         if not as_dense:
             with pytest.raises(ValueError, match="sparse_as_dense=True"):
                 loss.backward()
-            optimizer._hvd_ext.unhook()
+            optimizer._hvd_ext.remove_hooks()
             table.weight.grad = None
             continue
         loss.backward()

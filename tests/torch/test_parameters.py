@@ -12,7 +12,7 @@ from horovod.torch import mpi_ops
 
 import hvd_ext.torch as hvd
 from hvd_ext.torch import collectives
-from hvd_ext.torch.collectives import abandon
+from hvd_ext.torch.collectives import keep_alive_until_done
 from tests.torch.problems import bits, flat, named
 
 pytestmark = pytest.mark.ranks
@@ -88,7 +88,7 @@ def test_sparse_tables_that_are_not_used(ranks, name, options, size):
 
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("options", [
-    {"late": hvd.Late(0.0, adaptive=False)}, {"op": hvd.DelayCompensated()},
+    {"overlap": hvd.DelayedUpdate(0.0, adaptive=False)}, {"op": hvd.DelayCompensated()},
     {"compression": hvd.Compression.topk(0.5, min_size=0)},
     {"compression": hvd.Compression.topk(0.5, min_size=0), "server": "sharded"}], ids=str)
 @pytest.mark.parametrize("name", ["sparse_adam", "adagrad"])
@@ -134,7 +134,8 @@ def test_seng_takes_layers_without_elements(ranks, kind, size):
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"late": hvd.Late()}, {"late": hvd.Late(0.0, adaptive=False)}, {"op": hvd.DelayCompensated()},
+    {}, {"overlap": hvd.DelayedUpdate()}, {"overlap": hvd.DelayedUpdate(0.0, adaptive=False)},
+    {"op": hvd.DelayCompensated()},
     {"compression": hvd.Compression.topk(0.5)}, {"server": "sharded"}], ids=str)
 def test_nothing_trainable(ranks, options):
     assert len(set(ranks(2).run(step_without, "trainable", options))) == 1
@@ -157,7 +158,8 @@ def wrap_complex(options):
 
 @pytest.mark.parametrize("options", [
     {}, {"op": hvd.DelayCompensated()}, {"compression": hvd.Compression.topk(0.5)}, {"server": "sharded"},
-    {"compression": hvd.Compression.powersgd(rank=1)}, {"late": hvd.Late()}, {"server": "rank0"}], ids=str)
+    {"compression": hvd.Compression.powersgd(rank=1)}, {"overlap": hvd.DelayedUpdate()}, {"server": "rank0"}],
+    ids=str)
 def test_complex_parameters_are_refused_by_name(ranks, options):
     for found in ranks(2).run(wrap_complex, options):
         assert "p1 is a parameter of torch.complex64" in found
@@ -186,7 +188,7 @@ def keep_graph(options, create_graph):
 @pytest.mark.parametrize("options", [
     {}, {"groups": 1}, {"op": hvd.DelayCompensated()}, {"compression": hvd.Compression.topk(0.5, min_size=0)},
     {"compression": hvd.Compression.powersgd(rank=1, min_compression=1.0)}, {"server": "sharded"},
-    {"late": hvd.Late()}, {"op": hvd.DelayCompensated(virtual_workers="microbatch")}], ids=str)
+    {"overlap": hvd.DelayedUpdate()}, {"op": hvd.DelayCompensated(virtual_workers="microbatch")}], ids=str)
 @pytest.mark.filterwarnings("ignore")
 def test_backward_passes_that_keep_their_graph(ranks, options):
     kept = ranks(2).run(keep_graph, options, True)
@@ -206,7 +208,7 @@ def accumulate(options):
         optimizer.zero_grad()
         optimizer.step()
     except AssertionError:
-        optimizer._hvd_ext.forget()
+        optimizer._hvd_ext.abort_step()
         return "error"
     return parameter.tolist()
 
@@ -216,7 +218,8 @@ def test_one_rank_without_an_extension_does_what_horovods_does(ranks, size):
     assert ranks(1).run(accumulate, {}) == [[-1.0] * 3]
     assert ranks(1).run(accumulate, {"op": hvd.DelayCompensated()}) == ["error"]
     assert ranks(1).run(wrap_complex, {})[0] == pytest.approx([0, 0], abs=1e-6)
-    assert "p1 is a parameter of torch.complex64" in ranks(1).run(wrap_complex, {"late": hvd.Late()})[0]
+    assert "p1 is a parameter of torch.complex64" in ranks(1).run(wrap_complex,
+                                                                  {"overlap": hvd.DelayedUpdate()})[0]
 
 
 def drop_optimizers(options):
@@ -232,15 +235,15 @@ def drop_optimizers(options):
         del optimizer, inner
         hvd.allreduce(torch.ones(1), name="all are here")
     for _ in range(1000):
-        abandon([])
+        keep_alive_until_done([])
         if not mpi_ops._handle_map and not collectives._UNFINISHED:
             break
         time.sleep(0.01)
     return len(mpi_ops._handle_map), len(collectives._UNFINISHED)
 
 
-@pytest.mark.parametrize("options", [{}, {"late": hvd.Late()},
-                                     {"late": hvd.Late(), "op": hvd.DelayCompensated()}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"overlap": hvd.DelayedUpdate()},
+                                     {"overlap": hvd.DelayedUpdate(), "op": hvd.DelayCompensated()}], ids=str)
 def test_a_dropped_optimizer_leaves_nothing_behind(ranks, options):
     assert ranks(2).run(drop_optimizers, options) == [(0, 0)] * 2
 
@@ -263,7 +266,7 @@ def schedule(options, before):
 
 
 @pytest.mark.parametrize("before", [True, False])
-@pytest.mark.parametrize("options", [{}, {"server": "sharded"}, {"late": hvd.Late()}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"server": "sharded"}, {"overlap": hvd.DelayedUpdate()}], ids=str)
 @pytest.mark.parametrize("size", [1])
 def test_a_scheduler_does_not_warn_falsely(ranks, options, before, size):
     assert ranks(1).run(schedule, options, before) == [(0.25, [])]

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import hvd_ext.torch as hvd
-from hvd_ext.buckets import Kind, TensorSpec, plan_buckets
-from hvd_ext.powersgd import first_q, matrices
+from hvd_ext.reducers.buckets import BucketKey, TensorSpec, plan_buckets
+from hvd_ext.reducers.powersgd import first_q, plan_matrices
 from tests.reference.powersgd import powersgd
 from tests.torch.problems import backward, bits, make_parameters, named, worker_gradients
 
@@ -46,16 +46,16 @@ def residuals(optimizer):
 
 def oracle(ranks, steps, settings):
     """The oracle's means and residuals by number of the parameter."""
-    specs = [TensorSpec("", shape, 8, Kind("float64", route="powersgd" if k in COMPRESSED else "dense"))
+    specs = [TensorSpec("", shape, 8, BucketKey("float64", route="powersgd" if k in COMPRESSED else "dense"))
              for k, shape in enumerate(SHAPES)]
     expected = {}
     for bucket in plan_buckets(specs):
         if bucket.kind.route == "dense":
             continue
-        found = matrices(bucket, specs, settings.get("rank", 2))
+        found = plan_matrices(bucket, specs, settings.get("rank", 2))
         for one in found:
             def first(step, one=one, found=found, index=bucket.index):
-                return one.q.of(first_q(found, (0, index, step))).reshape(one.m, one.r)
+                return one.q.slice_of(first_q(found, (0, index, step))).reshape(one.m, one.r)
 
             def gradient(rank, step, one=one):
                 whole = worker_gradients(SHAPES, worker=rank, step=step)[one.slot.index]

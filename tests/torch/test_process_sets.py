@@ -14,7 +14,7 @@ SHAPES = [(6, 4), (5,)]
 OPTIONS = {
     "plain": dict, "sharded": lambda: {"server": "sharded"},
     "topk": lambda: {"compression": hvd.Compression.topk(0.5, min_size=1)},
-    "delay": lambda: {"op": hvd.DelayCompensated()}, "late": lambda: {"late": hvd.Late()},
+    "delay": lambda: {"op": hvd.DelayCompensated()}, "late": lambda: {"overlap": hvd.DelayedUpdate()},
 }
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hvd_ext.replicas import ReplicasDifferError, check_replicas, summarize
+from hvd_ext.consistency.replicas import ReplicasDifferError, check_replicas, summarize_array
 
 
 def summaries(**arrays):
-    return [summarize(name, np.asarray(array)) for name, array in arrays.items()]
+    return [summarize_array(name, np.asarray(array)) for name, array in arrays.items()]
 
 
 def test_equal_replicas_pass_also_with_nans():
@@ -43,7 +43,7 @@ def drifting_models():
     import horovod.torch as horovod
     import torch
 
-    from hvd_ext.torch.replicas import assert_replicas_equal
+    from hvd_ext.torch.consistency.replicas import assert_replicas_equal
 
     torch.manual_seed(3)
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)).to(torch.bfloat16)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import hvd_ext.torch as hvd
-from hvd_ext.torch.seng import eager
+from hvd_ext.torch.seng import force_eager
 from tests.torch import small
 from tests.torch.small import LAM, batch, loss_of
 
@@ -95,7 +95,7 @@ def test_compiled_training_is_plain_training(order, way):
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other)
     seng.close()
-    assert not eager._HELD
+    assert not force_eager._HELD
 
 
 def test_a_resumed_run_with_no_refresh_due_refreshes_when_one_is():
@@ -120,9 +120,9 @@ def test_a_resumed_run_with_no_refresh_due_refreshes_when_one_is():
 def test_one_that_is_dropped_lets_go():
     model = Network()
     seng = hvd.SENG(model, damping=LAM)
-    assert eager._HELD
-    seng.capture.stop()
+    assert force_eager._HELD
+    seng.capture.remove_hooks()
     del seng
     gc.collect()
-    assert not eager._HELD
-    assert not eager._STANCE
+    assert not force_eager._HELD
+    assert not force_eager._STANCE

@@ -17,7 +17,7 @@ def test_truncation_is_the_svd_of_the_smaller_factor(shape):
     n_g, n_a, kappa = shape
     torch.manual_seed(0)
     g, a = torch.randn(3, 2, kappa, n_g).double(), torch.randn(3, 2, kappa, n_a).double()
-    cut_g, cut_a = kernels.truncate(g, a, 3)
+    cut_g, cut_a = kernels.truncate_rank(g, a, 3)
     if kappa <= 3:
         assert cut_g is g
         return
@@ -39,9 +39,9 @@ def test_truncation_of_a_factor_of_lower_rank_and_of_zero():
     g = torch.zeros(1, 1, 4, 9)
     g[..., :1] = 1.0
     a = torch.randn(1, 1, 6, 9)
-    cut_g, cut_a = kernels.truncate(g.mT, a.mT, 3)
+    cut_g, cut_a = kernels.truncate_rank(g.mT, a.mT, 3)
     torch.testing.assert_close(cut_g.mT @ cut_a, g @ a.mT)
-    cut_g, cut_a = kernels.truncate(torch.zeros_like(g).mT, a.mT, 3)
+    cut_g, cut_a = kernels.truncate_rank(torch.zeros_like(g).mT, a.mT, 3)
     assert torch.isfinite(cut_a).all()
     assert not (cut_g.mT @ cut_a).any()
 
@@ -91,7 +91,7 @@ def test_factored_product_of_zero_coefficients_is_zero():
 
 
 def test_half_precision_storage_is_summed_in_the_working_precision(monkeypatch):
-    monkeypatch.setattr(kernels, "CHUNK", 7)
+    monkeypatch.setattr(kernels, "CHUNK_ROWS", 7)
     torch.manual_seed(0)
     u = torch.randn(4, 30).bfloat16()
     z, b = torch.randn(30), torch.randn(4)
@@ -106,14 +106,14 @@ def test_half_precision_storage_is_summed_in_the_working_precision(monkeypatch):
 
 def test_factor_climbs_the_ladder_and_gives_up():
     rank_one = torch.ones(4, 4).double()
-    lower, jitter = kernels.factor(rank_one, 1e-3)
+    lower, jitter = kernels.factor_gram(rank_one, 1e-3)
     assert jitter == 0.0
     torch.testing.assert_close(lower @ lower.T, rank_one + 1e-3 * torch.eye(4).double())
-    lower, jitter = kernels.factor(rank_one - 1e-5 * torch.eye(4).double(), 1e-9)
+    lower, jitter = kernels.factor_gram(rank_one - 1e-5 * torch.eye(4).double(), 1e-9)
     assert jitter > 0.0
     assert torch.isfinite(lower).all()
-    assert kernels.factor(-torch.eye(4).double(), 1e-9)[0] is None
-    assert kernels.factor(torch.full((2, 2), float("nan")), 1.0)[0] is None
+    assert kernels.factor_gram(-torch.eye(4).double(), 1e-9)[0] is None
+    assert kernels.factor_gram(torch.full((2, 2), float("nan")), 1.0)[0] is None
 
 
 def small_problem(dtype=torch.float64):
@@ -194,17 +194,17 @@ def test_factors_of_several_systems_are_those_of_each():
     assert good == [True, False, False, True]
     assert jitters[0] == 0.0 < jitters[3]
     for k in (0, 3):
-        assert torch.equal(lower[k], kernels.factor(grams[k], 1e-9)[0])
+        assert torch.equal(lower[k], kernels.factor_gram(grams[k], 1e-9)[0])
     rhs = torch.randn(2, 5).double()
-    for k, b in zip((0, 3), kernels.solve(lower[[0, 3]], rhs), strict=True):
+    for k, b in zip((0, 3), kernels.solve_system(lower[[0, 3]], rhs), strict=True):
         shifted = grams[k] + (1e-9 + jitters[k]) * torch.eye(5).double()
         torch.testing.assert_close(shifted @ b, rhs[0 if k == 0 else 1], rtol=1e-5, atol=1e-5)
 
 
 def test_rows_of_one_tensor_are_joined_without_a_copy():
     whole = torch.randn(3, 4, 2)
-    assert kernels.joined(whole.unbind()).data_ptr() == whole.data_ptr()
+    assert kernels.stack_as_view(whole.unbind()).data_ptr() == whole.data_ptr()
     for parts in (whole.unbind()[::-1], whole.unbind()[:2], [one.clone() for one in whole]):
-        found = kernels.joined(parts)
+        found = kernels.stack_as_view(parts)
         assert torch.equal(found, torch.stack(list(parts)))
         assert found.data_ptr() != whole.data_ptr()

@@ -62,4 +62,4 @@ def test_more_damping_needs_fewer_columns():
 def test_meaningful_counts_from_the_end():
     g = torch.diag(torch.tensor([3.0, 2.0, 1.0])).expand(2, 1, 3, 3)
     a = torch.eye(3).expand(2, 1, 3, 3)
-    assert [kernels.meaningful(g, a, least) for least in (0.0, 1.9, 2.0, 10.0, 100.0)] == [3, 3, 2, 1, 1]
+    assert [kernels.effective_rank(g, a, least) for least in (0.0, 1.9, 2.0, 10.0, 100.0)] == [3, 3, 2, 1, 1]

@@ -44,7 +44,7 @@ def test_block_is_the_mean_of_local_natural_gradients(ranks, size):
 
 
 def test_bound_divides_old_directions_alike_on_all_ranks(ranks):
-    everyone = ranks(2).run(on_ranks.trained, {**EXACT, "stale": "bound"}, 4, [5, 3])
+    everyone = ranks(2).run(on_ranks.trained, {**EXACT, "stale_curvature": "rescale"}, 4, [5, 3])
 
     def wanted(us, g, step, layer):
         p = reference.block_direction(us, g, LAM)
@@ -91,8 +91,8 @@ JOINED = {
     "implicit, factored": {"sketch": None, "explicit_threshold": 0, "rank": 4},
     "implicit, sketched rows": {"row_sketch": 7, "explicit_threshold": 0, "rank": 4},
     "explicit, leverage": {"sketch": "leverage", "sketch_size": 60},
-    "explicit, redrawn": {"sketch_size": 60, "redraw": "step"},
-    "implicit, redrawn": {"row_sketch": 7, "explicit_threshold": 0, "rank": 4, "redraw": "step"},
+    "explicit, redrawn": {"sketch_size": 60, "resample": "step"},
+    "implicit, redrawn": {"row_sketch": 7, "explicit_threshold": 0, "rank": 4, "resample": "step"},
     "implicit, leverage": {"sketch": "leverage", "row_sketch": 7, "explicit_threshold": 0},
     "bfloat16": {"sketch": None, "curvature_dtype": "bfloat16", "explicit_threshold": 150},
 }

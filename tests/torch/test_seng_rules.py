@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import hvd_ext.torch as hvd
-from hvd_ext.torch.seng import rules, shifted
+from hvd_ext.torch.seng import implicit_unfold, rules
 from tests.reference import seng as reference
 from tests.torch.per_sample import by_masking, by_single_samples, flat_gradient, held_u
 
@@ -97,7 +97,7 @@ def test_convolution_whose_patches_are_not_copied_equals_one_whose_are(case, set
     model, _module, x, target = problem(case)
     found = []
     for least in (1, 10**9):
-        monkeypatch.setattr(shifted, "LEAST", least)
+        monkeypatch.setattr(implicit_unfold, "MIN_POSITIONS", least)
         seng = hvd.SENG(model, damping=LAM, sketch=None, update_freq=1, **settings)
         for _ in range(2):  # checked against the gradient, then not
             model.zero_grad()
@@ -111,15 +111,15 @@ def test_convolution_whose_patches_are_not_copied_equals_one_whose_are(case, set
 
 
 def test_products_with_shifted_input_are_those_with_its_patches(monkeypatch):
-    monkeypatch.setattr(shifted, "LEAST", 1)
+    monkeypatch.setattr(implicit_unfold, "MIN_POSITIONS", 1)
     torch.manual_seed(0)
     module = nn.Conv2d(3, 4, (3, 2), dilation=(1, 2), padding=(2, 1)).double()
     x = torch.randn(5, 3, 6, 7).double()
     factors = rules.rule_for(module)[0].rule(module, x, torch.randn_like(module(x)), lambda t: t)
     assert isinstance(factors, rules.Convolved)
     v = torch.randn(5, 1, factors.a.shape[2], 3).double()
-    torch.testing.assert_close(factors.shifted.times(v), factors.a.mT @ v)
-    torch.testing.assert_close(replace(factors.shifted, ones=True).times(v)[:, :, -1], v.sum(2))
+    torch.testing.assert_close(factors.shifted.multiply(v), factors.a.mT @ v)
+    torch.testing.assert_close(replace(factors.shifted, ones=True).multiply(v)[:, :, -1], v.sum(2))
     torch.testing.assert_close(factors.shifted.per_sample_products(factors.g),
                                torch.matmul(factors.g.mT, factors.a).flatten(1))
     assert not isinstance(rules.rule_for(module)[0].rule(
@@ -326,9 +326,9 @@ def test_layers_without_a_rule_fall_back_with_one_warning_and_a_rule_can_be_regi
     torch.manual_seed(0)
     model = Mixed().double()
     with pytest.warns(UserWarning, match="no rule") as said:
-        seng = hvd.SENG(model, damping=LAM, sketch=None, check_gradients=False, other=other)
+        seng = hvd.SENG(model, damping=LAM, sketch=None, check_gradients=False, fallback=other)
     assert len(said) == 1
-    for name in ("rnn (LSTM)", "own (Own)", seng.settings.other_text):
+    for name in ("rnn (LSTM)", "own (Own)", seng.settings.fallback_text):
         assert name in str(said[0].message)
     x, target = torch.randn(5, 3, 4).double(), torch.randn(5, 2).double()
     mean_loss(model(x), target).backward()

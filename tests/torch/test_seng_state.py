@@ -15,7 +15,7 @@ SETTINGS = [
     {"coupling": "block", "sketch": "uniform", "sketch_size": 50},
     {"coupling": "lagged", "explicit_threshold": 0, "rank": 3, "row_sketch": 4,
      "sketch": "leverage"},
-    {"redraw": "step", "sketch_size": 50, "coupling": "lagged"},
+    {"resample": "step", "sketch_size": 50, "coupling": "lagged"},
     {"coupling": "full", "explicit_threshold": 0, "uc": "exact", "curvature_dtype": "bfloat16"},
     {"coupling": "lagged", "damping": lambda step: 0.5 / (1 + step)},
 ]

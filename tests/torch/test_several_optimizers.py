@@ -16,7 +16,7 @@ pytestmark = pytest.mark.ranks
 SHAPES = [(6, 4), (5,)]
 EXACT = {  # methods whose result is a mean
     "plain": dict, "grouped": lambda: {"groups": 1}, "sharded": lambda: {"server": "sharded"},
-    "late": lambda: {"late": hvd.Late(0.0, adaptive=False)},
+    "late": lambda: {"overlap": hvd.DelayedUpdate(0.0, adaptive=False)},
     "topk": lambda: {"compression": hvd.Compression.topk(1.0, min_size=0)},
     "delay": lambda: {"op": hvd.DelayCompensated(0.0, adaptive=False)},
 }
@@ -170,7 +170,7 @@ def made_again():
         optimizer.zero_grad()
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})  # not compared yet
         if hvd.rank() == 0:
-            optimizer._hvd_ext.unhook()
+            optimizer._hvd_ext.remove_hooks()
             kept.append(optimizer)
     return bits(parameters)
 

@@ -7,8 +7,8 @@ import torch
 
 import hvd_ext.torch as hvd
 from hvd_ext.torch import collectives as module
-from hvd_ext.torch import state_exchange
 from hvd_ext.torch.collectives import Collectives
+from hvd_ext.torch.persistence import state_exchange
 from tests.torch.small import same
 
 
@@ -64,7 +64,7 @@ def test_a_structure_is_taken_apart_and_joined():
 
 def test_buckets_hold_one_kind_and_at_most_so_many_bytes(monkeypatch):
     monkeypatch.setattr(state_exchange, "DEFAULT_BUCKET_BYTES", 64)
-    spots = state_exchange._spots(state_exchange.split_tensors(
+    spots = state_exchange._find_spots(state_exchange.split_tensors(
         [torch.zeros(10), torch.zeros(6), torch.zeros(1), torch.zeros(3, dtype=torch.float64),
          torch.zeros(99), torch.zeros(0), torch.zeros(2)])[0])
     found = {kind: [[spot.numel for spot in bucket] for bucket in buckets]
@@ -87,12 +87,12 @@ def messages_of_gathering(count):
         sum((n + 1) * p.sum() for n, p in enumerate(parameters)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    submitted, submit = [], module._submit
-    module._submit = lambda *args, **kwargs: submitted.append(args) or submit(*args, **kwargs)
+    submitted, submit = [], module._submit_collective
+    module._submit_collective = lambda *args, **kwargs: submitted.append(args) or submit(*args, **kwargs)
     try:
         state = optimizer.gather_state_dict()["state"]
     finally:
-        module._submit = submit
+        module._submit_collective = submit
     return len(submitted), sorted(state), [float(state[n]["exp_avg"].mean()) for n in range(count)]
 
 

@@ -80,7 +80,7 @@ def topk():
 
 
 def late():
-    return {"late": hvd.Late()}
+    return {"overlap": hvd.DelayedUpdate()}
 
 
 @pytest.mark.parametrize(("options", "skip"), [(topk, "zero_grad"), (topk, "skip_step"), (late, "skip_step")])
@@ -95,7 +95,7 @@ def skip_forever():
     """A late spike that is thrown away again and again is named."""
     parameters = make_parameters(SHAPES)
     optimizer = hvd.DistributedOptimizer(torch.optim.SGD(parameters, lr=0.05), named(parameters),
-                                         late=hvd.Late())
+                                         overlap=hvd.DelayedUpdate())
     backward(parameters, worker_gradients(SHAPES, worker=hvd.rank(), step=0))
     optimizer.step()
     for step in (1, 2):
@@ -118,7 +118,7 @@ def flush_scaled(scale, clip):
     parameters = make_parameters(SHAPES, dtype=torch.float64)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1.0)
     optimizer = hvd.DistributedOptimizer(torch.optim.SGD(parameters, lr=1.0), named(parameters),
-                                         late=hvd.Late(0.0, adaptive=False), grad_scaler=scaler)
+                                         overlap=hvd.DelayedUpdate(0.0, adaptive=False), grad_scaler=scaler)
     for step in range(3):
         optimizer.zero_grad()
         gradients = worker_gradients(SHAPES, worker=hvd.rank(), step=step)

@@ -45,9 +45,9 @@ METHODS = {
     "powersgd": ("exact", {}, {}),
     "delay": ("delay", {}, {}),
     "adaptive": ("adaptive", {}, {}),
-    "late": ("plain", {"late": True}, {}),
-    "late_compensated": ("plain", {"late": True, "late_lam": 0.4}, {}),
-    "late_topk": ("topk", {"late": True}, {}),
+    "late": ("plain", {"overlap": True}, {}),
+    "late_compensated": ("plain", {"overlap": True, "late_lam": 0.4}, {}),
+    "late_topk": ("topk", {"overlap": True}, {}),
 }
 
 
@@ -57,8 +57,8 @@ def options_of(method):
         "powersgd": {"compression": hvd.Compression.powersgd(rank=8, min_compression=1.0)},
         "delay": {"op": hvd.DelayCompensated(0.8, adaptive=False)},
         "adaptive": {"op": hvd.DelayCompensated(0.8)},
-        "late": {"late": hvd.Late(0.0, adaptive=False)},
-        "late_compensated": {"late": hvd.Late(0.4, adaptive=False)},
+        "late": {"overlap": hvd.DelayedUpdate(0.0, adaptive=False)},
+        "late_compensated": {"overlap": hvd.DelayedUpdate(0.4, adaptive=False)},
     }.get(method, {}) if "_" not in method or method == "late_compensated" else {
         key: value for part in method.split("_") for key, value in
         ({"server": "sharded"} if part == "sharded" else options_of(part)).items()}
@@ -177,7 +177,7 @@ def carry_out(method, passes, seed, program):
     except (RuntimeError, AssertionError) as raised:
         error = "RuntimeError" if isinstance(raised, RuntimeError) else "AssertionError", str(raised)
     finally:
-        loop.optimizer._hvd_ext.forget()
+        loop.optimizer._hvd_ext.abort_step()
     return trajectory, error, zlib.crc32(bits(loop.parameters))
 
 

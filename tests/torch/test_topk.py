@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import hvd_ext.torch as hvd
-from hvd_ext.topk import Layout, keep_count, warm_up
+from hvd_ext.reducers.topk import Layout, keep_count, warm_up
 from tests.torch.problems import UNEVEN, backward, bits, flat, make_parameters, named, worker_gradients
 
 pytestmark = pytest.mark.ranks
@@ -88,8 +88,8 @@ def test_bytes_counted_from_messages_are_those_of_the_formula(ranks, values):
     layout = Layout(keep_count(compressed, 0.05), values)
     for sent, received, kept in ranks(2).run(bytes_of_a_step, {"values": values}):
         for moved in (sent, received):
-            assert moved["indices"] == layout.parts()["indices"]
-            assert moved["values"] == layout.parts()["values"]
+            assert moved["indices"] == layout.bytes_by_kind()["indices"]
+            assert moved["values"] == layout.bytes_by_kind()["values"]
             assert moved["dense"] == 4 * (30 + 1)  # 2 (M-1)/M of the tensors that go whole
         assert kept == pytest.approx(0.05, abs=1 / compressed)
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import hvd_ext.torch as hvd
-from hvd_ext.topk import Layout, TopK, keep_count
-from hvd_ext.topk.plan import Segment
-from hvd_ext.torch.reducers import topk_kernels as kernels
+from hvd_ext.reducers.topk import Layout, TopK, keep_count
+from hvd_ext.reducers.topk.plan import Segment
+from hvd_ext.torch.reducers.kernels import topk as kernels
 from tests.reference.spars_ams import algorithm_1, algorithm_2
 from tests.torch.problems import UNEVEN, flat, make_parameters, named, worker_gradients
 
@@ -99,9 +99,9 @@ def test_twenty_workers_in_one_process():
         for worker in range(20):
             g = torch.from_numpy(gradient(weights.detach().numpy(), worker, step))
             residuals[worker] += g
-            positions = kernels.select(residuals[worker], pieces, config, (step, worker))
-            values = kernels.split(residuals[worker], positions, torch.float64)
-            messages.append(kernels.pack(positions, values, layout))
+            positions = kernels.select_entries(residuals[worker], pieces, config, (step, worker))
+            values = kernels.split_selected(residuals[worker], positions, torch.float64)
+            messages.append(kernels.pack_message(positions, values, layout))
         weights.grad = torch.zeros_like(weights)
         kernels.add_up(torch.cat(messages), [k] * 20, layout, torch.float64, weights.grad)
         weights.grad /= 20

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from hvd_ext.topk import Layout, TopK, keep_count
-from hvd_ext.topk.plan import Segment
-from hvd_ext.topk.selection import SMALL
-from hvd_ext.torch.reducers import topk_kernels as kernels
+from hvd_ext.reducers.topk import Layout, TopK, keep_count
+from hvd_ext.reducers.topk.plan import Segment
+from hvd_ext.reducers.topk.selection import MIN_SAMPLED_NUMEL
+from hvd_ext.torch.reducers.kernels import topk as kernels
 from tests.reference.spars_ams import top_k
 
-LARGE = 4 * SMALL
+LARGE = 4 * MIN_SAMPLED_NUMEL
 
 
 def whole(flat, ratio):
@@ -47,7 +47,7 @@ def test_exact_selection_is_what_a_sort_gives(name, ratio):
     k = keep_count(flat.numel(), ratio)
     expected = sorted_choice(flat, k)
     for seed in range(3):
-        chosen = kernels.select(flat, whole(flat, ratio), TopK(), (seed,))
+        chosen = kernels.select_entries(flat, whole(flat, ratio), TopK(), (seed,))
         np.testing.assert_array_equal(chosen.numpy(), expected)
 
 
@@ -57,7 +57,7 @@ def test_small_tensors_against_the_oracle(numel, ratio):
     generator = torch.Generator().manual_seed(numel)
     for flat in (torch.randn(numel, generator=generator),
                  torch.randint(-2, 3, (numel,), generator=generator).float()):
-        chosen = kernels.select(flat, whole(flat, ratio), TopK(), (0,))
+        chosen = kernels.select_entries(flat, whole(flat, ratio), TopK(), (0,))
         np.testing.assert_array_equal(chosen.numpy(), top_k(flat.numpy(), keep_count(numel, ratio)))
 
 
@@ -68,8 +68,8 @@ def test_sampled_selection_stays_within_its_tolerance(name):
     config = TopK(selection="sampled", tolerance=0.05)
     nonzero = int((flat != 0).sum())
     for seed in range(5):
-        chosen = kernels.select(flat, whole(flat, 0.01), config, (seed,))
-        again = kernels.select(flat, whole(flat, 0.01), config, (seed,))
+        chosen = kernels.select_entries(flat, whole(flat, 0.01), config, (seed,))
+        again = kernels.select_entries(flat, whole(flat, 0.01), config, (seed,))
         assert torch.equal(chosen, again)
         assert min(nonzero, 0.95 * k) <= chosen.numel() <= k
         assert torch.equal(chosen, chosen.unique())
@@ -82,7 +82,7 @@ def test_sampled_selection_stays_within_its_tolerance(name):
 def test_segments_are_chosen_from_one_by_one():
     flat = torch.tensor([1.0, 2.0, 3.0, 40.0, 50.0, 60.0])
     pieces = [Segment(0, 3, 1), Segment(3, 3, 2)]
-    assert kernels.select(flat, pieces, TopK(), (0,)).tolist() == [2, 4, 5]
+    assert kernels.select_entries(flat, pieces, TopK(), (0,)).tolist() == [2, 4, 5]
 
 
 @pytest.mark.parametrize("values", ["float32", "float16", "bfloat16", "float64"])
@@ -93,8 +93,8 @@ def test_what_stays_and_what_goes_are_what_was(values, scale, dtype):
     total = torch.randn(5000, generator=generator, dtype=dtype) * scale
     total = total.clamp(-3e38, 3e38)
     before = total.clone()
-    positions = kernels.select(total, whole(total, 0.1), TopK(values=values), (0,))
-    sent = kernels.split(total, positions, getattr(torch, values))
+    positions = kernels.select_entries(total, whole(total, 0.1), TopK(values=values), (0,))
+    sent = kernels.split_selected(total, positions, getattr(torch, values))
     assert sent.dtype == getattr(torch, values)
     assert bool(sent.isfinite().all())
     whole_again = total.clone()
@@ -113,11 +113,11 @@ def test_a_gpu_gives_the_bits_of_the_cpu(name):
     results = []
     for device in ("cpu", "cuda"):
         flat = total.to(device)
-        positions = kernels.select(flat, pieces, config, (0,))
-        values = kernels.split(flat, positions, torch.bfloat16)
-        messages = torch.cat([kernels.pack(positions, values, layout)] * 3)
+        positions = kernels.select_entries(flat, pieces, config, (0,))
+        values = kernels.split_selected(flat, positions, torch.bfloat16)
+        messages = torch.cat([kernels.pack_message(positions, values, layout)] * 3)
         mean = torch.zeros_like(flat)
-        counts = [header[0] for header in kernels.headers(messages, 3)]
+        counts = [header[0] for header in kernels.read_headers(messages, 3)]
         kernels.add_up(messages, counts, layout, torch.bfloat16, mean)
         results.append((positions.cpu(), flat.cpu(), messages.cpu(), mean.cpu()))
     for cpu, cuda in zip(*results, strict=True):
@@ -132,4 +132,4 @@ def test_a_device_of_its_own_takes_the_same_of_equals(name, ratio):
     k = keep_count(flat.numel(), ratio)
     least = torch.topk(flat, k, sorted=False).values.min()
     keep = kernels._with_equals(flat > least, flat, least, k)
-    assert torch.equal(keep.nonzero().flatten(), kernels.largest(flat, k))
+    assert torch.equal(keep.nonzero().flatten(), kernels.select_largest(flat, k))

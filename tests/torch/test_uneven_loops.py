@@ -1,4 +1,4 @@
-"""``hvd.uneven`` around loops that clip, skip, unscale and schedule: ranks without a batch follow.
+"""``hvd.uneven_inputs`` around loops that clip, skip, unscale and schedule: ranks without a batch follow.
 
 Each loop runs twice: with fewer batches on rank 1, and with as many of which rank 1's last have gradients of
 zero. Both must give the same bits on all ranks.
@@ -86,7 +86,7 @@ def train(method, loop, uneven):
             LOOPS[loop](optimizer, parameters, scaler, step)
 
     if uneven:
-        with hvd.uneven(optimizer) as data:
+        with hvd.uneven_inputs(optimizer) as data:
             run(mine)
         shadowed = data.shadow_steps
     else:
@@ -121,7 +121,7 @@ def differently():
     optimizer = hvd.DistributedOptimizer(torch.optim.SGD(parameters, lr=0.05), named(parameters),
                                          server="sharded")
     try:
-        with hvd.uneven(optimizer):
+        with hvd.uneven_inputs(optimizer):
             for step in range(1 if hvd.rank() == 2 else 3):
                 optimizer.zero_grad()
                 backward(parameters, worker_gradients(SHAPES, worker=hvd.rank(), step=step))

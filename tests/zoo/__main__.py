@@ -12,12 +12,12 @@ from collections.abc import Sequence
 
 from tests.ranks import run_ranks
 from tests.zoo import lacking
-from tests.zoo.table import Table
+from tests.zoo.table import EmbeddingBlock
 
 YES_NO = {True: "yes", False: "**no**"}
 
 
-def of_torch(names: Sequence[str], table: Table, *, times: bool) -> list[str]:
+def of_torch(names: Sequence[str], table: EmbeddingBlock, *, times: bool) -> list[str]:
     """Tiny models of timm and transformers; those whose error exceeds its limit, or whose replicas differ."""
     import torch
 
@@ -42,11 +42,11 @@ def of_torch(names: Sequence[str], table: Table, *, times: bool) -> list[str]:
         if found.error > model.limit or one != other:
             beyond.append(name)
         ratios = [f"{ratio:.2f}" for ratio in slowed(name)] if times else ["not measured"] * 2
-        table.add(name, found, [YES_NO[one == other], *ratios])
+        table.add_contribution(name, found, [YES_NO[one == other], *ratios])
     return beyond
 
 
-def of_keras(names: Sequence[str], table: Table, *, times: bool) -> list[str]:
+def of_keras(names: Sequence[str], table: EmbeddingBlock, *, times: bool) -> list[str]:
     """The families of ``keras.applications``; those with too large an error, or whose replicas differ."""
     from tests.zoo.keras_measure import LIMIT, first_step, measure
     from tests.zoo.keras_models import FAMILIES
@@ -62,7 +62,8 @@ def of_keras(names: Sequence[str], table: Table, *, times: bool) -> list[str]:
         same = bool((one == other).all())
         if found.error > LIMIT or not same:
             beyond.append(name)
-        table.add(name, found, [YES_NO[same], f"{first_step(name):.1f}" if times else "not measured"])
+        table.add_contribution(name, found,
+                               [YES_NO[same], f"{first_step(name):.1f}" if times else "not measured"])
     return beyond
 
 
@@ -76,10 +77,10 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME")
     args = parser.parse_args()
     if args.framework == "torch":
-        table = Table("seng_zoo", ["replicas equal", "between", "refresh"])
+        table = EmbeddingBlock("seng_zoo", ["replicas equal", "between", "refresh"])
         beyond = of_torch(args.names, table, times=not args.no_times)
     else:
-        table = Table("seng_zoo_keras", ["replicas equal", "first step, ratio to plain"])
+        table = EmbeddingBlock("seng_zoo_keras", ["replicas equal", "first step, ratio to plain"])
         beyond = of_keras(args.names, table, times=not args.no_times)
     if args.docs:
         table.into_docs()

@@ -23,7 +23,7 @@ class Measured:
     said: tuple[str, ...]
 
 
-class Table:
+class EmbeddingBlock:
     """Lines that are printed and written to ``out/`` as they come, then into the page.
 
     Args:
@@ -40,7 +40,7 @@ class Table:
                       f"|{'|'.join('--:' if one in right else '---' for one in columns)}|"]
         print("\n".join(self.lines))
 
-    def add(self, name: str, found: Measured, more: Sequence[str] = ()) -> None:
+    def add_contribution(self, name: str, found: Measured, more: Sequence[str] = ()) -> None:
         """A model's line."""
         causes = "; ".join(f"{100 * count / found.parameters:.1f} % {cause}" for cause, count in found.gaps)
         share = f"{100 * found.coverage:.1f} %" if found.gaps else "100 %"

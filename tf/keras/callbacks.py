@@ -12,11 +12,12 @@ import keras
 import tensorflow as tf
 from horovod.tensorflow.keras.callbacks import *  # noqa: F403
 
-from hvd_ext import aliases, checks
-from hvd_ext.scalars import log_report, scalars
+from hvd_ext import checks
+from hvd_ext.horovod_api import aliases
+from hvd_ext.tensorboard import log_report, scalars
 from hvd_ext.tensorflow.collectives import Collectives
+from hvd_ext.tensorflow.consistency.replicas import assert_replicas_equal
 from hvd_ext.tensorflow.keras_hooks import require_tensorflow_backend, wrapper_of
-from hvd_ext.tensorflow.replicas import assert_replicas_equal
 from hvd_ext.tensorflow.variables import as_tf, broadcast_variables
 
 __all__ = [
@@ -129,7 +130,7 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
         require_tensorflow_backend(type(self).__name__)
         if initial_lr is None:
             raise ValueError("initial_lr is required: the learning rate that is scaled")
-        self.initial_lr = checks.number("initial_lr", initial_lr, low=0.0)
+        self.initial_lr = checks.check_float("initial_lr", initial_lr, low=0.0)
         self.multiplier = multiplier if callable(multiplier) else (
             lambda epoch: multiplier ** (epoch - start_epoch))
         self.start_epoch = start_epoch
@@ -154,21 +155,21 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
         if self.current_epoch < self.start_epoch or after:
             return
         if self.staircase and batch == 0:
-            self._adjust(self.current_epoch)
+            self._adjust_rate(self.current_epoch)
         elif not self.staircase:
-            self._adjust(self.current_epoch + batch / self.steps_per_epoch)
+            self._adjust_rate(self.current_epoch + batch / self.steps_per_epoch)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if logs is not None:
             logs["lr"] = float(self.model.optimizer.learning_rate)
 
-    def _adjust(self, epoch: float) -> None:
+    def _adjust_rate(self, epoch: float) -> None:
         optimizer = self.model.optimizer
         before = float(optimizer.learning_rate)
         after = self.initial_lr * self.multiplier(epoch)
         optimizer.learning_rate = after
         if self.momentum_correction and before > 0.0 and after != before:
-            for buffer in _momenta(optimizer):
+            for buffer in _momentum_buffers(optimizer):
                 buffer.assign(buffer * (after / before))
 
 
@@ -187,7 +188,7 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
     def __init__(self, initial_lr: float, warmup_epochs: float = 5,
                  momentum_correction: bool = True, steps_per_epoch: int | None = None,
                  verbose: int = 0) -> None:
-        checks.number("warmup_epochs", warmup_epochs, low=0.0, open_low=True)
+        checks.check_float("warmup_epochs", warmup_epochs, low=0.0, open_low=True)
 
         def multiplier(epoch: float) -> float:
             # The batch that is about to begin counts, so that the last one meets initial_lr.
@@ -242,18 +243,18 @@ class AssertReplicasEqualCallback(keras.callbacks.Callback):
                  optimizer: bool = True) -> None:
         super().__init__()
         require_tensorflow_backend(type(self).__name__)
-        self.batches = None if batches is None else checks.whole("batches", batches, low=1)
-        self.statistics = checks.flag("statistics", statistics)
-        self.optimizer = checks.flag("optimizer", optimizer)
+        self.batches = None if batches is None else checks.check_int("batches", batches, low=1)
+        self.statistics = checks.check_bool("statistics", statistics)
+        self.optimizer = checks.check_bool("optimizer", optimizer)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         if self.batches is not None and (batch + 1) % self.batches == 0:
-            self._check()
+            self._check_replicas()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        self._check()
+        self._check_replicas()
 
-    def _check(self) -> None:
+    def _check_replicas(self) -> None:
         assert_replicas_equal(self.model, statistics=self.statistics,
                               optimizer=self.model.optimizer if self.optimizer else None)
 
@@ -278,7 +279,7 @@ class ReportCallback(keras.callbacks.Callback):
     def __init__(self, writer: Any, *, batches: int | None = None, prefix: str = "hvd_ext") -> None:
         super().__init__()
         require_tensorflow_backend(type(self).__name__)
-        self.batches = None if batches is None else checks.whole("batches", batches, low=1)
+        self.batches = None if batches is None else checks.check_int("batches", batches, low=1)
         self.prefix = prefix
         self._own = isinstance(writer, (str, os.PathLike))
         if not (self._own or isinstance(writer, tf.summary.SummaryWriter)
@@ -302,17 +303,17 @@ class ReportCallback(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         if self.batches is not None and (batch + 1) % self.batches == 0:
-            self._write()
+            self._write_report()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         if self.batches is None:
-            self._write()
+            self._write_report()
 
     def on_train_end(self, logs: Any = None) -> None:
         if callable(getattr(self._writer, "flush", None)):
             self._writer.flush()
 
-    def _write(self) -> None:
+    def _write_report(self) -> None:
         optimizer = self.model.optimizer
         step = int(optimizer.iterations)
         if not isinstance(self._writer, tf.summary.SummaryWriter):
@@ -323,7 +324,7 @@ class ReportCallback(keras.callbacks.Callback):
                 tf.summary.scalar(name, value, step=step)
 
 
-def _momenta(optimizer: Any) -> Iterable[Any]:
+def _momentum_buffers(optimizer: Any) -> Iterable[Any]:
     """The momentum buffers of SGD and RMSprop, which hold steps and so carry the learning rate.
 
     Those of other optimizers hold gradients (Muon, Adam): they stay as they are.
@@ -337,4 +338,4 @@ def _momenta(optimizer: Any) -> Iterable[Any]:
     return [buffer for buffer in buffers if buffer is not None]
 
 
-__getattr__ = aliases.names_of(__name__, "horovod.tensorflow.keras.callbacks")
+__getattr__ = aliases.module_getattr(__name__, "horovod.tensorflow.keras.callbacks")

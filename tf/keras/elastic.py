@@ -6,7 +6,7 @@ from horovod.tensorflow.keras.elastic import (
     UpdateEpochStateCallback,
 )
 
-from hvd_ext import aliases
+from hvd_ext.horovod_api import aliases
 from hvd_ext.tensorflow.elastic import TensorFlowKerasState as KerasState
 from hvd_ext.tensorflow.elastic import run
 
@@ -14,4 +14,4 @@ __all__ = ["CommitStateCallback", "KerasState", "UpdateBatchStateCallback",
            "UpdateEpochStateCallback", "run"]
 
 
-__getattr__ = aliases.names_of(__name__, "horovod.tensorflow.keras.elastic")
+__getattr__ = aliases.module_getattr(__name__, "horovod.tensorflow.keras.elastic")

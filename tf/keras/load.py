@@ -42,7 +42,7 @@ def load_model(filepath: Any, custom_optimizers: Iterable[type] | None = None,
     if unknown:
         raise TypeError(f"hvd.load_model has no argument {', '.join(sorted(unknown))}: it takes those of "
                         "keras.models.load_model and of hvd.DistributedOptimizer")
-    with distributing({"compression": compression, **options}, custom_optimizers) as wrapped:
+    with distributing_optimizers({"compression": compression, **options}, custom_optimizers) as wrapped:
         model = keras.models.load_model(filepath, custom_objects={**wrapped, **(custom_objects or {})},
                                         compile=compile, safe_mode=safe_mode)
     optimizer = distributed_part(getattr(model, "optimizer", None))  # none with compile=False
@@ -52,8 +52,8 @@ def load_model(filepath: Any, custom_optimizers: Iterable[type] | None = None,
 
 
 @contextlib.contextmanager
-def distributing(options: dict[str, Any], custom_optimizers: Iterable[type] | None = None
-                 ) -> Iterator[dict[str, type]]:
+def distributing_optimizers(options: dict[str, Any], custom_optimizers: Iterable[type] | None = None
+                            ) -> Iterator[dict[str, type]]:
     """Optimizers that are read from files until the block ends are distributed with ``options``.
 
     Yields:
@@ -64,7 +64,7 @@ def distributing(options: dict[str, Any], custom_optimizers: Iterable[type] | No
              and kind not in (keras.Optimizer, keras.optimizers.LossScaleOptimizer)}
     known.update({keras.saving.get_registered_name(kind): kind
                   for kind in (AMSGrad, *(custom_optimizers or ()))})
-    wrapped = {name: _distributing(kind, options) for name, kind in known.items()}
+    wrapped = {name: _distributed_class(kind, options) for name, kind in known.items()}
     wrapped.update({name.lower(): kind for name, kind in wrapped.items()})  # as Keras reads .h5 files
     # Classes that are registered come before custom_objects: theirs are exchanged while loading.
     registered = keras.saving.get_custom_objects()
@@ -77,7 +77,7 @@ def distributing(options: dict[str, Any], custom_optimizers: Iterable[type] | No
         registered.update(before)
 
 
-def _distributing(kind: type, options: dict[str, Any]) -> type:
+def _distributed_class(kind: type, options: dict[str, Any]) -> type:
     """A stand-in for ``kind`` while a file is read, whose ``from_config`` distributes."""
 
     class FromFile(kind):  # type: ignore[misc, valid-type]

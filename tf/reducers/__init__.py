@@ -8,21 +8,21 @@ import horovod.tensorflow as horovod
 import keras
 import tensorflow as tf
 
-from hvd_ext import composition
-from hvd_ext.buckets import check_groups
-from hvd_ext.delay import DelayCompensated
-from hvd_ext.options import Options, Plain
-from hvd_ext.powersgd import PowerSGD
+from hvd_ext.reducers import registry
+from hvd_ext.reducers.buckets import check_groups
+from hvd_ext.reducers.delay_compensation import DelayCompensated
+from hvd_ext.reducers.options import DenseReduction, ReductionOptions
+from hvd_ext.reducers.powersgd import PowerSGD
+from hvd_ext.reducers.topk import TopK
 from hvd_ext.tensorflow.collectives import Collectives, refuse_session_graphs
 from hvd_ext.tensorflow.compression import Compression
 from hvd_ext.tensorflow.reducers.base import Reducer
-from hvd_ext.tensorflow.reducers.delay import DelayReducer
+from hvd_ext.tensorflow.reducers.delay_compensation import DelayReducer
 from hvd_ext.tensorflow.reducers.plain import PlainReducer
 from hvd_ext.tensorflow.reducers.powersgd import PowerSGDReducer
 from hvd_ext.tensorflow.reducers.sharded import ShardedReducer
 from hvd_ext.tensorflow.reducers.topk import TopKReducer
 from hvd_ext.tensorflow.variables import as_tf
-from hvd_ext.topk import TopK
 
 REDUCERS: dict[Any, type[Reducer]] = {}
 REDUCTIONS = {"Average": horovod.Average, "Sum": horovod.Sum}
@@ -39,7 +39,7 @@ def register_reducer(settings: type, reducer: type[Reducer], *, replace: bool = 
             compression slot ``hvd.Compression.<label>`` becomes this type.
         reducer: a subclass of :class:`hvd_ext.tensorflow.reducers.base.Reducer`, usually of
             :class:`~hvd_ext.tensorflow.reducers.buckets.BucketReducer` or
-            :class:`~hvd_ext.tensorflow.reducers.feedback.FeedbackReducer`.
+            :class:`~hvd_ext.tensorflow.reducers.error_feedback.FeedbackReducer`.
         replace: allow to replace settings or a label that exist.
 
     Raises:
@@ -48,7 +48,7 @@ def register_reducer(settings: type, reducer: type[Reducer], *, replace: bool = 
     """
     if not (isinstance(reducer, type) and issubclass(reducer, Reducer)):
         raise TypeError(f"reducer must be a subclass of Reducer, got {reducer!r}")
-    composition.register(settings, reducer, REDUCERS, Compression, replace=replace)
+    registry.register_settings(settings, reducer, REDUCERS, Compression, replace=replace)
 
 
 register_reducer(DelayCompensated, DelayReducer)
@@ -56,13 +56,13 @@ register_reducer(TopK, TopKReducer)
 register_reducer(PowerSGD, PowerSGDReducer)
 
 
-def make_reducer(collectives: Collectives, options: Options, *, op: Any, compression: Any,
+def make_reducer(collectives: Collectives, options: ReductionOptions, *, op: Any, compression: Any,
                  predivide: float = 1.0, allowed: dict[str, Any] = REDUCTIONS,
                  owners: Any = None) -> Reducer:
     """The reducer that ``op`` and ``compression`` ask for; of Horovod's operations ``allowed`` ones.
 
     Args:
-        owners: the ``UpdateServer`` whose owners need their own gradients only, if any.
+        owners: the ``ShardedUpdater`` whose owners need their own gradients only, if any.
 
     Raises:
         ValueError: an unknown op, or arguments that cannot be combined.
@@ -76,16 +76,16 @@ def make_reducer(collectives: Collectives, options: Options, *, op: Any, compres
                          f"hvd.DelayCompensated(...) here, got {op!r}")
     if type(compression) not in REDUCERS:
         _check_compression(compression)
-    settings = composition.choose(
+    settings = registry.choose_settings(
         REDUCERS, op=op, compression=compression, op_name=names[0] if names else "",
         casts=(Compression.none, Compression.fp16), predivide=predivide)
     if settings is None:
         if (owners is not None and names[0] in REDUCTIONS and predivide == 1.0
                 and compression in (Compression.none, Compression.fp16)):
-            return ShardedReducer(collectives, Plain(op, compression), options, owners)
+            return ShardedReducer(collectives, DenseReduction(op, compression), options, owners)
         average = predivide if names[0] == "Average" else 1.0
-        return PlainReducer(collectives, Plain(op, compression, average), options)
-    refuse_session_graphs(composition.public_name(settings))
+        return PlainReducer(collectives, DenseReduction(op, compression, average), options)
+    refuse_session_graphs(registry.public_name(settings))
     return REDUCERS[type(settings)](collectives, settings, options)
 
 

@@ -14,17 +14,17 @@ from typing import Any
 
 import tensorflow as tf
 
-from hvd_ext.agreement import Fingerprint
-from hvd_ext.composition import describe_settings
-from hvd_ext.handshake import checks_weights
-from hvd_ext.options import Options
-from hvd_ext.scopes import Scope, open_scope
+from hvd_ext.consistency.fingerprint import Fingerprint
+from hvd_ext.consistency.handshake import checks_weights
+from hvd_ext.consistency.scopes import Scope, open_scope
+from hvd_ext.reducers.options import ReductionOptions
+from hvd_ext.reducers.registry import describe_reduction
+from hvd_ext.tensorflow.byte_counts import ScratchVariable
 from hvd_ext.tensorflow.collectives import Collectives
-from hvd_ext.tensorflow.handshake import compare_settings, compare_weights
-from hvd_ext.tensorflow.retracing import Traces
-from hvd_ext.tensorflow.traffic import Cell
-from hvd_ext.tensorflow.variables import NUMBERS, as_tf, made_apart, name_of
-from hvd_ext.tensorflow.waiting import Waiting
+from hvd_ext.tensorflow.consistency.handshake import compare_settings, compare_weights
+from hvd_ext.tensorflow.graph_watchdog import GraphWaitProbe
+from hvd_ext.tensorflow.trace_cache import TraceInvalidator
+from hvd_ext.tensorflow.variables import NUMBERS, as_tf, create_outside_graph, name_of
 from hvd_ext.versions import HVD_EXT
 
 SETTINGS, STEPPED, WEIGHTS = 1, 2, 3  # the settings are compared; a step has followed; the weights are, too
@@ -46,11 +46,11 @@ class Reducer(abc.ABC):
     stamp: Any = None  # a variable (rank, ranks) beside state that belongs to one rank
     lost_ranks = 0  # under Horovod elastic: how many left with what they kept alone
     staleness = 0  # by how many steps what is handed out is late
-    partial = False  # whether a rank has the reduced gradients of what it owns only
+    owner_only = False  # whether a rank has the reduced gradients of what it owns only
     transaction: Any = None  # of a tape: what takes back a reduction that is not applied
     presence: Any = None  # where the ranks agree on which gradients are missing: how
 
-    def __init__(self, collectives: Collectives, settings: Any, options: Options) -> None:
+    def __init__(self, collectives: Collectives, settings: Any, options: ReductionOptions) -> None:
         self.collectives = collectives
         self.settings = settings
         self.options = options
@@ -62,12 +62,12 @@ class Reducer(abc.ABC):
         self._places: dict[int, int] = {}  # in this call, where no variables were planned for
         self._checked: Any = None  # how far the ranks have been compared
         self._broadcast_expected = False
-        self._waiting = Waiting(f"the exchange of gradients of {options.prefix}")
+        self._waiting = GraphWaitProbe(f"the exchange of gradients of {options.prefix}")
         self._functions: dict[tuple[str, ...], Any] = {}
-        self._traces = Traces()
-        self._taken: Cell | None = None
+        self._traces = TraceInvalidator()
+        self._taken: ScratchVariable | None = None
 
-    def build(self, variables: Sequence[Any], make_variable: MakeVariable) -> None:
+    def create_state(self, variables: Sequence[Any], make_variable: MakeVariable) -> None:
         """Take the variables whose gradients are to be reduced, and make the state they need.
 
         ``make_variable(shape, dtype, name, per_rank)`` returns a tf.Variable of zeros that the
@@ -87,10 +87,10 @@ class Reducer(abc.ABC):
     def _make_own(self) -> None:
         """Make the variables that are not saved, once."""
         if self._checked is None:
-            self._checked = made_apart(lambda: tf.Variable(0, trainable=False, dtype=tf.int32))
-            self._waiting.build()
+            self._checked = create_outside_graph(lambda: tf.Variable(0, trainable=False, dtype=tf.int32))
+            self._waiting.create_variables()
 
-    def label(self, variable: Any) -> str:
+    def collective_label(self, variable: Any) -> str:
         """The variable's part of its collective's name.
 
         It is a number where it can be: Keras counts names per process, and one more layer on one rank
@@ -113,7 +113,7 @@ class Reducer(abc.ABC):
         """Whether zeros stand for the variable's gradient where the ranks have to agree on that."""
         return self.presence is not None and id(as_tf(variable)) in self.presence.missing
 
-    def expect(self, variables: Sequence[Any], what: str) -> None:
+    def check_variables(self, variables: Sequence[Any], what: str) -> None:
         """Refuse variables that the exchange was not planned for, if it was. Some of those it was may be
         left out, as frozen layers are.
 
@@ -132,22 +132,22 @@ class Reducer(abc.ABC):
         """A number that differs between ranks which leave out different variables; 0 for none."""
         return zlib.crc32(repr(sorted(self.left_out)).encode()) if self.left_out else 0
 
-    def zeros(self, variable: Any) -> tf.Tensor:
+    def zero_gradient(self, variable: Any) -> tf.Tensor:
         """A gradient of zeros, for one that is missing."""
         self._make_own()
         # No constant, on which TensorFlow would run a collective while it prepares the graph.
         zero = tf.minimum(tf.cast(self._checked, as_tf(variable).dtype), 0)
         return tf.fill((*self.parts_shape(), *variable.shape), zero)
 
-    def fingerprint(self) -> Fingerprint:
+    def build_fingerprint(self) -> Fingerprint:
         """What must be the same on every rank."""
         return Fingerprint((
-            *describe_settings(self.settings), f"half precision: {self.options.half}",
+            *describe_reduction(self.settings), f"half precision: {self.options.half}",
             f"{self.options.passes} backward passes per step",
             *(f"{number}. {list(one.shape)} {as_tf(one).dtype.name}"
               for number, one in enumerate(self.variables))))
 
-    def met(self) -> tf.Tensor:
+    def check_consistency(self) -> tf.Tensor:
         """0-D True; before the first exchange all ranks see here that they were given the same.
 
         Before the second step they see also that their weights are. Otherwise running it is an error on every
@@ -157,7 +157,7 @@ class Reducer(abc.ABC):
 
         def settings() -> tf.Tensor:
             lines = (f"hvd_ext {HVD_EXT} for TensorFlow", *self.extensions,
-                     f"names of collectives: {self.prefix}", *self.fingerprint().lines)
+                     f"names of collectives: {self.prefix}", *self.build_fingerprint().lines)
             with tf.control_dependencies([compare_settings(self.collectives, Fingerprint(lines))]):
                 return self._checked.assign(SETTINGS) >= SETTINGS
 
@@ -181,14 +181,15 @@ class Reducer(abc.ABC):
     def _note_step(self) -> None:
         """In a graph being traced, after the exchange: the next step may compare weights."""
         if self._checked is not None and self.variables and checks_weights() \
-                and not (self._broadcast_expected or self.collectives.elastic):
+                and not (self._broadcast_expected or self.collectives.is_elastic):
             self._checked.assign(tf.where(tf.equal(self._checked, SETTINGS), STEPPED, self._checked))
 
     def meet_at_once(self) -> None:
-        """As :meth:`met`, outside of the graph being traced: before something else is exchanged there."""
-        if self.variables and self.collectives.size > 1 and not self.collectives.elastic:
+        """As :meth:`check_consistency`, outside of the graph being traced, before another exchange there."""
+        if self.variables and self.collectives.size > 1 and not self.collectives.is_elastic:
             self._make_own()
-            made_apart(lambda: int(self._checked) > 0 or tf.function(self.met, autograph=False)())
+            create_outside_graph(lambda: int(self._checked) > 0
+                                 or tf.function(self.check_consistency, autograph=False)())
 
     def parts_shape(self) -> tuple[int, ...]:
         """Leading shape of the gradients taken: (micro-batches,) or ()."""
@@ -204,26 +205,26 @@ class Reducer(abc.ABC):
 
     # Under Horovod elastic
 
-    def kept_alone(self) -> list[tf.Variable]:
+    def local_state(self) -> list[tf.Variable]:
         """What each rank keeps for itself, whoever the others are; the mean over ranks has its meaning."""
         return self.per_rank_state()
 
-    def gather(self, collectives: Collectives) -> None:  # noqa: B027
+    def gather_state(self, collectives: Collectives) -> None:  # noqa: B027
         """Give every rank the pieces that others keep of one whole; a collective."""
 
-    def forget(self) -> None:
+    def abort_step(self) -> None:
         """After an error: nothing is under way any more."""
-        self._waiting.forget()
+        self._waiting.reset_waits()
 
-    def regroup(self) -> None:
+    def rebuild_for_world_size(self) -> None:
         """The ranks are others: they meet anew, and what was traced for the old ones is traced again."""
-        self.forget()
-        self._traces.forget()
+        self.abort_step()
+        self._traces.retrace_functions()
         self._functions.clear()
         if self._checked is not None:
             self._checked.assign(0)
 
-    def inputs(self, optimizer: Any) -> dict[str, tf.Tensor]:
+    def step_inputs(self, optimizer: Any) -> dict[str, tf.Tensor]:
         """What ``reduce`` needs to know about an optimizer at this step, as tensors."""
         del optimizer
         return {}
@@ -237,7 +238,7 @@ class Reducer(abc.ABC):
         if not self.variables:
             self._places = {id(as_tf(variable)): place for place, variable in enumerate(variables)}
         present = [index for index, gradient in enumerate(gradients) if gradient is not None]
-        self.collectives.traffic.begin()
+        self.collectives.traffic.begin_step()
         if not present:
             return list(gradients), None
         sent = [gradients[index] for index in present]
@@ -247,12 +248,12 @@ class Reducer(abc.ABC):
                         f"{'?' * self.is_missing(one)}" for index, one in enumerate(given))
             if key not in self._functions:
                 self._functions[key] = tf.function(
-                    lambda sent, inputs: self._counted(sent, given, inputs),
+                    lambda sent, inputs: self._reduce_counted(sent, given, inputs),
                     reduce_retracing=True, autograph=False,
                 )
             reduced, good = self._functions[key](sent, inputs)
         else:
-            reduced, good = self._counted(sent, given, inputs)
+            reduced, good = self._reduce_counted(sent, given, inputs)
         result = list(gradients)
         for index, gradient in zip(present, reduced, strict=True):
             result[index] = gradient
@@ -262,23 +263,23 @@ class Reducer(abc.ABC):
         """Those of this step's gradients that its exchange waits for."""
         return gradients
 
-    def _counted(self, gradients: list[Gradient], variables: Sequence[Any],
-                 inputs: dict[str, tf.Tensor]) -> tuple[list[Gradient], Any]:
-        fresh = [self._traces.note()] if self.collectives.elastic else []
-        begun = self._waiting.begin(self.sent_now(gradients))
-        with tf.control_dependencies(fresh), self.collectives.traffic.section():
+    def _reduce_counted(self, gradients: list[Gradient], variables: Sequence[Any],
+                        inputs: dict[str, tf.Tensor]) -> tuple[list[Gradient], Any]:
+        fresh = [self._traces.note_functions()] if self.collectives.is_elastic else []
+        begun = self._waiting.start_wait(self.sent_now(gradients))
+        with tf.control_dependencies(fresh), self.collectives.traffic.count_section():
             reduced, good = self.reduce(gradients, variables, **inputs)
-        self._waiting.end(begun, reduced)
+        self._waiting.end_wait(begun, reduced)
         self._note_step()
         if good is not None:
             if self._taken is None:
-                self._taken = Cell(1)
+                self._taken = ScratchVariable(1)
             self._taken.assign(tf.reshape(good, (1,)))
         return reduced, good
 
     def step_taken(self) -> bool | None:
         """Whether the last step was taken; None before it, and where it always is."""
-        return None if self._taken is None else bool(self._taken.numbers()[0])
+        return None if self._taken is None else bool(self._taken.read_numbers()[0])
 
     @abc.abstractmethod
     def reduce(self, gradients: list[Gradient], variables: Sequence[Any],
@@ -306,8 +307,8 @@ def report(reducer: Reducer, preconditioner: Any = None) -> dict[str, Any]:
     Under Horovod elastic bytes are not counted, and "sent" and "received" are left out.
     """
     found: dict[str, Any] = {}
-    if not reducer.collectives.elastic:
-        found["sent"], found["received"] = reducer.collectives.traffic.last()
+    if not reducer.collectives.is_elastic:
+        found["sent"], found["received"] = reducer.collectives.traffic.last_step()
     found.update(reducer.report())
     if preconditioner is not None:
         found["preconditioner"] = preconditioner.report()
@@ -320,8 +321,8 @@ def before_reduce(preconditioner: Any, gradients: Sequence[Any], variables: Sequ
         preconditioner.before_reduce(gradients, variables)
 
 
-def precondition(preconditioner: Any, gradients: list[Any], variables: Sequence[Any],
-                 reducer: Reducer, good: Any = None) -> list[Any]:
+def precondition_gradients(preconditioner: Any, gradients: list[Any], variables: Sequence[Any],
+                           reducer: Reducer, good: Any = None) -> list[Any]:
     """Reduced gradients turned into directions; as they are without a preconditioner.
 
     Where ``good``, a 0-D bool, says that the step is skipped, the preconditioner does not go on.
@@ -333,7 +334,7 @@ def precondition(preconditioner: Any, gradients: list[Any], variables: Sequence[
     reducer.meet_at_once()  # SENG compares its layers while it is traced, with ranks that have SENG too
 
     def run() -> list[Any]:
-        with collectives.traffic.section():
+        with collectives.traffic.count_section():
             return list(preconditioner.precondition(gradients, variables, collectives))
 
     if good is None:

@@ -12,22 +12,22 @@ from typing import Any
 
 import tensorflow as tf
 
-from hvd_ext import composition
-from hvd_ext.agreement import Fingerprint
-from hvd_ext.buckets import (
+from hvd_ext.consistency.fingerprint import Fingerprint
+from hvd_ext.reducers import registry
+from hvd_ext.reducers.buckets import (
     DEFAULT_BUCKET_BYTES,
     Bucket,
-    Kind,
-    Slot,
+    BucketKey,
+    TensorSlice,
     TensorSpec,
     plan_buckets,
     split_groups,
 )
-from hvd_ext.options import Options
+from hvd_ext.reducers.options import ReductionOptions
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.reducers.base import Gradient, MakeVariable, Reducer
-from hvd_ext.tensorflow.reducers.presence import DIFFERENT_VARIABLES
-from hvd_ext.tensorflow.uneven_data import EXTENDED
+from hvd_ext.tensorflow.reducers.gradient_presence import DIFFERENT_VARIABLES
+from hvd_ext.tensorflow.uneven_data import JOIN_BLOCKERS
 from hvd_ext.tensorflow.variables import as_tf, name_of
 
 Started = Mapping[tuple[int, int], Any]
@@ -41,9 +41,9 @@ class BucketReducer(Reducer):
     exchange of its own: one, unless every micro-batch is.
     """
 
-    def __init__(self, collectives: Collectives, settings: Any, options: Options) -> None:
+    def __init__(self, collectives: Collectives, settings: Any, options: ReductionOptions) -> None:
         super().__init__(collectives, settings, options)
-        EXTENDED[self] = composition.public_name(settings)
+        JOIN_BLOCKERS[self] = registry.public_name(settings)
         self.bucket_bytes = getattr(settings, "bucket_bytes", DEFAULT_BUCKET_BYTES)
         self.specs: list[TensorSpec] = []
         self.buckets: list[Bucket] = []
@@ -56,19 +56,19 @@ class BucketReducer(Reducer):
         """How many parts a step has."""
         return 1
 
-    def kind(self, variable: Any) -> Kind:
+    def bucket_key(self, variable: Any) -> BucketKey:
         """What the variable shares with all others of its bucket."""
-        return Kind(as_tf(variable).dtype.name)
+        return BucketKey(as_tf(variable).dtype.name)
 
     def make_state(self, make_variable: MakeVariable) -> None:
         """Make the variables of this rank's state, one or more per bucket."""
 
     @abc.abstractmethod
-    def start(self, bucket: Bucket, part: int, flat: tf.Tensor) -> Any:
+    def start_exchange(self, bucket: Bucket, part: int, flat: tf.Tensor) -> Any:
         """Start the exchange of a bucket that is full; what it returns goes to ``complete``."""
 
     @abc.abstractmethod
-    def complete(self, started: Started, **inputs: Any) -> tuple[list[tf.Tensor], Any]:
+    def finish_exchange(self, started: Started, **inputs: Any) -> tuple[list[tf.Tensor], Any]:
         """The reduced flat buckets, the same on every rank, and whether the step may be taken.
 
         The second result is a 0-D bool, or None when it always may.
@@ -76,10 +76,10 @@ class BucketReducer(Reducer):
 
     # Planning
 
-    def build(self, variables: Sequence[Any], make_variable: MakeVariable) -> None:
-        super().build(variables, make_variable)
+    def create_state(self, variables: Sequence[Any], make_variable: MakeVariable) -> None:
+        super().create_state(variables, make_variable)
         self.specs = [TensorSpec(name_of(one), tuple(as_tf(one).shape), as_tf(one).dtype.size,
-                                 self.kind(one)) for one in variables]
+                                 self.bucket_key(one)) for one in variables]
         groups = split_groups(self.options.groups, variables, key=lambda one: id(as_tf(one)))
         self.buckets = plan_buckets(self.specs, bucket_bytes=self.bucket_bytes, groups=groups)
         self.steps = make_variable((), tf.int64, "steps", False)
@@ -94,8 +94,8 @@ class BucketReducer(Reducer):
         Raises:
             ValueError: these are not the variables that the exchange was planned for.
         """
-        self.expect(variables, composition.public_name(self.settings))
-        return [self.zeros(variable) if gradient is None else gradient
+        self.check_variables(variables, registry.public_name(self.settings))
+        return [self.zero_gradient(variable) if gradient is None else gradient
                 for gradient, variable in zip(gradients, variables, strict=True)]
 
     def __call__(self, gradients: Sequence[Gradient | None], variables: Sequence[Any],
@@ -115,28 +115,28 @@ class BucketReducer(Reducer):
 
     def reduce(self, gradients: list[Gradient], variables: Sequence[Any],
                **inputs: Any) -> tuple[list[Gradient], Any]:
-        self.expect(variables, composition.public_name(self.settings))
-        given = {self._index(variable): self.dense(gradient, variable)
+        self.check_variables(variables, registry.public_name(self.settings))
+        given = {self._bucket_index(variable): self.dense_gradient(gradient, variable)
                  for gradient, variable in zip(gradients, variables, strict=True)}
         flats = {(bucket.index, part): flat for bucket in self.buckets
-                 for part, flat in enumerate(self._fill(bucket, given))}
+                 for part, flat in enumerate(self._flatten_bucket(bucket, given))}
         if self.collectives.size > 1:
-            with tf.control_dependencies([self.met()]):
+            with tf.control_dependencies([self.check_consistency()]):
                 flats = {key: tf.identity(flat) for key, flat in flats.items()}
-        started = {(index, part): self.start(self.buckets[index], part, flat)
+        started = {(index, part): self.start_exchange(self.buckets[index], part, flat)
                    for (index, part), flat in flats.items()}
-        reduced, good = self.complete(started, **inputs)
+        reduced, good = self.finish_exchange(started, **inputs)
         pieces: dict[int, tf.Tensor] = {}
         for bucket, flat in zip(self.buckets, reduced, strict=True):
             for slot in bucket.slots:
-                pieces[slot.index] = tf.reshape(slot.of(flat), self.specs[slot.index].shape)
-        return [tf.cast(pieces[self._index(variable)], as_tf(variable).dtype)
+                pieces[slot.index] = tf.reshape(slot.slice_of(flat), self.specs[slot.index].shape)
+        return [tf.cast(pieces[self._bucket_index(variable)], as_tf(variable).dtype)
                 for variable in variables], good
 
-    def _index(self, variable: Any) -> int:
+    def _bucket_index(self, variable: Any) -> int:
         return self._number[id(as_tf(variable))]
 
-    def dense(self, gradient: Gradient, variable: Any) -> tf.Tensor:
+    def dense_gradient(self, gradient: Gradient, variable: Any) -> tf.Tensor:
         """The gradient as a dense tensor.
 
         Raises:
@@ -146,12 +146,12 @@ class BucketReducer(Reducer):
             if not self.options.sparse_as_dense:
                 raise ValueError(
                     f"the gradient of {name_of(variable)} is a tf.IndexedSlices, which "
-                    f"{composition.public_name(self.settings)} cannot take; pass "
+                    f"{registry.public_name(self.settings)} cannot take; pass "
                     "sparse_as_dense=True")
             return tf.convert_to_tensor(gradient)
         return gradient
 
-    def _fill(self, bucket: Bucket, given: dict[int, tf.Tensor]) -> list[tf.Tensor]:
+    def _flatten_bucket(self, bucket: Bucket, given: dict[int, tf.Tensor]) -> list[tf.Tensor]:
         """The bucket's gradients one after another, (numel,), for each part of the step."""
         pieces = []
         for slot in bucket.slots:
@@ -167,24 +167,25 @@ class BucketReducer(Reducer):
 
     def without_left_out(self, bucket: Bucket, flat: tf.Tensor) -> tf.Tensor:
         """A flat bucket with zeros where variables are left out."""
-        return self._joined(bucket, flat, lambda slot: tf.zeros_like(slot.of(flat)))
+        return self._join_given(bucket, flat, lambda slot: tf.zeros_like(slot.slice_of(flat)))
 
     def keep_left_out(self, bucket: Bucket, after: tf.Tensor, before: tf.Tensor) -> tf.Tensor:
         """``after``, plus ``before`` where variables are left out."""
-        return self._joined(bucket, after, lambda slot: slot.of(after) + slot.of(before))
+        return self._join_given(bucket, after, lambda slot: slot.slice_of(after) + slot.slice_of(before))
 
-    def _joined(self, bucket: Bucket, flat: tf.Tensor, of_left_out: Callable[[Slot], tf.Tensor]) -> tf.Tensor:
+    def _join_given(self, bucket: Bucket, flat: tf.Tensor,
+                    of_left_out: Callable[[TensorSlice], tf.Tensor]) -> tf.Tensor:
         if not any(slot.index in self.left_out for slot in bucket.slots):
             return flat
-        return tf.concat([of_left_out(slot) if slot.index in self.left_out else slot.of(flat)
+        return tf.concat([of_left_out(slot) if slot.index in self.left_out else slot.slice_of(flat)
                           for slot in bucket.slots], axis=0)
 
     # Agreement of the ranks
 
-    def fingerprint(self) -> Fingerprint:
+    def build_fingerprint(self) -> Fingerprint:
         """What must be the same on every rank."""
         return Fingerprint((
-            *composition.describe_settings(self.settings),
+            *registry.describe_reduction(self.settings),
             f"half precision: {self.options.half}", f"{self.parts} parts per step",
             *(f"{number}. {list(spec.shape)} {spec.kind}" for number, spec in enumerate(self.specs))))
 
@@ -222,10 +223,10 @@ class BucketReducer(Reducer):
         return sum(int(v.shape.num_elements()) * v.dtype.size for v in self.per_rank_state())
 
     def report(self) -> dict[str, Any]:
-        return {"steps": count(self.steps), "buckets": len(self.buckets),
+        return {"steps": read_counter(self.steps), "buckets": len(self.buckets),
                 "bytes_held": self.bytes_held()}
 
 
-def count(counter: Any) -> int:
+def read_counter(counter: Any) -> int:
     """A counter's value, 0 before the first step has made it."""
     return 0 if counter is None else int(counter)

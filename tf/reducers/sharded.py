@@ -13,15 +13,15 @@ from typing import Any
 import horovod.tensorflow as horovod
 import tensorflow as tf
 
-from hvd_ext.agreement import Fingerprint
-from hvd_ext.options import Options, Plain
-from hvd_ext.servers import Message
+from hvd_ext.consistency.fingerprint import Fingerprint
+from hvd_ext.reducers.options import DenseReduction, ReductionOptions
+from hvd_ext.sharding import ShardedBucket
+from hvd_ext.tensorflow.byte_counts import keep_alive_in_graph
 from hvd_ext.tensorflow.collectives import Collectives
-from hvd_ext.tensorflow.pieces import of_flat, put_back
 from hvd_ext.tensorflow.reducers.base import Gradient
-from hvd_ext.tensorflow.reducers.delay_kernels import accumulation_dtype
+from hvd_ext.tensorflow.reducers.kernels.delay_compensation import accumulation_dtype
 from hvd_ext.tensorflow.reducers.plain import PlainReducer
-from hvd_ext.tensorflow.traffic import put_to_use
+from hvd_ext.tensorflow.sharding.shards import of_flat, put_back
 from hvd_ext.tensorflow.variables import as_tf
 
 
@@ -29,32 +29,33 @@ class ShardedReducer(PlainReducer):
     """Sends gradients to their owners; sparse ones go the plain way.
 
     What is returned of what another rank owns is this rank's own gradient, of no use to anybody;
-    :meth:`owned` says what is reduced.
+    :meth:`owned_gradients` says what is reduced.
 
     Args:
-        server: the ``UpdateServer`` that says who owns what.
+        server: the ``ShardedUpdater`` that says who owns what.
     """
 
-    settings: Plain
-    partial = True
+    settings: DenseReduction
+    owner_only = True
     saved_as = "PlainReducer"  # in checkpoints: it keeps nothing, and may take that one's place
 
-    def __init__(self, collectives: Collectives, settings: Plain, options: Options, server: Any) -> None:
+    def __init__(self, collectives: Collectives, settings: DenseReduction, options: ReductionOptions,
+                 server: Any) -> None:
         super().__init__(collectives, settings, options)
         self.server = server
         self._sent = 0
 
-    def _exchange(self, gradients: list[Gradient], variables: Sequence[Any]) -> list[Gradient]:
+    def _exchange_gradients(self, gradients: list[Gradient], variables: Sequence[Any]) -> list[Gradient]:
         sent = [index for index, gradient in enumerate(gradients)
-                if not isinstance(gradient, tf.IndexedSlices) and self.server.travels(variables[index])]
+                if not isinstance(gradient, tf.IndexedSlices) and self.server.has_message(variables[index])]
         self._sent = len(sent)
         home = {id(as_tf(variables[index])): index for index in sent}
         rest = sorted(set(range(len(gradients))) - set(sent))
         reduced: list[Gradient] = list(gradients)
         self._somewhere = {rest.index(index): some for index, some in self._somewhere.items()
                            if index in rest}
-        everywhere = super()._exchange([gradients[index] for index in rest],
-                                       [variables[index] for index in rest])
+        everywhere = super()._exchange_gradients([gradients[index] for index in rest],
+                                                 [variables[index] for index in rest])
         for index, gradient in zip(rest, everywhere, strict=True):
             reduced[index] = gradient
         arrived = []
@@ -66,25 +67,25 @@ class ShardedReducer(PlainReducer):
             own = message.parts[self.collectives.rank]
             if not own:
                 continue
-            total = self._sum(received, tf.as_dtype(message.kind.dtype))
+            total = self._sum_received(received, tf.as_dtype(message.kind.dtype))
             for piece, part in zip(own, tf.split(total, [piece.numel for piece in own]), strict=True):
                 variable = self.server.served[piece.index]
                 place = home[id(as_tf(variable))]
                 reduced[place] = put_back(gradients[place], piece, part, tuple(variable.shape))
-        put_to_use(arrived, self.server.zero)  # also on a rank that owns nothing of them
+        keep_alive_in_graph(arrived, self.server.zero)  # also on a rank that owns nothing of them
         return reduced
 
-    def _to_owners(self, message: Message, pieces: list[tf.Tensor]) -> tf.Tensor:
+    def _to_owners(self, message: ShardedBucket, pieces: list[tf.Tensor]) -> tf.Tensor:
         """(M, own): every rank's gradients of what this rank owns."""
         flat = tf.concat(pieces, axis=0)
         if self.options.half and flat.dtype.is_floating:
             flat = tf.cast(flat, tf.float16)
         ranks, own = len(message.parts), message.splits[self.collectives.rank]
         received = self.collectives.alltoall(
-            flat, message.splits, f"{self.prefix}/owners{self.server.label(message)}", rows=ranks * own)
+            flat, message.splits, f"{self.prefix}/owners{self.server.message_label(message)}", rows=ranks * own)
         return tf.reshape(received, (ranks, own))
 
-    def _sum(self, rows: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    def _sum_received(self, rows: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
         """The reduced gradient of what this rank owns, (own,), added up in the order of the ranks."""
         wide, parts = accumulation_dtype(rows.dtype), tf.unstack(rows)
         total = tf.cast(parts[0], wide)
@@ -94,25 +95,25 @@ class ShardedReducer(PlainReducer):
             total *= tf.cast(1.0 / len(parts), wide)
         return tf.cast(tf.cast(total, rows.dtype), dtype)
 
-    def owned(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[tf.Tensor | None]:
+    def owned_gradients(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[tf.Tensor | None]:
         """Of reduced gradients what this rank speaks for: what it owns, rank 0 for what all ranks have."""
         rank = self.collectives.rank
         found: list[tf.Tensor | None] = []
         for gradient, variable in zip(gradients, variables, strict=True):
-            piece = self.server.stand_ins.piece(variable)
+            piece = self.server.stand_ins.shard_of(variable)
             if isinstance(gradient, tf.IndexedSlices):  # Keras' norm is of rows as they are, also equal ones
                 found.append(gradient.values if rank == 0 else None)
-            elif not self.server.travels(variable):
+            elif not self.server.has_message(variable):
                 found.append(gradient if rank == 0 else None)
             elif piece is not None:
                 found.append(of_flat(gradient, piece))
             else:
-                found.append(gradient if self.server.owns(variable) else None)
+                found.append(gradient if self.server.owns_variable(variable) else None)
         return found
 
-    def fingerprint(self) -> Fingerprint:
+    def build_fingerprint(self) -> Fingerprint:
         cut = [f"message {message.index}: {message.splits}" for message in self.server.messages]
-        return Fingerprint((*super().fingerprint().lines, *cut))
+        return Fingerprint((*super().build_fingerprint().lines, *cut))
 
     def report(self) -> dict[str, Any]:
         return {**super().report(), "sent_to_owners": self._sent}

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvd_ext.seng import CurvatureReport, Settings, strict_refusal, takes_settings
-from hvd_ext.seng.notices import Notices
+from hvd_ext.seng.once_warnings import OnceWarnings
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.keras_hooks import require_tensorflow_backend
 from hvd_ext.tensorflow.loss_scale import loss_scale
@@ -23,14 +23,14 @@ from hvd_ext.tensorflow.reducers.base import Gradient
 from hvd_ext.tensorflow.seng.blocks import Context
 from hvd_ext.tensorflow.seng.capture import Capture
 from hvd_ext.tensorflow.seng.check import check_sums
-from hvd_ext.tensorflow.seng.inventory import take_inventory
-from hvd_ext.tensorflow.seng.refresh import check_ranks, redraw, refresh
-from hvd_ext.tensorflow.seng.samples import Samples
-from hvd_ext.tensorflow.seng.start import Start, own_collectives
+from hvd_ext.tensorflow.seng.deferred_build import DeferredBuild, own_collectives
+from hvd_ext.tensorflow.seng.layer_curvature import LayerCurvature
+from hvd_ext.tensorflow.seng.layer_discovery import take_inventory
+from hvd_ext.tensorflow.seng.refresh import check_ranks, refresh_curvature, resample_rows
+from hvd_ext.tensorflow.seng.sample_axes import SampleAxisTracker
+from hvd_ext.tensorflow.seng.shared_functions import SharedFunctions, outside_trace
 from hvd_ext.tensorflow.seng.state import Coverage, report
-from hvd_ext.tensorflow.seng.step import directions, factors, run_all
-from hvd_ext.tensorflow.seng.system import LayerSystem
-from hvd_ext.tensorflow.seng.traces import Traces, apart
+from hvd_ext.tensorflow.seng.step import compute_directions, direction_factors, run_all
 from hvd_ext.tensorflow.variables import as_tf, name_of
 
 
@@ -77,7 +77,7 @@ class SENG(tf.Module):
         self._collectives: Any = None
         self._coverage: Coverage | None = None
         self._functions: dict[Any, Any] = {}
-        self._traces = Traces()
+        self._traces = SharedFunctions()
         with tf.init_scope():
             self.steps = tf.Variable(0, dtype=tf.int64, trainable=False, name="step")
             self.skipped = tf.Variable(0, dtype=tf.int64, trainable=False, name="skipped")
@@ -85,16 +85,16 @@ class SENG(tf.Module):
             self.lam = tf.Variable(0.0, dtype=tf.float64, trainable=False, name="lam")
             self.stamp = tf.Variable([-1, -1], dtype=tf.int64, trainable=False, name="stamp")
             self.checked = tf.Variable(not self.settings.check_gradients, trainable=False, name="checked")
-        self._samples = samples = Samples(self.settings)
-        self._notices = Notices(self.settings)
+        self._samples = samples = SampleAxisTracker(self.settings)
+        self._notices = OnceWarnings(self.settings)
         self.capture = Capture(self.settings, self.steps, lambda: loss_scale(self._scale_of), self._traces,
                                samples)
         self._wanted = self.capture.wanted
-        self.states: list[LayerSystem] = []
+        self.states: list[LayerCurvature] = []
         self._fresh: list[tf.Tensor] = []
-        self._start = Start(model, samples, self._begin, self._found)
+        self._start = DeferredBuild(model, samples, self._take_layers, self._report_placements)
 
-    def _begin(self, model: keras.Model) -> None:
+    def _take_layers(self, model: keras.Model) -> None:
         """Take the layers of a model that is built."""
         inventory = take_inventory(model, self.settings)
         self._notices.without_rule(inventory.without_rule)
@@ -105,21 +105,22 @@ class SENG(tf.Module):
                 "convolution, embedding, batch, layer, group or RMS norm); precondition another model, "
                 "unfreeze layers, or shorten exclude=")
         self.settings = self.capture.settings = inventory.settings
-        self._notices.memory(self.settings, [layer.plan for layer in layers], rank=own_collectives().rank)
+        self._notices.print_memory(self.settings, [layer.plan for layer in layers],
+                                   rank=own_collectives().rank)
         self.settings.check_sketch(layer.n for layer in layers if not layer.plan.implicit)
         self._coverage = Coverage(inventory.missing, model)
-        self._samples.start(model, layers)
-        self.capture.tap(layers)
+        self._samples.watch_layers(model, layers)
+        self.capture.capture_layers(layers)
         # Checkpoints know these layers' curvature under this name.
-        self.states = [LayerSystem(layer, captured, self.settings, self._traces)
+        self.states = [LayerCurvature(layer, captured, self.settings, self._traces)
                        for layer, captured in self.capture.of.items()]
         # Not those of which pass it was: by these TensorFlow knows that a layer is captured before a refresh.
-        self._traces.pack([*self._of_layers(), *(
+        self._traces.pack_handles([*self._of_layers(), *(
             one for captured in self.capture.of.values() for one in captured.held)])
         self._fresh = [variable.first if hasattr(variable, "first") else tf.identity(variable)
                        for variable in self.variables]
 
-    def _found(self) -> None:
+    def _report_placements(self) -> None:
         """Say or refuse, once it is known, that samples of layers cannot be told apart.
 
         Raises:
@@ -127,7 +128,7 @@ class SENG(tf.Module):
         """
         names = [layer.name for layer in self._samples.by_rows]
         if names and self.settings.strict:
-            self.capture.close()
+            self.capture.restore_calls()
             raise ValueError(strict_refusal(names))
         self._notices.by_rows(names, self._samples.trouble)
 
@@ -142,8 +143,8 @@ class SENG(tf.Module):
 
     def close(self) -> None:
         """Give the model's layers back as they were. The object is of no use afterwards."""
-        self._start.close()
-        self.capture.close()
+        self._start.restore_call()
+        self.capture.restore_calls()
 
     def scaled_by(self, optimizer: Any, *, still: bool = False) -> None:
         """Say whose ``scale_loss`` the losses of the passes from now on go through.
@@ -179,7 +180,7 @@ class SENG(tf.Module):
         scale = loss_scale(self._scale_of) if self._still_scaled else 1.0
 
         def check() -> tf.Tensor:
-            with self._traces.unpacked():
+            with self._traces.unpacked_handles():
                 check_sums(systems, self.capture.number, scale, self.settings)
             return tf.constant(True)
 
@@ -188,7 +189,7 @@ class SENG(tf.Module):
             if tf.executing_eagerly():
                 tf.cond(due, check, lambda: tf.constant(False))
             else:
-                apart(lambda: tf.cond(due, check, lambda: tf.constant(False)))
+                outside_trace(lambda: tf.cond(due, check, lambda: tf.constant(False)))
 
     def step(self, gradients: Sequence[Gradient | None], variables: Sequence[Any] | None = None
              ) -> list[Gradient | None]:
@@ -234,7 +235,7 @@ class SENG(tf.Module):
         self._check_weights(given)
         self._check_ranks(collectives)
         # p is linear in g: only what is kept from step to step, or compared, must have the same scale.
-        compares = self.settings.coupling == "lagged" or self.settings.stale == "bound"
+        compares = self.settings.coupling == "lagged" or self.settings.stale_curvature == "rescale"
         unscale = self._still_scaled and compares
         scale = tf.convert_to_tensor(loss_scale(self._scale_of) if unscale else 1.0, tf.float32)
         context = Context(self.settings, collectives, self.name)
@@ -243,21 +244,22 @@ class SENG(tf.Module):
                    *(id(as_tf(one)) for one in given))
             if key not in self._functions:
                 def compiled(dense: list[tf.Tensor], scale: tf.Tensor) -> list[tf.Tensor]:
-                    return self._turn(dense, given, context, scale if unscale else None)
+                    return self._compute_directions(dense, given, context, scale if unscale else None)
 
                 self._functions[key] = tf.function(compiled, autograph=False)
             turned = self._functions[key](dense, scale)
         elif self.settings.coupling == "lagged":  # part of it is to run during the backward pass
-            turned = self._turn(dense, given, context, scale if unscale else None)
+            turned = self._compute_directions(dense, given, context, scale if unscale else None)
         else:
-            turned = apart(lambda: self._turn(dense, given, context, scale if unscale else None))
+            turned = outside_trace(lambda: self._compute_directions(dense, given, context,
+                                                                    scale if unscale else None))
         result = list(gradients)
         for k, direction in zip(present, turned, strict=True):
             result[k] = direction
         return result
 
-    def _turn(self, dense: list[tf.Tensor], variables: Sequence[Any], context: Context,
-              scale: tf.Tensor | None) -> list[tf.Tensor]:
+    def _compute_directions(self, dense: list[tf.Tensor], variables: Sequence[Any], context: Context,
+                            scale: tf.Tensor | None) -> list[tf.Tensor]:
         """The directions, in a graph being traced: of layers that have all their gradients by their
         curvature, of all other variables what ``other`` says."""
         number = {id(as_tf(one)): k for k, one in enumerate(variables)}
@@ -266,25 +268,26 @@ class SENG(tf.Module):
                   if all(id(as_tf(weight)) in number for weight in one.layer.weights.values())}
         good = tf.reduce_all(tf.stack([tf.reduce_all(tf.math.is_finite(g)) for g in dense]))
         at = self.steps.read_value()
-        lam = self._damping(at)
+        lam = self._current_damping(at)
         if scale is not None:
             dense = [g / tf.cast(scale, g.dtype) for g in dense]
         flat = {one: [tf.reshape(tf.cast(dense[k], one.layer.dtype), [-1]) for k in mine]
                 for one, mine in places.items()}
 
         def take_curvature() -> tf.Tensor:
-            made = refresh(self.states, self.capture.number, at, lam, context, self._notices)
+            made = refresh_curvature(self.states, self.capture.number, at, lam, context, self._notices)
             self.lam.assign(lam)
             self.checked.assign(tf.logical_or(self.checked, made))
             return made
 
         def redrawn() -> tf.Tensor:
-            draws = self.settings.redraw == "step"
-            return redraw(self.states, at, lam, context) if draws else tf.constant(False)
+            draws = self.settings.resample == "step"
+            return resample_rows(self.states, at, lam, context) if draws else tf.constant(False)
 
-        turned, made = directions(flat, at, lam, good, tf.logical_and(self._wanted, good), self._wanted,
-                                  take_curvature, redrawn, context)
-        without, _ = factors(good, lam, self.settings)
+        turned, made = compute_directions(flat, at, lam, good, tf.logical_and(self._wanted, good),
+                                          self._wanted,
+                                          take_curvature, redrawn, context)
+        without, _ = direction_factors(good, lam, self.settings)
         covered = {k for mine in places.values() for k in mine}
         result = [g if k in covered else g * tf.cast(without, g.dtype) for k, g in enumerate(dense)]
         for one, mine in places.items():
@@ -298,7 +301,7 @@ class SENG(tf.Module):
                                                                 tf.logical_not(made))))
         return result if scale is None else [p * tf.cast(scale, p.dtype) for p in result]
 
-    def _damping(self, at: tf.Tensor) -> tf.Tensor:
+    def _current_damping(self, at: tf.Tensor) -> tf.Tensor:
         """lam at this step; the small systems are factored with it from here on."""
         if not callable(self.settings.damping):
             return tf.constant(self.settings.damping_at(0), tf.float64)
@@ -307,8 +310,8 @@ class SENG(tf.Module):
         lam = tf.ensure_shape(lam, ())
 
         def factor() -> tf.Tensor:
-            with self._traces.unpacked():
-                return run_all(one.factor(lam) for one in self.states)
+            with self._traces.unpacked_handles():
+                return run_all(one.refactor(lam) for one in self.states)
 
         tf.cond(tf.not_equal(self.lam, lam), factor, lambda: tf.constant(False))
         self.lam.assign(lam)

@@ -1,8 +1,8 @@
 """One layer's curvature in blocks over disjoint weights, which share one coefficient per sample.
 
-:class:`Explicit` holds U, :class:`Product` the factors of a kernel (and of a bias that is a row of
-ones), ``Table`` (``table.py``) the rows of an embedding that the samples use. Gradients are flat, one
-per weight, in the layer's precision. What a block computes depends on the tensors it is given and on
+:class:`Explicit` holds U, :class:`FactoredBlock` the factors of a kernel (and of a bias that is a row of
+ones), ``EmbeddingBlock`` (``table.py``) the rows of an embedding that the samples use. Gradients are flat,
+one per weight, in the layer's precision. What a block computes depends on the tensors it is given and on
 its ``kind`` alone, so that blocks of one kind share traced functions; its variables only hold what was
 computed.
 """
@@ -17,10 +17,10 @@ from typing import Any
 import tensorflow as tf
 
 from hvd_ext.seng import Settings
-from hvd_ext.seng.plan import negligible
+from hvd_ext.seng.plan import negligible_error
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.seng import kernels
-from hvd_ext.tensorflow.seng.inventory import Layer
+from hvd_ext.tensorflow.seng.layer_discovery import Layer
 
 Parts = dict[str, tf.Tensor]
 """Tensors of a block by the names of the variables that hold them."""
@@ -45,7 +45,7 @@ class Context:
         return float(self.collectives.size) ** 0.5 if self.joined else 1.0
 
 
-def held(value: Any, shape: Any = None) -> tf.Variable:
+def curvature_variable(value: Any, shape: Any = None) -> tf.Variable:
     """A variable of curvature; None in ``shape`` where an extent depends on the batch."""
     with tf.init_scope():
         value = tf.convert_to_tensor(value)
@@ -71,19 +71,19 @@ class Block(tf.Module, abc.ABC):
         return (type(self).__name__, self.dtype, self.stored)
 
     @abc.abstractmethod
-    def used(self, context: Context) -> list[str]:
+    def used_parts(self, context: Context) -> list[str]:
         """The names of what ``project`` and ``message`` read."""
 
     @abc.abstractmethod
-    def take(self, u: tf.Tensor, g: tf.Tensor, a: tf.Tensor, lam: tf.Tensor, least: int
-             ) -> tuple[Parts, tf.Tensor]:
+    def build_curvature(self, u: tf.Tensor, g: tf.Tensor, a: tf.Tensor, lam: tf.Tensor, least: int
+                        ) -> tuple[Parts, tf.Tensor]:
         """Of what a pass captured what is kept, and whether it is finite; zeros where it is not.
 
         ``lam`` is the damping, 0-D float64; ``least`` is what kappa is at least.
         """
 
     @abc.abstractmethod
-    def sketch(self, parts: Parts, at: tf.Tensor, name: tf.Tensor, context: Context) -> None:
+    def sample_rows(self, parts: Parts, at: tf.Tensor, name: tf.Tensor, context: Context) -> None:
         """Choose rows and add Xi, of all ranks when they are joined; all ranks call it in the same order.
 
         Args:
@@ -91,26 +91,26 @@ class Block(tf.Module, abc.ABC):
         """
 
     @abc.abstractmethod
-    def gram(self, parts: Parts) -> tf.Tensor:
+    def gram_matrix(self, parts: Parts) -> tf.Tensor:
         """``Xi^T Xi`` of what ``sketch`` made."""
 
     @abc.abstractmethod
-    def project(self, parts: Parts, gradients: Sequence[tf.Tensor], context: Context) -> tf.Tensor:
+    def project_gradient(self, parts: Parts, gradients: Sequence[tf.Tensor], context: Context) -> tf.Tensor:
         """``Xi^T xi`` for the block's gradients (SENG eq. 12, 19)."""
 
     @abc.abstractmethod
-    def message(self, parts: Parts, b: tf.Tensor, own: tf.Tensor, context: Context) -> tf.Tensor:
+    def local_contribution(self, parts: Parts, b: tf.Tensor, own: tf.Tensor, context: Context) -> tf.Tensor:
         """What this rank adds to ``U b``, flat, such that the mean over ranks is subtracted.
 
         ``b`` are the coefficients of the whole system, ``own`` those of this rank's samples.
         """
 
     @abc.abstractmethod
-    def expand(self, mean: tf.Tensor, context: Context) -> list[tf.Tensor]:
+    def expand_contribution(self, mean: tf.Tensor, context: Context) -> list[tf.Tensor]:
         """``U b`` from the mean of the messages, flat, one per weight."""
 
     @abc.abstractmethod
-    def samples(self, parts: Parts) -> tf.Tensor:
+    def count_samples(self, parts: Parts) -> tf.Tensor:
         """rho of what ``take`` gave, 0-D int32."""
 
     has_columns = False  # whether its factors have columns that must be as many on all ranks
@@ -119,27 +119,27 @@ class Block(tf.Module, abc.ABC):
         """r of what ``take`` gave, 0-D int32; 0 without factors."""
         return tf.constant(0)
 
-    def columns(self) -> int:
+    def count_columns(self) -> int:
         """r of what is held; 0 without factors."""
         return 0
 
-    def pad(self, parts: Parts, r: tf.Tensor) -> None:
+    def pad_columns(self, parts: Parts, r: tf.Tensor) -> None:
         """Bring factors to ``r`` columns per sample. Without factors there is nothing to do."""
         return
 
     @abc.abstractmethod
-    def largest(self, context: Context) -> int:
+    def max_message_numel(self, context: Context) -> int:
         """The most numbers that a message can have."""
 
-    def nothing(self, context: Context) -> tf.Tensor:
+    def zero_message(self, context: Context) -> tf.Tensor:
         """A message of zeros."""
         return tf.zeros((sum(self.sizes),), self.dtype)
 
-    def working(self, value: tf.Tensor) -> tf.Tensor:
+    def to_compute_dtype(self, value: tf.Tensor) -> tf.Tensor:
         """What is held in the precision it is computed in."""
         return tf.cast(value, self.dtype)
 
-    def gathered(self, xi: tf.Tensor, name: str, context: Context) -> tf.Tensor:
+    def gather_sketch(self, xi: tf.Tensor, name: str, context: Context) -> tf.Tensor:
         """All ranks' Xi, (rho, ...) each; bfloat16 travels as float32, which holds it exactly."""
         wide = tf.float32 if xi.dtype == tf.bfloat16 else xi.dtype
         sent = tf.cast(xi, wide)
@@ -154,31 +154,31 @@ class Explicit(Block):
         super().__init__(layer, places, settings)
         self.q = layer.plan.sketch
         n = sum(self.sizes)
-        self.u = held(tf.zeros((0, n), self.stored), (None, None))
+        self.u = curvature_variable(tf.zeros((0, n), self.stored), (None, None))
         if self.q is not None or settings.coupling == "full":
-            self.xi = held(tf.zeros((0, self.q or n), self.stored), (None, None))
+            self.xi = curvature_variable(tf.zeros((0, self.q or n), self.stored), (None, None))
         if self.q is not None:
-            self.rows = held(tf.zeros((self.q,), tf.int64), (None,))
-            self.weights = held(tf.zeros((self.q,), self.dtype), (None,))
+            self.rows = curvature_variable(tf.zeros((self.q,), tf.int64), (None,))
+            self.weights = curvature_variable(tf.zeros((self.q,), self.dtype), (None,))
 
     @property
     def kind(self) -> tuple[Any, ...]:
         return (*super().kind, self.q, self.q and sum(self.sizes))
 
-    def _apart(self, context: Context) -> bool:
+    def _is_separate(self, context: Context) -> bool:
         return self.q is not None or context.joined
 
-    def used(self, context: Context) -> list[str]:
+    def used_parts(self, context: Context) -> list[str]:
         sampled = ["rows", "weights"] if self.q is not None else []
-        return ["u", *(["xi"] if self._apart(context) else []), *sampled]
+        return ["u", *(["xi"] if self._is_separate(context) else []), *sampled]
 
-    def take(self, u: tf.Tensor, g: tf.Tensor, a: tf.Tensor, lam: tf.Tensor, least: int
-             ) -> tuple[Parts, tf.Tensor]:
+    def build_curvature(self, u: tf.Tensor, g: tf.Tensor, a: tf.Tensor, lam: tf.Tensor, least: int
+                        ) -> tuple[Parts, tf.Tensor]:
         finite = tf.reduce_all(tf.math.is_finite(u))
         return {"u": tf.cast(u, self.stored)}, finite
 
-    def sketch(self, parts: Parts, at: tf.Tensor, name: tf.Tensor, context: Context) -> None:
-        if not self._apart(context):
+    def sample_rows(self, parts: Parts, at: tf.Tensor, name: tf.Tensor, context: Context) -> None:
+        if not self._is_separate(context):
             return
         xi = parts["u"]
         if self.q is not None:
@@ -189,34 +189,34 @@ class Explicit(Block):
             weights = tf.cast(weights, self.dtype)
             xi = tf.cast(tf.gather(wide, rows, axis=1) * weights, self.stored)
             parts.update(rows=rows, weights=weights)
-        parts["xi"] = self.gathered(xi, "xi", context) if context.joined else xi
+        parts["xi"] = self.gather_sketch(xi, "xi", context) if context.joined else xi
 
-    def gram(self, parts: Parts) -> tf.Tensor:
+    def gram_matrix(self, parts: Parts) -> tf.Tensor:
         xi = parts.get("xi", parts["u"])
         xi = tf.cast(xi, tf.float32) if xi.dtype == tf.bfloat16 else xi
         return tf.matmul(xi, xi, transpose_b=True)
 
-    def project(self, parts: Parts, gradients: Sequence[tf.Tensor], context: Context) -> tf.Tensor:
+    def project_gradient(self, parts: Parts, gradients: Sequence[tf.Tensor], context: Context) -> tf.Tensor:
         g = gradients[0] if len(gradients) == 1 else tf.concat(gradients, axis=0)
         if self.q is not None:
             g = tf.gather(g, parts["rows"]) * parts["weights"]
-        return tf.linalg.matvec(self.working(parts["xi" if self._apart(context) else "u"]), g)
+        return tf.linalg.matvec(self.to_compute_dtype(parts["xi" if self._is_separate(context) else "u"]), g)
 
-    def message(self, parts: Parts, b: tf.Tensor, own: tf.Tensor, context: Context) -> tf.Tensor:
-        return tf.linalg.matvec(self.working(parts["u"]), own * context.root, transpose_a=True)
+    def local_contribution(self, parts: Parts, b: tf.Tensor, own: tf.Tensor, context: Context) -> tf.Tensor:
+        return tf.linalg.matvec(self.to_compute_dtype(parts["u"]), own * context.root, transpose_a=True)
 
-    def expand(self, mean: tf.Tensor, context: Context) -> list[tf.Tensor]:
+    def expand_contribution(self, mean: tf.Tensor, context: Context) -> list[tf.Tensor]:
         mean = tf.ensure_shape(mean, (sum(self.sizes),))
         return tf.split(mean, self.sizes) if len(self.sizes) > 1 else [mean]
 
-    def samples(self, parts: Parts) -> tf.Tensor:
+    def count_samples(self, parts: Parts) -> tf.Tensor:
         return tf.shape(parts["u"])[0]
 
-    def largest(self, context: Context) -> int:
+    def max_message_numel(self, context: Context) -> int:
         return sum(self.sizes)
 
 
-class Product(Block):
+class FactoredBlock(Block):
     """Factors cut to rank r, (groups, n_G, r, rho) and (groups, n_A, r, rho), and their sketches.
 
     Of the n_A rows the first ``width`` stand for the kernel, one more for a bias.
@@ -230,30 +230,31 @@ class Product(Block):
         self.q = {"g": layer.plan.rows_g, "a": layer.plan.rows_a}
         for part, rows in (("g", self.n_g), ("a", self.n_a)):
             q = self.q[part]
-            setattr(self, part, self._factor(rows))
+            setattr(self, part, self._factor_variable(rows))
             if q is not None or settings.coupling == "full":
-                setattr(self, f"x{part}", self._factor(q or rows))
+                setattr(self, f"x{part}", self._factor_variable(q or rows))
             if q is not None:
-                setattr(self, f"rows_{part}", held(tf.zeros((q,), tf.int64), (None,)))
-                setattr(self, f"weights_{part}", held(tf.zeros((q,), self.dtype), (None,)))
+                setattr(self, f"rows_{part}", curvature_variable(tf.zeros((q,), tf.int64), (None,)))
+                setattr(self, f"weights_{part}", curvature_variable(tf.zeros((q,), self.dtype), (None,)))
 
-    def _factor(self, rows: int) -> tf.Variable:
-        return held(tf.zeros((self.groups, rows, 0, 0), self.stored), (self.groups, rows, None, None))
+    def _factor_variable(self, rows: int) -> tf.Variable:
+        return curvature_variable(tf.zeros((self.groups, rows, 0, 0), self.stored),
+                                  (self.groups, rows, None, None))
 
     @property
     def kind(self) -> tuple[Any, ...]:
         return (*super().kind, self.groups, self.n_g, self.n_a, self.width, self.q["g"], self.q["a"],
                 self.layer.plan.rank, self.layer.plan.adaptive)
 
-    def _apart(self, part: str, context: Context) -> bool:
+    def _is_separate(self, part: str, context: Context) -> bool:
         return self.q[part] is not None or context.joined
 
-    def used(self, context: Context) -> list[str]:
-        return ["g", "a", *(f"x{part}" for part in "ga" if self._apart(part, context)),
+    def used_parts(self, context: Context) -> list[str]:
+        return ["g", "a", *(f"x{part}" for part in "ga" if self._is_separate(part, context)),
                 *(f"{name}_{part}" for part in "ga" if self.q[part] for name in ("rows", "weights"))]
 
-    def take(self, u: tf.Tensor, g: tf.Tensor, a: tf.Tensor, lam: tf.Tensor, least: int
-             ) -> tuple[Parts, tf.Tensor]:
+    def build_curvature(self, u: tf.Tensor, g: tf.Tensor, a: tf.Tensor, lam: tf.Tensor, least: int
+                        ) -> tuple[Parts, tf.Tensor]:
         if self.n_a > self.width:
             a = tf.concat([a, tf.ones_like(a[..., :1])], axis=-1)
         finite = tf.logical_and(tf.reduce_all(tf.math.is_finite(g)),
@@ -263,16 +264,16 @@ class Product(Block):
         g, a = (tf.ensure_shape(factor, (None, self.groups, None, rows))
                 for factor, rows in ((g, self.n_g), (a, self.n_a)))
         plan = self.layer.plan
-        g, a = kernels.truncate(g, a, int(plan.rank or 0), least, always=plan.adaptive)
+        g, a = kernels.truncate_rank(g, a, int(plan.rank or 0), least, always=plan.adaptive)
         if plan.adaptive:
-            r = kernels.meaningful(g, a, negligible(lam))
+            r = kernels.effective_rank(g, a, negligible_error(lam))
             g, a = g[:, :, :r], a[:, :, :r]
         g, a = (tf.ensure_shape(factor, (None, self.groups, None, rows))
                 for factor, rows in ((g, self.n_g), (a, self.n_a)))
         return {name: tf.cast(kernels.samples_last(factor), self.stored)
                 for name, factor in (("g", g), ("a", a))}, finite
 
-    def sketch(self, parts: Parts, at: tf.Tensor, name: tf.Tensor, context: Context) -> None:
+    def sample_rows(self, parts: Parts, at: tf.Tensor, name: tf.Tensor, context: Context) -> None:
         for part, count in (("g", self.n_g), ("a", self.n_a)):
             factor, q = parts[part], self.q[part]
             if q is not None:
@@ -286,43 +287,45 @@ class Product(Block):
                 factor = tf.cast(factor, self.stored)
                 parts[f"rows_{part}"], parts[f"weights_{part}"] = rows, weights
             if context.joined:
-                everyone = self.gathered(kernels.samples_first(factor), f"x{part}", context)
+                everyone = self.gather_sketch(kernels.samples_first(factor), f"x{part}", context)
                 factor = kernels.samples_last(everyone)
-            if self._apart(part, context):
+            if self._is_separate(part, context):
                 parts[f"x{part}"] = factor
 
-    def gram(self, parts: Parts) -> tf.Tensor:
+    def gram_matrix(self, parts: Parts) -> tf.Tensor:
         xg, xa = (parts.get(f"x{part}", parts[part]) for part in ("g", "a"))
         if xg.dtype == tf.bfloat16:
             xg, xa = tf.cast(xg, tf.float32), tf.cast(xa, tf.float32)
         return kernels.gram_implicit(xg, xa)
 
-    def project(self, parts: Parts, gradients: Sequence[tf.Tensor], context: Context) -> tf.Tensor:
+    def project_gradient(self, parts: Parts, gradients: Sequence[tf.Tensor], context: Context) -> tf.Tensor:
         xg, xa = (tf.ensure_shape(
-            self.working(parts[f"x{part}" if self._apart(part, context) else part]),
+            self.to_compute_dtype(parts[f"x{part}" if self._is_separate(part, context) else part]),
             (self.groups, self.q[part] or rows, None, None))
             for part, rows in (("g", self.n_g), ("a", self.n_a)))
         kernel = tf.reshape(gradients[0], (self.width, self.groups * self.n_g))
         bias = tf.reshape(gradients[1], (1, -1)) if len(gradients) > 1 else None
         if self.q["a"] is None:
-            total = kernels.project_implicit(xg, xa[:, :self.width], self._columns(kernel, parts))
+            total = kernels.project_implicit(xg, xa[:, :self.width], self._sampled_columns(kernel, parts))
             if bias is None:
                 return total
-            return total + kernels.project_implicit(xg, xa[:, self.width:], self._columns(bias, parts))
+            return total + kernels.project_implicit(xg, xa[:, self.width:],
+                                                    self._sampled_columns(bias, parts))
         rows = tf.gather(kernel, tf.minimum(parts["rows_a"], self.width - 1))
         if bias is not None:
             rows = tf.where(tf.less(parts["rows_a"], self.width)[:, None], rows, bias)
-        return kernels.project_implicit(xg, xa, self._columns(rows * parts["weights_a"][:, None], parts))
+        return kernels.project_implicit(xg, xa,
+                                        self._sampled_columns(rows * parts["weights_a"][:, None], parts))
 
-    def _columns(self, rows: tf.Tensor, parts: Parts) -> tf.Tensor:
+    def _sampled_columns(self, rows: tf.Tensor, parts: Parts) -> tf.Tensor:
         """Rows of the gradient's matrix with what Omega_G samples of their columns."""
         matrix = kernels.matrix_of(rows, self.groups, self.n_g)
         if self.q["g"] is None:
             return matrix
         return tf.gather(matrix, parts["rows_g"], axis=2) * parts["weights_g"]
 
-    def message(self, parts: Parts, b: tf.Tensor, own: tf.Tensor, context: Context) -> tf.Tensor:
-        g, a = (tf.ensure_shape(self.working(parts[part]), (self.groups, rows, None, None))
+    def local_contribution(self, parts: Parts, b: tf.Tensor, own: tf.Tensor, context: Context) -> tf.Tensor:
+        g, a = (tf.ensure_shape(self.to_compute_dtype(parts[part]), (self.groups, rows, None, None))
                 for part, rows in (("g", self.n_g), ("a", self.n_a)))
         if context.settings.uc == "exact":
             return kernels.flat_of(kernels.expand_exact(g, a, own * context.root))
@@ -330,7 +333,7 @@ class Product(Block):
         means = kernels.factored_means(g, a, own * context.root ** 2, tf.reduce_sum(tf.sqrt(tf.abs(b))))
         return tf.concat([tf.reshape(mean, [-1]) for mean in means], axis=0)
 
-    def expand(self, mean: tf.Tensor, context: Context) -> list[tf.Tensor]:
+    def expand_contribution(self, mean: tf.Tensor, context: Context) -> list[tf.Tensor]:
         if context.settings.uc == "exact":
             return tf.split(mean, self.sizes) if len(self.sizes) > 1 else [mean]
         rows = self.groups * (self.n_g + self.n_a)
@@ -345,24 +348,24 @@ class Product(Block):
 
     has_columns = True
 
-    def samples(self, parts: Parts) -> tf.Tensor:
+    def count_samples(self, parts: Parts) -> tf.Tensor:
         return tf.shape(parts["g"])[3]
 
     def columns_of(self, parts: Parts) -> tf.Tensor:
         return tf.shape(parts["g"])[2]
 
-    def columns(self) -> int:
+    def count_columns(self) -> int:
         return int(tf.shape(self.g)[2])
 
-    def pad(self, parts: Parts, r: tf.Tensor) -> None:
+    def pad_columns(self, parts: Parts, r: tf.Tensor) -> None:
         parts.update(g=kernels.pad_columns(parts["g"], r), a=kernels.pad_columns(parts["a"], r))
 
-    def largest(self, context: Context) -> int:
+    def max_message_numel(self, context: Context) -> int:
         if context.settings.uc == "exact":
             return sum(self.sizes)
         return self.groups * (self.n_g + self.n_a) * int(self.layer.plan.rank or 1)
 
-    def nothing(self, context: Context) -> tf.Tensor:
+    def zero_message(self, context: Context) -> tf.Tensor:
         exact = context.settings.uc == "exact"
         r = tf.shape(self.g.read_value())[2]
         size = sum(self.sizes) if exact else self.groups * (self.n_g + self.n_a) * r

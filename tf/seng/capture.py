@@ -15,15 +15,15 @@ import tensorflow as tf
 from tensorflow.python.saved_model.save_context import in_save_context
 
 from hvd_ext.seng import Settings
-from hvd_ext.seng.samples import CONSTANT, CONTIGUOUS, STRIDED
-from hvd_ext.tensorflow.seng.inventory import Layer
+from hvd_ext.seng.sample_axes import CONSTANT, CONTIGUOUS, STRIDED
 from hvd_ext.tensorflow.seng.kernels import choose_samples
+from hvd_ext.tensorflow.seng.layer_discovery import Layer
 from hvd_ext.tensorflow.seng.rules import Factors, Pick, Rows
-from hvd_ext.tensorflow.seng.samples import Samples, axis_first, group_rows, regroup
-from hvd_ext.tensorflow.seng.traces import Traces, read, write
+from hvd_ext.tensorflow.seng.sample_axes import SampleAxisTracker, axis_first, group_rows, regroup_result
+from hvd_ext.tensorflow.seng.shared_functions import SharedFunctions, read_handle, write_handle
 
 
-def put(variable: tf.Variable, value: tf.Tensor) -> None:
+def assign_any_shape(variable: tf.Variable, value: tf.Tensor) -> None:
     """Assign to a variable whose shape may change, which graphs must not take from one assignment.
 
     TensorFlow's optimizer of graphs infers the shape of every read from the values assigned.
@@ -31,12 +31,12 @@ def put(variable: tf.Variable, value: tf.Tensor) -> None:
     if tf.executing_eagerly():
         variable.assign(value)
         return
-    shape = tf.shape(value) + _zero().read_value()  # known when it runs, and not before
+    shape = tf.shape(value) + _zero_counter().read_value()  # known when it runs, and not before
     variable.assign(tf.ensure_shape(tf.reshape(value, shape), variable.shape))
 
 
 @functools.cache
-def _zero() -> tf.Variable:
+def _zero_counter() -> tf.Variable:
     with tf.init_scope():
         return tf.Variable(0, trainable=False)
 
@@ -58,14 +58,14 @@ class Captured:
         self.taps = 0
         numbers = tf.int64 if layer.registered.rows else layer.dtype
         with tf.init_scope():
-            self.u = self._empty((0, rest), layer.dtype)
-            self.g = self._empty((0, groups, 0, n_g), layer.dtype)
-            self.a = self._empty((0, groups, 0, n_a), numbers)
+            self.u = self._empty_variable((0, rest), layer.dtype)
+            self.g = self._empty_variable((0, groups, 0, n_g), layer.dtype)
+            self.a = self._empty_variable((0, groups, 0, n_a), numbers)
             self.at = tf.Variable(-1, dtype=tf.int64, trainable=False)
             self.samples = tf.Variable(0, trainable=False)
 
     @staticmethod
-    def _empty(now: tuple[int, ...], dtype: tf.DType) -> tf.Variable:
+    def _empty_variable(now: tuple[int, ...], dtype: tf.DType) -> tf.Variable:
         # Of one shape for all layers, so that they share functions.
         return tf.Variable(tf.zeros(now, dtype), trainable=False, shape=[None] * len(now))
 
@@ -75,9 +75,9 @@ class Captured:
         return [self.u, self.g, self.a]
 
 
-    def read(self, u: tf.Tensor, g: tf.Tensor, a: tf.Tensor) -> list[tf.Tensor]:
+    def read_handles(self, u: tf.Tensor, g: tf.Tensor, a: tf.Tensor) -> list[tf.Tensor]:
         """What is behind the handles of ``held``, of this or a layer of the same kind."""
-        return [read(handle, one.dtype, one.shape)
+        return [read_handle(handle, one.dtype, one.shape)
                 for handle, one in zip((u, g, a), self.held, strict=True)]
 
 
@@ -95,7 +95,7 @@ class Capture:
     """
 
     def __init__(self, settings: Settings, step: tf.Variable, scale: Callable[[], Any],
-                 traces: Traces, samples: Samples) -> None:
+                 traces: SharedFunctions, samples: SampleAxisTracker) -> None:
         self.settings = settings
         self._step = step
         self._scale = scale
@@ -106,7 +106,7 @@ class Capture:
             self.wanted = tf.Variable(True, trainable=False, name="wanted")
             self.number = tf.Variable(0, dtype=tf.int64, trainable=False, name="pass")
 
-    def tap(self, layers: list[Layer]) -> None:
+    def capture_layers(self, layers: list[Layer]) -> None:
         """Capture these layers from the next forward pass on.
 
         Raises:
@@ -115,15 +115,15 @@ class Capture:
         for layer in layers:
             self.of[layer] = Captured(layer)
             for one in layer.owners:
-                self._tap(layer, one)
+                self._wrap_call(layer, one)
 
-    def close(self) -> None:
+    def restore_calls(self) -> None:
         """Give the layers their own ``call`` back."""
         for layer in self.of:
             for one in layer.owners:
                 one.__dict__.pop("call", None)
 
-    def _tap(self, layer: Layer, inside: Any) -> None:
+    def _wrap_call(self, layer: Layer, inside: Any) -> None:
         if "call" in inside.__dict__:
             raise ValueError(f"the layer {inside.path} is tapped already: one SENG a model; call "
                              "close() on the other one first")
@@ -134,11 +134,11 @@ class Capture:
             context = layer.registered.context
             given = () if context is None else context(inside, kwargs.get("training") is True)
             if not layer.registered.activation:
-                return self._identity(layer, inside, inputs, call(inputs, *args, **kwargs), given)
+                return self._tapped_identity(layer, inside, inputs, call(inputs, *args, **kwargs), given)
             activation = inside.activation
 
             def after_the_tap(z: Any) -> Any:
-                z = self._identity(layer, inside, inputs, z, given)
+                z = self._tapped_identity(layer, inside, inputs, z, given)
                 return z if activation is None else activation(z)
 
             # Only while this call runs, so that the layer's config names its own activation.
@@ -151,11 +151,11 @@ class Capture:
         object.__setattr__(inside, "call", tapped)
 
     @tf.autograph.experimental.do_not_convert
-    def _identity(self, layer: Layer, inside: Any, x: Any, z: Any, given: tuple[Any, ...]) -> Any:
+    def _tapped_identity(self, layer: Layer, inside: Any, x: Any, z: Any, given: tuple[Any, ...]) -> Any:
         if not tf.is_tensor(z) or isinstance(z, tf.RaggedTensor) or isinstance(x, tf.SparseTensor):
             return z  # Keras is working out shapes; or there is no rule
         x = tf.stop_gradient(tf.convert_to_tensor(x))
-        if self.samples.saw(layer, x) or layer.samples == CONSTANT:
+        if self.samples.record_input(layer, x) or layer.samples == CONSTANT:
             return z
         batch = self._batch_for(layer)
         self.of[layer].taps += 1
@@ -165,7 +165,7 @@ class Capture:
             def gradient(gz: tf.Tensor) -> tf.Tensor:
                 if in_save_context():  # a SavedModel takes the gradient along, and must not capture here
                     return gz
-                self._store(layer, inside, x, gz, given, batch)
+                self._store_use(layer, inside, x, gz, given, batch)
                 return gz
 
             return tf.identity(z), gradient
@@ -176,14 +176,14 @@ class Capture:
         """The samples of the pass under way, for a layer whose rows cannot be told apart without."""
         if layer.samples not in (CONTIGUOUS, STRIDED):
             return None
-        batch = self.samples.now()
+        batch = self.samples.current_samples()
         if batch is None:
             raise ValueError(f"the batch of which {layer.name} has {layer.samples} rows is not known; call "
                              "the model that SENG was given, not its parts, or give samples= a function")
         return batch
 
-    def _store(self, layer: Layer, inside: Any, x: tf.Tensor, gz: tf.Tensor,
-               given: tuple[Any, ...], batch: Any) -> None:
+    def _store_use(self, layer: Layer, inside: Any, x: tf.Tensor, gz: tf.Tensor,
+                   given: tuple[Any, ...], batch: Any) -> None:
         captured, registered = self.of[layer], layer.registered
         if x.dtype.is_floating:
             x = tf.cast(x, layer.dtype)
@@ -199,12 +199,12 @@ class Capture:
             alike, loose = registered.alike(inside)
             shapes = [[None, *one.shape[1:-1], None if loose else one.shape[-1]][:len(one.shape)]
                       for one in (x, gz)]
-            axis = self._axis(layer)
+            axis = self._sample_axis(layer)
             if axis:
                 shapes = [[one.shape[0], *own[1:axis], None, *own[axis + 1:]]
                           for one, own in zip((x, gz), shapes, strict=True)]
         key = (registered.rule, alike, layer.plan.implicit, layer.together, tuple(layer.weights),
-               self._axis(layer), layer.samples if layer.in_rows else None, len(given),
+               self._sample_axis(layer), layer.samples if layer.in_rows else None, len(given),
                layer.groups if layer.plan.implicit else None, None if varies else scale, batch is None)
         tensors = [x, gz, self.number, self._step, captured.at, captured.samples, *captured.held, *given,
                    *changing]
@@ -217,73 +217,74 @@ class Capture:
             last = list(tensors)
             rows = None if batch is None else last.pop()
             factor = last.pop() if varies else scale
-            return self._add(layer, inside, said, rows, factor, *last)
+            return self._add_use(layer, inside, said, rows, factor, *last)
 
         def store_if_wanted(wanted: tf.Tensor, *tensors: tf.Tensor) -> None:
             def now() -> tf.Tensor:
-                return self._traces.call(store, ("store", *key), tensors, shapes=shapes)
+                return self._traces.call_shared(store, ("store", *key), tensors, shapes=shapes)
 
-            tf.cond(read(wanted, tf.bool, ()), now, lambda: tf.constant(False))
+            tf.cond(read_handle(wanted, tf.bool, ()), now, lambda: tf.constant(False))
 
-        self._traces.call(store_if_wanted, ("tap", *key), [self.wanted, *tensors], shapes=[None, *shapes])
+        self._traces.call_shared(store_if_wanted, ("tap", *key), [self.wanted, *tensors],
+                                 shapes=[None, *shapes])
         if layer.plan.implicit:
             captured.least = min(captured.least, said["kappa"])
 
-    def _add(self, layer: Layer, inside: Any, said: dict[str, Any], batch: Any, scale: Any, x: tf.Tensor,
-             gz: tf.Tensor, number: tf.Tensor, step: tf.Tensor, at: tf.Tensor, samples: tf.Tensor,
-             u: tf.Tensor, g: tf.Tensor, a: tf.Tensor, *given: tf.Tensor) -> tf.Tensor:
+    def _add_use(self, layer: Layer, inside: Any, said: dict[str, Any], batch: Any, scale: Any, x: tf.Tensor,
+                 gz: tf.Tensor, number: tf.Tensor, step: tf.Tensor, at: tf.Tensor, samples: tf.Tensor,
+                 u: tf.Tensor, g: tf.Tensor, a: tf.Tensor, *given: tf.Tensor) -> tf.Tensor:
         """Add what a use of a layer gives to what is captured; traced once for a kind of layer.
 
         ``number`` to ``a`` are handles.
         """
-        number, step = read(number, tf.int64, ()), read(step, tf.int64, ())
+        number, step = read_handle(number, tf.int64, ()), read_handle(step, tf.int64, ())
         scale = tf.cast(scale, gz.dtype) * self.settings.loss_scale
-        x, gz = (axis_first(one, self._axis(layer)) for one in (x, gz))
+        x, gz = (axis_first(one, self._sample_axis(layer)) for one in (x, gz))
         group = group_rows(layer.samples if layer.in_rows else 0, tf.shape(gz)[0], batch)
-        pick, factor = self._samples(gz.dtype, group.samples, scale, step)
+        pick, factor = self._sample_selector(gz.dtype, group.samples, scale, step)
         through: Pick = tf.identity if layer.in_rows else pick
         result = layer.registered.rule(inside, x, gz, through, *given)
         if isinstance(result, Factors):
             said["kappa"] = result.g.shape[2] or 1
         if layer.in_rows:
-            result = regroup(result, group, pick)
+            result = regroup_result(result, group, pick)
         dtype = layer.dtype
         new: list[tuple[tf.Tensor, tf.Tensor, int | None]]
         if isinstance(result, Factors) and layer.plan.implicit:
             new = [(g, result.g * factor, 2), (a, result.a, 2)]
             if layer.together < len(layer.weights):
-                new.append((u, _flat(layer, result, layer.together) * factor, None))
+                new.append((u, _flatten_gradients(layer, result, layer.together) * factor, None))
         elif isinstance(result, Rows):
             said["kappa"] = 0
             new = [(g, result.g[:, None] * factor, 2), (a, result.rows[:, None, :, None], 2)]
         else:
-            new = [(u, _flat(layer, result, 0) * factor, None)]
-        last, kept = read(at, tf.int64), tf.shape(new[0][1])[0]
+            new = [(u, _flatten_gradients(layer, result, 0) * factor, None)]
+        last, kept = read_handle(at, tf.int64), tf.shape(new[0][1])[0]
         again = tf.equal(last, number)
-        same = tf.logical_or(tf.logical_not(again), tf.equal(read(samples, tf.int32), kept))
+        same = tf.logical_or(tf.logical_not(again), tf.equal(read_handle(samples, tf.int32), kept))
         more = tf.logical_and(again, same)
         for handle, value, axis in new:
             kind = tf.int64 if isinstance(result, Rows) and handle is a else dtype
 
             def joined(handle: tf.Tensor = handle, value: tf.Tensor = value, kind: tf.DType = kind,
                        axis: int | None = axis) -> tf.Tensor:
-                old = read(handle, kind, [None] * len(value.shape))
+                old = read_handle(handle, kind, [None] * len(value.shape))
                 return old + value if axis is None else tf.concat([old, value], axis)
 
-            write(handle, tf.cond(more, joined, functools.partial(tf.identity, value)))
+            write_handle(handle, tf.cond(more, joined, functools.partial(tf.identity, value)))
         spoiled = tf.logical_or(tf.logical_not(tf.logical_and(same, group.fits)), tf.equal(last, -2 - number))
-        write(samples, kept)
-        write(at, tf.where(spoiled, -2 - number, number))
+        write_handle(samples, kept)
+        write_handle(at, tf.where(spoiled, -2 - number, number))
         return tf.constant(True)
 
-    def _axis(self, layer: Layer) -> int:
+    def _sample_axis(self, layer: Layer) -> int:
         """The axis of the samples, or of their rows, in the layer's input."""
         if layer.samples is None:
             return self.samples.axis
         return layer.samples if isinstance(layer.samples, int) else 0
 
-    def _samples(self, dtype: tf.DType, samples: tf.Tensor, scale: tf.Tensor, step: tf.Tensor
-                 ) -> tuple[Pick, tf.Tensor]:
+    def _sample_selector(self, dtype: tf.DType, samples: tf.Tensor, scale: tf.Tensor, step: tf.Tensor
+                         ) -> tuple[Pick, tf.Tensor]:
         """Keeps the chosen samples, and what gz is multiplied with to give ``G_i / sqrt(rho)``."""
         settings, kept, chosen = self.settings, samples, None
         if settings.subsample is not None:
@@ -297,7 +298,7 @@ class Capture:
         return pick, whole / (scale * tf.sqrt(tf.cast(tf.maximum(kept, 1), dtype)))
 
 
-def _flat(layer: Layer, result: Any, first: int) -> tf.Tensor:
+def _flatten_gradients(layer: Layer, result: Any, first: int) -> tf.Tensor:
     """Per-sample gradients of the weights from number ``first`` on side by side: (rho, n)."""
     if isinstance(result, Factors):
         g, a, kernel = result.g, result.a, layer.registered.kernel
@@ -309,11 +310,11 @@ def _flat(layer: Layer, result: Any, first: int) -> tf.Tensor:
             found["bias"] = tf.reduce_sum(g, axis=2)
     else:
         found = result
-    parts = [_rows(found[name]) for name in list(layer.weights)[first:]]
+    parts = [_flatten_rows(found[name]) for name in list(layer.weights)[first:]]
     return parts[0] if len(parts) == 1 else tf.concat(parts, axis=1)
 
 
-def _rows(found: tf.Tensor) -> tf.Tensor:
+def _flatten_rows(found: tf.Tensor) -> tf.Tensor:
     """(rho, ...) as (rho, n)."""
     shape = tf.shape(found)
     return tf.reshape(found, tf.stack([shape[0], tf.reduce_prod(shape[1:])]))

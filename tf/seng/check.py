@@ -12,10 +12,10 @@ from typing import Any
 import tensorflow as tf
 
 from hvd_ext.seng import Settings
-from hvd_ext.seng.samples import CONSTANT
-from hvd_ext.tensorflow.seng.inventory import Layer
-from hvd_ext.tensorflow.seng.system import LayerSystem
-from hvd_ext.tensorflow.seng.traces import read, write
+from hvd_ext.seng.sample_axes import CONSTANT
+from hvd_ext.tensorflow.seng.layer_curvature import LayerCurvature
+from hvd_ext.tensorflow.seng.layer_discovery import Layer
+from hvd_ext.tensorflow.seng.shared_functions import read_handle, write_handle
 
 TOLERANCE, TOLERANCE_HALF = 1e-3, 5e-2  # relative, by the precision that the layer computes in
 REASON = ("a weight is used outside of the layer's call, or the layer does not compute what its rule "
@@ -29,7 +29,7 @@ def reason_of(layer: Layer) -> str:
 
 
 
-def check_sums(systems: dict[LayerSystem, list[Any]], number: tf.Variable, scale: Any,
+def check_sums(systems: dict[LayerCurvature, list[Any]], number: tf.Variable, scale: Any,
                settings: Settings) -> None:
     """Set ``wrong`` of each system whose captured samples do not sum to this rank's gradients.
 
@@ -46,15 +46,15 @@ def check_sums(systems: dict[LayerSystem, list[Any]], number: tf.Variable, scale
                 for gradient, _ in pairs]
         if not isinstance(scale, float) or scale != 1.0:
             flat = [one / tf.cast(scale, layer.dtype) for one in flat]
-        penalised = any(_regularizer(variable) is not None for _, variable in pairs)
+        penalised = any(_regularizer_of(variable) is not None for _, variable in pairs)
         if penalised:
-            flat += [_penalty(variable, layer) for _, variable in pairs]
+            flat += [_penalty_gradient(variable, layer) for _, variable in pairs]
         tolerance = TOLERANCE_HALF if "16" in layer.layer.compute_dtype else TOLERANCE
 
         def compare(wrong: tf.Tensor, number: tf.Tensor, at: tf.Tensor, samples: tf.Tensor, u: tf.Tensor,
-                    g: tf.Tensor, a: tf.Tensor, *flat: tf.Tensor, system: LayerSystem = system,
+                    g: tf.Tensor, a: tf.Tensor, *flat: tf.Tensor, system: LayerCurvature = system,
                     tolerance: float = tolerance) -> tf.Tensor:
-            u, g, a = system.captured.read(u, g, a)
+            u, g, a = system.captured.read_handles(u, g, a)
             own = len(system.layer.weights)
             expected = tf.concat(flat[:own], axis=0)
             rest = captured_sum(system.layer, u, g, a, settings) - expected
@@ -64,12 +64,13 @@ def check_sums(systems: dict[LayerSystem, list[Any]], number: tf.Variable, scale
             # A gradient that is not finite says nothing.
             off = tf.logical_and(error > tolerance * tf.norm(expected), tf.math.is_finite(error))
             if settings.subsample is not None:  # what was left out is in the gradient too
-                off = tf.logical_and(off, read(samples, tf.int32) < settings.subsample)
-            write(wrong, tf.logical_and(tf.equal(read(at, tf.int64), read(number, tf.int64)), off))
+                off = tf.logical_and(off, read_handle(samples, tf.int32) < settings.subsample)
+            write_handle(wrong, tf.logical_and(tf.equal(read_handle(at, tf.int64),
+                                                        read_handle(number, tf.int64)), off))
             return tf.constant(True)
 
         key = ("check", system.kind, layer.together, layer.registered.ones, len(layer.weights), tolerance)
-        system.traces.call(
+        system.traces.call_shared(
             compare, key, [system.wrong, number, system.captured.at, system.captured.samples,
                            *system.captured.held, *flat],
             shapes=[None] * 7 + [[None]] * len(flat))
@@ -103,16 +104,16 @@ def captured_sum(layer: Layer, u: tf.Tensor, g: tf.Tensor, a: tf.Tensor, setting
     return tf.concat(parts, axis=0) * (factor * settings.loss_scale)
 
 
-def _regularizer(variable: Any) -> Any:
+def _regularizer_of(variable: Any) -> Any:
     return getattr(variable, "regularizer", None)
 
 
-def _penalty(variable: Any, layer: Layer) -> tf.Tensor:
+def _penalty_gradient(variable: Any, layer: Layer) -> tf.Tensor:
     """What the variable's own regularizer adds to its gradient, flat."""
     value = tf.convert_to_tensor(variable)
-    if _regularizer(variable) is None:
+    if _regularizer_of(variable) is None:
         return tf.zeros_like(tf.reshape(tf.cast(value, layer.dtype), [-1]))
     with tf.GradientTape() as tape:
         tape.watch(value)
-        penalty = _regularizer(variable)(value)
+        penalty = _regularizer_of(variable)(value)
     return tf.reshape(tf.cast(tape.gradient(penalty, value), layer.dtype), [-1])

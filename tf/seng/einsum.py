@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Roles:
+class AxisRoles:
     """The letters of ``x,kernel->z``, the first of x and z the sample.
 
     ``summed`` are n_A's, in x and the kernel, ``made`` n_G's, in the kernel and z, ``between`` those of the
@@ -27,7 +27,7 @@ class Roles:
 
 
 @functools.cache
-def roles(equation: str, rank: int) -> Roles:
+def axis_roles(equation: str, rank: int) -> AxisRoles:
     """The roles in ``equation`` for an x of ``rank`` axes, the ellipsis written out."""
     x, kernel, z = equation.replace(" ", "").replace("->", ",").split(",")
     if "..." in x:
@@ -40,4 +40,4 @@ def roles(equation: str, rank: int) -> Roles:
     order = {summed + made: "summed", made + summed: "made"}.get(kernel)
     if set(x[1:]) - set(summed + between) or set(z[1:]) - set(made + between):
         order = None
-    return Roles(x, kernel, z, summed, made, between, order)
+    return AxisRoles(x, kernel, z, summed, made, between, order)

@@ -25,14 +25,14 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from hvd_ext.seng import Settings, generator, jitters, sample_batch, sample_rows, usable_scores
+from hvd_ext.seng import Settings, jitter_sequence, sample_batch, sample_rows, seeded_generator, usable_scores
 
 
 def choose_samples(rho: tf.Tensor, settings: Settings, step: tf.Tensor) -> tf.Tensor:
     """The samples of a batch of ``rho`` that the curvature is taken from: (kept,) int64."""
     def choose(rho_now: np.ndarray, step_now: np.ndarray) -> np.ndarray:
         chosen = sample_batch(int(rho_now), settings.subsample,
-                              generator(settings.seed, int(step_now), "samples"))
+                              seeded_generator(settings.seed, int(step_now), "samples"))
         return np.arange(int(rho_now), dtype=np.int64) if chosen is None else chosen
 
     return tf.ensure_shape(tf.numpy_function(choose, [rho, step], tf.int64), (None,))
@@ -51,7 +51,7 @@ def choose_rows(n: int, q: int, scores: tf.Tensor | None, settings: Settings, st
     def choose(scores_now: np.ndarray, step_now: np.ndarray, label_now: bytes
                ) -> tuple[np.ndarray, np.ndarray]:
         known = usable_scores(scores_now) if by_leverage else None
-        return sample_rows(n, q, generator(settings.seed, int(step_now), label_now.decode()),
+        return sample_rows(n, q, seeded_generator(settings.seed, int(step_now), label_now.decode()),
                            scores=known,
                            replacement=settings.replacement)
 
@@ -59,7 +59,7 @@ def choose_rows(n: int, q: int, scores: tf.Tensor | None, settings: Settings, st
     return tf.ensure_shape(rows, (q,)), tf.ensure_shape(weights, (q,))
 
 
-def factor(gram: tf.Tensor, lam: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+def factor_gram(gram: tf.Tensor, lam: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Cholesky factor of ``lam I + gram`` in float64, the jitter it took, and whether it has one.
 
     Args:
@@ -69,7 +69,7 @@ def factor(gram: tf.Tensor, lam: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Te
     def by_numpy(gram_now: np.ndarray, lam_now: np.ndarray) -> tuple[Any, Any, Any]:
         size = len(gram_now)
         if size and np.isfinite(gram_now).all():
-            for jitter in jitters(float(np.trace(gram_now)) / size):
+            for jitter in jitter_sequence(float(np.trace(gram_now)) / size):
                 try:
                     lower = np.linalg.cholesky(gram_now + (lam_now + jitter) * np.eye(size))
                 except np.linalg.LinAlgError:
@@ -84,14 +84,14 @@ def factor(gram: tf.Tensor, lam: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Te
             tf.ensure_shape(good, ()))
 
 
-def coefficients(lower: tf.Tensor, rhs: tf.Tensor) -> tf.Tensor:
+def solve_system(lower: tf.Tensor, rhs: tf.Tensor) -> tf.Tensor:
     """``b = (lam I + Xi^T Xi)^{-1} rhs`` (SENG eq. 9, 12) from the Cholesky factor: (rho,)."""
     solved = tf.linalg.cholesky_solve(lower, tf.cast(rhs, tf.float64)[:, None])[:, 0]
     return tf.cast(solved, rhs.dtype)
 
 
-def truncate(g: tf.Tensor, a: tf.Tensor, rank: int, least: int, *, always: bool = False
-             ) -> tuple[tf.Tensor, tf.Tensor]:
+def truncate_rank(g: tf.Tensor, a: tf.Tensor, rank: int, least: int, *, always: bool = False
+                  ) -> tuple[tf.Tensor, tf.Tensor]:
     """Cut each sample's factors to ``rank`` columns by an SVD of the smaller one (SENG eq. 15).
 
     With G = Q S V^T the smaller, ``G <- Q_r S_r`` and ``A <- A V_r``; the other way round when A is
@@ -142,7 +142,7 @@ def truncate(g: tf.Tensor, a: tf.Tensor, rank: int, least: int, *, always: bool 
     return cut() if least > enough else tf.cond(kappa > enough, cut, lambda: (g, a))
 
 
-def meaningful(g: tf.Tensor, a: tf.Tensor, least: tf.Tensor) -> tf.Tensor:
+def effective_rank(g: tf.Tensor, a: tf.Tensor, least: tf.Tensor) -> tf.Tensor:
     """How many of the columns that ``truncate`` gave, (rho, groups, columns, n), must stay so that all others
     together are at most ``least`` of ``||U||_F^2``. Terms of different columns are orthogonal in each sample.
     """

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from hvd_ext.seng.samples import Signature, shuffled
+from hvd_ext.seng.sample_axes import Signature, shuffled_order
 
 SAMPLES = 5  # of a pass with inputs that are drawn, where the model leaves the batch open
 UNKNOWN_EXTENT = 8  # along other axes that the model leaves open
@@ -31,7 +31,7 @@ def batch_of(args: Any, kwargs: Any, axis: int) -> Any:
     return None
 
 
-def signature(x: np.ndarray, batch: int) -> Signature:
+def axis_signature(x: np.ndarray, batch: int) -> Signature:
     """``x`` with every row of axis 0, and of each axis as long as the batch, as one number."""
     exact = x.dtype.kind in "iub" or x.dtype == np.float64
     epsilon = 0.0 if exact else 2.0**-7 if x.dtype.name == "bfloat16" else float(np.finfo(x.dtype).eps)
@@ -70,7 +70,7 @@ def inputs_of_a_pass(args: Any, kwargs: Any, axis: int) -> tuple[Any, Any, int]:
             shape[axis] = batch
         kind = leaf.dtype if isinstance(leaf.dtype, str) else leaf.dtype.name
         if kind == "bool" or "int" in kind:
-            return tf.cast(_whole(rng, shape, axis), kind)
+            return tf.cast(_whole_numbers(rng, shape, axis), kind)
         return tf.cast(rng.standard_normal(shape), kind)
 
     return *keras.tree.map_structure(taken, (args, kwargs)), batch
@@ -78,13 +78,13 @@ def inputs_of_a_pass(args: Any, kwargs: Any, axis: int) -> tuple[Any, Any, int]:
 
 def two_passes(model: keras.Model, args: Any, kwargs: Any, *, batch: int, axis: int,
                begin: Callable[[], None], enough: Callable[[], bool]) -> None:
-    """Call ``model`` on its arguments and on the same with the samples :func:`shuffled`.
+    """Call ``model`` on its arguments and on the same with the samples :func:`shuffled_order`.
 
     Args:
         begin: called before each pass.
         enough: called after the first; the second is left out where it says so.
     """
-    order = shuffled(batch)
+    order = shuffled_order(batch)
 
     def moved(leaf: Any) -> Any:
         if _is_input(leaf) and len(leaf.shape) > axis and leaf.shape[axis] == batch:
@@ -93,7 +93,7 @@ def two_passes(model: keras.Model, args: Any, kwargs: Any, *, batch: int, axis: 
 
     for k in range(2):
         begin()
-        with _untouched():
+        with _left_unchanged():
             model(*args, **{**kwargs, "training": False})
         if not k and enough():
             return
@@ -101,7 +101,7 @@ def two_passes(model: keras.Model, args: Any, kwargs: Any, *, batch: int, axis: 
 
 
 @contextlib.contextmanager
-def _untouched() -> Iterator[None]:
+def _left_unchanged() -> Iterator[None]:
     """Variables, losses, and what Keras knows of the calls under way, are as before afterwards."""
     state = keras.src.backend.common.global_state
     under_way = state.get_global_attribute(CALLS)
@@ -113,7 +113,7 @@ def _untouched() -> Iterator[None]:
         state.set_global_attribute(CALLS, under_way)
 
 
-def _whole(rng: np.random.Generator, shape: list[int], axis: int) -> np.ndarray:
+def _whole_numbers(rng: np.random.Generator, shape: list[int], axis: int) -> np.ndarray:
     """Zeros and ones, which every table has rows for; no two samples the same where that can be."""
     for _ in range(TRIES):
         drawn = rng.integers(0, 2, shape)

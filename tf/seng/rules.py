@@ -91,8 +91,7 @@ class Registered:
 
 
 def register_seng_rule(layer_type: type, rule: Rule, *, weights: tuple[str, ...] = ("kernel", "bias"),
-                       kind: str | None = None,
-                       groups: Callable[[Any], tuple[int, int, int]] | None = None,
+                       kind: str | None = None, groups: Callable[[Any], tuple[int, int, int]] | None = None,
                        ones: bool = True, activation: bool = False, replace: bool = False) -> None:
     """Teach SENG a layer type of your own; call it before constructing ``SENG``.
 
@@ -138,41 +137,41 @@ def rule_for(layer: Any) -> Registered | None:
     return None
 
 
-def _dense(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick) -> Factors:
-    return Factors(_columns(pick(gz)), _columns(pick(x)))
+def _dense_rule(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick) -> Factors:
+    return Factors(_as_columns(pick(gz)), _as_columns(pick(x)))
 
 
-def _columns(tensor: tf.Tensor) -> tf.Tensor:
+def _as_columns(tensor: tf.Tensor) -> tf.Tensor:
     """(samples, ..., n) as (samples, 1, kappa, n)."""
     between = int(np.prod(tensor.shape[1:-1])) if None not in tensor.shape[1:-1] else -1
-    return tf.reshape(tensor, (tf.shape(tensor)[0], 1, between, _last(tensor)))
+    return tf.reshape(tensor, (tf.shape(tensor)[0], 1, between, _last_extent(tensor)))
 
 
-def _last(tensor: tf.Tensor) -> Any:
+def _last_extent(tensor: tf.Tensor) -> Any:
     """The last extent, a number where it is known."""
     return tf.shape(tensor)[-1] if tensor.shape[-1] is None else tensor.shape[-1]
 
 
-def _convolution(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick) -> Factors:
+def _convolution_rule(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick) -> Factors:
     x, gz = (_as_channels_last(layer, pick(tensor)) for tensor in (x, gz))
-    taken = patches(x, layer)
+    taken = extract_patches(x, layer)
     groups = x.shape[-1] if isinstance(layer, DEPTHWISE) else layer.groups
     if groups == 1:
-        return Factors(_columns(gz), taken[:, None])
+        return Factors(_as_columns(gz), taken[:, None])
     samples, kappa, width = tf.shape(taken)[0], taken.shape[1], x.shape[-1] // groups
     a = tf.reshape(taken, (samples, kappa, taken.shape[2] // x.shape[-1], groups, width))
-    a = tf.reshape(tf.transpose(a, (0, 3, 1, 2, 4)),
-                   (samples, groups, kappa, taken.shape[2] // groups))
+    a = tf.reshape(tf.transpose(a, (0, 3, 1, 2, 4)), (samples, groups, kappa, taken.shape[2] // groups))
     g = tf.reshape(gz, (samples, kappa, groups, gz.shape[-1] // groups))
     return Factors(tf.transpose(g, (0, 2, 1, 3)), a)
 
 
-def _transposed(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick) -> Factors:
+def _transposed_rule(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick) -> Factors:
     # z is the adjoint of a convolution, so x and the patches of gz change places: the kernel
     # (..., out, in) has the gradient sum over positions of patch(gz) · x.
     x, gz = (_as_channels_last(layer, pick(tensor)) for tensor in (x, gz))
     bias = tf.reduce_sum(gz, axis=list(range(1, len(gz.shape) - 1))) if layer.use_bias else None
-    return Factors(_columns(x), patches(gz, layer)[:, None], {} if bias is None else {"bias": bias})
+    return Factors(_as_columns(x), extract_patches(gz, layer)[:, None],
+                   {} if bias is None else {"bias": bias})
 
 
 def kernel_matrix(layer: Any) -> tuple[int, int, int]:
@@ -184,7 +183,7 @@ def kernel_matrix(layer: Any) -> tuple[int, int, int]:
     return groups, shape[-1] // groups, int(np.prod(shape[:-1]))
 
 
-def patches(x: tf.Tensor, layer: Any) -> tf.Tensor:
+def extract_patches(x: tf.Tensor, layer: Any) -> tf.Tensor:
     """What a convolution layer sees of ``x`` (samples, *space, C): (samples, kappa, prod kernel · C).
 
     Raises:
@@ -214,7 +213,7 @@ def patches(x: tf.Tensor, layer: Any) -> tf.Tensor:
         seen.append(x[(slice(None), *cut)])
     taken = tf.concat(seen, axis=-1) if len(seen) > 1 else seen[0]
     kappa = int(np.prod(taken.shape[1:-1]))
-    return tf.reshape(taken, (tf.shape(taken)[0], kappa, _last(taken)))
+    return tf.reshape(taken, (tf.shape(taken)[0], kappa, _last_extent(taken)))
 
 
 def _as_channels_last(layer: Any, tensor: tf.Tensor) -> tf.Tensor:
@@ -231,7 +230,7 @@ def _scale_and_offset(normal: tf.Tensor, gz: tf.Tensor, axes: list[int]) -> PerS
     return {"gamma": tf.reduce_sum(normal * gz, axis=axes), "beta": tf.reduce_sum(gz, axis=axes)}
 
 
-def _normal(x: tf.Tensor, axes: list[int], epsilon: float) -> tf.Tensor:
+def _normalize(x: tf.Tensor, axes: list[int], epsilon: float) -> tf.Tensor:
     mean, variance = tf.nn.moments(x, axes, keepdims=True)
     return (x - mean) * tf.math.rsqrt(variance + tf.cast(epsilon, x.dtype))
 
@@ -248,7 +247,7 @@ def _batch_norm(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick, *moments: t
     axes = [axis for axis in range(len(x.shape)) if axis != channel]
     if not moments:
         # Statistics of the whole batch, not only of the samples that are kept.
-        normal = _normal(x, axes, layer.epsilon)
+        normal = _normalize(x, axes, layer.epsilon)
     else:
         shape = [-1 if axis == channel else 1 for axis in range(len(x.shape))]
         mean, variance = (tf.reshape(tf.cast(moment, x.dtype), shape) for moment in moments)
@@ -257,9 +256,9 @@ def _batch_norm(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick, *moments: t
 
 
 def _layer_norm(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick) -> PerSample:
-    axes = _axes(layer, x)
+    axes = _normalized_axes(layer, x)
     rest = [axis for axis in range(1, len(x.shape)) if axis not in axes]
-    return _scale_and_offset(_normal(pick(x), axes, layer.epsilon), pick(gz), rest)
+    return _scale_and_offset(_normalize(pick(x), axes, layer.epsilon), pick(gz), rest)
 
 
 def _group_norm(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick) -> PerSample:
@@ -268,35 +267,35 @@ def _group_norm(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick) -> PerSampl
     size, groups = x.shape[channel], x.shape[channel] if layer.groups == -1 else layer.groups
     moved = _channels_last(x, channel)
     flat = tf.reshape(moved, (tf.shape(moved)[0], -1, groups, size // groups))
-    normal = tf.reshape(_normal(flat, [1, 3], layer.epsilon), tf.shape(moved))
+    normal = tf.reshape(_normalize(flat, [1, 3], layer.epsilon), tf.shape(moved))
     return _scale_and_offset(normal, _channels_last(gz, channel), list(range(1, len(x.shape) - 1)))
 
 
 def _rms_norm(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick) -> PerSample:
     x, gz = pick(x), pick(gz)
-    axes = _axes(layer, x)
+    axes = _normalized_axes(layer, x)
     rest = [axis for axis in range(1, len(x.shape)) if axis not in axes]
     square = tf.reduce_mean(x * x, axis=axes, keepdims=True)
     normal = x * tf.math.rsqrt(square + tf.cast(layer.epsilon, x.dtype))
     return {"scale": tf.reduce_sum(normal * gz, axis=rest)}
 
 
-def _axes(layer: Any, x: tf.Tensor) -> list[int]:
+def _normalized_axes(layer: Any, x: tf.Tensor) -> list[int]:
     """The axes that a layer normalises over, from 0 on."""
     given = [layer.axis] if isinstance(layer.axis, int) else list(layer.axis)
     return sorted(axis % len(x.shape) for axis in given)
 
 
-def _embedding(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick) -> Rows:
+def _embedding_rule(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick) -> Rows:
     x, gz = pick(x), pick(gz)
     samples = tf.shape(gz)[0]
-    kappa = tf.size(gz) // tf.maximum(samples * _last(gz), 1)
+    kappa = tf.size(gz) // tf.maximum(samples * _last_extent(gz), 1)
     return Rows(tf.reshape(tf.cast(x, tf.int64), (samples, kappa)),
-                tf.reshape(gz, (samples, kappa, _last(gz))))
+                tf.reshape(gz, (samples, kappa, _last_extent(gz))))
 
 
 def _einsum_dense(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick) -> Factors | PerSample:
-    x, gz, found = pick(x), pick(gz), einsum.roles(layer.equation, len(x.shape))
+    x, gz, found = pick(x), pick(gz), einsum.axis_roles(layer.equation, len(x.shape))
     sample = found.x[0]
     rest: PerSample = {}
     if layer.bias_axes is not None:
@@ -318,14 +317,14 @@ def _einsum_dense(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick) -> Factor
 
 def _einsum_matrix(layer: Any) -> tuple[int, int, int] | None:
     """(groups, n_G, n_A) of the kernel; None where no factors stand for its gradient."""
-    found = einsum.roles(layer.equation, layer.input_spec.ndim)
+    found = einsum.axis_roles(layer.equation, layer.input_spec.ndim)
     if found.order is None:
         return None
     first = len(found.summed if found.order == "summed" else found.made)
     return 1, int(np.prod(layer.kernel.shape[first:])), int(np.prod(layer.kernel.shape[:first]))
 
 
-def _table(layer: Any) -> tuple[int, int, int]:
+def _table_shape(layer: Any) -> tuple[int, int, int]:
     """(groups, n_G, n_A) of an embedding: a row's gradient times its number, in place of A."""
     return 1, int(layer.embeddings.shape[-1]), 1
 
@@ -334,19 +333,19 @@ def _separable_weights(layer: Any, training: bool) -> tuple[tf.Tensor, ...]:
     return tf.identity(layer.depthwise_kernel), tf.identity(layer.pointwise_kernel)
 
 
-def _separable(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick, depthwise: tf.Tensor,
-               pointwise: tf.Tensor) -> Factors:
+def _separable_rule(layer: Any, x: tf.Tensor, gz: tf.Tensor, pick: Pick, depthwise: tf.Tensor,
+                    pointwise: tf.Tensor) -> Factors:
     """The pointwise kernel as factors, its input the depthwise convolution y; that one's as ``rest``."""
     x, gz = (_as_channels_last(layer, pick(tensor)) for tensor in (x, gz))
     channels, multiplier = int(depthwise.shape[-2]), int(depthwise.shape[-1])
-    taken = patches(x, layer)  # (samples, kappa, places · C)
+    taken = extract_patches(x, layer)  # (samples, kappa, places · C)
     samples, kappa = tf.shape(taken)[0], taken.shape[1]
     taken = tf.reshape(taken, (samples, kappa, -1, channels))
     depthwise = tf.cast(tf.reshape(depthwise, (-1, channels, multiplier)), x.dtype)
     pointwise = tf.cast(tf.reshape(pointwise, (channels * multiplier, -1)), x.dtype)
     y = tf.reshape(tf.einsum("nkpc,pcm->nkcm", taken, depthwise),
                    (samples, 1, kappa, channels * multiplier))
-    g = _columns(gz)
+    g = _as_columns(gz)
     # Matrices: TensorFlow 2.21 with oneDNN writes past the end of a product with transpose_b that broadcasts.
     gy = tf.matmul(tf.reshape(gz, (-1, gz.shape[-1])), pointwise, transpose_b=True)
     gy = tf.reshape(gy, (samples, kappa, channels, multiplier))
@@ -358,7 +357,7 @@ def _pointwise_matrix(layer: Any) -> tuple[int, int, int]:
     return 1, int(layer.pointwise_kernel.shape[-1]), int(layer.pointwise_kernel.shape[-2])
 
 
-def _convolves(layer: Any) -> tuple[Any, bool]:
+def _convolution_traits(layer: Any) -> tuple[Any, bool]:
     """What the rules of convolutions read of one; grouped ones must know the extent of their channels."""
     groups = None if isinstance(layer, DEPTHWISE) else getattr(layer, "groups", 1)
     loose = groups == 1 and layer.data_format == "channels_last" and not isinstance(layer, SEPARABLE)
@@ -366,35 +365,36 @@ def _convolves(layer: Any) -> tuple[Any, bool]:
             layer.padding, layer.data_format, layer.use_bias), loose
 
 
-def _normalises(layer: Any) -> tuple[Any, bool]:
+def _norm_traits(layer: Any) -> tuple[Any, bool]:
     """What the rules of norms read of one."""
     axis = layer.axis if isinstance(layer.axis, int) else tuple(layer.axis)
     return (axis, layer.epsilon, getattr(layer, "groups", None)), not hasattr(layer, "groups")
 
 
-def _norm(kind: str, rule: Callable[..., PerSample], weights: tuple[str, ...] = ("gamma", "beta"),
-          context: Callable[[Any, bool], tuple[tf.Tensor, ...]] | None = None) -> Registered:
-    return Registered(kind, rule, weights, activation=False, context=context, alike=_normalises)
+def _norm_rule(kind: str, rule: Callable[..., PerSample], weights: tuple[str, ...] = ("gamma", "beta"),
+               context: Callable[[Any, bool], tuple[tf.Tensor, ...]] | None = None) -> Registered:
+    return Registered(kind, rule, weights, activation=False, context=context, alike=_norm_traits)
 
 
 RULES: dict[type, Registered] = {
-    _L.Dense: Registered("dense", _dense, groups=kernel_matrix, alike=lambda layer: ((), True)),
+    _L.Dense: Registered("dense", _dense_rule, groups=kernel_matrix, alike=lambda layer: ((), True)),
     _L.EinsumDense: Registered("einsum dense", _einsum_dense, groups=_einsum_matrix, ones=False,
                                alike=lambda layer: ((layer.equation, layer.bias_axes), False)),
-    _L.Embedding: Registered("embedding", _embedding, ("embeddings",), groups=_table, ones=False,
+    _L.Embedding: Registered("embedding", _embedding_rule, ("embeddings",), groups=_table_shape, ones=False,
                              activation=False, kernel="embeddings", rows=True,
                              alike=lambda layer: ((), True)),
-    _L.BatchNormalization: _norm("batch norm", _batch_norm, context=_moving_moments),
-    _L.LayerNormalization: _norm("layer norm", _layer_norm),
-    _L.RMSNormalization: _norm("RMS norm", _rms_norm, ("scale",)),
-    _L.GroupNormalization: _norm("group norm", _group_norm),
-    **{kind: Registered("transposed convolution", _transposed, groups=kernel_matrix, ones=False,
-                        alike=_convolves) for kind in TRANSPOSED},
-    **{kind: Registered("depthwise convolution", _convolution, groups=kernel_matrix, alike=_convolves)
+    _L.BatchNormalization: _norm_rule("batch norm", _batch_norm, context=_moving_moments),
+    _L.LayerNormalization: _norm_rule("layer norm", _layer_norm),
+    _L.RMSNormalization: _norm_rule("RMS norm", _rms_norm, ("scale",)),
+    _L.GroupNormalization: _norm_rule("group norm", _group_norm),
+    **{kind: Registered("transposed convolution", _transposed_rule, groups=kernel_matrix, ones=False,
+                        alike=_convolution_traits) for kind in TRANSPOSED},
+    **{kind: Registered("depthwise convolution", _convolution_rule, groups=kernel_matrix,
+                        alike=_convolution_traits)
        for kind in DEPTHWISE},
-    **{kind: Registered("separable convolution", _separable, groups=_pointwise_matrix,
-                        weights=("pointwise_kernel", "bias", "depthwise_kernel"), alike=_convolves,
+    **{kind: Registered("separable convolution", _separable_rule, groups=_pointwise_matrix,
+                        weights=("pointwise_kernel", "bias", "depthwise_kernel"), alike=_convolution_traits,
                         context=_separable_weights, kernel="pointwise_kernel") for kind in SEPARABLE},
-    **{kind: Registered("convolution", _convolution, groups=kernel_matrix, alike=_convolves)
+    **{kind: Registered("convolution", _convolution_rule, groups=kernel_matrix, alike=_convolution_traits)
        for kind in CONVOLUTIONS},
 }

@@ -36,14 +36,14 @@ class PaperSchedule(keras.optimizers.schedules.LearningRateSchedule):
                  steps_per_epoch: int, decay: float = 6.0, warmup_epochs: float = 0.0,
                  warmup_start: float = 0.0) -> None:
         self.config = {
-            "initial_learning_rate": checks.number("initial_learning_rate", initial_learning_rate,
-                                                   low=0.0, open_low=True),
-            "kind": checks.choice("kind", kind, ("exp", "cosine")),
-            "max_epoch": checks.number("max_epoch", max_epoch, low=0.0, open_low=True),
-            "steps_per_epoch": checks.whole("steps_per_epoch", steps_per_epoch, low=1),
-            "decay": checks.number("decay", decay, low=0.0),
-            "warmup_epochs": checks.number("warmup_epochs", warmup_epochs, low=0.0),
-            "warmup_start": checks.number("warmup_start", warmup_start, low=0.0),
+            "initial_learning_rate": checks.check_float("initial_learning_rate", initial_learning_rate,
+                                                        low=0.0, open_low=True),
+            "kind": checks.check_choice("kind", kind, ("exp", "cosine")),
+            "max_epoch": checks.check_float("max_epoch", max_epoch, low=0.0, open_low=True),
+            "steps_per_epoch": checks.check_int("steps_per_epoch", steps_per_epoch, low=1),
+            "decay": checks.check_float("decay", decay, low=0.0),
+            "warmup_epochs": checks.check_float("warmup_epochs", warmup_epochs, low=0.0),
+            "warmup_start": checks.check_float("warmup_start", warmup_start, low=0.0),
         }
 
     def __call__(self, step: Any) -> tf.Tensor:

@@ -14,19 +14,20 @@ import tensorflow as tf
 
 from hvd_ext.seng import Settings
 from hvd_ext.tensorflow.seng.blocks import Context
-from hvd_ext.tensorflow.seng.system import LayerSystem
-from hvd_ext.tensorflow.seng.traces import apart
+from hvd_ext.tensorflow.seng.layer_curvature import LayerCurvature
+from hvd_ext.tensorflow.seng.shared_functions import outside_trace
 
-ALONE = 1 << 18  # numbers from which on a message is worth no copy
+MIN_SEPARATE_NUMEL = 1 << 18  # numbers from which on a message is worth no copy
 
-Gradients = dict[LayerSystem, list[tf.Tensor]]
+Gradients = dict[LayerCurvature, list[tf.Tensor]]
 """Of each layer whose weights all have a gradient: flat, one per weight, in the layer's precision."""
 
 
-def directions(gradients: Gradients, at: tf.Tensor, lam: tf.Tensor, good: tf.Tensor, due: tf.Tensor,
-               wanted: tf.Variable, refresh: Callable[[], tf.Tensor], otherwise: Callable[[], tf.Tensor],
-               context: Context
-               ) -> tuple[dict[LayerSystem, list[tf.Tensor]], tf.Tensor]:
+def compute_directions(gradients: Gradients, at: tf.Tensor, lam: tf.Tensor, good: tf.Tensor, due: tf.Tensor,
+                       wanted: tf.Variable, refresh: Callable[[], tf.Tensor],
+                       otherwise: Callable[[], tf.Tensor],
+                       context: Context
+                       ) -> tuple[dict[LayerCurvature, list[tf.Tensor]], tf.Tensor]:
     """The layers' directions, and whether a refresh gave new curvature; in a graph being traced.
 
     Args:
@@ -44,45 +45,46 @@ def directions(gradients: Gradients, at: tf.Tensor, lam: tf.Tensor, good: tf.Ten
         begun = tf.cond(wanted, no_refresh, otherwise)
         with tf.control_dependencies([begun]):
             early = tf.cond(
-                wanted, lambda: [block.nothing(context) for one in gradients for block in one.blocks],
-                lambda: mean_over_ranks([(one, one.kept()) for one in gradients], context))
+                wanted, lambda: [block.zero_message(context) for one in gradients for block in one.blocks],
+                lambda: mean_over_ranks([(one, one.kept_gradients()) for one in gradients], context))
         with tf.control_dependencies(early):
-            made = apart(lambda: tf.cond(due, refresh, no_refresh))
+            made = outside_trace(lambda: tf.cond(due, refresh, no_refresh))
         with tf.control_dependencies([made]):
             means = tf.cond(
                 due, lambda: mean_over_ranks(
                     [(one, one.kept_or(mine)) for one, mine in gradients.items()], context),
                 lambda: early)
-        tf.cond(good, lambda: run_all(one.keep(mine) for one, mine in gradients.items()), no_refresh)
+        tf.cond(good, lambda: run_all(one.keep_gradients(mine) for one, mine in gradients.items()),
+                no_refresh)
     else:  # "block", U = diag(U_i) (SENG eq. 26), and "full", one system of all ranks' samples
         made = tf.cond(due, refresh, otherwise)
         with tf.control_dependencies([made]):
             means = mean_over_ranks(list(gradients.items()), context)
     means = [tf.where(good, mean, tf.zeros_like(mean)) for mean in means]
-    without, with_curvature = factors(good, lam, context.settings)
+    without, with_curvature = direction_factors(good, lam, context.settings)
     result = {}
     with tf.control_dependencies([made]):
         ready = {one: one.ready.read_value() for one in gradients}
     for one, mine in gradients.items():
         own, means = means[:len(one.blocks)], means[len(one.blocks):]
         factor = tf.where(ready[one], with_curvature, without)
-        result[one] = one.subtract(own, mine, tf.cast(factor, one.layer.dtype), context)
-        if context.settings.stale == "bound":
+        result[one] = one.apply_direction(own, mine, tf.cast(factor, one.layer.dtype), context)
+        if context.settings.stale_curvature == "rescale":
             with tf.control_dependencies([made]):
                 stale = good & ready[one] & tf.not_equal(one.taken_at.read_value(), at)
-            result[one] = bounded(result[one], mine, stale)
+            result[one] = rescale_stale(result[one], mine, stale)
     return result, made
 
 
-def bounded(direction: Sequence[tf.Tensor], gradient: Sequence[tf.Tensor], stale: tf.Tensor
-            ) -> list[tf.Tensor]:
+def rescale_stale(direction: Sequence[tf.Tensor], gradient: Sequence[tf.Tensor], stale: tf.Tensor
+                  ) -> list[tf.Tensor]:
     """``p / (1 + g^T p)`` where ``stale``: ``(U U^T + g g^T + lam I)^{-1} g``, by Sherman and Morrison."""
     product = tf.add_n([tf.reduce_sum(p * g) for p, g in zip(direction, gradient, strict=True)])
     divisor = tf.where(stale, 1.0 + tf.maximum(product, 0.0), tf.ones_like(product))
     return [p / divisor for p in direction]
 
 
-def mean_over_ranks(wanted: Sequence[tuple[LayerSystem, Sequence[tf.Tensor]]],
+def mean_over_ranks(wanted: Sequence[tuple[LayerCurvature, Sequence[tf.Tensor]]],
                     context: Context) -> list[tf.Tensor]:
     """The mean of the ranks' contributions to ``U b`` (SENG eq. 26, 28) for layers' gradients.
 
@@ -93,8 +95,8 @@ def mean_over_ranks(wanted: Sequence[tuple[LayerSystem, Sequence[tf.Tensor]]],
     names: list[str] = []
     small: dict[tf.DType, list[int]] = {}
     for system, gradients in wanted:
-        for block, message in zip(system.blocks, system.message(gradients, context), strict=True):
-            if block.largest(context) < ALONE:
+        for block, message in zip(system.blocks, system.local_contribution(gradients, context), strict=True):
+            if block.max_message_numel(context) < MIN_SEPARATE_NUMEL:
                 small.setdefault(message.dtype, []).append(len(messages))
             messages.append(message)
             names.append(f"{context.prefix}.uc/{system.layer.key}")
@@ -113,16 +115,16 @@ def mean_over_ranks(wanted: Sequence[tuple[LayerSystem, Sequence[tf.Tensor]]],
                 means[k] = tf.ensure_shape(part, messages[k].shape)
         return means
 
-    return list(context.collectives.if_many(communicate, lambda: list(messages)))
+    return list(context.collectives.if_distributed(communicate, lambda: list(messages)))
 
 
-def factors(good: tf.Tensor, lam: tf.Tensor, settings: Settings) -> tuple[tf.Tensor, tf.Tensor]:
+def direction_factors(good: tf.Tensor, lam: tf.Tensor, settings: Settings) -> tuple[tf.Tensor, tf.Tensor]:
     """What gradients without and with curvature are multiplied with: what ``other`` says, and 1/lam.
 
     Both are 1 where the gradients are not finite and are to stay as they are. 0-D float64.
     """
     one = tf.ones((), tf.float64)
-    other = tf.cast(settings.other_divisor(lam), tf.float64)
+    other = tf.cast(settings.fallback_divisor(lam), tf.float64)
     return tf.where(good, 1.0 / other, one), tf.where(good, 1.0 / lam, one)
 
 

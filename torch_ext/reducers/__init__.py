@@ -8,17 +8,17 @@ from typing import Any
 import horovod.torch as horovod
 import torch
 
-from hvd_ext import composition
-from hvd_ext.buckets import check_groups
-from hvd_ext.delay import DelayCompensated, Late
-from hvd_ext.options import Options, Plain
-from hvd_ext.powersgd import PowerSGD
-from hvd_ext.topk import TopK
+from hvd_ext.reducers import registry
+from hvd_ext.reducers.buckets import check_groups
+from hvd_ext.reducers.delay_compensation import DelayCompensated, DelayedUpdate
+from hvd_ext.reducers.options import DenseReduction, ReductionOptions
+from hvd_ext.reducers.powersgd import PowerSGD
+from hvd_ext.reducers.topk import TopK
 from hvd_ext.torch.collectives import Collectives
 from hvd_ext.torch.compression import Compression
 from hvd_ext.torch.reducers.base import Reducer
-from hvd_ext.torch.reducers.delay import DelayReducer
-from hvd_ext.torch.reducers.late import LateReducer
+from hvd_ext.torch.reducers.delay_compensation import DelayReducer
+from hvd_ext.torch.reducers.delayed_update import DelayedReducer
 from hvd_ext.torch.reducers.plain import PlainReducer
 from hvd_ext.torch.reducers.powersgd import PowerSGDReducer
 from hvd_ext.torch.reducers.sharded import ShardedReducer
@@ -36,7 +36,7 @@ def register_reducer(settings: type, reducer: type[Reducer], *, replace: bool = 
             compression slot ``hvd.Compression.<label>`` becomes this type.
         reducer: a subclass of :class:`hvd_ext.torch.reducers.base.Reducer`, usually of
             :class:`~hvd_ext.torch.reducers.buckets.BucketReducer` or
-            :class:`~hvd_ext.torch.reducers.feedback.FeedbackReducer`.
+            :class:`~hvd_ext.torch.reducers.error_feedback.FeedbackReducer`.
         replace: allow to replace settings or a label that exist.
 
     Raises:
@@ -45,7 +45,7 @@ def register_reducer(settings: type, reducer: type[Reducer], *, replace: bool = 
     """
     if not (isinstance(reducer, type) and issubclass(reducer, Reducer)):
         raise TypeError(f"reducer must be a subclass of Reducer, got {reducer!r}")
-    composition.register(settings, reducer, REDUCERS, Compression, replace=replace)
+    registry.register_settings(settings, reducer, REDUCERS, Compression, replace=replace)
 
 
 register_reducer(DelayCompensated, DelayReducer)
@@ -53,14 +53,15 @@ register_reducer(TopK, TopKReducer)
 register_reducer(PowerSGD, PowerSGDReducer)
 
 
-def make_reducer(collectives: Collectives, options: Options, *, op: Any, compression: Any,
+def make_reducer(collectives: Collectives, options: ReductionOptions, *, op: Any, compression: Any,
                  predivide: float = 1.0, server: str | None = None,
-                 multiple_evaluations: bool = False, owners: Any = None, late: Late | None = None) -> Reducer:
+                 multiple_evaluations: bool = False, owners: Any = None,
+                 overlap: DelayedUpdate | None = None) -> Reducer:
     """The reducer that ``op`` and ``compression`` ask for.
 
     Args:
-        owners: the ``UpdateServer`` whose owners need their own gradients only, if any.
-        late: how gradients are applied one step late, if they are; owners then get all of them.
+        owners: the ``ShardedUpdater`` whose owners need their own gradients only, if any.
+        overlap: how gradients are applied one step late, if they are; owners then get all of them.
 
     Raises:
         ValueError: arguments that cannot be combined.
@@ -68,25 +69,26 @@ def make_reducer(collectives: Collectives, options: Options, *, op: Any, compres
     check_groups(options.groups, member=torch.Tensor, what="torch.Tensor")
     names = {horovod.Average: "Average", horovod.Adasum: "Adasum"}
     plain = op if type(op) not in REDUCERS else None
-    settings = composition.choose(
+    settings = registry.choose_settings(
         REDUCERS, op=op, compression=compression, op_name=names.get(plain, str(plain)),
         casts=(Compression.none, Compression.fp16), predivide=predivide, server=server,
         multiple_evaluations=multiple_evaluations)
-    if late is not None:
-        make = functools.partial(_make, collectives, settings, op=op, compression=compression,
+    if overlap is not None:
+        make = functools.partial(_make_reducer, collectives, settings, op=op, compression=compression,
                                  predivide=predivide, owners=None)
-        return LateReducer(make, late, options)
-    return _make(collectives, settings, options, op=op, compression=compression, predivide=predivide,
-                 owners=owners)
+        return DelayedReducer(make, overlap, options)
+    return _make_reducer(collectives, settings, options, op=op, compression=compression, predivide=predivide,
+                         owners=owners)
 
 
-def _make(collectives: Collectives, settings: Any, options: Options, *, op: Any, compression: Any,
-          predivide: float, owners: Any) -> Reducer:
+def _make_reducer(collectives: Collectives, settings: Any, options: ReductionOptions, *, op: Any,
+                  compression: Any,
+                  predivide: float, owners: Any) -> Reducer:
     if settings is None:
         to_owners = (owners is not None and op in (horovod.Average, horovod.Sum) and predivide == 1.0
                      and compression in (Compression.none, Compression.fp16))
         if to_owners:
-            return ShardedReducer(collectives, Plain(op, compression), options, owners)
+            return ShardedReducer(collectives, DenseReduction(op, compression), options, owners)
         average = predivide if op == horovod.Average else 1.0
-        return PlainReducer(collectives, Plain(op, compression, average), options)
+        return PlainReducer(collectives, DenseReduction(op, compression, average), options)
     return REDUCERS[type(settings)](collectives, settings, options)

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from horovod.common.exceptions import HorovodInternalError
 
-from hvd_ext.agreement import Fingerprint
-from hvd_ext.composition import describe_settings, public_name, public_op
-from hvd_ext.options import Options, Plain
+from hvd_ext.consistency.fingerprint import Fingerprint
+from hvd_ext.reducers.options import DenseReduction, ReductionOptions
+from hvd_ext.reducers.registry import describe_reduction, public_name, public_op
 from hvd_ext.state import Part, split_state
 from hvd_ext.torch.collectives import Collectives, Handle
 
 
 @dataclass(frozen=True, eq=False)
-class Entry:
+class NamedParameter:
     """A parameter under its name, with the number of its parameter group.
 
     ``groups`` gives the optimizer's groups as they are now: ``load_state_dict`` replaces them.
@@ -41,7 +41,7 @@ class Entry:
         return self.groups()[self.group_index]
 
 
-def measured(gradients: Sequence[torch.Tensor]) -> tuple[float, bool]:
+def norm_and_finite(gradients: Sequence[torch.Tensor]) -> tuple[float, bool]:
     """The 2-norm of all, and whether all their elements are finite."""
     norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
     # The norm of huge but finite gradients overflows: only then look at every element.
@@ -57,23 +57,23 @@ class Reducer(abc.ABC):
         options: what every way to reduce is given.
     """
 
-    def __init__(self, collectives: Collectives, settings: Any, options: Options) -> None:
+    def __init__(self, collectives: Collectives, settings: Any, options: ReductionOptions) -> None:
         self.collectives = collectives
         self.settings = settings
         self.options = options
         self.passes = options.passes
-        self.entries: list[Entry] = []
+        self.entries: list[NamedParameter] = []
         self.met: tuple[int, ...] | None = None  # the plan that the ranks agreed on
-        self.frozen: set[Entry] = set()  # without a gradient in this step, and not to be trained
+        self.frozen: set[NamedParameter] = set()  # without a gradient in this step, and not to be trained
         self.required: set[torch.Tensor] | None = None  # what Horovod's _requires_update is set to
-        self.absent = False  # this rank has no batch in this step (hvd.uneven)
+        self.absent = False  # this rank has no batch in this step (hvd.uneven_inputs)
         self.active: int | None = None  # ranks that have one, where the mean is over those
 
-    def build(self, entries: Sequence[Entry]) -> None:
+    def register_parameters(self, entries: Sequence[NamedParameter]) -> None:
         """Take the parameters whose gradients are to be reduced; called again when there are more."""
         self.entries = list(entries)
 
-    def freeze(self, passes_done: Mapping[torch.Tensor, int]) -> None:
+    def find_frozen(self, passes_done: Mapping[torch.Tensor, int]) -> None:
         """Before a reduction: find what is frozen in it. Frozen parameters have no gradient, and stay still.
 
         Args:
@@ -81,11 +81,11 @@ class Reducer(abc.ABC):
                 not frozen yet.
         """
         self.frozen = {entry for entry in self.entries if not passes_done.get(entry.parameter, 0)
-                       and not (entry.parameter.requires_grad and self.requires(entry.parameter))}
+                       and not (entry.parameter.requires_grad and self.takes_part(entry.parameter))}
         for entry in self.frozen:
             entry.parameter.grad = None
 
-    def requires(self, parameter: torch.Tensor) -> bool:
+    def takes_part(self, parameter: torch.Tensor) -> bool:
         """Whether a parameter takes part in a step in which no backward pass has reached it."""
         return self.required is None or parameter in self.required
 
@@ -106,7 +106,7 @@ class Reducer(abc.ABC):
     def name(self) -> str:
         """What a user wrote to get this reducer, for errors."""
         settings = self.settings
-        return public_op(settings.op) if isinstance(settings, Plain) else public_name(settings)
+        return public_op(settings.op) if isinstance(settings, DenseReduction) else public_name(settings)
 
     @property
     def parts(self) -> int:
@@ -137,21 +137,22 @@ class Reducer(abc.ABC):
         """The ranks have agreed on the plan, and begin to exchange gradients by it."""
 
     @abc.abstractmethod
-    def gradient_ready(self, entry: Entry, passes_done: int, pass_number: int) -> None:
+    def gradient_ready(self, entry: NamedParameter, passes_done: int, pass_number: int) -> None:
         """A backward pass has finished ``entry.parameter.grad``; the ``passes_done``-th this step.
 
         ``pass_number`` counts the step's backward passes from 1, also those that the parameter took no
         part in; it is kept only where ``parts`` is above 1.
         """
 
-    def start_all(self) -> None:
+    def start_remaining(self) -> None:
         """Start all of this step's exchange that is not started yet, also for missing gradients.
 
-        What a reducer needs for ``late=``.
+        What a reducer needs for ``overlap=``.
         """
-        raise NotImplementedError(f"{type(self).__name__} cannot be used with late=: it has no start_all()")
+        raise NotImplementedError(f"{type(self).__name__} cannot be used with overlap=: it has no "
+                                  "start_all()")
 
-    def advance(self) -> None:  # noqa: B027
+    def poll(self) -> None:  # noqa: B027
         """Let an exchange under way go on as far as it can without waiting; called during backward passes."""
 
     def flush(self) -> bool:
@@ -173,38 +174,38 @@ class Reducer(abc.ABC):
     def abandon(self) -> None:  # noqa: B027
         """The reduced gradients are not used: drop what ``finish()`` has left pending, on all ranks alike."""
 
-    def skip(self) -> None:
+    def skip_step(self) -> None:
         """As ``abandon()``; gradients that were kept from a step before, and handed out now, are gone too."""
         self.abandon()
 
-    partial = False
+    owner_only = False
     """Whether this rank has the reduced gradients of what it owns only, until ``gather_gradients()``."""
 
     def gather_gradients(self) -> None:  # noqa: B027
         """Bring reduced gradients that only their owners have to all ranks."""
 
-    def owned(self) -> list[torch.Tensor]:
+    def owned_gradients(self) -> list[torch.Tensor]:
         """The reduced gradients of what this rank owns, while they are ``partial``."""
         return []
 
-    def updated(self) -> None:  # noqa: B027
+    def on_weights_updated(self) -> None:  # noqa: B027
         """The update has been taken."""
 
     @abc.abstractmethod
-    def forget(self) -> None:
+    def abort_step(self) -> None:
         """Drop what was begun for this step, after an error: nobody may answer it."""
 
     @abc.abstractmethod
-    def under_way(self) -> list[Handle]:
+    def pending_handles(self) -> list[Handle]:
         """The collectives that were started for this step and not waited for."""
 
     def drain(self) -> None:
         """Drop what was begun for this step on all ranks alike: wait for it, and make no use of it."""
-        for handle in self.under_way():
+        for handle in self.pending_handles():
             # Horovod may have ended meanwhile (elastic), and its handles with it.
             with contextlib.suppress(HorovodInternalError, ValueError):
                 handle.wait_all()
-        self.forget()
+        self.abort_step()
 
     def state_dict(self) -> dict[str, Any]:
         """What this rank keeps between steps. Empty when it keeps nothing."""
@@ -221,9 +222,9 @@ class Reducer(abc.ABC):
     @property
     def state_method(self) -> str | None:
         """The extension whose state this is, as a user writes it; None where there is none."""
-        return None if isinstance(self.settings, Plain) else public_name(self.settings)
+        return None if isinstance(self.settings, DenseReduction) else public_name(self.settings)
 
-    def progress(self) -> tuple[float, ...]:
+    def progress_values(self) -> tuple[float, ...]:
         """Numbers that are equal on ranks that may go on together."""
         return ()
 
@@ -256,11 +257,11 @@ class Reducer(abc.ABC):
     def reset_per_rank_state(self) -> None:  # noqa: B027
         """Start what this rank keeps between steps anew."""
 
-    def fingerprint(self) -> Fingerprint:
+    def build_fingerprint(self) -> Fingerprint:
         """What must be the same on every rank."""
         lines = [f"{entry.name}{list(entry.parameter.shape)} {entry.parameter.dtype}"
                  for entry in self.entries]
-        return Fingerprint((*describe_settings(self.settings), f"half precision: {self.options.half}",
+        return Fingerprint((*describe_reduction(self.settings), f"half precision: {self.options.half}",
                             f"{self.passes} backward passes per step", *lines, *self.frozen_lines()))
 
     def shared_state(self) -> dict[str, Any]:
@@ -272,15 +273,15 @@ class Reducer(abc.ABC):
 
     # Under Horovod elastic
 
-    def hand_on(self) -> None:  # noqa: B027
+    def average_local_state(self) -> None:  # noqa: B027
         """Before ranks may leave: what each rank keeps alone becomes the mean over all; a collective."""
 
-    def committed(self) -> dict[str, Any]:
+    def elastic_state(self) -> dict[str, Any]:
         """What is needed to go on among any number of ranks; a collective."""
         return {**self.state_dict(), **self.shared_state()}
 
-    def take_back(self, committed: dict[str, Any], own: dict[str, Any] | None) -> None:
-        """Go on from what ``committed()`` gave, on however many ranks there are now.
+    def restore(self, committed: dict[str, Any], own: dict[str, Any] | None) -> None:
+        """Go on from what ``elastic_state()`` gave, on however many ranks there are now.
 
         Args:
             committed: the same commit on all ranks.
@@ -291,7 +292,7 @@ class Reducer(abc.ABC):
             self.load_state_dict(own)
         self.load_shared_state(committed)
 
-    def lost(self, ranks: int) -> None:  # noqa: B027
+    def on_ranks_lost(self, ranks: int) -> None:  # noqa: B027
         """So many ranks have left with what they kept alone."""
 
     def report(self) -> dict[str, Any]:

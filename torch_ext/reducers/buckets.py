@@ -13,28 +13,28 @@ from typing import Any
 
 import torch
 
-from hvd_ext import composition
-from hvd_ext.agreement import Fingerprint, disagreement
-from hvd_ext.buckets import (
+from hvd_ext.consistency.fingerprint import Fingerprint, mismatch_message
+from hvd_ext.consistency.wire import pack_row, unpack_rows
+from hvd_ext.reducers import registry
+from hvd_ext.reducers.buckets import (
     DEFAULT_BUCKET_BYTES,
     Bucket,
-    Kind,
-    Slot,
+    BucketKey,
+    TensorSlice,
     TensorSpec,
     plan_buckets,
     split_groups,
 )
-from hvd_ext.header import pack_row, unpack_rows
-from hvd_ext.options import Options
-from hvd_ext.torch.collectives import SHARED_ERRORS, Collectives, Handle, abandon
-from hvd_ext.torch.reducers.base import Entry, Reducer
-from hvd_ext.torch.reducers.layouts import Layouts
+from hvd_ext.reducers.options import ReductionOptions
+from hvd_ext.torch.collectives import COLLECTIVE_ERROR_EPOCH, Collectives, Handle, keep_alive_until_done
+from hvd_ext.torch.reducers.base import NamedParameter, Reducer
+from hvd_ext.torch.reducers.gradient_layouts import Layouts
 
 Started = Mapping[tuple[int, int], Any]
 """What ``start`` returned, by (number of the bucket, part of the step)."""
 
 
-class Asked:
+class PendingAgreement:
     """A few numbers of each rank and what it was given, on their way to all."""
 
     def __init__(self, collectives: Collectives, number: int, values: Sequence[float], name: str) -> None:
@@ -44,7 +44,7 @@ class Asked:
 
     def done(self) -> bool:
         """Whether ``read()`` would not wait."""
-        return self._handle is None or self._handle.done()
+        return self._handle is None or self._handle.is_done()
 
     def read(self) -> tuple[list[int], list[list[float]]]:
         """Every rank's fingerprint and numbers, by rank."""
@@ -54,7 +54,7 @@ class Asked:
             self._found = unpack_rows(handle.wait().numpy())
         return self._found
 
-    def under_way(self) -> list[Handle]:
+    def pending_handles(self) -> list[Handle]:
         """The collective, until it has been waited for."""
         return [] if self._handle is None else [self._handle]
 
@@ -68,61 +68,61 @@ class BucketReducer(Reducer):
     own: one, unless every micro-batch is.
     """
 
-    def __init__(self, collectives: Collectives, settings: Any, options: Options) -> None:
+    def __init__(self, collectives: Collectives, settings: Any, options: ReductionOptions) -> None:
         super().__init__(collectives, settings, options)
         self.prefix = options.prefix
         self.bucket_bytes = getattr(settings, "bucket_bytes", DEFAULT_BUCKET_BYTES)
         self.steps = 0
         self.buckets: list[Bucket] = []
         self.specs: list[TensorSpec] = []
-        self._place: dict[Entry, tuple[Bucket, Slot]] = {}
+        self._place: dict[NamedParameter, tuple[Bucket, TensorSlice]] = {}
         self._buffers: dict[tuple[int, int], torch.Tensor] = {}
-        self._filled: dict[tuple[int, int], set[Entry]] = {}
+        self._filled: dict[tuple[int, int], set[NamedParameter]] = {}
         self._started: dict[tuple[int, int], Any] = {}
         self._back: dict[int, Any] = {}  # by bucket: the second half of an exchange that has two
-        self._asked: Asked | None = None  # about the step under way
-        self._sparse: set[Entry] = set()
+        self._asked: PendingAgreement | None = None  # about the step under way
+        self._sparse: set[NamedParameter] = set()
         self._layouts = Layouts()
         self._devices: list[torch.device] = []
         self._fingerprint: tuple[tuple[Any, ...], Fingerprint] | None = None
 
     # What a subclass says
 
-    def kind(self, entry: Entry) -> Kind:
+    def bucket_key(self, entry: NamedParameter) -> BucketKey:
         """What the parameter shares with all others of its bucket."""
-        return Kind(str(entry.parameter.dtype), self._device_name(entry.parameter.device))
+        return BucketKey(str(entry.parameter.dtype), self._device_name(entry.parameter.device))
 
     def buffer_dtype(self, bucket: Bucket) -> torch.dtype:
         """The dtype of the bucket's flat buffer; the gradients' unless overridden."""
-        return self.parameter(bucket).dtype
+        return self.first_parameter(bucket).dtype
 
-    def fill(self, entry: Entry, bucket: Bucket, slot: Slot, part: int) -> None:
+    def write_to_bucket(self, entry: NamedParameter, bucket: Bucket, slot: TensorSlice, part: int) -> None:
         """Put the entry's gradient, or zeros, into its place in the flat buffer."""
-        target, gradient = slot.of(self.buffer(bucket, part)), self.dense(entry)
+        target, gradient = slot.slice_of(self.flat_buffer(bucket, part)), self.dense_gradient(entry)
         if gradient is None:
             target.zero_()
         else:
             target.view(gradient.shape).copy_(gradient)
 
     @abc.abstractmethod
-    def start(self, bucket: Bucket, part: int, flat: torch.Tensor) -> Any:
+    def start_exchange(self, bucket: Bucket, part: int, flat: torch.Tensor) -> Any:
         """Start the exchange of a bucket that is full; what it returns goes to ``complete``."""
 
     @abc.abstractmethod
-    def complete(self, started: Started) -> tuple[list[torch.Tensor], bool]:
+    def finish_exchange(self, started: Started) -> tuple[list[torch.Tensor], bool]:
         """The reduced flat buckets, the same on every rank, and whether the step may be taken."""
 
     # Planning
 
-    def build(self, entries: Sequence[Entry]) -> None:
+    def register_parameters(self, entries: Sequence[NamedParameter]) -> None:
         known = set(self.entries)
         added = [entry for entry in entries if entry not in known]
         base = len(self.entries)
         specs = [TensorSpec(entry.name, tuple(entry.parameter.shape),
-                            entry.parameter.element_size(), self.kind(entry)) for entry in added]
+                            entry.parameter.element_size(), self.bucket_key(entry)) for entry in added]
         groups = split_groups(self.options.groups, [entry.parameter for entry in added])
         for bucket in plan_buckets(specs, bucket_bytes=self.bucket_bytes, groups=groups):
-            slots = tuple(Slot(s.index + base, s.offset, s.numel) for s in bucket.slots)
+            slots = tuple(TensorSlice(s.index + base, s.offset, s.numel) for s in bucket.slots)
             placed = Bucket(len(self.buckets), slots, bucket.kind)
             self.buckets.append(placed)
             for slot in slots:
@@ -139,21 +139,21 @@ class BucketReducer(Reducer):
         number = known.index(device)
         return f"{device.type} {number}" if number else device.type
 
-    def parameter(self, bucket: Bucket) -> torch.nn.Parameter:
+    def first_parameter(self, bucket: Bucket) -> torch.nn.Parameter:
         """A parameter of the bucket: all have its dtype and device."""
         return self.entries[bucket.slots[0].index].parameter
 
-    def buffer(self, bucket: Bucket, part: int = 0) -> torch.Tensor:
+    def flat_buffer(self, bucket: Bucket, part: int = 0) -> torch.Tensor:
         """The flat memory that gradients are put into: (numel,)."""
         key = (bucket.index, part)
         if key not in self._buffers:
             self._buffers[key] = torch.empty(bucket.numel, dtype=self.buffer_dtype(bucket),
-                                             device=self.parameter(bucket).device)
+                                             device=self.first_parameter(bucket).device)
         return self._buffers[key]
 
     # During the backward pass
 
-    def gradient_ready(self, entry: Entry, passes_done: int, pass_number: int) -> None:
+    def gradient_ready(self, entry: NamedParameter, passes_done: int, pass_number: int) -> None:
         if self.parts > 1:
             part = pass_number - 1
         elif passes_done == self.passes:
@@ -163,16 +163,16 @@ class BucketReducer(Reducer):
         if entry not in self._place:
             return
         bucket, slot = self._place[entry]
-        self.fill(entry, bucket, slot, part)
+        self.write_to_bucket(entry, bucket, slot, part)
         filled = self._filled.setdefault((bucket.index, part), set())
         filled.add(entry)
         if len(filled) == len(bucket.slots):
-            self._start(bucket, part)
+            self._start_bucket(bucket, part)
 
-    def _start(self, bucket: Bucket, part: int) -> None:
-        self._started[bucket.index, part] = self.start(bucket, part, self.buffer(bucket, part))
+    def _start_bucket(self, bucket: Bucket, part: int) -> None:
+        self._started[bucket.index, part] = self.start_exchange(bucket, part, self.flat_buffer(bucket, part))
 
-    def start_all(self) -> None:
+    def start_remaining(self) -> None:
         """Start what the hooks did not: buckets with gradients missing, which count as zeros."""
         for bucket in self.buckets:
             for part in range(self.parts):
@@ -182,10 +182,10 @@ class BucketReducer(Reducer):
                 for slot in bucket.slots:
                     entry = self.entries[slot.index]
                     if entry not in self._filled.get(key, ()):
-                        self.fill(entry, bucket, slot, part)
-                self._start(bucket, part)
+                        self.write_to_bucket(entry, bucket, slot, part)
+                self._start_bucket(bucket, part)
 
-    def dense(self, entry: Entry) -> torch.Tensor | None:
+    def dense_gradient(self, entry: NamedParameter) -> torch.Tensor | None:
         """The entry's gradient as a dense tensor; None when there is none.
 
         Raises:
@@ -197,7 +197,7 @@ class BucketReducer(Reducer):
         if not self.options.sparse_as_dense:
             raise ValueError(
                 f"{entry.name} has a sparse gradient, which "
-                f"{composition.public_name(self.settings)} cannot take; pass sparse_as_dense=True "
+                f"{registry.public_name(self.settings)} cannot take; pass sparse_as_dense=True "
                 "to DistributedOptimizer, or make the layer's gradient dense"
             )
         self._sparse.add(entry)
@@ -207,25 +207,25 @@ class BucketReducer(Reducer):
 
     def after_agreement(self) -> None:
         if self.options.sparse_as_dense:
-            self._layouts.begin(self)
+            self._layouts.restart(self)
 
     def finish(self) -> bool:
-        self._sparse |= self._layouts.learn(self, f"{self.prefix}/layouts")
-        self.start_all()
-        reduced, good = self.complete(self._started)
+        self._sparse |= self._layouts.learn_sparse(self, f"{self.prefix}/layouts")
+        self.start_remaining()
+        reduced, good = self.finish_exchange(self._started)
         if good:
             for bucket, flat in zip(self.buckets, reduced, strict=True):
                 for slot in bucket.slots:
-                    self._give_back(self.entries[slot.index], slot.of(flat))
+                    self._give_back(self.entries[slot.index], slot.slice_of(flat))
         else:
             for entry in self.entries:  # so that a GradScaler sees it and backs off
                 if entry not in self.frozen:
                     entry.parameter.grad = torch.full_like(entry.parameter, math.nan)
         self._started.clear()  # all of it has been waited for
-        self.forget()
+        self.abort_step()
         return good
 
-    def _give_back(self, entry: Entry, piece: torch.Tensor) -> None:
+    def _give_back(self, entry: NamedParameter, piece: torch.Tensor) -> None:
         """Copy a piece of a flat bucket into the entry's gradient."""
         parameter, reduced = entry.parameter, piece.view(entry.parameter.shape)
         if entry in self.frozen:
@@ -239,21 +239,22 @@ class BucketReducer(Reducer):
 
     # Agreement of the ranks
 
-    def fingerprint(self) -> Fingerprint:
+    def build_fingerprint(self) -> Fingerprint:
         """What must be the same on every rank."""
         key = (len(self.specs), self.passes, frozenset(self.frozen))
         if self._fingerprint is None or self._fingerprint[0] != key:
-            lines = [*composition.describe_settings(self.settings)]
+            lines = [*registry.describe_reduction(self.settings)]
             lines += [f"half precision: {self.options.half}",
                       f"{self.passes} backward passes per step", *map(str, self.specs), *self.frozen_lines()]
             self._fingerprint = key, Fingerprint(tuple(lines))
         return self._fingerprint[1]
 
-    def ask(self, values: Sequence[float]) -> None:
+    def start_agreement(self, values: Sequence[float]) -> None:
         """Start to exchange a few numbers per rank, once a step; ``answers`` waits for them."""
-        self._asked = Asked(self.collectives, self.fingerprint().number, values, f"{self.prefix}/agree")
+        self._asked = PendingAgreement(self.collectives, self.build_fingerprint().number, values,
+                                       f"{self.prefix}/agree")
 
-    def answers(self) -> list[list[float]]:
+    def finish_agreement(self) -> list[list[float]]:
         """Every rank's numbers, by rank.
 
         Raises:
@@ -262,39 +263,39 @@ class BucketReducer(Reducer):
         assert self._asked is not None
         numbers, rows = self._asked.read()
         if any(number != numbers[0] for number in numbers):
-            raise self.disagree(disagreement(
+            raise self.collective_error(mismatch_message(
                 "the ranks do not train the same parameters in the same way",
-                self.collectives.allgather_object(self.fingerprint().lines,
+                self.collectives.allgather_object(self.build_fingerprint().lines,
                                                   f"{self.settings.label}/disagreement"),
                 "Build the same model and optimizer on every rank"))
         return rows
 
     def agree(self, values: Sequence[float]) -> list[list[float]]:
         """Exchange a few numbers per rank: ``ask``, and wait for the ``answers``."""
-        self.ask(values)
-        return self.answers()
+        self.start_agreement(values)
+        return self.finish_agreement()
 
-    def disagree(self, message: str) -> ValueError:
+    def collective_error(self, message: str) -> ValueError:
         """The error for what ``agree`` has shown; every rank must raise it."""
-        SHARED_ERRORS.append(message)
+        COLLECTIVE_ERROR_EPOCH.append(message)
         return ValueError(message)
 
-    def forget(self) -> None:
+    def abort_step(self) -> None:
         self._filled.clear()
         if self._started:  # what is under way may still write into its memory: it is not used again
-            abandon(self.under_way())
+            keep_alive_until_done(self.pending_handles())
             self._buffers = {}
         self._started.clear()
         self._back.clear()
         self._asked = None
 
-    def under_way(self) -> list[Handle]:
+    def pending_handles(self) -> list[Handle]:
         found = []
         first = [one for (index, _), one in self._started.items() if index not in self._back]
         for one in (*first, *self._back.values()):
             found += [part for part in (one if isinstance(one, tuple) else (one,))
                       if isinstance(part, Handle)]
-        return found + (self._asked.under_way() if self._asked else [])
+        return found + (self._asked.pending_handles() if self._asked else [])
 
     def bytes_held(self) -> int:
         """Bytes of flat buffers and of state between steps."""

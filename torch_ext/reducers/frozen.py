@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 import horovod.torch as horovod
 import torch
 
-from hvd_ext import meeting
-from hvd_ext.agreement import digest, disagreement
-from hvd_ext.buckets import Bucket, Slot, slice_sizes
-from hvd_ext.torch.collectives import SHARED_ERRORS, Handle
+from hvd_ext.consistency import checksum
+from hvd_ext.consistency.fingerprint import digest_parts, mismatch_message
+from hvd_ext.reducers.buckets import Bucket, TensorSlice, slice_sizes
+from hvd_ext.torch.collectives import COLLECTIVE_ERROR_EPOCH, Handle
 
 if TYPE_CHECKING:
     from hvd_ext.torch.reducers.base import Reducer
     from hvd_ext.torch.reducers.buckets import BucketReducer
 
 
-def frozen_slots(reducer: BucketReducer, bucket: Bucket) -> list[Slot]:
+def frozen_slots(reducer: BucketReducer, bucket: Bucket) -> list[TensorSlice]:
     """The places of a bucket's frozen parameters."""
     if not reducer.frozen:
         return []
@@ -32,7 +32,7 @@ def frozen_slices(reducer: BucketReducer, bucket: Bucket) -> list[slice]:
     return cut_slots(frozen_slots(reducer, bucket), low, high)
 
 
-def cut_slots(slots: list[Slot], low: int, high: int) -> list[slice]:
+def cut_slots(slots: list[TensorSlice], low: int, high: int) -> list[slice]:
     """What lies of ``slots`` between two places of a bucket, counted from the first of them."""
     cut = [(max(slot.offset, low), min(slot.offset + slot.numel, high)) for slot in slots]
     return [slice(begin - low, end - low) for begin, end in cut if begin < end]
@@ -51,7 +51,7 @@ def restore_frozen(reducer: BucketReducer, drafts: dict[int, torch.Tensor],
     return drafts
 
 
-def token(parameter: torch.Tensor) -> torch.Tensor:
+def frozen_token(parameter: torch.Tensor) -> torch.Tensor:
     """What travels under a frozen parameter's name in place of its gradient: one zero.
 
     It has one axis more than the gradient: where a rank trains the parameter, Horovod refuses both.
@@ -61,7 +61,7 @@ def token(parameter: torch.Tensor) -> torch.Tensor:
 
 def ask_frozen(reducer: Reducer, name: str) -> Handle:
     """Start to compare what is frozen on the ranks, where nothing else that they exchange would show it."""
-    total = torch.from_numpy(meeting.words(digest(reducer.frozen_lines())))
+    total = torch.from_numpy(checksum.encode_checksum(digest_parts(reducer.frozen_lines())))
     return reducer.collectives.allreduce_async_(total, name, op=horovod.Sum, kind="agreement")
 
 
@@ -71,8 +71,9 @@ def check_frozen(reducer: Reducer, asked: Handle) -> None:
     Raises:
         ValueError: on every rank, when they do not have the same parameters frozen.
     """
-    if not meeting.same(asked.wait().numpy()):
-        lines = reducer.collectives.allgather_object(reducer.frozen_lines(), meeting.DIFFER)
-        SHARED_ERRORS.append(disagreement("the ranks do not train the same parameters", lines,
-                                          "Set requires_grad alike on all ranks, before the same step"))
-        raise ValueError(SHARED_ERRORS[-1])
+    if not checksum.all_equal(asked.wait().numpy()):
+        lines = reducer.collectives.allgather_object(reducer.frozen_lines(), checksum.DIFFER)
+        COLLECTIVE_ERROR_EPOCH.append(mismatch_message(
+            "the ranks do not train the same parameters", lines,
+            "Set requires_grad alike on all ranks, before the same step"))
+        raise ValueError(COLLECTIVE_ERROR_EPOCH[-1])

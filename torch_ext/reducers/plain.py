@@ -9,16 +9,16 @@ import horovod.torch as horovod
 import torch
 from horovod.common.exceptions import HorovodInternalError
 
-from hvd_ext.agreement import Fingerprint
-from hvd_ext.buckets import split_groups
-from hvd_ext.options import Options, Plain
-from hvd_ext.scopes import SharedName
-from hvd_ext.torch.collectives import SHARED_ERRORS, Collectives, Handle, abandon
+from hvd_ext.consistency.fingerprint import Fingerprint
+from hvd_ext.consistency.scopes import SharedName
+from hvd_ext.reducers.buckets import split_groups
+from hvd_ext.reducers.options import DenseReduction, ReductionOptions
+from hvd_ext.torch.collectives import COLLECTIVE_ERROR_EPOCH, Collectives, Handle, keep_alive_until_done
 from hvd_ext.torch.mpi_ops import sparse_allreduce_async
-from hvd_ext.torch.reducers.base import Entry, Reducer
-from hvd_ext.torch.reducers.frozen import token
-from hvd_ext.torch.reducers.layouts import Layouts
-from hvd_ext.watch import WATCH
+from hvd_ext.torch.reducers.base import NamedParameter, Reducer
+from hvd_ext.torch.reducers.frozen import frozen_token
+from hvd_ext.torch.reducers.gradient_layouts import Layouts
+from hvd_ext.watchdog.watchdog import WATCH
 
 LAYOUTS = "hvd_ext/layouts"  # a collective's name
 
@@ -28,15 +28,15 @@ class PlainReducer(Reducer):
 
     STATE = ()
 
-    def __init__(self, collectives: Collectives, settings: Plain, options: Options) -> None:
+    def __init__(self, collectives: Collectives, settings: DenseReduction, options: ReductionOptions) -> None:
         super().__init__(collectives, settings, options)
         self._scale = settings.scale
-        self._group: dict[Entry, list[Entry]] = {}
-        self._ready: set[Entry] = set()
-        self._started: list[tuple[list[Entry], Any, list[Any]]] = []
-        self._sparse: set[Entry] = set()  # whose gradients have been sparse
+        self._group: dict[NamedParameter, list[NamedParameter]] = {}
+        self._ready: set[NamedParameter] = set()
+        self._started: list[tuple[list[NamedParameter], Any, list[Any]]] = []
+        self._sparse: set[NamedParameter] = set()  # whose gradients have been sparse
         self.layouts = Layouts()
-        self._names: dict[Entry, SharedName] = {}
+        self._names: dict[NamedParameter, SharedName] = {}
 
     untouched = True
     repeatable = True  # as Horovod does it
@@ -45,10 +45,10 @@ class PlainReducer(Reducer):
     def averages(self) -> bool:
         return bool(self.settings.op == horovod.Average)
 
-    def build(self, entries: Sequence[Entry]) -> None:
+    def register_parameters(self, entries: Sequence[NamedParameter]) -> None:
         """Parameters that join later make groups of their own: the others' may be on their way."""
         before, staying = set(self.entries), set(entries)
-        super().build(entries)
+        super().register_parameters(entries)
         scope = self.collectives.scope
         self._names = {one: SharedName(one.name) if scope is None else scope.keep_whole(one.name)
                        for one in entries}
@@ -60,47 +60,48 @@ class PlainReducer(Reducer):
                         for group in groups for number in group}
 
     def after_agreement(self) -> None:
-        self.layouts.begin(self)
+        self.layouts.restart(self)
         self._ask_layouts()
 
     def _ask_layouts(self) -> None:
         """Once all gradients are there, whichever optimizer's step comes first on the ranks."""
         if len(self._ready) == len(self.entries):
-            self.layouts.ask(self, LAYOUTS)
+            self.layouts.start_exchange(self, LAYOUTS)
 
-    def gradient_ready(self, entry: Entry, passes_done: int, pass_number: int) -> None:
+    def gradient_ready(self, entry: NamedParameter, passes_done: int, pass_number: int) -> None:
         if passes_done == self.passes:
-            self._take(entry)
+            self._take_gradient(entry)
             self._ask_layouts()
 
-    def _take(self, entry: Entry) -> None:
+    def _take_gradient(self, entry: NamedParameter) -> None:
         """Start the gradient's collective, or its group's once all of the group are there."""
         self._ready.add(entry)
-        gradient = self._gradient(entry)
+        gradient = self._gradient_to_send(entry)
         group = self._group.get(entry, [entry])
         if gradient is not None and gradient.is_sparse and not self.options.sparse_as_dense:
-            handle = sparse_allreduce_async(gradient, name=self._name(entry), op=self.settings.op,
+            handle = sparse_allreduce_async(gradient, name=self._collective_name(entry), op=self.settings.op,
                                             process_set=self.collectives.process_set)
             self._started.append(([entry], handle, []))
         elif entry not in self._group and gradient is not None and not gradient.is_sparse:
             sent, context = self.settings.compression.compress(gradient)
-            handle = self.collectives.allreduce_async_(sent, self._name(entry), op=self.settings.op,
+            handle = self.collectives.allreduce_async_(sent, self._collective_name(entry),
+                                                       op=self.settings.op,
                                                        **self._scale)
             self._started.append(([entry], handle, [context]))
         elif all(member in self._ready for member in group):
-            gradients = {one: self._gradient(one) for one in group}
-            self._start({one: gradient.to_dense() if gradient.is_sparse else gradient
-                         for one, gradient in gradients.items() if gradient is not None
-                         and (self.options.sparse_as_dense or not gradient.is_sparse)})
+            gradients = {one: self._gradient_to_send(one) for one in group}
+            self._start_bucket({one: gradient.to_dense() if gradient.is_sparse else gradient
+                                for one, gradient in gradients.items() if gradient is not None
+                                and (self.options.sparse_as_dense or not gradient.is_sparse)})
 
-    def _gradient(self, entry: Entry) -> torch.Tensor | None:
+    def _gradient_to_send(self, entry: NamedParameter) -> torch.Tensor | None:
         """What travels for an entry; None where nothing does: on one rank, for what has no gradient."""
         parameter = entry.parameter
         if self.collectives.size == 1 and not self.options.half:
             return None
         if parameter.grad is None and self.collectives.size > 1:
             if entry in self.frozen:
-                return token(parameter)
+                return frozen_token(parameter)
             zeros = torch.zeros_like(parameter)
             sparse = entry in self._sparse or self.options.sparse_only
             parameter.grad = zeros.to_sparse(1) if sparse else zeros
@@ -108,7 +109,7 @@ class PlainReducer(Reducer):
             self._sparse.add(entry)
         return parameter.grad
 
-    def _start(self, gradients: dict[Entry, torch.Tensor]) -> None:
+    def _start_bucket(self, gradients: dict[NamedParameter, torch.Tensor]) -> None:
         if not gradients:
             return
         group = list(gradients)
@@ -118,32 +119,32 @@ class PlainReducer(Reducer):
             together.setdefault((tensor.dtype, tensor.device), []).append(number)
         for numbers in together.values():
             handle = self.collectives.grouped_allreduce_async_(
-                [sent[number] for number in numbers], self._name(group[numbers[0]]),
+                [sent[number] for number in numbers], self._collective_name(group[numbers[0]]),
                 op=self.settings.op, **self._scale)
             self._started.append(([group[number] for number in numbers], handle,
                                   [contexts[number] for number in numbers]))
 
-    def start_all(self) -> None:
+    def start_remaining(self) -> None:
         for entry in self.entries:
             if entry not in self._ready:
-                self._take(entry)
+                self._take_gradient(entry)
 
     def finish(self) -> bool:
         if self.entries:
-            self._sparse |= self.layouts.learn(self, LAYOUTS)
-        self.start_all()
+            self._sparse |= self.layouts.learn_sparse(self, LAYOUTS)
+        self.start_remaining()
         for group, handle, contexts in self._started:
             if not contexts:
                 gradient = group[0].parameter.grad
-                WATCH.begin(group[0].name)
+                WATCH.start_wait(group[0].name)
                 try:
                     reduced = handle()
                 finally:
-                    WATCH.end()
+                    WATCH.end_wait()
                 reduced = reduced if reduced.is_sparse else reduced.to_sparse()
                 gradient.zero_().add_(reduced)
                 continue
-            for entry, reduced, context in zip(group, self._wait(group, handle), contexts, strict=True):
+            for entry, reduced, context in zip(group, self._wait_group(group, handle), contexts, strict=True):
                 if entry in self.frozen:
                     continue
                 dense = self.settings.compression.decompress(reduced, context)
@@ -154,33 +155,33 @@ class PlainReducer(Reducer):
         self._started, self._ready = [], set()
         return True
 
-    def _wait(self, group: list[Entry], handle: Handle) -> list[torch.Tensor]:
+    def _wait_group(self, group: list[NamedParameter], handle: Handle) -> list[torch.Tensor]:
         try:
             return handle.wait_all()
         except HorovodInternalError as error:
             if "Mismatched" not in str(error):
                 raise
-            SHARED_ERRORS.append(
+            COLLECTIVE_ERROR_EPOCH.append(
                 f"{', '.join(entry.name for entry in group[:4])}: trained on some ranks and frozen on "
                 "others, or of another shape or dtype there; set requires_grad alike on all ranks, before "
                 "the same step")
-            raise ValueError(SHARED_ERRORS[-1]) from error
+            raise ValueError(COLLECTIVE_ERROR_EPOCH[-1]) from error
 
-    def under_way(self) -> list[Handle]:
+    def pending_handles(self) -> list[Handle]:
         started = [handle for _, handle, _ in self._started if isinstance(handle, Handle)]
-        return started + self.layouts.under_way()
+        return started + self.layouts.pending_handles()
 
-    def forget(self) -> None:
-        abandon(self.under_way())
+    def abort_step(self) -> None:
+        keep_alive_until_done(self.pending_handles())
         self._started = []
         self._ready = set()
-        self.layouts.forget()
+        self.layouts.abort_step()
 
-    def _name(self, entry: Entry) -> str:
+    def _collective_name(self, entry: NamedParameter) -> str:
         """The name of the entry's collective: another one after an error, whose messages may lie about."""
-        after = f".after{len(SHARED_ERRORS)}" if SHARED_ERRORS else ""
+        after = f".after{len(COLLECTIVE_ERROR_EPOCH)}" if COLLECTIVE_ERROR_EPOCH else ""
         return SharedName(self._names[entry] + after)
 
-    def fingerprint(self) -> Fingerprint:
+    def build_fingerprint(self) -> Fingerprint:
         others = [f"{one.name} travels as {name}" for one, name in self._names.items() if name != one.name]
-        return Fingerprint((*super().fingerprint().lines, *others))
+        return Fingerprint((*super().build_fingerprint().lines, *others))

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from hvd_ext.buckets import Bucket
-from hvd_ext.options import Options
-from hvd_ext.powersgd import Matrix, PowerSGD, first_q, matrices, sizes
+from hvd_ext.reducers.buckets import Bucket
+from hvd_ext.reducers.options import ReductionOptions
+from hvd_ext.reducers.powersgd import Matrix, PowerSGD, factor_sizes, first_q, plan_matrices
 from hvd_ext.state import Part
+from hvd_ext.torch.async_d2h import AsyncHostCopy
 from hvd_ext.torch.collectives import Collectives, Handle
-from hvd_ext.torch.host_copies import HostCopy
-from hvd_ext.torch.reducers import powersgd_kernels as kernels
-from hvd_ext.torch.reducers.feedback import FeedbackReducer
+from hvd_ext.torch.reducers.error_feedback import FeedbackReducer
+from hvd_ext.torch.reducers.kernels import powersgd as kernels
 
 
 class PowerSGDReducer(FeedbackReducer):
@@ -28,57 +28,58 @@ class PowerSGDReducer(FeedbackReducer):
 
     settings: PowerSGD
 
-    def __init__(self, collectives: Collectives, settings: PowerSGD, options: Options) -> None:
+    def __init__(self, collectives: Collectives, settings: PowerSGD, options: ReductionOptions) -> None:
         super().__init__(collectives, settings, options)
         self.q: dict[int, torch.Tensor] = {}
         self._next_q: dict[int, torch.Tensor] = {}  # of a step that is reduced and not taken
         self._free_q: dict[int, torch.Tensor] = {}  # memory for it
-        self._any: dict[int, HostCopy] = {}  # whether Q has anything but zeros, asked after a step
+        self._any: dict[int, AsyncHostCopy] = {}  # whether Q has anything but zeros, asked after a step
 
-    def _matrices(self, bucket: Bucket) -> list[Matrix]:
-        return matrices(bucket, self.specs, self.settings.rank)
+    def _bucket_matrices(self, bucket: Bucket) -> list[Matrix]:
+        return plan_matrices(bucket, self.specs, self.settings.rank)
 
-    def _q(self, bucket: Bucket, like: torch.Tensor) -> torch.Tensor:
+    def _previous_q(self, bucket: Bucket, like: torch.Tensor) -> torch.Tensor:
         """All Q of the bucket that this step begins with, flat."""
-        step = 0 if self.settings.warm_start else self.attempts
+        step = 0 if self.settings.warm_start else self.step_index
         kept, asked = self.q.get(bucket.index), self._any.get(bucket.index)
         if kept is None or not self.settings.warm_start or not bool(asked.read() if asked else kept.any()):
             self._any.pop(bucket.index, None)
-            drawn = first_q(self._matrices(bucket), (self.settings.seed, bucket.index, step))
+            drawn = first_q(self._bucket_matrices(bucket), (self.settings.seed, bucket.index, step))
             self.q[bucket.index] = torch.from_numpy(drawn).to(like)
         return self.q[bucket.index]
 
-    def send(self, bucket: Bucket, total: torch.Tensor, finite: bool) -> Handle | torch.Tensor:
+    def compress(self, bucket: Bucket, total: torch.Tensor, finite: bool) -> Handle | torch.Tensor:
         """``P = D Q``, and its mean over the ranks."""
-        p = kernels.left_factors(total, self._q(bucket, total), self._matrices(bucket))
+        p = kernels.left_factors(total, self._previous_q(bucket, total), self._bucket_matrices(bucket))
         # g + e may overflow where neither does.
-        if not (self.finite(p) and finite):
+        if not (self.all_finite(p) and finite):
             p.zero_()
-        return self._mean(p, bucket, "p")
+        return self._start_mean(p, bucket, "p")
 
-    def means(self, received: Sequence[tuple[Bucket, torch.Tensor]]) -> list[torch.Tensor]:
+    def decompress(self, received: Sequence[tuple[Bucket, torch.Tensor]]) -> list[torch.Tensor]:
         """``Q = D^T P`` and its mean over the ranks; then ``P Q^T``, the same on every rank."""
         sent = []
         for bucket, p in received:
-            found = self._matrices(bucket)
-            kernels.orthogonalize(p, found)
+            found = self._bucket_matrices(bucket)
+            kernels.orthogonalize_columns(p, found)
             memory = self._free_q.pop(bucket.index, None)
-            q = kernels.right_factors(self.buffer(bucket), p, found, torch.empty_like(self.q[bucket.index])
+            q = kernels.right_factors(self.flat_buffer(bucket), p, found,
+                                      torch.empty_like(self.q[bucket.index])
                                       if memory is None else memory)
-            sent.append(self._mean(q, bucket, "q"))
+            sent.append(self._start_mean(q, bucket, "q"))
         result = []
         for (bucket, p), handle in zip(received, sent, strict=True):
             q = handle.wait() if isinstance(handle, Handle) else handle
             self._next_q[bucket.index] = q
-            left, mean = self.swap(bucket)
-            kernels.expand(p, q, self._matrices(bucket), left, mean)
-            for one in self._matrices(bucket):  # D = 0 has left Q = 0
+            left, mean = self.swap_buffers(bucket)
+            kernels.expand_factors(p, q, self._bucket_matrices(bucket), left, mean)
+            for one in self._bucket_matrices(bucket):  # D = 0 has left Q = 0
                 if self.entries[one.slot.index] in self.frozen:
-                    one.q.of(q).copy_(one.q.of(self.q[bucket.index]))
+                    one.q.slice_of(q).copy_(one.q.slice_of(self.q[bucket.index]))
             result.append(mean)
         return result
 
-    def _mean(self, factors: torch.Tensor, bucket: Bucket, which: str) -> Handle | torch.Tensor:
+    def _start_mean(self, factors: torch.Tensor, bucket: Bucket, which: str) -> Handle | torch.Tensor:
         if self.collectives.size == 1:
             return factors
         return self.collectives.allreduce_async_(
@@ -87,7 +88,7 @@ class PowerSGDReducer(FeedbackReducer):
     def commit(self) -> None:
         for index, q in self._next_q.items():
             self._free_q[index], self.q[index] = self.q[index], q
-            self._any[index] = HostCopy(q.any())
+            self._any[index] = AsyncHostCopy(q.any())
         self._next_q = {}
         super().commit()
 
@@ -112,7 +113,7 @@ class PowerSGDReducer(FeedbackReducer):
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
         super().check_state_dict(state)
-        expected = {bucket.index: sizes(self._matrices(bucket))[1] for bucket in self.buckets
+        expected = {bucket.index: factor_sizes(self._bucket_matrices(bucket))[1] for bucket in self.buckets
                     if bucket.kind.route == self.settings.label}
         if any(q.numel() != expected.get(index) for index, q in state.get("q", {}).items()):
             raise ValueError("the checkpoint's PowerSGD factors do not fit this model; use the model, "
@@ -126,7 +127,7 @@ class PowerSGDReducer(FeedbackReducer):
     def _load_q(self, factors: dict[int, torch.Tensor]) -> None:
         self._any.clear()
         for index, q in factors.items():
-            buffer = self.buffer(self.buckets[index])
+            buffer = self.flat_buffer(self.buckets[index])
             self.q[index] = q.to(device=buffer.device, dtype=buffer.dtype, copy=True)
 
     def reset_per_rank_state(self) -> None:
@@ -134,10 +135,10 @@ class PowerSGDReducer(FeedbackReducer):
         self.q = {}
         self._any.clear()
 
-    def figures(self) -> dict[str, Any]:
+    def step_metrics(self) -> dict[str, Any]:
         numbers = sum(one.p.numel + one.q.numel for bucket in self.buckets
-                      if bucket.kind.route == self.settings.label for one in self._matrices(bucket))
-        compressed = self.elements(compressed=True)
+                      if bucket.kind.route == self.settings.label for one in self._bucket_matrices(bucket))
+        compressed = self.count_elements(compressed=True)
         return {"sent_fraction": numbers / compressed if compressed else 1.0}
 
     def bytes_held(self) -> int:

@@ -13,15 +13,15 @@ from typing import Any
 import horovod.torch as horovod
 import torch
 
-from hvd_ext.agreement import Fingerprint
-from hvd_ext.options import Options, Plain
-from hvd_ext.servers import Message, Piece
-from hvd_ext.torch.collectives import Collectives, Handle, abandon
-from hvd_ext.torch.pieces import flattened, put_back
-from hvd_ext.torch.reducers.base import Entry, Reducer
-from hvd_ext.torch.reducers.delay_kernels import accumulation_dtype
+from hvd_ext.consistency.fingerprint import Fingerprint
+from hvd_ext.reducers.options import DenseReduction, ReductionOptions
+from hvd_ext.sharding import Shard, ShardedBucket
+from hvd_ext.torch.collectives import Collectives, Handle, keep_alive_until_done
+from hvd_ext.torch.reducers.base import NamedParameter, Reducer
 from hvd_ext.torch.reducers.frozen import ask_frozen, check_frozen
+from hvd_ext.torch.reducers.kernels.delay_compensation import accumulation_dtype
 from hvd_ext.torch.reducers.plain import PlainReducer
+from hvd_ext.torch.sharding.shards import flatten_view, put_back
 
 
 class ShardedReducer(Reducer):
@@ -32,27 +32,28 @@ class ShardedReducer(Reducer):
     the rest is this rank's own; after the update such a gradient is None.
 
     Args:
-        server: the ``UpdateServer`` that says who owns what.
+        server: the ``ShardedUpdater`` that says who owns what.
     """
 
-    settings: Plain
+    settings: DenseReduction
     STATE = ()
     saved_as = "PlainReducer"  # in checkpoints: it keeps nothing, and may take that one's place
 
-    def __init__(self, collectives: Collectives, settings: Plain, options: Options, server: Any) -> None:
+    def __init__(self, collectives: Collectives, settings: DenseReduction, options: ReductionOptions,
+                 server: Any) -> None:
         super().__init__(collectives, settings, options)
         self.server = server
-        self._sparse: set[Entry] = set()
+        self._sparse: set[NamedParameter] = set()
         self._plain = PlainReducer(collectives, settings, options)
         self._forget_plan()
 
     def _forget_plan(self) -> None:
-        self._messages: dict[int, Message] = {}
-        self._home: dict[Entry, int] = {}  # the number of the message that an entry travels in
-        self._pieces: dict[Entry, list[Piece]] = {}
-        self._members: dict[int, set[Entry]] = {}
+        self._messages: dict[int, ShardedBucket] = {}
+        self._home: dict[NamedParameter, int] = {}  # the number of the message that an entry travels in
+        self._pieces: dict[NamedParameter, list[Shard]] = {}
+        self._members: dict[int, set[NamedParameter]] = {}
         self._names: dict[int, str] = {}
-        self._filled: dict[int, set[Entry]] = {}
+        self._filled: dict[int, set[NamedParameter]] = {}
         self._started: dict[int, Handle] = {}
         self._buffers: dict[int, torch.Tensor] = {}
         self._received: dict[int, torch.Tensor] = {}
@@ -69,17 +70,17 @@ class ShardedReducer(Reducer):
 
     # Planning
 
-    def build(self, entries: Sequence[Entry]) -> None:
-        super().build(entries)
-        self._plain.build([entry for entry in entries if entry not in self._home])
+    def register_parameters(self, entries: Sequence[NamedParameter]) -> None:
+        super().register_parameters(entries)
+        self._plain.register_parameters([entry for entry in entries if entry not in self._home])
 
-    def _plan(self) -> None:
+    def _plan_dense(self) -> None:
         """Let parameters whose gradients turned out to be dense go to their owners from now on."""
         for entry in self._plain.entries:
             gradient = entry.parameter.grad
             if gradient is not None and gradient.is_sparse and not self.options.sparse_as_dense:
                 self._sparse.add(entry)
-        self.server.plan()
+        self.server.plan_owners()
         numbers = {id(parameter): number for number, parameter in enumerate(self.server.parameters)}
         unseen = self.frozen.intersection(self._plain.entries)
         dense = {numbers[id(entry.parameter)]: entry for entry in self.entries
@@ -87,7 +88,7 @@ class ShardedReducer(Reducer):
         left_out = set(range(len(numbers))) - dense.keys()
         self._forget_plan()
         for message in self.server.messages:
-            message = message.without(left_out)
+            message = message.without_tensors(left_out)
             for piece in message.pieces:
                 entry = dense[piece.index]
                 self._messages[message.index] = message
@@ -97,9 +98,9 @@ class ShardedReducer(Reducer):
         for entry in self.entries:
             if entry in self._home:
                 self._names.setdefault(self._home[entry], entry.name)
-        self._plain.build([entry for entry in self.entries if entry not in self._home])
+        self._plain.register_parameters([entry for entry in self.entries if entry not in self._home])
 
-    def _unplanned(self) -> bool:
+    def _needs_plan(self) -> bool:
         """Whether a parameter can go to its owner from now on."""
         return not self.server.alone and any(entry not in self._sparse and entry not in self.frozen
                                              and entry.parameter.numel()
@@ -108,35 +109,36 @@ class ShardedReducer(Reducer):
     def after_agreement(self) -> None:
         self._plain.after_agreement()
 
-    def freeze(self, passes_done: Mapping[torch.Tensor, int]) -> None:
-        super().freeze(passes_done)
+    def find_frozen(self, passes_done: Mapping[torch.Tensor, int]) -> None:
+        super().find_frozen(passes_done)
         self._plain.frozen = self.frozen
 
     # During the backward pass
 
-    def gradient_ready(self, entry: Entry, passes_done: int, pass_number: int) -> None:
+    def gradient_ready(self, entry: NamedParameter, passes_done: int, pass_number: int) -> None:
         if entry not in self._home:
             self._plain.gradient_ready(entry, passes_done, pass_number)
         elif passes_done == self.passes:
-            self._fill(entry)
+            self._fill_messages(entry)
 
     @torch.no_grad()
-    def _fill(self, entry: Entry) -> None:
+    def _fill_messages(self, entry: NamedParameter) -> None:
         """Put a gradient, or zeros, into its messages, and send those that are full."""
         parameter = entry.parameter
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else _dense(parameter.grad)
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else _to_dense(parameter.grad)
         parameter.grad = None if entry in self.frozen else self._as_taken(gradient)
-        flat, index = flattened(gradient), self._home[entry]
+        flat, index = flatten_view(gradient), self._home[entry]
         for piece in self._pieces[entry]:
-            piece.of(self._buffer(index)).copy_(flat[piece.start : piece.stop])
+            piece.slice_of(self._message_buffer(index)).copy_(flat[piece.start : piece.stop])
         filled = self._filled.setdefault(index, set())
         filled.add(entry)
         if len(filled) == len(self._members[index]):
-            memory = self._received.setdefault(index, self._buffer(index).new_empty(0))
+            memory = self._received.setdefault(index, self._message_buffer(index).new_empty(0))
             self._started[index] = self.collectives.alltoall_async(
-                self._buffer(index), self._messages[index].splits, self._name(index, "owners"), out=memory)
+                self._message_buffer(index), self._messages[index].splits,
+                self._collective_name(index, "owners"), out=memory)
 
-    def _buffer(self, index: int) -> torch.Tensor:
+    def _message_buffer(self, index: int) -> torch.Tensor:
         """The message's flat memory, in the dtype that travels."""
         if index not in self._buffers:
             message = self._messages[index]
@@ -145,7 +147,7 @@ class ShardedReducer(Reducer):
             self._buffers[index] = torch.empty(message.numel, dtype=dtype, device=like.device)
         return self._buffers[index]
 
-    def _name(self, index: int, what: str) -> str:
+    def _collective_name(self, index: int, what: str) -> str:
         return f"sharded/{self._names[index]}/{what}"
 
     # At the end of the step
@@ -155,22 +157,22 @@ class ShardedReducer(Reducer):
         asked = ask_frozen(self, "sharded/frozen") if self._messages else None
         for entry, index in self._home.items():
             if entry not in self._filled.get(index, ()):
-                self._fill(entry)
+                self._fill_messages(entry)
         received = {index: self._started[index].wait() for index in self._messages}
         if asked is not None:
             check_frozen(self, asked)
         for index, message in self._messages.items():
-            own = self._sum(message, received[index])
-            self._put(index, own, [self.collectives.rank])
+            own = self._sum_received(message, received[index])
+            self._write_gradients(index, own, [self.collectives.rank])
         self._started, self._filled = {}, {}
         self._plain.finish()
         partial = bool(self._messages)
-        if self._unplanned():
-            self._plan()
+        if self._needs_plan():
+            self._plan_dense()
         self._partial = partial
         return True
 
-    def _sum(self, message: Message, received: torch.Tensor) -> torch.Tensor:
+    def _sum_received(self, message: ShardedBucket, received: torch.Tensor) -> torch.Tensor:
         """The reduced gradient of what this rank owns, (own,), added up in the order of the ranks."""
         rank, size = self.collectives.rank, self.collectives.size
         rows = received.view(size, message.splits[rank])
@@ -182,15 +184,15 @@ class ShardedReducer(Reducer):
             total.mul_(1.0 / size)
         return total.to(received.dtype)
 
-    def _put(self, index: int, flat: torch.Tensor, ranks: Sequence[int]) -> None:
+    def _write_gradients(self, index: int, flat: torch.Tensor, ranks: Sequence[int]) -> None:
         """Write what some ranks own, one after another in ``flat``, into the parameters' gradients."""
         at = 0
         for rank in ranks:
             for piece in self._messages[index].parts[rank]:
                 parameter = self.server.parameters[piece.index]
                 if parameter.grad is not None:  # it is of a frozen parameter
-                    gradient = _dense(parameter.grad)
-                    memory = flattened(gradient)
+                    gradient = _to_dense(parameter.grad)
+                    memory = flatten_view(gradient)
                     memory[piece.start : piece.stop] = flat[at : at + piece.numel]
                     put_back(gradient, memory)
                     parameter.grad = self._as_taken(gradient)
@@ -207,72 +209,72 @@ class ShardedReducer(Reducer):
             return
         started = {}
         for index, message in self._messages.items():
-            own = self._owned(message)
-            like = self._buffer(index)
+            own = self._owned_of(message)
+            like = self._message_buffer(index)
             flat = torch.cat(own).to(like.dtype) if own else like.new_empty(0)
-            started[index] = self.collectives.allgather_async(flat, self._name(index, "complete"),
+            started[index] = self.collectives.allgather_async(flat, self._collective_name(index, "complete"),
                                                               kind="gradients")
         for index, handle in started.items():
-            self._put(index, handle.wait(), range(self.collectives.size))
+            self._write_gradients(index, handle.wait(), range(self.collectives.size))
         self._partial = False
 
     @property
-    def partial(self) -> bool:
+    def owner_only(self) -> bool:
         """Whether this rank has the reduced gradients of what it owns only."""
         return self._partial
 
     def abandon(self) -> None:
-        self.updated()
+        self.on_weights_updated()
 
-    def updated(self) -> None:
+    def on_weights_updated(self) -> None:
         if self._partial:  # what is left is neither this rank's gradient nor the reduced one
             for entry in self._home:
                 entry.parameter.grad = None
             self._partial = False
 
-    def under_way(self) -> list[Handle]:
-        return [*self._started.values(), *self._plain.under_way()]
+    def pending_handles(self) -> list[Handle]:
+        return [*self._started.values(), *self._plain.pending_handles()]
 
-    def forget(self) -> None:
+    def abort_step(self) -> None:
         if self._started:
-            abandon(self._started.values())
+            keep_alive_until_done(self._started.values())
             self._started, self._buffers, self._received = {}, {}, {}
         self._filled = {}
         self._partial = False
-        self._plain.forget()
+        self._plain.abort_step()
 
     # The ranks, and figures
 
-    def fingerprint(self) -> Fingerprint:
+    def build_fingerprint(self) -> Fingerprint:
         cut = [f"message {m.index}: {m.splits}" for m in self.server.messages]
-        return Fingerprint((*super().fingerprint().lines, *cut))
+        return Fingerprint((*super().build_fingerprint().lines, *cut))
 
-    def owned(self) -> list[torch.Tensor]:
+    def owned_gradients(self) -> list[torch.Tensor]:
         """The reduced gradients of what this rank owns; those that all ranks have are rank 0's."""
-        mine = [one for message in self._messages.values() for one in self._owned(message)]
+        mine = [one for message in self._messages.values() for one in self._owned_of(message)]
         if self.collectives.rank == 0:
             everywhere = [entry.parameter.grad for entry in self.entries if entry not in self._home]
             mine += [gradient for gradient in everywhere if gradient is not None]
         return mine
 
-    def _owned(self, message: Message) -> list[torch.Tensor]:
+    def _owned_of(self, message: ShardedBucket) -> list[torch.Tensor]:
         """The reduced gradients of what this rank owns of a message; zeros of what is frozen."""
         pieces = message.parts[self.collectives.rank]
         parameters = [self.server.parameters[piece.index] for piece in pieces]
         return [p.new_zeros(piece.numel) if p.grad is None
-                else flattened(_dense(p.grad))[piece.start : piece.stop]
+                else flatten_view(_to_dense(p.grad))[piece.start : piece.stop]
                 for piece, p in zip(pieces, parameters, strict=True)]
 
     def load_shared_state(self, state: dict[str, Any]) -> None:
         """Owners may be others now, and a rank that joins has no plan: the next step goes the plain way."""
         self._sparse = set()
         self._forget_plan()
-        self._plain.build(self.entries)
+        self._plain.register_parameters(self.entries)
 
     def report(self) -> dict[str, Any]:
         held = sum(t.numel() * t.element_size() for t in (*self._buffers.values(), *self._received.values()))
         return {"sent_to_owners": len(self._home), "bytes_held": held}
 
 
-def _dense(gradient: torch.Tensor) -> torch.Tensor:
+def _to_dense(gradient: torch.Tensor) -> torch.Tensor:
     return gradient.to_dense() if gradient.is_sparse else gradient

@@ -15,17 +15,17 @@ import torch
 from torch import nn
 
 from hvd_ext.seng import CurvatureReport, Settings, takes_settings
-from hvd_ext.seng.coverage import Gap
-from hvd_ext.seng.notices import Notices
+from hvd_ext.seng.coverage_report import UncoveredParameters
+from hvd_ext.seng.once_warnings import OnceWarnings
 from hvd_ext.torch.collectives import Collectives
 from hvd_ext.torch.loss_scale import loss_scale
-from hvd_ext.torch.seng.capture import Capture, Trust
-from hvd_ext.torch.seng.eager import EagerPasses
-from hvd_ext.torch.seng.inventory import Layer, take_inventory
-from hvd_ext.torch.seng.joint import Joint
+from hvd_ext.torch.seng.batched_solve import BatchedSolver
+from hvd_ext.torch.seng.capture import Capture, RuleStatus
+from hvd_ext.torch.seng.force_eager import ForceEagerGuard
 from hvd_ext.torch.seng.kernels import all_finite
-from hvd_ext.torch.seng.packs import Frames
-from hvd_ext.torch.seng.parameters import Parameters
+from hvd_ext.torch.seng.layer_discovery import Layer, take_inventory
+from hvd_ext.torch.seng.packed_layers import PackLayoutCache
+from hvd_ext.torch.seng.parameter_cache import ParameterCache
 from hvd_ext.torch.seng.pending import Candidate, Pending, pending_state
 from hvd_ext.torch.seng.refresh import Refresh
 from hvd_ext.torch.seng.state import State
@@ -76,24 +76,24 @@ class SENG:
         self._attached = False
         self._ranks = 0
         self._step = Step(None, name, self.settings.uc)
-        self._notices = Notices(self.settings)
-        self._eager = EagerPasses()
-        self._parameters = Parameters(model)
-        self._frames = Frames()
-        self._joint: Joint | None = None
-        self._missing: list[Gap] = []
+        self._notices = OnceWarnings(self.settings)
+        self._eager = ForceEagerGuard()
+        self._parameters = ParameterCache(model)
+        self._frames = PackLayoutCache()
+        self._joint: BatchedSolver | None = None
+        self._missing: list[UncoveredParameters] = []
         self._trainable: list[bool] = []
         self._forget_step()
-        self._scan()
+        self._discover_layers()
         self.settings.check_sketch(
             layer.shape.n for layer in self.layers if not layer.plan.implicit)
-        self._arm()
+        self._install_hooks_if_due()
 
     # Set-up
 
-    def _scan(self) -> None:
+    def _discover_layers(self) -> None:
         """Find the layers; keep the curvature of those whose parameters are the same."""
-        trainable = [p.requires_grad for p in self._parameters.now()]
+        trainable = [p.requires_grad for p in self._parameters.current_parameters()]
         if self.layers and trainable == self._trainable:
             return
         before = {tuple(map(id, layer.parameters)): layer for layer in self.layers}
@@ -111,14 +111,14 @@ class SENG:
             if old is not None and old in self.state.systems:
                 kept[layer] = self.state.systems[old]
         if self.layers:
-            self.capture.stop()
+            self.capture.remove_hooks()
             self._drop_lagged()
-            self._frames, self._joint = Frames(), None
+            self._frames, self._joint = PackLayoutCache(), None
         self.layers, self._trainable, self.state.systems = inventory.layers, trainable, kept
         self.settings = inventory.settings
-        self._notices.memory(self.settings, [layer.plan for layer in self.layers],
-                             rank=horovod.rank() if horovod.is_initialized() else 0)
-        self._missing, self._trust = inventory.missing, Trust()
+        self._notices.print_memory(self.settings, [layer.plan for layer in self.layers],
+                                   rank=horovod.rank() if horovod.is_initialized() else 0)
+        self._missing, self._trust = inventory.missing, RuleStatus()
         self.capture = Capture(self.model, self.layers, self.settings, lambda: loss_scale(self._scaler),
                                self._frames)
         self._refresh: Refresh | None = None
@@ -130,15 +130,15 @@ class SENG:
     def load_shared_state(self, state: dict[str, int]) -> None:
         """Take over another rank's counters; the curvature is taken anew at the next step."""
         self.state.step, self.state.skipped, self.state.due = state["step"], state["skipped"], True
-        self._arm()
+        self._install_hooks_if_due()
 
-    def attach(self, collectives: Collectives | None, optimizer: Any = None) -> None:
+    def attach_collectives(self, collectives: Collectives | None, optimizer: Any = None) -> None:
         """Use these collectives from now on. Called again when the number of ranks has changed:
         what depends on it is dropped then and the curvature taken anew at the next step."""
         self._attached = True
-        self._use(collectives)
+        self._set_collectives(collectives)
 
-    def _use(self, collectives: Collectives | None) -> None:
+    def _set_collectives(self, collectives: Collectives | None) -> None:
         ranks = 1 if collectives is None else collectives.size
         self._collectives = collectives if ranks > 1 else None
         self._step.collectives = self._collectives
@@ -146,14 +146,14 @@ class SENG:
         if self._ranks not in (0, ranks):
             self.state.lagged, self.state.systems, self.state.due = Lagged(), {}, True
             self._forget_step()
-            self._arm()
+            self._install_hooks_if_due()
         self._ranks = ranks
 
     def _find_ranks(self) -> None:
         if horovod.is_initialized() and horovod.size() > 1:
-            self._use(self._collectives or Collectives())
+            self._set_collectives(self._collectives or Collectives())
         else:
-            self._use(None)
+            self._set_collectives(None)
 
     def set_grad_scaler(self, scaler: Any) -> None:
         """The ``torch.amp.GradScaler`` the loss is scaled with; None for none."""
@@ -161,8 +161,8 @@ class SENG:
 
     def close(self) -> None:
         """Remove all hooks and wait for what is under way. The object is of no use afterwards."""
-        self.capture.stop()
-        self._eager.release()
+        self.capture.remove_hooks()
+        self._eager.allow_compiled()
         self._drop_lagged()
 
     # The step
@@ -171,34 +171,34 @@ class SENG:
         """After the backward pass, before the gradients' reduction is waited for: take what was
         captured on a refresh step. Nothing counts before ``precondition()`` sees the gradient."""
         self._prepared = True
-        self._discard()  # one that is still there belongs to a step that was not taken
+        self._discard_captured()  # one that is still there belongs to a step that was not taken
         state = self.state
         if self._checked and not state.due:
             return
-        refresh = self._refresher()
+        refresh = self._make_refresh()
         if not self._checked:
-            self._check(refresh)
+            self._check_progress(refresh)
         if not state.due:
             return
         lam = self.settings.damping_at(state.step)
-        refreshed = refresh.run(self.capture.collect(), self._trust.refused, self.capture.by_rows(),
-                                state.step, lam)
+        refreshed = refresh.refresh_curvature(self.capture.collect_captured(), self._trust.refused,
+                                              self.capture.by_rows(), state.step, lam)
         lagged = None
         if state.lagged.previous and refreshed.step == state.step:
             # SENG eq. 27 with this step's U and the last gradient, beside the gradients.
             lagged = state.lagged.with_curvature({**state.systems, **refreshed.systems},
-                                                 self._frames.join, self._step, lam)
+                                                 self._frames.group_systems, self._step, lam)
         self._candidate = Candidate(refreshed, lagged)
 
-    def _refresher(self) -> Refresh:
+    def _make_refresh(self) -> Refresh:
         if self._refresh is None:
             self._refresh = Refresh(self.layers, self.settings, self._collectives, self.name,
-                                    self._frames.join)
+                                    self._frames.group_systems)
         return self._refresh
 
-    def _check(self, refresh: Refresh) -> None:
+    def _check_progress(self, refresh: Refresh) -> None:
         """See that all ranks have the same state before they rely on it."""
-        kept = [layer.name for layer in self.state.systems] + self.state.lagged.names()
+        kept = [layer.name for layer in self.state.systems] + self.state.lagged.part_names()
         if not refresh.same_state(self.state.step, self.state.due, kept):
             self._drop_lagged()
             self.state.systems = {}
@@ -214,7 +214,7 @@ class SENG:
         Raises:
             RuntimeError: no parameter has a gradient.
         """
-        parameters = self._parameters.now()
+        parameters = self._parameters.current_parameters()
         held = [p.grad for p in parameters if p.grad is not None]
         if not held:
             raise RuntimeError("SENG.step() found no gradient; call loss.backward() before it, and "
@@ -225,12 +225,12 @@ class SENG:
             self.before_reduce()
         self._prepared = False
         if not all_finite(held):
-            self._skip()
+            self._skip_step()
             return
         self._drop_pending()
         self._pending = self._with_refresh()
         state = self._pending.state
-        self._direct(parameters, state)
+        self._compute_directions(parameters, state)
         state.step += 1
         state.due = state.due or state.step % self.settings.update_freq == 0
 
@@ -239,53 +239,53 @@ class SENG:
         pending, self._pending = self._pending, None
         if pending is not None:
             self.state, self._trust = pending.state, pending.trust
-            self._arm()
+            self._install_hooks_if_due()
 
     def abandon(self) -> None:
         """The step is not taken: keep nothing of it; on all ranks alike."""
         self._drop_pending()
-        self._discard()
+        self._discard_captured()
         self._prepared = False
         if self.state.due:
-            self.capture.start(self.state.step, self._trust)
+            self.capture.install_hooks(self.state.step, self._trust)
 
     def _drop_pending(self) -> None:
         """Drop what ``precondition()`` left pending; its messages must have been received before."""
         pending, self._pending = self._pending, None
         if pending is not None and pending.state.lagged is not self.state.lagged:
-            pending.state.lagged.finish(self._step)
+            pending.state.lagged.wait_messages(self._step)
 
-    def _direct(self, parameters: Sequence[torch.nn.Parameter], state: State) -> None:
+    def _compute_directions(self, parameters: Sequence[torch.nn.Parameter], state: State) -> None:
         """Gradients into directions: by the layers' curvature, by ``other`` without one."""
         settings = self.settings
         lam = settings.damping_at(state.step)
-        if settings.redraw == "step":
-            state.systems = self._refresher().redraw(state.systems, state.step, lam)
+        if settings.resample == "step":
+            state.systems = self._make_refresh().resample_rows(state.systems, state.step, lam)
         lagging = settings.coupling == "lagged"
         stale = [layer for layer, system in state.systems.items()
-                 if settings.stale == "bound" and system.step != state.step]
+                 if settings.stale_curvature == "rescale" and system.step != state.step]
         # p is linear in g: only what is kept from step to step, or compared, must have the same scale.
         scale = loss_scale(self._scaler) if self._attached and (lagging or stale) else 1.0
         joint = self._joint
         if joint is None or not joint.is_of(state.systems):
-            joint = self._joint = self._frames.join(state.systems)
-        joint.hold(1.0 / scale)
-        before = joint.copies() if stale else {}
+            joint = self._joint = self._frames.group_systems(state.systems)
+        joint.load_gradients(1.0 / scale)
+        before = joint.copy_gradients() if stale else {}
         if lagging:
             refresh_next = state.due or (state.step + 1) % settings.update_freq == 0
             lam_next = None if refresh_next else settings.damping_at(state.step + 1)
             state.lagged = self._step.lagged_directions(joint, lam, state.lagged, lam_next)
         else:
-            self._step.directions(joint, lam)
+            self._step.compute_directions(joint, lam)
         if stale:
-            joint.bound(before, stale)
-        divisor = settings.other_divisor(lam)
+            joint.rescale_stale(before, stale)
+        divisor = settings.fallback_divisor(lam)
         if divisor != 1.0:
             done = {id(p) for layer in joint.systems for p in layer.parameters}
             for parameter in parameters:
                 if parameter.grad is not None and id(parameter) not in done:
                     parameter.grad.div_(divisor)
-        joint.write_back(scale)
+        joint.store_directions(scale)
 
     def step(self) -> None:
         """The same without a distributed optimizer, after the backward pass: every ``.grad``,
@@ -297,7 +297,7 @@ class SENG:
         """
         if not self._attached:
             self._find_ranks()
-        if any(p.grad is not None for p in self._parameters.now()):
+        if any(p.grad is not None for p in self._parameters.current_parameters()):
             self.before_reduce()
         self.precondition()
         self.commit()
@@ -307,7 +307,7 @@ class SENG:
         self.state.due = True
         if self._pending is not None:
             self._pending.state.due = True
-        self._arm()
+        self._install_hooks_if_due()
 
     def _with_refresh(self) -> Pending:
         """The state with a refresh's curvature in place, if there is one; warns about what failed."""
@@ -316,30 +316,30 @@ class SENG:
         if candidate is not None:
             new = candidate.refreshed
             self._joint = new.joint
-            self._notices.refused({layer.name: reason for layer, reason in fresh.items()})
+            self._notices.warn_refused({layer.name: reason for layer, reason in fresh.items()})
             self._notices.by_rows([layer.name for layer in new.by_rows], self.capture.samples.trouble)
-            self._notices.failed({layer.name: reason for layer, reason in new.failures.items()},
-                                 {layer.name for layer in pending.state.systems})
+            self._notices.warn_failed({layer.name: reason for layer, reason in new.failures.items()},
+                                      {layer.name for layer in pending.state.systems})
         return pending
 
-    def _skip(self) -> None:
+    def _skip_step(self) -> None:
         """Leave a gradient that is not finite alone, and all that would have followed from it."""
         self.state.skipped += 1
-        self._discard()
-        if not all_finite(self._parameters.now()):
-            self._notices.diverged(self.state.step, self.settings.damping_at(self.state.step))
+        self._discard_captured()
+        if not all_finite(self._parameters.current_parameters()):
+            self._notices.warn_diverged(self.state.step, self.settings.damping_at(self.state.step))
         if self.state.due:
-            self.capture.start(self.state.step, self._trust)
+            self.capture.install_hooks(self.state.step, self._trust)
 
-    def _discard(self) -> None:
+    def _discard_captured(self) -> None:
         if self._candidate is not None and self._candidate.lagged is not None:
-            self._candidate.lagged.finish(self._step)
+            self._candidate.lagged.wait_messages(self._step)
         self._candidate = None
 
     def _drop_lagged(self) -> None:
-        self.state.lagged.finish(self._step)
+        self.state.lagged.wait_messages(self._step)
         self.state.lagged = Lagged()
-        self._discard()
+        self._discard_captured()
 
     def _forget_step(self) -> None:
         """Nothing is under way, and the ranks have not compared their states yet."""
@@ -347,21 +347,21 @@ class SENG:
         self._pending: Pending | None = None
         self._prepared = self._checked = False
 
-    def _arm(self) -> None:
+    def _install_hooks_if_due(self) -> None:
         """Install the hooks when the coming step refreshes the curvature, remove them otherwise."""
         if self.state.due:
-            self._scan()
-            self.capture.start(self.state.step, self._trust)
-            self._eager.hold()
+            self._discover_layers()
+            self.capture.install_hooks(self.state.step, self._trust)
+            self._eager.force_eager()
         elif self.capture.active:
-            self.capture.stop()
-            self._eager.release()
+            self.capture.remove_hooks()
+            self._eager.allow_compiled()
 
     # State and figures
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state between two steps: curvature, lagged gradient, counters."""
-        self.state.lagged.finish(self._step)
+        self.state.lagged.wait_messages(self._step)
         return self.state.to_dict(self.settings, self.ranks())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -373,10 +373,10 @@ class SENG:
         loaded = self.check_state_dict(state)
         self.reset_state()
         self.state = loaded
-        self._arm()
+        self._install_hooks_if_due()
 
     def check_state_dict(self, state: dict[str, Any]) -> State:
-        self._scan()
+        self._discover_layers()
         return State.from_dict(state, self.layers, self.settings, self.ranks())
 
     def reset_state(self) -> None:
@@ -384,8 +384,8 @@ class SENG:
         self._drop_pending()
         self._drop_lagged()
         self._forget_step()
-        self.state, self._trust = State(), Trust()
-        self._arm()
+        self.state, self._trust = State(), RuleStatus()
+        self._install_hooks_if_due()
 
     def ranks(self) -> int:
         """M, the ranks that share the curvature."""

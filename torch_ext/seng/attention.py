@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hvd_ext.torch.seng.functions import listen_to
+from hvd_ext.torch.seng.functional_hooks import patch_function
 from hvd_ext.torch.seng.rules import Factors, PerSample, Pick, Registered, Rule, rule_for
 
 Arrange = Callable[[torch.Tensor], torch.Tensor]
@@ -28,18 +28,18 @@ def attention_rule(module: nn.MultiheadAttention) -> Registered:
     return SEPARATE
 
 
-def listen(module: nn.MultiheadAttention, tell: Tell) -> Callable[[], None]:
+def hook_projections(module: nn.MultiheadAttention, tell: Tell) -> Callable[[], None]:
     """Tell of every projection from here on until the function that is returned is called."""
     batch: list[int] = []  # N of (L, N, E), as the inner projections see it
 
     def listener(x: torch.Tensor, weight: torch.Tensor, _bias: torch.Tensor | None, z: torch.Tensor) -> None:
-        _match(module, x, weight, z, tell, batch)
+        _match_projection(module, x, weight, z, tell, batch)
 
-    return listen_to("linear", listener)
+    return patch_function("linear", listener)
 
 
-def _match(module: nn.MultiheadAttention, x: torch.Tensor, weight: torch.Tensor, z: torch.Tensor,
-           tell: Tell, batch: list[int]) -> None:
+def _match_projection(module: nn.MultiheadAttention, x: torch.Tensor, weight: torch.Tensor, z: torch.Tensor,
+                      tell: Tell, batch: list[int]) -> None:
     packed, width = module.in_proj_weight, module.embed_dim
     if weight is module.out_proj.weight:
         registered, _ = rule_for(module.out_proj)
@@ -49,19 +49,19 @@ def _match(module: nn.MultiheadAttention, x: torch.Tensor, weight: torch.Tensor,
     elif packed is not None and (weight is packed or weight._base is packed):
         first = weight.storage_offset() - packed.storage_offset()
         batch[:] = [x.shape[1]]
-        tell(module, x, z, partial(_packed, first=first // (width * width)), _batch_first)
+        tell(module, x, z, partial(_packed_rule, first=first // (width * width)), _batch_first)
     else:
         for part in ("q", "k", "v"):
             if weight is getattr(module, f"{part}_proj_weight"):
                 batch[:] = [x.shape[1]]
-                tell(module, x, z, partial(_separate, part=part), _batch_first)
+                tell(module, x, z, partial(_separate_rule, part=part), _batch_first)
 
 
 def _batch_first(t: torch.Tensor) -> torch.Tensor:
     return t.transpose(0, 1)
 
 
-def _packed(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick, *, first: int) -> Factors:
+def _packed_rule(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick, *, first: int) -> Factors:
     """Groups 0, 1, 2 are query, key, value; this use has those from ``first`` on."""
     x, gz = pick(x), pick(gz)
     width = int(module.embed_dim)  # type: ignore[arg-type]
@@ -72,8 +72,8 @@ def _packed(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick, *,
     return Factors(g, a)
 
 
-def _separate(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick, *, part: str
-              ) -> PerSample:
+def _separate_rule(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick, *, part: str
+                   ) -> PerSample:
     x, gz = (pick(t) for t in (x, gz))
     x, gz = (t.reshape(t.shape[0], -1, t.shape[-1]) for t in (x, gz))
     found = {f"{part}_proj_weight": torch.matmul(gz.mT, x)}
@@ -85,17 +85,17 @@ def _separate(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick, 
     return found
 
 
-def _never(module: nn.Module, x: Any, gz: torch.Tensor, pick: Pick) -> PerSample:
+def _refuse_rule(module: nn.Module, x: Any, gz: torch.Tensor, pick: Pick) -> PerSample:
     raise ValueError("its projections were not seen")
 
 
-def _thirds(module: nn.Module) -> tuple[int, int, int]:
+def _packed_shape(module: nn.Module) -> tuple[int, int, int]:
     width = int(module.embed_dim)  # type: ignore[arg-type]
     return 3, width, width
 
 
-PACKED = Registered("MultiheadAttention", _never, _thirds,
+PACKED = Registered("MultiheadAttention", _refuse_rule, _packed_shape,
                     names=(("weight", "in_proj_weight"), ("bias", "in_proj_bias")))
-SEPARATE = Registered("MultiheadAttention", _never,
+SEPARATE = Registered("MultiheadAttention", _refuse_rule,
                       names=tuple((name, name) for name in (
                           "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias")))

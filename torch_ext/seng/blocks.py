@@ -1,6 +1,6 @@
 """One layer's curvature in blocks over disjoint parameters, which share one coefficient per sample.
 
-:class:`Explicit` holds U of one parameter, :class:`Product` the factors of a weight (and of biases
+:class:`Explicit` holds U of one parameter, :class:`FactoredBlock` the factors of a weight (and of biases
 that are rows of ones). Gradients are flat, one per parameter of the layer.
 """
 
@@ -15,7 +15,7 @@ import torch
 
 from hvd_ext.seng import LayerPlan
 from hvd_ext.torch.seng import kernels
-from hvd_ext.torch.seng.kernels import working
+from hvd_ext.torch.seng.kernels import to_compute_dtype
 
 Chooser = Callable[[str, int, int], "tuple[torch.Tensor, torch.Tensor]"]
 """``choose(label, n, q)`` gives rows (q,) int64 and weights (q,) in the working precision."""
@@ -27,7 +27,7 @@ class Block(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def samples(self) -> int:
+    def sample_count(self) -> int:
         """rho, this rank's samples."""
 
     @abc.abstractmethod
@@ -35,27 +35,27 @@ class Block(abc.ABC):
         """Squared row norms of what ``label`` samples; None when it samples nothing of this block."""
 
     @abc.abstractmethod
-    def sketch(self, plan: LayerPlan, choose: Chooser) -> None:
+    def sample_rows(self, plan: LayerPlan, choose: Chooser) -> None:
         """Sample rows and form Xi (SENG eq. 12, 17)."""
 
     @abc.abstractmethod
-    def unsketched(self) -> Block:
+    def without_sketch(self) -> Block:
         """The same with this rank's own samples and all rows in place of Xi."""
 
     @abc.abstractmethod
-    def sketches(self) -> dict[str, torch.Tensor]:
+    def sketches_by_name(self) -> dict[str, torch.Tensor]:
         """Xi by name, samples along the first axis, to be gathered from all ranks."""
 
     @abc.abstractmethod
-    def join(self, name: str, gathered: torch.Tensor) -> None:
+    def set_gathered(self, name: str, gathered: torch.Tensor) -> None:
         """Put all ranks' Xi in place of this rank's; samples along the first axis."""
 
     @abc.abstractmethod
-    def gram(self) -> torch.Tensor:
+    def gram_matrix(self) -> torch.Tensor:
         """``Xi^T Xi`` of all samples of the system (SENG eq. 12, 21)."""
 
     @abc.abstractmethod
-    def project(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    def project_gradient(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
         """``Xi^T xi`` of the layer's gradients (SENG eq. 12, 19)."""
 
     @abc.abstractmethod
@@ -63,8 +63,8 @@ class Block(abc.ABC):
         """Numbers in this block's message."""
 
     @abc.abstractmethod
-    def message(self, b: torch.Tensor, own: torch.Tensor, ranks: int, uc: str,
-                out: torch.Tensor) -> None:
+    def local_contribution(self, b: torch.Tensor, own: torch.Tensor, ranks: int, uc: str,
+                           out: torch.Tensor) -> None:
         """Write what this rank adds to ``U b`` such that the mean over ranks is subtracted.
 
         Args:
@@ -75,16 +75,16 @@ class Block(abc.ABC):
         """
 
     @abc.abstractmethod
-    def subtract_alone(self, b: torch.Tensor, gradients: Sequence[torch.Tensor], lam: float,
-                       uc: str) -> None:
+    def apply_single_rank(self, b: torch.Tensor, gradients: Sequence[torch.Tensor], lam: float,
+                          uc: str) -> None:
         """The same on a single rank, where nothing is sent and ``U b`` need not be formed."""
 
     @abc.abstractmethod
-    def subtract(self, mean: torch.Tensor, gradients: Sequence[torch.Tensor], lam: float,
-                 uc: str) -> None:
+    def apply_direction(self, mean: torch.Tensor, gradients: Sequence[torch.Tensor], lam: float,
+                        uc: str) -> None:
         """``gradients <- (gradients - U b)/lam`` in place (SENG eq. 8), with the mean message."""
 
-    def pad(self, r: int) -> None:  # noqa: B027  (only factors have columns)
+    def pad_columns(self, r: int) -> None:  # noqa: B027  (only factors have columns)
         """Bring the factors to ``r`` columns per sample, as other ranks have them."""
 
     @property
@@ -97,13 +97,13 @@ class Block(abc.ABC):
     def itemsize(self) -> int:
         """Bytes of one number as stored."""
 
-    def tensors(self) -> list[torch.Tensor]:
+    def held_tensors(self) -> list[torch.Tensor]:
         """All tensors held; one that is held twice is in it twice."""
         return [value for value in vars(self).values() if isinstance(value, torch.Tensor)]
 
-    def state(self) -> dict[str, Any]:
-        """For a checkpoint: the class's name and every field."""
-        return {"type": type(self).__name__,
+    def block_state(self) -> dict[str, Any]:
+        """For a checkpoint: the block's name there and every field."""
+        return {"type": next(name for name, kind in BLOCKS.items() if kind is type(self)),
                 **{field.name: getattr(self, field.name) for field in fields(self)}}
 
 
@@ -124,7 +124,7 @@ class Explicit(Block):
     height: int = 0
 
     @property
-    def samples(self) -> int:
+    def sample_count(self) -> int:
         return self.u.shape[0]
 
     @property
@@ -132,9 +132,9 @@ class Explicit(Block):
         return self.u.element_size()
 
     def row_scores(self, label: str) -> torch.Tensor | None:
-        return working(self.u).square().sum(0) if label == "rows" else None
+        return to_compute_dtype(self.u).square().sum(0) if label == "rows" else None
 
-    def sketch(self, plan: LayerPlan, choose: Chooser) -> None:
+    def sample_rows(self, plan: LayerPlan, choose: Chooser) -> None:
         if plan.sketch is None:
             return
         rows, weights = choose("rows", self.height, plan.sketch)
@@ -142,19 +142,19 @@ class Explicit(Block):
         self.rows, self.weights = rows[inside] - self.start, weights[inside]
         self.xi = _weighed(self.u, 1, self.rows, self.weights)
 
-    def unsketched(self) -> Explicit:
+    def without_sketch(self) -> Explicit:
         return replace(self, xi=self.u, rows=None, weights=None)
 
-    def sketches(self) -> dict[str, torch.Tensor]:
+    def sketches_by_name(self) -> dict[str, torch.Tensor]:
         return {"xi": self.xi.contiguous()}
 
-    def join(self, name: str, gathered: torch.Tensor) -> None:
+    def set_gathered(self, name: str, gathered: torch.Tensor) -> None:
         self.xi = gathered
 
-    def gram(self) -> torch.Tensor:
+    def gram_matrix(self) -> torch.Tensor:
         return kernels.gram_explicit(self.xi)
 
-    def project(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    def project_gradient(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
         z = gradients[self.index]
         if self.rows is not None and self.weights is not None:
             z = z.index_select(0, self.rows) * self.weights
@@ -163,21 +163,21 @@ class Explicit(Block):
     def message_size(self, uc: str) -> int:
         return self.u.shape[1]
 
-    def message(self, b: torch.Tensor, own: torch.Tensor, ranks: int, uc: str,
-                out: torch.Tensor) -> None:
+    def local_contribution(self, b: torch.Tensor, own: torch.Tensor, ranks: int, uc: str,
+                           out: torch.Tensor) -> None:
         kernels.expand_explicit(self.u, own * ranks ** 0.5 if ranks > 1 else own, out)
 
-    def subtract(self, mean: torch.Tensor, gradients: Sequence[torch.Tensor], lam: float,
-                 uc: str) -> None:
+    def apply_direction(self, mean: torch.Tensor, gradients: Sequence[torch.Tensor], lam: float,
+                        uc: str) -> None:
         gradients[self.index].sub_(mean).mul_(1.0 / lam)
 
-    def subtract_alone(self, b: torch.Tensor, gradients: Sequence[torch.Tensor], lam: float,
-                       uc: str) -> None:
+    def apply_single_rank(self, b: torch.Tensor, gradients: Sequence[torch.Tensor], lam: float,
+                          uc: str) -> None:
         kernels.subtract_explicit(gradients[self.index], self.u, b, lam)
 
 
 @dataclass(eq=False)
-class Product(Block):
+class FactoredBlock(Block):
     """Factors of the parameters ``indices`` (a weight, then biases).
 
     ``g`` (groups, n_G, r, rho), ``a`` (groups, n_A, r, rho), of whose rows the first ``width`` stand
@@ -202,7 +202,7 @@ class Product(Block):
             self.split = self.width
 
     @property
-    def samples(self) -> int:
+    def sample_count(self) -> int:
         return self.g.shape[-1]
 
     @property
@@ -215,9 +215,9 @@ class Product(Block):
 
     def row_scores(self, label: str) -> torch.Tensor | None:
         factor = {"rows_g": self.g, "rows_a": self.a}.get(label)
-        return None if factor is None else working(factor).square().sum((0, 2, 3))
+        return None if factor is None else to_compute_dtype(factor).square().sum((0, 2, 3))
 
-    def sketch(self, plan: LayerPlan, choose: Chooser) -> None:
+    def sample_rows(self, plan: LayerPlan, choose: Chooser) -> None:
         if plan.rows_g is not None:
             self.rows_g, self.weights_g = choose("rows_g", self.g.shape[1], plan.rows_g)
             self.xg = _weighed(self.g, 1, self.rows_g, self.weights_g[:, None, None])
@@ -226,41 +226,41 @@ class Product(Block):
             self.xa = _weighed(self.a, 1, self.rows_a, self.weights_a[:, None, None])
             self.split = int((self.rows_a < self.width).sum())
 
-    def unsketched(self) -> Product:
+    def without_sketch(self) -> FactoredBlock:
         return replace(self, xg=self.g, xa=self.a, rows_g=None, weights_g=None, rows_a=None, weights_a=None,
                        split=-1)
 
-    def sketches(self) -> dict[str, torch.Tensor]:
+    def sketches_by_name(self) -> dict[str, torch.Tensor]:
         return {"xg": kernels.samples_first(self.xg), "xa": kernels.samples_first(self.xa)}
 
-    def join(self, name: str, gathered: torch.Tensor) -> None:
+    def set_gathered(self, name: str, gathered: torch.Tensor) -> None:
         if name == "xg":
             self.xg = kernels.samples_last(gathered)
         else:
             self.xa = kernels.samples_last(gathered)
 
-    def pad(self, r: int) -> None:
+    def pad_columns(self, r: int) -> None:
         apart = self.xg is not self.g, self.xa is not self.a
         self.g, self.a = kernels.pad_columns(self.g, r), kernels.pad_columns(self.a, r)
         self.xg = kernels.pad_columns(self.xg, r) if apart[0] else self.g
         self.xa = kernels.pad_columns(self.xa, r) if apart[1] else self.a
 
-    def gram(self) -> torch.Tensor:
-        return kernels.gram_implicit(working(self.xg), working(self.xa))
+    def gram_matrix(self) -> torch.Tensor:
+        return kernels.gram_implicit(to_compute_dtype(self.xg), to_compute_dtype(self.xa))
 
-    def project(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    def project_gradient(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
         groups, n_g = self.g.shape[:2]
         first = gradients[self.indices[0]]
         xg, xa = self.xg.to(first.dtype), self.xa.to(first.dtype)
-        weight = self._sketched(first.view(groups, n_g, self.width), slice(0, self.split), 0)
+        weight = self._sketch_matrix(first.view(groups, n_g, self.width), slice(0, self.split), 0)
         total = kernels.project_implicit(xg, xa[:, :self.split], weight)
         if self.split == xa.shape[1]:
             return total
         bias = torch.stack([gradients[k].view(groups, n_g) for k in self.indices[1:]], 2)
-        bias = self._sketched(bias, slice(self.split, None), self.width)
+        bias = self._sketch_matrix(bias, slice(self.split, None), self.width)
         return total + kernels.project_implicit(xg, xa[:, self.split:], bias)
 
-    def _sketched(self, matrix: torch.Tensor, part: slice, start: int) -> torch.Tensor:
+    def _sketch_matrix(self, matrix: torch.Tensor, part: slice, start: int) -> torch.Tensor:
         """``Omega_G matrix Omega_A^T``, where ``matrix`` holds n_A's rows from ``start`` on."""
         if self.rows_g is not None and self.rows_a is not None:
             matrix = matrix[:, self.rows_g.unsqueeze(1), self.rows_a[part] - start]
@@ -277,16 +277,16 @@ class Product(Block):
         n_a = self.a.shape[1]
         return groups * (n_g + n_a) * r if uc == "factored" else groups * n_g * n_a
 
-    def message(self, b: torch.Tensor, own: torch.Tensor, ranks: int, uc: str,
-                out: torch.Tensor) -> None:
-        left, right = self._terms(b, own, ranks, uc)
+    def local_contribution(self, b: torch.Tensor, own: torch.Tensor, ranks: int, uc: str,
+                           out: torch.Tensor) -> None:
+        left, right = self._contribution_factors(b, own, ranks, uc)
         if uc == "factored":
             torch.cat([left.flatten(), right.flatten()], out=out)
         else:
             torch.matmul(left, right.mT, out=out.view(left.shape[0], left.shape[1], -1))
 
-    def _terms(self, b: torch.Tensor, own: torch.Tensor, ranks: int, uc: str
-               ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _contribution_factors(self, b: torch.Tensor, own: torch.Tensor, ranks: int, uc: str
+                              ) -> tuple[torch.Tensor, torch.Tensor]:
         """L (groups, n_G, columns) and R (groups, n_A, columns) with ``U b = L R^T``, this rank's part."""
         g, a = self.g.to(b.dtype), self.a.to(b.dtype)
         if uc == "factored":
@@ -294,8 +294,8 @@ class Product(Block):
             return kernels.factored_means(g, a, own * ranks, b.abs().sqrt().sum())
         return kernels.exact_terms(g, a, own * ranks ** 0.5 if ranks > 1 else own)
 
-    def subtract(self, mean: torch.Tensor, gradients: Sequence[torch.Tensor], lam: float,
-                 uc: str) -> None:
+    def apply_direction(self, mean: torch.Tensor, gradients: Sequence[torch.Tensor], lam: float,
+                        uc: str) -> None:
         groups, n_g = self.g.shape[:2]
         n_a = self.a.shape[1]
         if uc == "factored":
@@ -304,20 +304,20 @@ class Product(Block):
                                    gradients, lam)
             return
         matrix = mean.view(groups, n_g, n_a)
-        for target, part in self._targets(gradients):
+        for target, part in self._gradient_matrices(gradients):
             target.sub_(matrix[..., part]).mul_(1.0 / lam)
 
-    def subtract_alone(self, b: torch.Tensor, gradients: Sequence[torch.Tensor], lam: float,
-                       uc: str) -> None:
-        self._subtract_product(*self._terms(b, b, 1, uc), gradients, lam)
+    def apply_single_rank(self, b: torch.Tensor, gradients: Sequence[torch.Tensor], lam: float,
+                          uc: str) -> None:
+        self._subtract_product(*self._contribution_factors(b, b, 1, uc), gradients, lam)
 
     def _subtract_product(self, left: torch.Tensor, right: torch.Tensor,
                           gradients: Sequence[torch.Tensor], lam: float) -> None:
         """``gradients <- (gradients - L R^T)/lam`` in place."""
-        for target, part in self._targets(gradients):
+        for target, part in self._gradient_matrices(gradients):
             target.baddbmm_(left, right[:, part].mT, beta=1.0 / lam, alpha=-1.0 / lam)
 
-    def _targets(self, gradients: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, slice]]:
+    def _gradient_matrices(self, gradients: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, slice]]:
         """Each parameter's gradient as (groups, n_G, rows of A), and which rows of A it stands for."""
         groups, n_g = self.g.shape[:2]
         rows = [slice(0, self.width), *(slice(k, k + 1) for k in range(self.width, self.a.shape[1]))]
@@ -325,11 +325,12 @@ class Product(Block):
                 for k, part in zip(self.indices, rows, strict=True)]
 
 
-BLOCKS: dict[str, type[Block]] = {"Explicit": Explicit, "Product": Product}
+# By their names in checkpoints.
+BLOCKS: dict[str, type[Block]] = {"Explicit": Explicit, "Product": FactoredBlock}
 
 
 def block_from(state: dict[str, Any], device: torch.device) -> Block:
-    """The block that ``state()`` was called on, on a device."""
+    """The block that ``block_state()`` was called on, on a device."""
     values: dict[str, Any] = {}
     for key, value in state.items():
         if isinstance(value, dict):
@@ -341,4 +342,4 @@ def block_from(state: dict[str, Any], device: torch.device) -> Block:
 
 def _weighed(tensor: torch.Tensor, axis: int, rows: torch.Tensor, weights: torch.Tensor
              ) -> torch.Tensor:
-    return (working(tensor.index_select(axis, rows)) * weights).to(tensor.dtype)
+    return (to_compute_dtype(tensor.index_select(axis, rows)) * weights).to(tensor.dtype)

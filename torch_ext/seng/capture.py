@@ -1,4 +1,4 @@
-"""Hooks that catch a layer's input and the gradient of its output, installed only while a refresh is due."""
+"""Hooks that catch a layer's input and the gradient of its output, installed while a refresh is due."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from hvd_ext.seng import Settings, generator, sample_batch
-from hvd_ext.seng.plan import negligible
-from hvd_ext.seng.samples import CONSTANT
-from hvd_ext.torch.seng.attention import Arrange, listen
+from hvd_ext.seng import Settings, sample_batch, seeded_generator
+from hvd_ext.seng.plan import negligible_error
+from hvd_ext.seng.sample_axes import CONSTANT
+from hvd_ext.torch.seng.attention import Arrange, hook_projections
 from hvd_ext.torch.seng.check import GradientCheck, add_up
-from hvd_ext.torch.seng.functions import listen_to_embedding, listen_to_linear
-from hvd_ext.torch.seng.inventory import Layer
-from hvd_ext.torch.seng.light import Light, build, may_be_light
-from hvd_ext.torch.seng.packs import Frames
+from hvd_ext.torch.seng.deferred_capture import DeferredCapture, build_deferred, can_defer
+from hvd_ext.torch.seng.functional_hooks import patch_embedding, patch_linear
+from hvd_ext.torch.seng.layer_curvature import NOT_FINITE, LayerCurvature, build_curvature
+from hvd_ext.torch.seng.layer_discovery import Layer
+from hvd_ext.torch.seng.packed_layers import PackLayoutCache
 from hvd_ext.torch.seng.per_sample import Call
 from hvd_ext.torch.seng.rules import Registered, Rule, look_up
-from hvd_ext.torch.seng.samples import Pick, Result, Samples
-from hvd_ext.torch.seng.system import NOT_FINITE, LayerSystem, take
+from hvd_ext.torch.seng.sample_axes import Result, SampleAxisTracker, SampleSelector
 
 NO_PROOF = "it had no gradient that a rule could be tried on"
 WRONG_SUM = "its samples' gradients do not add up to its gradient"
@@ -78,12 +78,12 @@ def _on_gradient(z: torch.Tensor, caught: Callable[[torch.Tensor], None], *, own
     base.grad_fn.register_prehook(before)
 
 
-def _keep(states: dict[int, torch.Tensor], place: int, gradient: torch.Tensor) -> None:
+def _keep_gradient(states: dict[int, torch.Tensor], place: int, gradient: torch.Tensor) -> None:
     states[place] = gradient.detach()
 
 
 @dataclass
-class Trust:
+class RuleStatus:
     """What the gradient check has said: which rule a layer has, and which layers have none that holds."""
 
     accepted: dict[Layer, int] = field(default_factory=dict)
@@ -91,28 +91,26 @@ class Trust:
 
 
 @dataclass
-class Caught:
+class CaptureResult:
     """Each caught layer's curvature, or what is wrong with it, and what the gradient check says now."""
 
-    found: dict[Layer, LayerSystem | str] = field(default_factory=dict)
-    trust: Trust = field(default_factory=Trust)
+    found: dict[Layer, LayerCurvature | str] = field(default_factory=dict)
+    trust: RuleStatus = field(default_factory=RuleStatus)
 
 
 class Capture:
     """Per-sample curvature of one forward and backward pass.
 
-    A layer's curvature is built as soon as the gradients of all its uses in the pass are there, in
-    the backward pass itself, so that its input can be freed. A forward pass that begins after that
-    (the next micro-batch) replaces it: with gradient accumulation the curvature is that of the
-    last micro-batch.
+    A layer's curvature is built in the backward pass, as soon as the gradients of all its uses are there, so
+    that its input can be freed. With gradient accumulation it is that of the last micro-batch.
 
     Args:
-        amp_scale: gives the factor of mixed precision in the loss of the pass under way.
+        amp_scale: gives the loss scale of the pass under way.
         frames: for the layers that are small enough to be built together at the end of the pass.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], settings: Settings,
-                 amp_scale: Callable[[], float], frames: Frames) -> None:
+                 amp_scale: Callable[[], float], frames: PackLayoutCache) -> None:
         self.layers = list(layers)
         self._frames = frames
         self._model = model
@@ -127,80 +125,81 @@ class Capture:
             if isinstance(module, nn.Linear) and not layer.tried and "weight" in layer.slots[module]:
                 self._linears.setdefault(id(module.weight), []).append(module)
         names = {module: name for name, module in model.named_modules() if module in self._layer_of}
-        self.samples = Samples(model, settings, names)
+        self.samples = SampleAxisTracker(model, settings, names)
         self._check = GradientCheck()
-        self._trust = Trust()
+        self._trust = RuleStatus()
         self._handles: list[Any] = []
         self._step = 0
         self._scale: float | None = None
         self._open: dict[Layer, list[_Use]] = {}
         self._waiting: dict[Layer, int] = {}
-        self._done: dict[Layer, dict[int, LayerSystem | Light | str]] = {}
+        self._done: dict[Layer, dict[int, LayerCurvature | DeferredCapture | str]] = {}
         self._chosen: dict[tuple[int, torch.device], torch.Tensor | None] = {}
-        self._light = {layer for layer in self.layers if may_be_light(layer, settings)}
+        self._light = {layer for layer in self.layers if can_defer(layer, settings)}
 
     @property
     def active(self) -> bool:
         """Whether hooks are installed."""
         return bool(self._handles)
 
-    def start(self, step: int, trust: Trust) -> None:
+    def install_hooks(self, step: int, trust: RuleStatus) -> None:
         """Install the hooks for the refresh of this step; forget what was caught before.
 
         Args:
             trust: layers that are in it are not checked again, refused ones not caught.
         """
         self._step, self._trust = step, trust
-        self._forget()
+        self._drop_captured()
         if self._settings.check_gradients:
-            self._check.start([layer for layer in self.layers if self._unsure(layer)])
+            self._check.install_hooks([layer for layer in self.layers if self._needs_check(layer)])
         if self._handles:
             return
-        self.samples.start()
-        self._around(self._model, lambda: listen_to_linear(self._linears, self._used_apart))
+        self.samples.watch_input()
+        self._hook_around(self._model, lambda: patch_linear(self._linears, self._used_apart))
         for module, layer in self._layer_of.items():
             if isinstance(module, nn.Embedding) and type(module).forward is not nn.Embedding.forward:
-                self._around(module, partial(listen_to_embedding, module, self._looked_up))
+                self._hook_around(module, partial(patch_embedding, module, self._looked_up))
             elif not isinstance(module, nn.MultiheadAttention):
                 self._handles.append(module.register_forward_hook(
                     partial(self._forward, layer), with_kwargs=True))
                 self.samples.hooks.add(self._handles[-1].id)
         for module in self._attentions:
-            self._around(module, partial(listen, module, self._projected))
+            self._hook_around(module, partial(hook_projections, module, self._on_projection))
 
-    def stop(self) -> None:
+    def remove_hooks(self) -> None:
         """Remove the hooks and everything caught."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self.samples.stop()
+        self.samples.remove_hooks()
         self.samples.hooks.clear()
-        self._check.stop()
-        self._forget()
+        self._check.remove_hooks()
+        self._drop_captured()
 
-    def _unsure(self, layer: Layer) -> bool:
+    def _needs_check(self, layer: Layer) -> bool:
         return layer not in self._trust.accepted and layer not in self._trust.refused
 
-    def collect(self) -> Caught:
+    def collect_captured(self) -> CaptureResult:
         """What was caught since the start; layers not used are left out."""
         for layer in list(self._open):
-            self._finish(layer)
-        caught = Caught()
-        light: dict[Layer, Light] = {}
+            self._finish_layer(layer)
+        caught = CaptureResult()
+        light: dict[Layer, DeferredCapture] = {}
         for layer, found in self._done.items():
-            if self._settings.check_gradients and self._unsure(layer):
-                self._judge(layer, found, caught)
-            elif isinstance(found[next(iter(found))], Light):
+            if self._settings.check_gradients and self._needs_check(layer):
+                self._choose_rule(layer, found, caught)
+            elif isinstance(found[next(iter(found))], DeferredCapture):
                 light[layer] = found[next(iter(found))]
             else:
                 caught.found[layer] = next(iter(found.values()))
         light = {layer: light[layer] for layer in self.layers if layer in light}
-        caught.found.update(build(light, self._frames, self._choose, self._scale_of, self._step))
-        for layer in self._check.came_alone():
+        caught.found.update(build_deferred(light, self._frames, self._choose_samples, self._scale_of,
+                                           self._step))
+        for layer in self._check.is_single_use():
             # Only a forward pass that began with the hooks in place shows that a call is missing.
             if layer not in self._done and self.samples.called:
                 caught.trust.refused[layer] = PAST_FORWARD
-        self._forget()
+        self._drop_captured()
         return caught
 
     def by_rows(self) -> list[Layer]:
@@ -208,13 +207,14 @@ class Capture:
         return [layer for layer in self.layers if layer not in self._trust.refused
                 and any(self.samples.found_rows(module) for module in layer.slots)]
 
-    def _judge(self, layer: Layer, found: dict[int, LayerSystem | str], caught: Caught) -> None:
+    def _choose_rule(self, layer: Layer, found: dict[int, LayerCurvature | str],
+                     caught: CaptureResult) -> None:
         """Compare each rule's sum over samples with the gradient; the first that holds is the layer's."""
         if found[0] == NOT_BY_SAMPLE:
             caught.trust.refused[layer] = NOT_BY_SAMPLE
             return
-        usable = [k for k, one in found.items() if isinstance(one, LayerSystem)]
-        verdicts = dict(zip(usable, self._check.verdicts(layer), strict=False))
+        usable = [k for k, one in found.items() if isinstance(one, LayerCurvature)]
+        verdicts = dict(zip(usable, self._check.read_verdicts(layer), strict=False))
         for k, verdict in verdicts.items():
             if verdict.passed and (verdict.proved or not layer.tried):
                 caught.found[layer], caught.trust.accepted[layer] = found[k], k
@@ -233,13 +233,13 @@ class Capture:
             reasons = [one for one in found.values() if isinstance(one, str)]
             caught.trust.refused[layer] = reasons[-1] if len(reasons) == len(found) else NO_RULE_HOLDS
 
-    def _forget(self) -> None:
+    def _drop_captured(self) -> None:
         self._scale = None
         self._open, self._waiting, self._done, self._chosen = {}, {}, {}, {}
 
     # In the forward pass
 
-    def _around(self, module: nn.Module, begin: Callable[[], Callable[[], None]]) -> None:
+    def _hook_around(self, module: nn.Module, begin: Callable[[], Callable[[], None]]) -> None:
         """Call ``begin`` before each of the module's forward passes, and what it gives behind it."""
         stops: list[Callable[[], None]] = []
 
@@ -254,17 +254,17 @@ class Capture:
         self._handles.append(module.register_forward_hook(after, always_call=True))
         self.samples.hooks.add(self._handles[-1].id)
 
-    def _projected(self, part: nn.Module, x: torch.Tensor, z: torch.Tensor, rule: Rule,
-                   arrange: Arrange) -> None:
+    def _on_projection(self, part: nn.Module, x: torch.Tensor, z: torch.Tensor, rule: Rule,
+                       arrange: Arrange) -> None:
         if part in self._layer_of:
-            self._use(self._layer_of[part], _Use(part, x, None, None, rule, arrange), z)
+            self._record_use(self._layer_of[part], _Use(part, x, None, None, rule, arrange), z)
 
     def _used_apart(self, module: nn.Module, x: torch.Tensor, z: torch.Tensor) -> None:
         layer = self._layer_of[module]
-        self._use(layer, _Use(module, x, None, slots={"weight": layer.slots[module]["weight"]}), z)
+        self._record_use(layer, _Use(module, x, None, slots={"weight": layer.slots[module]["weight"]}), z)
 
     def _looked_up(self, module: nn.Module, x: torch.Tensor, z: torch.Tensor) -> None:
-        self._use(self._layer_of[module], _Use(module, x, None, rule=look_up), z)
+        self._record_use(self._layer_of[module], _Use(module, x, None, rule=look_up), z)
 
     def _forward(self, layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
                  output: Any) -> None:
@@ -272,15 +272,16 @@ class Capture:
         called = any(one.called for one in layer.rules)
         z = output[0] if called and isinstance(output, tuple) and output else output
         if isinstance(x, torch.Tensor) and isinstance(z, torch.Tensor):
-            self._use(layer, _Use(module, x, None, rule=layer.lookups.get(module),
-                                  call=Call(args, kwargs) if called else None), z,
-                      states=pytree.tree_leaves(output[1:]) if isinstance(module, nn.RNNBase) else ())
+            self._record_use(layer, _Use(module, x, None, rule=layer.lookups.get(module),
+                                         call=Call(args, kwargs) if called else None), z,
+                             states=pytree.tree_leaves(output[1:]) if isinstance(module, nn.RNNBase) else ())
 
-    def _use(self, layer: Layer, use: _Use, z: torch.Tensor, states: Sequence[torch.Tensor] = ()) -> None:
+    def _record_use(self, layer: Layer, use: _Use, z: torch.Tensor,
+                    states: Sequence[torch.Tensor] = ()) -> None:
         if not (use.x.numel() and z.numel()):
             return  # an expert that was given no token: not used in this pass
         use.x = use.x.detach()
-        if self.samples.saw(use.module, use.x if use.arrange is None else use.arrange(use.x)):
+        if self.samples.record_input(use.module, use.x if use.arrange is None else use.arrange(use.x)):
             return
         if not (torch.is_grad_enabled() and z.requires_grad) or layer in self._trust.refused:
             return
@@ -292,7 +293,7 @@ class Capture:
             del self._open[layer], self._waiting[layer]  # a pass whose end could not be told
         if layer not in self._open:
             self._done.pop(layer, None)
-            self._check.forget(layer)
+            self._check.forget_layer(layer)
         self._open.setdefault(layer, []).append(use)
         self._waiting[layer] = self._waiting.get(layer, 0) + 1
 
@@ -302,71 +303,72 @@ class Capture:
             use.gz = gz.detach()
             self._waiting[layer] -= 1
             if self._waiting[layer] == 0:
-                self._finish(layer)
+                self._finish_layer(layer)
 
         _on_gradient(z, caught, own_base=layer.product)
         if states and use.call is not None:
             # Which of its outputs are used shows at the end of the pass only.
             self._waiting[layer] += 1
             for place, state in enumerate(states, 1):
-                state.register_hook(partial(_keep, use.call.states, place))
+                state.register_hook(partial(_keep_gradient, use.call.states, place))
 
     # In the backward pass
 
     @torch.no_grad()
-    def _finish(self, layer: Layer) -> None:
+    def _finish_layer(self, layer: Layer) -> None:
         uses = [use for use in self._open.pop(layer) if use.reached]
         self._waiting.pop(layer, None)
         if not uses:
             return
         if self._scale is None:
             self._scale = self._amp_scale() * self._settings.loss_scale
-        checked = self._settings.check_gradients and self._unsure(layer)
+        checked = self._settings.check_gradients and self._needs_check(layer)
         if layer in self._light and not checked and self._is_light(uses):
-            self._done[layer] = {0: Light(uses[0].x, uses[0].gz)}
+            self._done[layer] = {0: DeferredCapture(uses[0].x, uses[0].gz)}
             return
         rules = layer.rules if checked else (layer.rules[self._trust.accepted.get(layer, 0)],)
-        done: dict[int, LayerSystem | str] = {}
+        done: dict[int, LayerCurvature | str] = {}
         sums = []
         for k, registered in enumerate(rules):
             try:
-                done[k], everything = self._apply(layer, registered, uses, whole=checked)
+                done[k], everything = self._apply_rule(layer, registered, uses, whole=checked)
             except Exception as error:  # a rule that is only tried may fail anyhow
                 if not layer.tried and not isinstance(error, ValueError):
                     raise
                 done[k] = str(error)
                 continue
-            if checked and isinstance(done[k], LayerSystem):
+            if checked and isinstance(done[k], LayerCurvature):
                 sums.append(add_up(layer, everything))
         self._done[layer] = done
         if sums:
-            self._check.expect(layer, sums, {t.dtype for use in uses for t in (use.x, use.gz)
-                                             if t is not None and t.is_floating_point()})
+            self._check.expect_gradients(layer, sums, {t.dtype for use in uses for t in (use.x, use.gz)
+                                                       if t is not None and t.is_floating_point()})
 
-    def _apply(self, layer: Layer, registered: Registered, uses: Sequence[_Use], *, whole: bool
-               ) -> tuple[LayerSystem | str, list[tuple[dict[str, int], Result]]]:
+    def _apply_rule(self, layer: Layer, registered: Registered, uses: Sequence[_Use], *, whole: bool
+                    ) -> tuple[LayerCurvature | str, list[tuple[dict[str, int], Result]]]:
         """A layer's curvature by one rule, and with ``whole`` what the rule gives for all samples."""
         dtype, name = layer.dtype, self._settings.curvature_dtype
         stored = dtype if name is None else getattr(torch, name)
         few = self._settings.subsample is not None
         captured, everything = [], []
         for use in uses:
-            pick, result = self._result(use, registered, dtype, few=few)
+            pick, result = self._rule_result(use, registered, dtype, few=few)
             slots = layer.slots[use.module] if use.slots is None else use.slots
-            captured.append((slots, pick.regroup(result)))
+            captured.append((slots, pick.regroup_result(result)))
             if whole:
-                full = self._result(use, registered, dtype, few=False)[1] if few else result
+                full = self._rule_result(use, registered, dtype, few=False)[1] if few else result
                 everything.append((slots, full))
         scale = self._scale_of(pick.samples, pick.kept)
-        least = negligible(self._settings.damping_at(self._step)) if layer.plan.adaptive else 0.0
-        return take(layer, captured, scale=scale, dtype=stored, step=self._step, least=least), everything
+        least = negligible_error(self._settings.damping_at(self._step)) if layer.plan.adaptive else 0.0
+        return build_curvature(layer, captured, scale=scale, dtype=stored, step=self._step,
+                               least=least), everything
 
     def _is_light(self, uses: Sequence[_Use]) -> bool:
         """Whether a layer was used once, on one row of each sample, in the precision it is computed in."""
         (use, *more) = uses
         return (not more and use.gz is not None and use.x.dim() == use.gz.dim() == 2
                 and use.x.dtype == use.gz.dtype and use.rule is use.slots is use.call is None
-                and self.samples.placement(use.module, use.batch) == 0)
+                and self.samples.find_placement(use.module, use.batch) == 0)
 
     def _scale_of(self, samples: int, kept: int) -> float:
         """What gz is multiplied with to give ``G_i / sqrt(samples)``."""
@@ -374,25 +376,25 @@ class Capture:
         count = samples if self._settings.loss_reduction == "mean" else 1
         return count / (self._scale * kept ** 0.5)
 
-    def _result(self, use: _Use, registered: Registered, dtype: torch.dtype, *, few: bool
-                ) -> tuple[Pick, Result]:
+    def _rule_result(self, use: _Use, registered: Registered, dtype: torch.dtype, *,
+                     few: bool) -> tuple[SampleSelector, Result]:
         x, gz = use.x, use.gz
         if use.arrange is not None and gz is not None:
             x, gz = use.arrange(x), use.arrange(gz)
-        placement = self.samples.placement(use.module, use.batch)
+        placement = self.samples.find_placement(use.module, use.batch)
         if placement == CONSTANT:
             raise ValueError(NOT_BY_SAMPLE)
         axis = placement if isinstance(placement, int) else 0
-        pick = Pick(placement, use.batch, self._choose if few else None, dtype, x.shape[axis])
-        given = use.call if registered.called else pick.front(x)
+        choose = self._choose_samples if few else None
+        pick = SampleSelector(placement, use.batch, choose, dtype, x.shape[axis])
+        given = use.call if registered.called else pick.samples_first(x)
         rule = registered.rule if use.rule is None else use.rule
-        gz = None if gz is None else pick.front(gz)
+        gz = None if gz is None else pick.samples_first(gz)
         return pick, rule(use.module, given, gz, pick)  # type: ignore[arg-type]
 
-    def _choose(self, rho: int, device: torch.device) -> torch.Tensor | None:
-        key = (rho, device)
-        if key not in self._chosen:
-            rng = generator(self._settings.seed, self._step, "samples")
+    def _choose_samples(self, rho: int, device: torch.device) -> torch.Tensor | None:
+        if (key := (rho, device)) not in self._chosen:
+            rng = seeded_generator(self._settings.seed, self._step, "samples")
             rows = sample_batch(rho, self._settings.subsample, rng)
             self._chosen[key] = None if rows is None else torch.as_tensor(rows, device=device)
         return self._chosen[key]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from hvd_ext.torch.seng.inventory import Layer
+from hvd_ext.torch.seng.layer_discovery import Layer
 from hvd_ext.torch.seng.rules import Factors, Lookup, PerSample
 
 # Relative error that passes: what sums in another order differ by, with room. Gradients computed in half
@@ -36,7 +36,7 @@ class Sum:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CheckResult:
     """``passed`` is None when it cannot be said; ``proved``: there was a gradient to compare with."""
 
     passed: bool | None
@@ -60,48 +60,49 @@ class GradientCheck:
         self._expected: dict[Layer, _Expected] = {}
         self._early: dict[Layer, dict[int, torch.Tensor]] = {}
 
-    def start(self, layers: Sequence[Layer]) -> None:
+    def install_hooks(self, layers: Sequence[Layer]) -> None:
         """Watch the parameters of these layers, instead of any others."""
-        self.stop()
+        self.remove_hooks()
         for layer in layers:
             for place, parameter in enumerate(layer.parameters):
                 def hook(gradient: torch.Tensor, layer: Layer = layer, place: int = place) -> None:
-                    self._arrived(layer, place, gradient.detach())
+                    self._on_gradient(layer, place, gradient.detach())
 
                 self._handles.append(parameter.register_hook(hook))
 
-    def stop(self) -> None:
+    def remove_hooks(self) -> None:
         """Remove the hooks and forget everything."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
         self._expected, self._early = {}, {}
 
-    def forget(self, layer: Layer) -> None:
+    def forget_layer(self, layer: Layer) -> None:
         """A new forward pass has begun."""
         self._expected.pop(layer, None)
         self._early.pop(layer, None)
 
-    def expect(self, layer: Layer, candidates: Sequence[dict[int, Sum]], dtypes: set[torch.dtype]) -> None:
+    def expect_gradients(self, layer: Layer, candidates: Sequence[dict[int, Sum]],
+                         dtypes: set[torch.dtype]) -> None:
         """What each candidate rule of a layer says its gradients are."""
-        one = _Expected(_tolerance(layer, dtypes), torch.finfo(layer.dtype).eps, list(candidates))
+        one = _Expected(_allowed_error(layer, dtypes), torch.finfo(layer.dtype).eps, list(candidates))
         self._expected[layer] = one
         for place, gradient in self._early.pop(layer, {}).items():
-            _compare(one, place, gradient)
+            _compare_gradient(one, place, gradient)
 
-    def _arrived(self, layer: Layer, place: int, gradient: torch.Tensor) -> None:
+    def _on_gradient(self, layer: Layer, place: int, gradient: torch.Tensor) -> None:
         if layer in self._expected:
-            _compare(self._expected[layer], place, gradient)
+            _compare_gradient(self._expected[layer], place, gradient)
             return
         early = self._early.setdefault(layer, {})
         early[place] = early[place] + gradient if place in early else gradient.clone()
 
-    def came_alone(self) -> list[Layer]:
+    def is_single_use(self) -> list[Layer]:
         """Layers that got a gradient without having been caught."""
         return [layer for layer, early in self._early.items()
                 if layer not in self._expected and any(bool(g.any()) for g in early.values())]
 
-    def verdicts(self, layer: Layer) -> list[Verdict]:
+    def read_verdicts(self, layer: Layer) -> list[CheckResult]:
         """Of each candidate that was expected."""
         one = self._expected.pop(layer, None)
         if one is None:
@@ -113,21 +114,21 @@ class GradientCheck:
                     each.error = each.total.square().sum(dtype=torch.float64)
                     each.total = None
             if not sums:
-                found.append(Verdict(False))
+                found.append(CheckResult(False))
                 continue
             figures = torch.stack([
                 torch.stack([each.error, each.norm, each.size.double().square()])
                 for each in sums.values()]).sqrt().tolist()  # each parameter's error, norm, size
             if not all(math.isfinite(error) and math.isfinite(norm) for error, norm, _ in figures):
-                found.append(Verdict(None))
+                found.append(CheckResult(None))
                 continue
             if one.tolerance == HALF:  # a norm's bias summed up in half precision may be all rounding
                 figures = [[math.hypot(*column) for column in zip(*figures, strict=True)]]
             # Of the whole layer: a bias whose samples cancel within themselves has a small size of its own.
             rounding = CANCELLED * one.epsilon * math.hypot(*(size for _, _, size in figures))
             passed = all(error <= one.tolerance * norm + rounding for error, norm, _ in figures)
-            found.append(Verdict(passed, any(norm > 0.0 for _, norm, _ in figures),
-                                 max(error / max(norm, 1e-300) for error, norm, _ in figures)))
+            found.append(CheckResult(passed, any(norm > 0.0 for _, norm, _ in figures),
+                                     max(error / max(norm, 1e-300) for error, norm, _ in figures)))
         return found
 
 
@@ -166,7 +167,7 @@ def add_up(layer: Layer, captured: Sequence[tuple[dict[str, int], Factors | Look
             for place, (total, size) in sums.items()}
 
 
-def _compare(expected: _Expected, place: int, gradient: torch.Tensor) -> None:
+def _compare_gradient(expected: _Expected, place: int, gradient: torch.Tensor) -> None:
     for sums in expected.candidates:
         one = sums.get(place)
         flat = gradient.reshape(-1)
@@ -185,7 +186,7 @@ def _compare(expected: _Expected, place: int, gradient: torch.Tensor) -> None:
         one.total = None
 
 
-def _tolerance(layer: Layer, dtypes: set[torch.dtype]) -> float:
+def _allowed_error(layer: Layer, dtypes: set[torch.dtype]) -> float:
     seen = dtypes | {p.dtype for p in layer.parameters}
     if seen & {torch.float16, torch.bfloat16}:
         return HALF

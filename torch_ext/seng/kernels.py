@@ -25,14 +25,14 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.nn.functional as F
 
-from hvd_ext.seng import jitters
-from hvd_ext.torch.seng.shifted import Shifted
+from hvd_ext.seng import jitter_sequence
+from hvd_ext.torch.seng.implicit_unfold import ImplicitUnfold
 
-CHUNK = 1 << 14
+CHUNK_ROWS = 1 << 14
 GRAM_BLOCK = 1 << 22
 
 
-def working(tensor: torch.Tensor) -> torch.Tensor:
+def to_compute_dtype(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in float32 when it is stored in half precision."""
     half = tensor.dtype in (torch.bfloat16, torch.float16)
     return tensor.float() if half else tensor
@@ -53,7 +53,7 @@ def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in dense)
 
 
-def joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def stack_as_view(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Tensors of one shape as the rows of one: that whose rows they are, in order, else a copy."""
     base = tensors[0]._base
     if base is not None and base.shape == (len(tensors), *tensors[0].shape) and base.is_contiguous():
@@ -77,8 +77,8 @@ def per_sample_products(g: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     return torch.matmul(g.mT, a).flatten(1)
 
 
-def truncate(g: torch.Tensor, a: torch.Tensor | Shifted, rank: int, *, always: bool = False
-             ) -> tuple[torch.Tensor, torch.Tensor]:
+def truncate_rank(g: torch.Tensor, a: torch.Tensor | ImplicitUnfold, rank: int, *, always: bool = False
+                  ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cut each sample's factors to ``rank`` columns by an SVD of the smaller one (SENG eq. 15).
 
     With G = Q S V^T the smaller, ``G <- Q_r S_r`` and ``A <- A V_r``; the other way round when A is
@@ -86,7 +86,7 @@ def truncate(g: torch.Tensor, a: torch.Tensor | Shifted, rank: int, *, always: b
     that the columns of A sum to something not negative: eq. 23 adds columns over samples.
 
     Args:
-        g: (..., kappa, n_G), a: (..., kappa, n_A), finite. An ``a`` that is :class:`Shifted` has
+        g: (..., kappa, n_G), a: (..., kappa, n_A), finite. An ``a`` that is :class:`ImplicitUnfold` has
             n_A >= n_G and kappa > rank.
         always: also when kappa <= rank, so that columns are those of the SVD.
 
@@ -113,13 +113,13 @@ def truncate(g: torch.Tensor, a: torch.Tensor | Shifted, rank: int, *, always: b
         inverse = torch.where(lengths > tiny, 1.0 / lengths, 0.0)
         right = (small.mT @ left) * inverse.unsqueeze(-2)
         small = left * lengths.unsqueeze(-2)
-    other = (g if swap else a).mT @ right if isinstance(a, torch.Tensor) else a.times(right)
+    other = (g if swap else a).mT @ right if isinstance(a, torch.Tensor) else a.multiply(right)
     new_g, new_a = (other, small) if swap else (small, other)
     signs = torch.where(new_a.sum(-2, keepdim=True) < 0, -1.0, 1.0).to(new_a.dtype)
     return (new_g * signs).mT, (new_a * signs).mT
 
 
-def meaningful(g: torch.Tensor, a: torch.Tensor, least: float) -> int:
+def effective_rank(g: torch.Tensor, a: torch.Tensor, least: float) -> int:
     """How many of the columns that ``truncate`` gave, (..., columns, n), must stay so that all others
     together are at most ``least`` of ``||U||_F^2``. Terms of different columns are orthogonal in each sample.
     """
@@ -150,8 +150,8 @@ def gram_explicit(xi: torch.Tensor) -> torch.Tensor:
     if xi.dtype not in (torch.bfloat16, torch.float16):
         return xi @ xi.mT
     total = xi.new_zeros((xi.shape[0], xi.shape[0]), dtype=torch.float32)
-    for start in range(0, xi.shape[1], CHUNK):
-        part = xi[:, start:start + CHUNK].float()
+    for start in range(0, xi.shape[1], CHUNK_ROWS):
+        part = xi[:, start:start + CHUNK_ROWS].float()
         total.addmm_(part, part.mT)
     return total
 
@@ -182,8 +182,8 @@ def project_explicit(xi: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     if xi.dtype == z.dtype:
         return torch.mv(xi, z)
     total = z.new_zeros(xi.shape[0])
-    for start in range(0, z.numel(), CHUNK):
-        part = slice(start, start + CHUNK)
+    for start in range(0, z.numel(), CHUNK_ROWS):
+        part = slice(start, start + CHUNK_ROWS)
         total.addmv_(xi[:, part].to(z.dtype), z[part])
     return total
 
@@ -206,8 +206,8 @@ def expand_explicit(u: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torc
     """``out <- U b`` (SENG eq. 25) for ``u`` (rho, n), ``b`` (rho,), ``out`` (n,)."""
     if u.dtype == b.dtype:
         return torch.mv(u.t(), b, out=out)
-    for start in range(0, out.numel(), CHUNK):
-        part = slice(start, start + CHUNK)
+    for start in range(0, out.numel(), CHUNK_ROWS):
+        part = slice(start, start + CHUNK_ROWS)
         torch.mv(u[:, part].to(b.dtype).t(), b, out=out[part])
     return out
 
@@ -218,8 +218,8 @@ def subtract_explicit(gradient: torch.Tensor, u: torch.Tensor, b: torch.Tensor,
     if u.dtype == b.dtype:
         gradient.addmv_(u.t(), b, beta=1.0 / lam, alpha=-1.0 / lam)
         return
-    for start in range(0, gradient.numel(), CHUNK):
-        part = slice(start, start + CHUNK)
+    for start in range(0, gradient.numel(), CHUNK_ROWS):
+        part = slice(start, start + CHUNK_ROWS)
         gradient[part].addmv_(u[:, part].to(b.dtype).t(), b, beta=1.0 / lam, alpha=-1.0 / lam)
 
 
@@ -251,7 +251,7 @@ def factored_means(g: torch.Tensor, a: torch.Tensor, c: torch.Tensor, total: tor
     return torch.matmul(g, c.abs().sqrt()), torch.matmul(a, weights)
 
 
-def factor(gram: torch.Tensor, lam: float) -> tuple[torch.Tensor | None, float]:
+def factor_gram(gram: torch.Tensor, lam: float) -> tuple[torch.Tensor | None, float]:
     """Cholesky factor of ``lam I + gram`` in float64, and the jitter it took; None when it has none.
 
     Args:
@@ -261,7 +261,7 @@ def factor(gram: torch.Tensor, lam: float) -> tuple[torch.Tensor | None, float]:
     mean = float(gram.diagonal().mean())
     if not math.isfinite(mean):
         return None, 0.0
-    for jitter in jitters(mean):
+    for jitter in jitter_sequence(mean):
         shifted = gram.clone()
         shifted.diagonal().add_(lam + jitter)
         lower, info = torch.linalg.cholesky_ex(shifted)
@@ -272,7 +272,7 @@ def factor(gram: torch.Tensor, lam: float) -> tuple[torch.Tensor | None, float]:
 
 
 def factor_all(grams: torch.Tensor, lam: float) -> tuple[torch.Tensor, list[float], list[bool]]:
-    """:func:`factor` of several at once: the factors, the jitters they took, and which have one.
+    """:func:`factor_gram` of several at once: the factors, the jitters they took, and which have one.
 
     Args:
         grams: (L, rho, rho) float64, finite or not.
@@ -285,13 +285,13 @@ def factor_all(grams: torch.Tensor, lam: float) -> tuple[torch.Tensor, list[floa
     jitters = [0.0] * len(good)
     for k, fine in enumerate(good):
         if not fine:
-            own, jitters[k] = factor(grams[k], lam)
+            own, jitters[k] = factor_gram(grams[k], lam)
             if own is not None:
                 lower[k], good[k] = own, True
     return lower, jitters, good
 
 
-def solve(lower: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
+def solve_system(lower: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
     """``b = (lam I + U^T U)^{-1} rhs`` (SENG eq. 9) of L systems, in rhs's precision.
 
     Args:

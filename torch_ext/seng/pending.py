@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from hvd_ext.torch.seng.capture import Trust
-from hvd_ext.torch.seng.inventory import Layer
+from hvd_ext.torch.seng.capture import RuleStatus
+from hvd_ext.torch.seng.layer_discovery import Layer
 from hvd_ext.torch.seng.refresh import Refreshed
 from hvd_ext.torch.seng.state import State
 from hvd_ext.torch.seng.step import Lagged
@@ -25,10 +25,10 @@ class Pending:
     """What holds from the next step on, if this one is taken."""
 
     state: State
-    trust: Trust
+    trust: RuleStatus
 
 
-def pending_state(state: State, trust: Trust, candidate: Candidate | None,
+def pending_state(state: State, trust: RuleStatus, candidate: Candidate | None,
                   layers: Sequence[Layer]) -> tuple[Pending, dict[Layer, str]]:
     """A copy of the state with a refresh's curvature in place; layers that it newly refuses, with why.
 
@@ -38,7 +38,7 @@ def pending_state(state: State, trust: Trust, candidate: Candidate | None,
         layers: of the model.
     """
     state = replace(state, failures=dict(state.failures))
-    trust = Trust(dict(trust.accepted), dict(trust.refused))
+    trust = RuleStatus(dict(trust.accepted), dict(trust.refused))
     if candidate is None:
         return Pending(state, trust), {}
     new = candidate.refreshed

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from hvd_ext.torch.seng.rules import Factors, PerSample, Pick, Registered, rule_for, same_convolution
 
 MOST_CALLS = 256  # a module that cannot be vectorised is run once for each sample, up to so many
-CHUNK = 32        # samples that are run at once
+CHUNK_SAMPLES = 32        # samples that are run at once
 
 
 @dataclass
@@ -54,7 +54,7 @@ def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def candidates(module: nn.Module, limit: int) -> tuple[Registered, ...]:
+def candidate_rules(module: nn.Module, limit: int) -> tuple[Registered, ...]:
     """Rules that may hold for a module whose ``forward`` no rule is for, best first; () for none.
 
     Args:
@@ -72,8 +72,8 @@ def candidates(module: nn.Module, limit: int) -> tuple[Registered, ...]:
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             found.append(replace(base, kind=kind, rule=same_convolution))
     elif base is None and weight is not None and weight.dim() == 2 and set(own) <= {"weight", "bias"}:
-        found += [Registered(kind, _linear_like, _whole, ones=False),
-                  Registered(kind, _transposed_like, _whole, ones=False)]
+        found += [Registered(kind, _linear_like, _single_factor_shape, ones=False),
+                  Registered(kind, _transposed_like, _single_factor_shape, ones=False)]
     if base is not None and base.lookup:
         found.append(replace(base, kind=kind))
     elif sum(p.numel() for p in own.values()) < max(limit, 1):
@@ -81,21 +81,21 @@ def candidates(module: nn.Module, limit: int) -> tuple[Registered, ...]:
     return tuple(found)
 
 
-def _whole(module: nn.Module) -> tuple[int, int, int]:
+def _single_factor_shape(module: nn.Module) -> tuple[int, int, int]:
     return 1, *module.weight.shape  # type: ignore[return-value,union-attr]
 
 
 def _linear_like(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick) -> Factors:
-    return _product(gz, x, pick, module)
+    return _outer_factors(gz, x, pick, module)
 
 
 def _transposed_like(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick) -> Factors:
     """``z = x W + b`` with W (in, out), as transformers' ``Conv1D``: G and A change places."""
-    return _product(x, gz, pick, module, flipped=True)
+    return _outer_factors(x, gz, pick, module, flipped=True)
 
 
-def _product(rows: torch.Tensor, columns: torch.Tensor, pick: Pick, module: nn.Module, *,
-             flipped: bool = False) -> Factors:
+def _outer_factors(rows: torch.Tensor, columns: torch.Tensor, pick: Pick, module: nn.Module, *,
+                   flipped: bool = False) -> Factors:
     shape = module.weight.shape  # type: ignore[union-attr]
     if (rows.shape[-1], columns.shape[-1]) != tuple(shape) or rows.shape[:-1] != columns.shape[:-1]:
         raise ValueError("no rule reproduces its gradient")
@@ -123,7 +123,7 @@ def vjp_rule(module: nn.Module, call: Any, gz: torch.Tensor | None, pick: Pick) 
              and leaf.dim() > axis and leaf.shape[axis] == rows]
     if not split:
         raise ValueError("its output has other rows than its input")
-    joined = getattr(pick, "join", lambda: 1)()
+    joined = getattr(pick, "rows_per_sample", lambda: 1)()
 
     def by_sample(tensor: torch.Tensor, at: int) -> torch.Tensor:
         """(samples, rows of each, ...)"""
@@ -155,7 +155,7 @@ def vjp_rule(module: nn.Module, call: Any, gz: torch.Tensor | None, pick: Pick) 
     with _given_statistics(module, call.x), torch.enable_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop")  # an operator that vmap loops over
         try:
-            found = vmap(share, chunk_size=CHUNK)(*given)
+            found = vmap(share, chunk_size=CHUNK_SAMPLES)(*given)
         except Exception as error:
             count = len(given[0])
             if count > MOST_CALLS:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from hvd_ext.seng.samples import Signature, shuffled
+from hvd_ext.seng.sample_axes import Signature, shuffled_order
 
 Record = Callable[[nn.Module, torch.Tensor], None]
 
@@ -28,7 +28,7 @@ def batch_of(args: tuple[Any, ...], kwargs: dict[str, Any], axis: int) -> int | 
     return None
 
 
-def signature(x: torch.Tensor, batch: int) -> Signature:
+def axis_signature(x: torch.Tensor, batch: int) -> Signature:
     """``x`` with every row of axis 0, and of each axis as long as the batch, as one number."""
     values = x.detach()
     exact = not values.is_floating_point() or values.dtype == torch.float64
@@ -46,13 +46,13 @@ def signature(x: torch.Tensor, batch: int) -> Signature:
 
 def two_passes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, batch: int,
                axis: int, keep: Collection[int], begin: Callable[[], None]) -> None:
-    """Call ``model`` on its arguments and on the same with the samples :func:`shuffled`.
+    """Call ``model`` on its arguments and on the same with the samples :func:`shuffled_order`.
 
     Args:
         keep: ids of the forward hooks that run.
         begin: called before each pass.
     """
-    order = torch.from_numpy(shuffled(batch))
+    order = torch.from_numpy(shuffled_order(batch))
 
     def moved(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor) and leaf.dim() > axis and leaf.shape[axis] == batch:
@@ -63,12 +63,12 @@ def two_passes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     for these, those in ((args, kwargs), (shuffled_args, shuffled_kwargs)):
         begin()
-        with torch.no_grad(), torch.random.fork_rng(devices=devices), _untouched(model, keep):
+        with torch.no_grad(), torch.random.fork_rng(devices=devices), _left_unchanged(model, keep):
             model(*these, **those)
 
 
 @contextmanager
-def _untouched(model: nn.Module, keep: Collection[int]) -> Iterator[None]:
+def _left_unchanged(model: nn.Module, keep: Collection[int]) -> Iterator[None]:
     """Evaluation mode; everything that modules hold is as before afterwards."""
     modules = list(model.modules())
     attributes = [(module, dict(vars(module))) for module in modules]
@@ -79,7 +79,7 @@ def _untouched(model: nn.Module, keep: Collection[int]) -> Iterator[None]:
     with ExitStack() as after:
         after.callback(torch.backends.mha.set_fastpath_enabled, fast)
         after.callback(torch.set_autocast_cache_enabled, cached)
-        after.callback(_restore, attributes, buffers)
+        after.callback(_restore_module, attributes, buffers)
         # The fast path of attention calls no module inside it; weights cast without gradients must not
         # stay in autocast's cache.
         torch.backends.mha.set_fastpath_enabled(False)
@@ -94,8 +94,8 @@ def _untouched(model: nn.Module, keep: Collection[int]) -> Iterator[None]:
         yield
 
 
-def _restore(attributes: list[tuple[nn.Module, dict[str, Any]]],
-             buffers: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+def _restore_module(attributes: list[tuple[nn.Module, dict[str, Any]]],
+                    buffers: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
     for module, before in attributes:
         vars(module).clear()
         vars(module).update(before)

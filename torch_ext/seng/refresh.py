@@ -9,24 +9,24 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from hvd_ext.agreement import Fingerprint, digest
+from hvd_ext.consistency.fingerprint import Fingerprint, digest_parts
 from hvd_ext.seng import (
     Settings,
     check_same_layers,
-    fingerprint,
-    generator,
+    layers_fingerprint,
     sample_rows,
+    seeded_generator,
     states_differ,
     strict_refusal,
     usable_scores,
 )
 from hvd_ext.torch.collectives import Collectives, Handle
+from hvd_ext.torch.seng.batched_solve import BatchedSolver
 from hvd_ext.torch.seng.blocks import Block, Chooser
-from hvd_ext.torch.seng.capture import Caught, Trust
-from hvd_ext.torch.seng.inventory import Layer
-from hvd_ext.torch.seng.joint import Joint
+from hvd_ext.torch.seng.capture import CaptureResult, RuleStatus
+from hvd_ext.torch.seng.layer_curvature import LayerCurvature
+from hvd_ext.torch.seng.layer_discovery import Layer
 from hvd_ext.torch.seng.step import Join
-from hvd_ext.torch.seng.system import LayerSystem
 
 HEADER = 3  # fingerprint, step, damping
 
@@ -41,11 +41,11 @@ class Refreshed:
     """
 
     step: int
-    systems: dict[Layer, LayerSystem] = field(default_factory=dict)
+    systems: dict[Layer, LayerCurvature] = field(default_factory=dict)
     failures: dict[Layer, str] = field(default_factory=dict)
-    trust: Trust = field(default_factory=Trust)
+    trust: RuleStatus = field(default_factory=RuleStatus)
     by_rows: list[Layer] = field(default_factory=list)
-    joint: Joint | None = None
+    joint: BatchedSolver | None = None
 
 
 class Refresh:
@@ -67,7 +67,7 @@ class Refresh:
 
     @functools.cached_property
     def _fingerprint(self) -> Fingerprint:
-        return fingerprint(
+        return layers_fingerprint(
             self._settings, [(layer.name, layer.shape, layer.plan) for layer in self._layers])
 
     def same_state(self, step: int, due: bool, kept: Sequence[str]) -> bool:
@@ -81,7 +81,7 @@ class Refresh:
         """
         if self._collectives is None:
             return True
-        mine = torch.tensor([[step, int(due), digest(sorted(kept))]])
+        mine = torch.tensor([[step, int(due), digest_parts(sorted(kept))]])
         everyone = self._collectives.allgather_async(
             mine, f"{self._name}.state", kind="curvature").wait()
         if bool((everyone == everyone[0]).all()):
@@ -90,8 +90,9 @@ class Refresh:
             raise states_differ(everyone[:, 0].tolist())
         return False
 
-    def run(self, captured: Caught, refused: Mapping[Layer, str], by_rows: Sequence[Layer], step: int,
-            lam: float) -> Refreshed:
+    def refresh_curvature(self, captured: CaptureResult, refused: Mapping[Layer, str],
+                          by_rows: Sequence[Layer], step: int,
+                          lam: float) -> Refreshed:
         """Sketch, factor and agree. Every rank calls it at the same step.
 
         Args:
@@ -102,7 +103,7 @@ class Refresh:
             RuntimeError: on every rank, when the ranks have different layers, settings or damping.
             ValueError: on every rank, when ``strict`` and some rank has layers in ``by_rows``.
         """
-        result = Refreshed(step, by_rows=list(by_rows), trust=Trust(
+        result = Refreshed(step, by_rows=list(by_rows), trust=RuleStatus(
             dict(captured.trust.accepted), {**refused, **captured.trust.refused}))
         for layer in self._layers:
             if layer in result.trust.refused:
@@ -113,43 +114,44 @@ class Refresh:
             else:
                 result.systems[layer] = found
         if self._collectives is not None and self._settings.coupling == "full":
-            self._agree(result, lam)
+            self._agree_on_layers(result, lam)
             lam = self._settings.damping_at(result.step)  # a rank that has joined was at another step
-            self._join(result.systems, result.step, self._collectives)
+            self._join_systems(result.systems, result.step, self._collectives)
         else:
-            self._sketch(result.systems, step)
+            self._sketch_systems(result.systems, step)
         joint = result.joint = self._join_small(result.systems)
-        joint.form()
-        for layer in joint.factor(lam):
+        joint.form_gram()
+        for layer in joint.factor_systems(lam):
             result.failures[layer] = "its small system could not be factored"
             del result.systems[layer]
-        self._agree(result, lam)
+        self._agree_on_layers(result, lam)
         if self._settings.strict and result.by_rows:
             raise ValueError(strict_refusal([layer.name for layer in result.by_rows]))
         return result
 
-    def redraw(self, systems: Mapping[Layer, LayerSystem], step: int, lam: float) -> dict[Layer, LayerSystem]:
+    def resample_rows(self, systems: Mapping[Layer, LayerCurvature], step: int,
+                      lam: float) -> dict[Layer, LayerCurvature]:
         """Other sampled rows for curvature that is older than this step (SENG Algorithm 1). Every rank
         calls it at the same step. A layer whose new small system has no factor keeps its old rows.
         """
-        drawn = {layer: system.unsketched() for layer, system in systems.items()
+        drawn = {layer: system.without_sketch() for layer, system in systems.items()
                  if layer.plan.sampled and system.step != step}
         if self._collectives is not None and self._settings.coupling == "full":
-            self._join(drawn, step, self._collectives)
+            self._join_systems(drawn, step, self._collectives)
         else:
-            self._sketch(drawn, step)
+            self._sketch_systems(drawn, step)
         joint = self._join_small(drawn)
-        joint.form()
-        for layer in joint.factor(lam):
+        joint.form_gram()
+        for layer in joint.factor_systems(lam):
             del drawn[layer]
         return {**systems, **drawn}
 
-    def _sketch(self, systems: Mapping[Layer, LayerSystem], step: int) -> None:
+    def _sketch_systems(self, systems: Mapping[Layer, LayerCurvature], step: int) -> None:
         for layer, system in systems.items():
             if layer.plan.sampled:
-                system.sketch(layer.plan, self._chooser(layer, system, step))
+                system.sample_rows(layer.plan, self._make_chooser(layer, system, step))
 
-    def _agree(self, result: Refreshed, lam: float) -> None:
+    def _agree_on_layers(self, result: Refreshed, lam: float) -> None:
         """Keep the layers that every rank has; give factors as many columns as any rank's have."""
         if self._collectives is None:
             return
@@ -162,7 +164,7 @@ class Refresh:
         # Flat, as ranks with other layers send headers of another length.
         gathered = self._collectives.allgather_async(
             torch.tensor(header), f"{self._name}.refresh", kind="curvature").wait()
-        everyone = self._compare(gathered, len(header))
+        everyone = self._compare_headers(gathered, len(header))
         result.step = int(everyone[:, 1].max())
         table = everyone[:, HEADER:].view(everyone.shape[0], -1, 4)
         result.by_rows = [layer for k, layer in enumerate(self._layers) if bool(table[:, k, 3].any())]
@@ -179,11 +181,11 @@ class Refresh:
                 result.failures.setdefault(layer, f"rank {lacking[0]} could not take it")
                 result.systems.pop(layer, None)
             else:
-                result.systems[layer].pad(int(table[:, k, 1].max()))
+                result.systems[layer].pad_columns(int(table[:, k, 1].max()))
         for system in result.systems.values():
             system.step = result.step
 
-    def _compare(self, gathered: torch.Tensor, length: int) -> torch.Tensor:
+    def _compare_headers(self, gathered: torch.Tensor, length: int) -> torch.Tensor:
         """The ranks' headers (M, length); an error on every rank when what they must share differs."""
         assert self._collectives is not None
         ranks = self._collectives.size
@@ -199,7 +201,8 @@ class Refresh:
                                "same damping= everywhere, or a function of the step alone")
         return everyone
 
-    def _join(self, systems: Mapping[Layer, LayerSystem], step: int, collectives: Collectives) -> None:
+    def _join_systems(self, systems: Mapping[Layer, LayerCurvature], step: int,
+                      collectives: Collectives) -> None:
         """Sketch with the same rows on all ranks and gather every rank's Xi (full coupling)."""
         reduced: dict[tuple[Layer, str], Handle] = {}
         if self._settings.sketch == "leverage":
@@ -210,24 +213,24 @@ class Refresh:
                         kind="curvature")
         scores = {key: handle.wait() for key, handle in reduced.items()}
         gathered: list[tuple[Block, str, Handle]] = []
-        counts: dict[LayerSystem, Handle] = {}
+        counts: dict[LayerCurvature, Handle] = {}
         for layer, system in systems.items():
             own = {label: scores[layer, label] for label in layer.plan.sampled
                    if (layer, label) in scores}
-            system.sketch(layer.plan, self._chooser(layer, system, step, own))
+            system.sample_rows(layer.plan, self._make_chooser(layer, system, step, own))
             counts[system] = collectives.allgather_async(
                 torch.tensor([system.rho]), f"{self._name}.rho/{layer.name}", kind="curvature")
             for number, block in enumerate(system.blocks):
-                for part, xi in block.sketches().items():
+                for part, xi in block.sketches_by_name().items():
                     gathered.append((block, part, collectives.allgather_async(
                         xi, f"{self._name}.{part}/{layer.name}/{number}", kind="curvature")))
         for system, handle in counts.items():
-            system.join(handle.wait().tolist(), collectives.rank)
+            system.set_ranks(handle.wait().tolist(), collectives.rank)
         for block, part, handle in gathered:
-            block.join(part, handle.wait())
+            block.set_gathered(part, handle.wait())
 
-    def _chooser(self, layer: Layer, system: LayerSystem, step: int,
-                 scores: dict[str, torch.Tensor] | None = None) -> Chooser:
+    def _make_chooser(self, layer: Layer, system: LayerCurvature, step: int,
+                      scores: dict[str, torch.Tensor] | None = None) -> Chooser:
         device = layer.parameters[0].device
 
         def choose(label: str, n: int, q: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -235,7 +238,7 @@ class Refresh:
             if self._settings.sketch == "leverage":
                 known = system.row_scores(label) if scores is None else scores[label]
             rows, weights = sample_rows(
-                n, q, generator(self._settings.seed, step, f"{layer.name}/{label}"),
+                n, q, seeded_generator(self._settings.seed, step, f"{layer.name}/{label}"),
                 scores=None if known is None else usable_scores(known.double().cpu().numpy()),
                 replacement=self._settings.replacement,
             )

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hvd_ext.torch.seng.shifted import Shifted, shifted_input
+from hvd_ext.torch.seng.implicit_unfold import ImplicitUnfold, shifted_input
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Factors:
 class Convolved(Factors):
     """Those of a convolution; ``a`` is only formed where it is asked for, ``shifted`` multiplies without."""
 
-    def __init__(self, g: torch.Tensor, shifted: Shifted, unfold: Callable[[], torch.Tensor]) -> None:
+    def __init__(self, g: torch.Tensor, shifted: ImplicitUnfold, unfold: Callable[[], torch.Tensor]) -> None:
         self.g, self.bias, self.shifted, self._unfold = g, None, shifted, unfold
 
     @functools.cached_property
@@ -133,7 +133,7 @@ def rule_for(module: nn.Module) -> tuple[Registered | None, bool]:
     return None, False
 
 
-def _linear(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick) -> Factors:
+def _linear_rule(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick) -> Factors:
     if x.dim() == 1:
         x, gz = x.unsqueeze(0), gz.unsqueeze(0)
     x, gz = pick(x), pick(gz)
@@ -142,11 +142,11 @@ def _linear(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick) ->
 
 def is_linear(registered: Registered) -> bool:
     """Whether a rule is that of ``Linear``."""
-    return registered.rule is _linear
+    return registered.rule is _linear_rule
 
 
-def patches(x: torch.Tensor, kernel: tuple[int, ...], stride: tuple[int, ...],
-            dilation: tuple[int, ...], positions: tuple[int, ...]) -> torch.Tensor:
+def extract_patches(x: torch.Tensor, kernel: tuple[int, ...], stride: tuple[int, ...],
+                    dilation: tuple[int, ...], positions: tuple[int, ...]) -> torch.Tensor:
     """Sliding blocks of a padded ``x`` (rho, C, *space): (rho, C, prod kernel, prod positions)."""
     if math.prod(kernel) == 1 and all(step == 1 for step in stride):
         return x.flatten(2).unsqueeze(2)
@@ -164,7 +164,7 @@ def patches(x: torch.Tensor, kernel: tuple[int, ...], stride: tuple[int, ...],
     return view.reshape(*x.shape[:2], math.prod(kernel), math.prod(positions))
 
 
-def _convolution(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick) -> Factors:
+def _convolution_rule(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick) -> Factors:
     assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     if x.dim() == len(module.kernel_size) + 1:
         x, gz = x.unsqueeze(0), gz.unsqueeze(0)
@@ -173,7 +173,7 @@ def _convolution(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pic
     if any(padding):
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         x = F.pad(x, padding, mode=mode)
-    return _unfolded(module, x, gz)
+    return _unfolded_rule(module, x, gz)
 
 
 def same_convolution(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick) -> Factors:
@@ -185,22 +185,22 @@ def same_convolution(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick:
                                 module.kernel_size, strict=True):
         need = max((p - 1) * s + d * (k - 1) + 1 - size, 0)
         padding = [need // 2, need - need // 2, *padding]
-    return _unfolded(module, F.pad(x, padding), gz)
+    return _unfolded_rule(module, F.pad(x, padding), gz)
 
 
-def _unfolded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: torch.Tensor, gz: torch.Tensor) -> Factors:
+def _unfolded_rule(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: torch.Tensor, gz: torch.Tensor) -> Factors:
     rho, groups, kappa = x.shape[0], module.groups, math.prod(gz.shape[2:])
     g = gz.reshape(rho, groups, -1, kappa).mT
 
     def unfold() -> torch.Tensor:
-        a = patches(x, module.kernel_size, module.stride, module.dilation, tuple(gz.shape[2:]))
+        a = extract_patches(x, module.kernel_size, module.stride, module.dilation, tuple(gz.shape[2:]))
         return a.reshape(rho, groups, -1, kappa).mT
 
     shifted = shifted_input(module, x, tuple(gz.shape[2:]))
     return Factors(g, unfold()) if shifted is None else Convolved(g, shifted, unfold)
 
 
-def _transposed(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick) -> Factors:
+def _transposed_rule(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick) -> Factors:
     # z is the adjoint of a convolution, so x and the patches of gz change places: the weight
     # (in, out/groups, k, k) has the gradient sum over positions of x · patch(gz).
     assert isinstance(module, nn.ConvTranspose2d)
@@ -215,7 +215,7 @@ def _transposed(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick
     # added rows that no patch reads.
     after = [need[0] - rows - gz.shape[2], need[1] - columns - gz.shape[3]]
     padded = F.pad(gz, (columns, after[1], rows, after[0]))
-    a = patches(padded, module.kernel_size, module.stride, module.dilation, tuple(x.shape[2:]))
+    a = extract_patches(padded, module.kernel_size, module.stride, module.dilation, tuple(x.shape[2:]))
     rho, groups = x.shape[0], module.groups
     kappa = a.shape[-1]
     return Factors(x.reshape(rho, groups, -1, kappa).mT, a.reshape(rho, groups, -1, kappa).mT, bias)
@@ -231,10 +231,10 @@ def _batch_norm(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick
         None if batch_statistics else module.running_var,
         training=batch_statistics, eps=module.eps,
     )
-    return _affine(pick(x_hat), pick(gz))
+    return _affine_rule(pick(x_hat), pick(gz))
 
 
-def _affine(x_hat: torch.Tensor, gz: torch.Tensor) -> PerSample:
+def _affine_rule(x_hat: torch.Tensor, gz: torch.Tensor) -> PerSample:
     """Sums over everything but samples (axis 0) and channels (axis 1)."""
     if gz.dim() == 2:
         return {"weight": x_hat * gz, "bias": gz}
@@ -268,7 +268,7 @@ def look_up(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick) ->
     assert isinstance(module, nn.Embedding)
     index, g = pick(x), pick(gz)
     index = index.reshape(index.shape[0], -1)
-    return Lookup(index, _unpadded(module, index, g.reshape(*index.shape, gz.shape[-1])))
+    return Lookup(index, _mask_padding(module, index, g.reshape(*index.shape, gz.shape[-1])))
 
 
 def _embedding_bag(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick) -> Lookup:
@@ -279,10 +279,10 @@ def _embedding_bag(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: P
     if module.mode == "mean":
         kept = index != module.padding_idx if module.padding_idx is not None else torch.ones_like(index)
         g = g / kept.sum(1, keepdim=True).clamp_min(1)
-    return Lookup(index, _unpadded(module, index, g.unsqueeze(1).expand(*index.shape, -1)))
+    return Lookup(index, _mask_padding(module, index, g.unsqueeze(1).expand(*index.shape, -1)))
 
 
-def _unpadded(module: nn.Module, index: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+def _mask_padding(module: nn.Module, index: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     padding = module.padding_idx
     return g if padding is None else g * (index != padding).unsqueeze(-1)
 
@@ -291,10 +291,10 @@ def _group_norm(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pick
     assert isinstance(module, nn.GroupNorm)
     x, gz = pick(x), pick(gz)
     x_hat = F.group_norm(x, module.num_groups, eps=module.eps)
-    return _affine(x_hat, gz)
+    return _affine_rule(x_hat, gz)
 
 
-def _matrix(module: nn.Module) -> tuple[int, int, int]:
+def _matrix_shape(module: nn.Module) -> tuple[int, int, int]:
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
     groups = int(getattr(module, "groups", 1))
@@ -302,10 +302,10 @@ def _matrix(module: nn.Module) -> tuple[int, int, int]:
     return groups, n_g, weight.numel() // (groups * n_g)
 
 
-register_seng_rule(nn.Linear, _linear, groups=_matrix)
+register_seng_rule(nn.Linear, _linear_rule, groups=_matrix_shape)
 for _type in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-    register_seng_rule(_type, _convolution, groups=_matrix)
-register_seng_rule(nn.ConvTranspose2d, _transposed, groups=_matrix, ones=False)
+    register_seng_rule(_type, _convolution_rule, groups=_matrix_shape)
+register_seng_rule(nn.ConvTranspose2d, _transposed_rule, groups=_matrix_shape, ones=False)
 for _type in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
     register_seng_rule(_type, _batch_norm)
 register_seng_rule(nn.LayerNorm, _layer_norm)

@@ -18,7 +18,7 @@ def _per_step(factor: Callable[[float], float], steps_per_epoch: int) -> Callabl
     A partial function can be pickled, and LambdaLR saves nothing of it: the ``state_dict()`` is plain
     numbers, which ``torch.load(weights_only=True)`` takes.
     """
-    return functools.partial(_at_step, factor, checks.whole("steps_per_epoch", steps_per_epoch, low=1))
+    return functools.partial(_at_step, factor, checks.check_int("steps_per_epoch", steps_per_epoch, low=1))
 
 
 def _at_step(factor: Callable[[float], float], steps_per_epoch: int, step: int) -> float:

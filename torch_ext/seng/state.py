@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from hvd_ext.seng import CurvatureReport, Settings, layer_row, make_report
-from hvd_ext.seng.coverage import Gap
-from hvd_ext.seng.samples import Placement, text
-from hvd_ext.torch.seng.capture import Trust
-from hvd_ext.torch.seng.inventory import Layer
+from hvd_ext.seng.coverage_report import UncoveredParameters
+from hvd_ext.seng.sample_axes import Placement, describe_placement
+from hvd_ext.torch.seng.capture import RuleStatus
+from hvd_ext.torch.seng.layer_curvature import LayerCurvature
+from hvd_ext.torch.seng.layer_discovery import Layer
 from hvd_ext.torch.seng.step import Lagged
-from hvd_ext.torch.seng.system import LayerSystem
 
 FORMAT = 2
 BINDING = ("coupling", "uc", "explicit_threshold", "sketch", "sketch_size", "replacement", "rank",
@@ -33,7 +33,7 @@ class State:
     due: bool = True
     skipped: int = 0
     failures: dict[str, int] = field(default_factory=dict)
-    systems: dict[Layer, LayerSystem] = field(default_factory=dict)
+    systems: dict[Layer, LayerCurvature] = field(default_factory=dict)
     lagged: Lagged = field(default_factory=Lagged)
 
     def to_dict(self, settings: Settings, ranks: int) -> dict[str, Any]:
@@ -42,8 +42,8 @@ class State:
             "format": FORMAT, "ranks": ranks, "step": self.step, "due": self.due,
             "skipped": self.skipped, "failures": dict(self.failures),
             "settings": {name: getattr(settings, name) for name in BINDING},
-            "layers": {layer.name: system.state() for layer, system in self.systems.items()},
-            **self.lagged.state(),
+            "layers": {layer.name: system.system_state() for layer, system in self.systems.items()},
+            **self.lagged.lagged_state(),
         }
 
     @classmethod
@@ -77,26 +77,26 @@ class State:
             if layer.name in saved["layers"]:
                 one = saved["layers"][layer.name]
                 one = one if saved["format"] == FORMAT else _from_format_1(one)
-                systems[layer] = LayerSystem.from_state(one, layer.parameters[0].device)
+                systems[layer] = LayerCurvature.from_state(one, layer.parameters[0].device)
         return cls(int(saved["step"]), bool(saved["due"]), int(saved["skipped"]),
                    dict(saved["failures"]), systems, Lagged.from_state(saved, names))
 
     def report(self, layers: Sequence[Layer], settings: Settings, parameters: Sequence[torch.Tensor], *,
-               ranks: int, waited: float, trust: Trust, missing: Sequence[Gap],
+               ranks: int, waited: float, trust: RuleStatus, missing: Sequence[UncoveredParameters],
                samples: Mapping[nn.Module, Placement]) -> CurvatureReport:
         """Data of every layer, see :data:`hvd_ext.seng.report.COLUMNS`, and totals."""
         rows = []
         for layer in layers:
-            held = self.systems[layer].held(self.step) if layer in self.systems else None
+            held = self.systems[layer].layer_stats(self.step) if layer in self.systems else None
             row = layer_row(layer.shape, layer.plan, held, failures=self.failures.get(layer.name, 0))
-            where = {text(samples[module]) for module in layer.slots if module in samples}
+            where = {describe_placement(samples[module]) for module in layer.slots if module in samples}
             rows.append({**row, "samples": " / ".join(sorted(where)) or None,
                          "refused": trust.refused.get(layer)})
         owned = {id(p) for layer in self.systems for p in layer.parameters}
         trainable = [p for p in parameters if p.requires_grad]
         rest = sum(p.numel() for p in trainable if id(p) not in owned)
-        gaps = [*missing, *(Gap(layer.name, layer.registered.kind, reason,
-                                sum(p.numel() for p in layer.parameters))
+        gaps = [*missing, *(UncoveredParameters(layer.name, layer.registered.kind, reason,
+                                                sum(p.numel() for p in layer.parameters))
                             for layer, reason in trust.refused.items())]
         return make_report(rows, settings, step=self.step, ranks=ranks, skipped=self.skipped,
                            identity_parameters=rest, parameters=sum(p.numel() for p in trainable),

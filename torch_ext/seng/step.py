@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from hvd_ext.torch.collectives import Collectives, Handle
-from hvd_ext.torch.seng.inventory import Layer
-from hvd_ext.torch.seng.joint import Joint
-from hvd_ext.torch.seng.system import LayerSystem
+from hvd_ext.torch.seng.batched_solve import BatchedSolver
+from hvd_ext.torch.seng.layer_curvature import LayerCurvature
+from hvd_ext.torch.seng.layer_discovery import Layer
 
 Started = dict[Layer, "Handle | torch.Tensor"]
-Join = Callable[[Mapping[Layer, LayerSystem]], Joint]
+Join = Callable[[Mapping[Layer, LayerCurvature]], BatchedSolver]
 
 
 @dataclass
@@ -33,16 +33,17 @@ class Step:
     uc: str
     waited: float = 0.0
 
-    def directions(self, joint: Joint, lam: float) -> None:
+    def compute_directions(self, joint: BatchedSolver, lam: float) -> None:
         """"block" coupling, ``U = diag(U_i)`` (SENG eq. 26), and "full", one system of all ranks."""
         if self.collectives is None:
-            joint.subtract_alone(lam, self.uc)
+            joint.apply_single_rank(lam, self.uc)
             return
-        started = {layer: self.start(layer, message)
-                   for layer, message in joint.messages(lam, self.uc)}
-        joint.subtract({layer: self.wait(one) for layer, one in started.items()}, lam, self.uc)
+        started = {layer: self.start_mean(layer, message)
+                   for layer, message in joint.local_contributions(lam, self.uc)}
+        joint.apply_directions({layer: self.wait_mean(one) for layer, one in started.items()}, lam, self.uc)
 
-    def lagged_directions(self, joint: Joint, lam: float, lagged: Lagged, lam_next: float | None) -> Lagged:
+    def lagged_directions(self, joint: BatchedSolver, lam: float, lagged: Lagged,
+                          lam_next: float | None) -> Lagged:
         """"lagged" coupling: ``U b`` of the gradient of the step before (SENG eq. 27).
 
         Layers that have no such gradient yet take this step's, as "block" does.
@@ -57,31 +58,31 @@ class Step:
         """
         started = dict(lagged.pending)
         if any(layer not in started for layer in joint.systems):
-            for layer, message in joint.messages(lam, self.uc):
+            for layer, message in joint.local_contributions(lam, self.uc):
                 if layer not in started:
-                    started[layer] = self.start(layer, message)
+                    started[layer] = self.start_mean(layer, message)
         after = Lagged()
         following: dict[Layer, torch.Tensor] = {}
         if lam_next is None:
-            after.previous = joint.copies()
+            after.previous = joint.copy_gradients()
         else:
-            following.update(joint.messages(lam_next, self.uc))
-        means = {layer: self.wait(started[layer]) for layer in joint.systems}
+            following.update(joint.local_contributions(lam_next, self.uc))
+        means = {layer: self.wait_mean(started[layer]) for layer in joint.systems}
         lagged.pending.update({layer: mean for layer, mean in means.items() if layer in lagged.pending})
-        joint.subtract(means, lam, self.uc)
+        joint.apply_directions(means, lam, self.uc)
         for layer, message in following.items():
             # Under way from here on, during the next forward and backward pass.
-            after.pending[layer] = self.start(layer, message)
+            after.pending[layer] = self.start_mean(layer, message)
         return after
 
-    def start(self, layer: Layer, message: torch.Tensor) -> Handle | torch.Tensor:
+    def start_mean(self, layer: Layer, message: torch.Tensor) -> Handle | torch.Tensor:
         """Start the mean of the ranks' messages for a layer."""
         if self.collectives is None:
             return message
         return self.collectives.allreduce_async_(message, f"{self.name}.uc/{layer.name}",
                                                  kind="curvature")
 
-    def wait(self, started: Handle | torch.Tensor) -> torch.Tensor:
+    def wait_mean(self, started: Handle | torch.Tensor) -> torch.Tensor:
         """The mean that was started."""
         if isinstance(started, torch.Tensor):
             return started
@@ -102,30 +103,30 @@ class Lagged:
     pending: Started = field(default_factory=dict)
     previous: dict[Layer, list[torch.Tensor]] = field(default_factory=dict)
 
-    def with_curvature(self, systems: Mapping[Layer, LayerSystem], join: Join, step: Step,
+    def with_curvature(self, systems: Mapping[Layer, LayerCurvature], join: Join, step: Step,
                        lam: float) -> Lagged:
         """The same with the messages of ``previous`` under way, made with a refresh's curvature."""
         joint = join({layer: systems[layer] for layer in self.previous if layer in systems})
-        joint.hold_these(self.previous)
-        return Lagged({layer: step.start(layer, message)
-                       for layer, message in joint.messages(lam, step.uc)})
+        joint.set_gradients(self.previous)
+        return Lagged({layer: step.start_mean(layer, message)
+                       for layer, message in joint.local_contributions(lam, step.uc)})
 
-    def finish(self, step: Step) -> None:
+    def wait_messages(self, step: Step) -> None:
         """Wait for all messages: they must have been received before they are dropped or saved."""
-        self.pending = {layer: step.wait(started) for layer, started in self.pending.items()}
+        self.pending = {layer: step.wait_mean(started) for layer, started in self.pending.items()}
 
-    def names(self) -> list[str]:
+    def part_names(self) -> list[str]:
         """What ranks compare: which parts there are."""
         return [name for name in ("pending", "previous") if getattr(self, name)]
 
-    def state(self) -> dict[str, Any]:
-        """For a checkpoint, after :meth:`finish`."""
+    def lagged_state(self) -> dict[str, Any]:
+        """For a checkpoint, after :meth:`wait_messages`."""
         return {"pending": {layer.name: message for layer, message in self.pending.items()} or None,
                 "previous": {layer.name: list(flat) for layer, flat in self.previous.items()} or None}
 
     @classmethod
     def from_state(cls, saved: Mapping[str, Any], layers: Mapping[str, Layer]) -> Lagged:
-        """What :meth:`state` gave, on the layers' devices."""
+        """What :meth:`lagged_state` gave, on the layers' devices."""
         def device(name: str) -> torch.device:
             return layers[name].parameters[0].device
 

@@ -1,0 +1,1 @@
+"""Horovod's modules, signatures and barriers under this package's names."""

@@ -1,0 +1,1 @@
+"""How gradients are reduced: settings, buckets, and the registry of methods."""

@@ -1,0 +1,1 @@
+"""State that outlives a step: checkpoints, Keras files, elastic snapshots, copies."""

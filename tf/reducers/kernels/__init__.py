@@ -1,0 +1,1 @@
+"""Computation of the reducers on tensors; no collectives."""

@@ -1,0 +1,1 @@
+"""The update on the ranks that own it, and how its weights come back."""

@@ -1,0 +1,1 @@
+"""Checks that ranks have the same settings, parameters and weights."""

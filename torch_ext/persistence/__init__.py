@@ -1,0 +1,1 @@
+"""State that outlives a step: checkpoints, state_dict(), elastic snapshots, copies."""

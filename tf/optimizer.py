@@ -15,6 +15,7 @@ import tensorflow as tf
 from horovod.tensorflow import DistributedOptimizer as HorovodOptimizer
 
 from hvd_ext import checks
+from hvd_ext.horovod_api.signatures import refuse_old_names
 from hvd_ext.reducers import registry
 from hvd_ext.reducers.delayed_update import check_overlap
 from hvd_ext.reducers.options import ReductionOptions
@@ -37,6 +38,7 @@ EXTENSIONS = {"preconditioner", "server", "reset_per_rank_state",
 PASSED_THROUGH = ("apply", "_backend_apply_gradients", "_clip_gradients")
 
 
+@refuse_old_names(late="overlap=hvd.DelayedUpdate(...)")
 def DistributedOptimizer(optimizer: Any, name: str | None = None, use_locking: bool = False,
                          device_dense: str = "", device_sparse: str = "",
                          compression: Any = horovod.Compression.none,
@@ -73,6 +75,7 @@ def DistributedOptimizer(optimizer: Any, name: str | None = None, use_locking: b
     return HorovodOptimizer(optimizer, use_locking=use_locking, **shared)
 
 
+@refuse_old_names(late="overlap=hvd.DelayedUpdate(...)")
 def KerasDistributedOptimizer(
         optimizer: Any, name: str | None = None, device_dense: str = "",
                device_sparse: str = "", compression: Any = horovod.Compression.none,

@@ -18,6 +18,7 @@ import keras
 import tensorflow as tf
 
 from hvd_ext.horovod_api import join_barrier
+from hvd_ext.horovod_api.signatures import refuse_old_names
 from hvd_ext.reducers.delay_compensation import DelayCompensated
 from hvd_ext.reducers.options import DenseReduction
 from hvd_ext.reducers.powersgd import PowerSGD
@@ -262,6 +263,7 @@ class Uneven:
             self._sum_attendance(False, 0, left=True)
 
 
+@refuse_old_names(weigh="average_over=")
 def uneven_inputs(optimizer: Any, average_over: str = "ranks") -> Uneven:
     """The loop over an epoch's batches, whose number may differ by rank; every rank enters and leaves it.
 

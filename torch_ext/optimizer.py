@@ -16,6 +16,7 @@ from horovod.torch.optimizer import DistributedOptimizer as HorovodOptimizer
 
 from hvd_ext.consistency.scopes import Scope, open_scope
 from hvd_ext.horovod_api import aliases
+from hvd_ext.horovod_api.signatures import refuse_old_names
 from hvd_ext.reducers import registry
 from hvd_ext.reducers.delay_compensation import DelayedUpdate
 from hvd_ext.reducers.delayed_update import check_overlap
@@ -35,6 +36,7 @@ from hvd_ext.torch.sharding.updater import make_server
 __getattr__ = aliases.module_getattr(__name__, "horovod.torch.optimizer")
 
 
+@refuse_old_names(late="overlap=hvd.DelayedUpdate(...)")
 def DistributedOptimizer(
     optimizer: torch.optim.Optimizer,
     named_parameters: Iterable[tuple[str, torch.Tensor]] | None = None,
@@ -105,7 +107,7 @@ def DistributedOptimizer(
             sparse_as_dense, process_set,
         ))
     if num_groups:
-        warnings.warn("num_groups has been replaced by groups", DeprecationWarning, stacklevel=2)
+        warnings.warn("num_groups has been replaced by groups", DeprecationWarning, stacklevel=3)
         groups = num_groups if groups is None else groups
     if backward_passes_per_step <= 0:
         raise ValueError("backward_passes_per_step must be > 0")

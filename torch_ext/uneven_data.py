@@ -19,6 +19,7 @@ import torch
 
 from hvd_ext.consistency.fingerprint import digest_parts
 from hvd_ext.horovod_api import join_barrier
+from hvd_ext.horovod_api.signatures import refuse_old_names
 from hvd_ext.reducers.registry import describe_reduction
 from hvd_ext.torch.collectives import Collectives, Handle, await_pending, keep_alive_until_done
 from hvd_ext.torch.sharding.clipping import clip_reduced_gradients
@@ -43,6 +44,7 @@ def is_active() -> bool:
     return bool(_ACTIVE_CONTEXTS)
 
 
+@refuse_old_names(weigh="average_over=")
 @contextmanager
 def uneven_inputs(optimizer: Any, average_over: str = "ranks", *,
                   on_shadow_step: Callable[[], Any] | None = None) -> Iterator[Uneven]:

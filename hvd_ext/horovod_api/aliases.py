@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 Lookup = Callable[[str], Any]
+RENAMED = {"Late": "DelayedUpdate", "uneven": "uneven_inputs"}  # names of ours in earlier versions
 
 
 def alias_package(package: str, target: str) -> Lookup:
@@ -65,7 +66,8 @@ def module_getattr(module: str, target: str) -> Lookup:
             horovods = importlib.import_module(target)
             if hasattr(horovods, name):
                 return getattr(horovods, name)
-        raise AttributeError(f"module {module!r} has no attribute {name!r}, nor has {target!r}")
+        new = f"; it is {RENAMED[name]} now" if name in RENAMED else f", nor has {target!r}"
+        raise AttributeError(f"module {module!r} has no attribute {name!r}{new}")
 
     return lookup
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 Function = Callable[..., Any]
@@ -70,3 +70,39 @@ def set_default_name(function: Function, name: str) -> Function:
         return function(**{**arguments, "name": arguments["name"] or name})
 
     return call
+
+
+def refuse_old_names(**renamed: str) -> Callable[[Function], Function]:
+    """Let a function say which argument to use where one of an earlier version is given.
+
+    Args:
+        renamed: by the old name, the new one.
+
+    Returns:
+        A decorator. The function raises a TypeError for an old name.
+    """
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def call_with_new_names(*args: Any, **kwargs: Any) -> Any:
+            check_old_names(function.__qualname__.removesuffix(".__init__"), kwargs, renamed)
+            # Some libraries change a function's defaults.
+            inner.__defaults__, inner.__kwdefaults__ = call.__defaults__, call.__kwdefaults__
+            return function(*args, **kwargs)
+
+        call: Any = call_with_new_names
+        inner: Any = function
+        call.__defaults__, call.__kwdefaults__ = inner.__defaults__, inner.__kwdefaults__
+        return call_with_new_names
+
+    return decorate
+
+
+def check_old_names(function: str, given: Iterable[str], renamed: Mapping[str, str]) -> None:
+    """Refuse arguments of an earlier version.
+
+    Raises:
+        TypeError: one of ``given`` has been renamed; with its new name.
+    """
+    for name in given:
+        if name in renamed:
+            raise TypeError(f"{function}() has no argument {name}=; it is {renamed[name]} now")

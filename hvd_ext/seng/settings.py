@@ -9,10 +9,13 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from hvd_ext import checks
+from hvd_ext.horovod_api.signatures import check_old_names
 from hvd_ext.seng.sample_axes import check_samples
 
 Damping = float | Callable[[int], float]
 
+# Arguments of earlier versions.
+RENAMED = {"stale": 'stale_curvature="keep"|"rescale"', "other": "fallback=", "redraw": "resample="}
 DEFAULT_SKETCH_SIZE = 262_144
 MOST_COLUMNS = 64  # with rank="auto"
 
@@ -229,6 +232,7 @@ def takes_settings(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
+        check_old_names("SENG", kwargs, RENAMED)
         try:
             whole.bind(*args, **kwargs)
         except TypeError as error:

@@ -7,6 +7,7 @@ from typing import Any
 
 from hvd_ext import checks
 from hvd_ext.consistency.fingerprint import describe_settings
+from hvd_ext.horovod_api.signatures import refuse_old_names
 from hvd_ext.reducers.registry import SERVERS
 from hvd_ext.reducers.topk.config import TopK, fusion_threshold
 
@@ -65,6 +66,9 @@ class Server:
         elif self.downlink is not None:
             lines += [f"server's reply: Compression.topk {line}" for line in describe_settings(self.downlink)]
         return lines
+
+
+Server.__init__ = refuse_old_names(reply="downlink=")(Server.__init__)  # type: ignore[method-assign]
 
 
 def _check_topk(reply: TopK) -> None:

@@ -82,7 +82,8 @@ class ShardedReducer(PlainReducer):
             flat = tf.cast(flat, tf.float16)
         ranks, own = len(message.parts), message.splits[self.collectives.rank]
         received = self.collectives.alltoall(
-            flat, message.splits, f"{self.prefix}/owners{self.server.message_label(message)}", rows=ranks * own)
+            flat, message.splits, f"{self.prefix}/owners{self.server.message_label(message)}",
+            rows=ranks * own)
         return tf.reshape(received, (ranks, own))
 
     def _sum_received(self, rows: tf.Tensor, dtype: tf.DType) -> tf.Tensor:

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace, train: Train, *, rank: int, size: int) -> None
             runs.append(train(args, seed, load(seed), lambda task=task: bar.advance(task)))
     if rank != 0:
         return
-    label = f"op={args.op}, {runs[0]['workers']} workers"
+    label = describe(args, runs[0]["workers"])
     if not args.quiet:
         console.print(table(runs, f"Digits, {label} of 16 samples on {size} rank(s), "
                                   f"lr {args.lr:g} a worker"))
@@ -73,6 +73,18 @@ def run(args: argparse.Namespace, train: Train, *, rank: int, size: int) -> None
         args.json.write_text(json.dumps({"options": options, "ranks": size, "runs": runs}, indent=1))
     if args.plot:
         plot(args.plot, runs, label)
+
+
+def describe(args: argparse.Namespace, workers: int) -> str:
+    """How gradients are reduced and used: what the command line has chosen, and the number of workers."""
+    parts = [f"op={args.op}"]
+    if args.compression != "none":
+        parts.append(f"compression={args.compression}" + f"({args.ratio:g})" * (args.compression == "topk"))
+    if args.preconditioner != "none":
+        parts.append(f"preconditioner={args.preconditioner}")
+    if args.server is not None:
+        parts.append(f"server={args.server}")
+    return ", ".join([*parts, f"{workers} workers"])
 
 
 def table(runs: list[Run], title: str) -> Table:

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from examples.digits import Digits, load
+from hvd_ext.terminal import make_console
 
 Run = dict[str, Any]
 Train = Callable[[argparse.Namespace, int, Digits, Callable[[], None]], Run]
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace, train: Train, *, rank: int, size: int) -> None
     ``train`` returns at least "test_error" and "test_errors" (by epoch) in percent, "seconds" and
     "workers".
     """
-    console = Console()
+    console = make_console()
     bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                    TimeElapsedColumn(), console=console, disable=args.quiet or rank != 0)
     runs = []

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hvd_ext.async_ps.report import Report
+from hvd_ext.terminal import make_console
 
 EVERY = 10.0
 
@@ -23,7 +23,7 @@ class Display:
     def __init__(self, *, enabled: bool, total: int | None) -> None:
         self.enabled = enabled
         self.total = total
-        self.console = Console()
+        self.console = make_console()
         self._shown = time.monotonic()
         self._bar: Progress | None = None
         if enabled and self.console.is_terminal:

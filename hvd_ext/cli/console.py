@@ -4,6 +4,8 @@ import sys
 
 from rich.console import Console
 
+from hvd_ext.terminal import make_console
+
 
 class CliError(Exception):
     """A command cannot go on. ``str(failure)`` says what is wrong, ``remedy`` what to do about it."""
@@ -15,9 +17,9 @@ class CliError(Exception):
 
 def stdout_console() -> Console:
     """A console on the standard output of this moment (tests replace it between calls)."""
-    return Console(file=sys.stdout, highlight=False)
+    return make_console(sys.stdout, highlight=False)
 
 
 def stderr_console() -> Console:
     """A console on the standard error of this moment."""
-    return Console(file=sys.stderr, highlight=False)
+    return make_console(sys.stderr, highlight=False)

@@ -104,7 +104,7 @@ class CurvatureReport(dict[str, Any]):
                 f"{self['failures']} failures, {self['skipped']} gradients not finite")
 
     def __str__(self) -> str:
-        console = Console(width=200)
+        console = Console(width=200, force_terminal=False, color_system=None)  # text, on a terminal too
         with console.capture() as capture:
             console.print(self.build_table())
         lead = f"{self['coverage_line']}\n" if "coverage_line" in self else ""

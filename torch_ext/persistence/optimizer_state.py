@@ -31,7 +31,7 @@ def state_dict(wrapper: DistributedStep, state: dict[str, Any], *, gather: bool)
     if wrapper.preconditioner is not None:
         own["preconditioner"] = wrapper.preconditioner.state_dict()
     if wrapper.server is not None and wrapper.collectives.is_member:
-        serve = wrapper.server.gather if gather else wrapper.server.state_dict
+        serve = wrapper.server.gather_state if gather else wrapper.server.state_dict
         state, own["server"] = serve(state)
     return {**state, STATE_KEY: own}
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from hvd_ext.cli.main import parser
+from hvd_ext.cli.main import build_parser
 from tests.conftest import LEFT_OUT, NEEDS
 from tests.docs.blocks import ROOT
 from tests.docs.tables import REQUIRED, TABLES, Argument, Table, read_arguments, read_choices
@@ -108,7 +108,8 @@ def test_the_choice_marked_as_default_is_it(table: Table, front_end: str) -> Non
 
 def test_options_of_the_installer_are_all_in_its_table():
     table = next(table for table in TABLES if table.head[0] == "option")
-    subcommands = next(action for action in parser()._actions if action.choices)  # argparse has no other way
+    actions = build_parser()._actions  # argparse has no other way
+    subcommands = next(action for action in actions if action.choices)
     install = subcommands.choices["install-horovod"]  # type: ignore[index]
     options = {option for action in install._actions for option in action.option_strings}
     named = {word for row in table.rows for word in row[0].replace("`", " ").replace(",", " ").split()

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 import secrets
 import selectors
 import socket
 import time
+import weakref
 
 from hvd_ext.watchdog.token_acceptor import TokenAcceptor
 
@@ -26,6 +28,20 @@ def _keep_alive(connection: socket.socket) -> None:
     for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
         if hasattr(socket, name):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+_ENDS: weakref.WeakSet[LivenessServer | LivenessClient] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    """A forked child, such as a loader's worker, must not keep its parent's connections open."""
+    for end in list(_ENDS):
+        atexit.unregister(end.close)
+        end.close_in_child()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
 
 
 class LivenessServer:
@@ -43,6 +59,7 @@ class LivenessServer:
         self._selector = selectors.DefaultSelector()
         self._connections: dict[int, socket.socket] = {}
         atexit.register(self.close)
+        _ENDS.add(self)
 
     def accept_ranks(self, ranks: set[int], seconds: float) -> set[int]:
         """Waits for the connections of ``ranks``; returns those that did not come in time."""
@@ -95,6 +112,12 @@ class LivenessServer:
         self._selector.close()
         atexit.unregister(self.close)
 
+    def close_in_child(self) -> None:
+        """Closes this process's copies. The selector is shared with the parent, which goes on using it."""
+        connections, self._connections = self._connections, {}
+        for connection in connections.values():
+            connection.close()
+
 
 class LivenessClient:
     """Every other rank's end; ``connected`` is False where the primary could not be reached."""
@@ -110,6 +133,7 @@ class LivenessClient:
                 _keep_alive(self._connection)
                 break
         atexit.register(self.close)
+        _ENDS.add(self)
 
     @property
     def connected(self) -> bool:
@@ -133,3 +157,9 @@ class LivenessClient:
             self._connection.close()
             self._connection = None
         atexit.unregister(self.close)
+
+    def close_in_child(self) -> None:
+        """Closes this process's copy."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None

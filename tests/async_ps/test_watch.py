@@ -1,5 +1,7 @@
 """Noticing that a process has ended, and what the server's terminal shows."""
 
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -60,6 +62,49 @@ def test_a_killed_process_is_noticed():
     found = []
     soon(lambda: found.extend(host.dead_ranks()) or found)
     assert found == [5]
+    host.close()
+
+
+WITH_A_CHILD = """
+import os, sys, time
+from hvd_ext.async_ps.liveness import LivenessClient
+client = LivenessClient(5, addresses=["127.0.0.1"], port=int(sys.argv[1]), token=sys.argv[2], seconds=5.0)
+child = os.fork()
+if child:
+    print(child, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_killed_process_is_noticed_whose_child_lives_on():
+    host = LivenessServer(local=True)
+    process = subprocess.Popen([sys.executable, "-c", WITH_A_CHILD, str(host.port), host.token],
+                               stdout=subprocess.PIPE)
+    assert host.accept_ranks({5}, seconds=60.0) == set()
+    child = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    found = []
+    try:
+        soon(lambda: found.extend(host.dead_ranks()) or found)
+    finally:
+        os.kill(child, signal.SIGKILL)
+    assert found == [5]
+    host.close()
+
+
+def test_a_child_that_ends_leaves_its_parent_the_connections():
+    host, clients = connected([1, 2])
+    child = os.fork()
+    if not child:
+        host.close()  # as at the end of a process
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert host.dead_ranks() == []
+    clients[2].close()
+    found = []
+    soon(lambda: found.extend(host.dead_ranks()) or found)
+    assert found == [2]
     host.close()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -11,7 +11,15 @@ from hvd_ext.reducers.delay_compensation import DelayCompensated
 MAX_FUSED = 16  # workers that one pass over memory applies
 
 
-@tf.function(jit_compile=True, autograph=False)
+class Rule(NamedTuple):
+    """What is compiled in of the settings, as plain values: a trace is found again by what they are."""
+
+    lam: float
+    decay: float
+    eps: float
+    cumulative: bool
+
+
 def reduced_slice(rows: tf.Tensor, order: tf.Tensor, good: tf.Tensor, step: tf.Tensor,
                   mean_square: tf.Tensor | None, config: DelayCompensated, scale: float,
                   divisor: int) -> tuple[tf.Tensor, tf.Tensor | None]:
@@ -35,23 +43,30 @@ def reduced_slice(rows: tf.Tensor, order: tf.Tensor, good: tf.Tensor, step: tf.T
     Returns:
         Both (own,), float32, float64 for float64 rows.
     """
+    rule = Rule(config.lam, config.decay, config.eps, config.displacement == "cumulative")
+    return _reduced_slice(rows, order, good, step, mean_square, rule, scale, divisor)
+
+
+@tf.function(jit_compile=True, autograph=False)
+def _reduced_slice(rows: tf.Tensor, order: tf.Tensor, good: tf.Tensor, step: tf.Tensor,
+                   mean_square: tf.Tensor | None, rule: Rule, scale: float,
+                   divisor: int) -> tuple[tf.Tensor, tf.Tensor | None]:
     wide = accumulation_dtype(rows.dtype)
-    strength = tf.cast(step, wide) * config.lam * scale**2
-    cumulative = config.displacement == "cumulative"
+    strength = tf.cast(step, wide) * rule.lam * scale**2
 
     def add(number: Any, total: tf.Tensor | None, square: tf.Tensor | None
             ) -> tuple[tf.Tensor, tf.Tensor | None]:
         # Not rows[order[number]]: XLA would compile anew for each order.
         gradient = tf.cast(tf.gather(rows, tf.gather(order, number)), wide)
         if square is not None:
-            square = config.decay * square + (1 - config.decay) * scale**2 * gradient * gradient
+            square = rule.decay * square + (1 - rule.decay) * scale**2 * gradient * gradient
         if total is None:
             total = tf.zeros_like(gradient)
-            if cumulative:  # nothing was applied before the first
+            if rule.cumulative:  # nothing was applied before the first
                 return gradient, square
-        correction = gradient * (total if cumulative else gradient)
+        correction = gradient * (total if rule.cumulative else gradient)
         if square is not None:
-            correction *= tf.math.rsqrt(square + config.eps)
+            correction *= tf.math.rsqrt(square + rule.eps)
         correction *= strength * gradient
         return total + gradient - tf.where(good, correction, tf.zeros_like(correction)), square
 

@@ -1,8 +1,8 @@
-"""Hooks on parameters: which parameters may have one, and how hooks are taken off again."""
+"""Hooks: which parameters may have one, how they are taken off again, and module hooks that are not saved."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,3 +38,24 @@ def let_go(hooks: dict[torch.Tensor, Any], reducer: Reducer) -> None:
     """The optimizer is gone: its hooks go, and what ``overlap=`` has sent for it, once that is over."""
     remove_hooks(hooks)
     keep_alive_until_done(reducer.pending_handles())
+
+
+class ModuleHook:
+    """A module hook that belongs to this process: pickled or copied it is one that does nothing."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
+        return _make_ignoring_hook, ()
+
+
+def ignore_call(*_args: Any, **_kwargs: Any) -> None:
+    """A module hook without effect: what a :class:`ModuleHook` is in a file."""
+
+
+def _make_ignoring_hook() -> Callable[..., None]:
+    return ignore_call

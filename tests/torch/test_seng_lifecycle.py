@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import numpy as np
@@ -339,3 +340,25 @@ def test_dropped_layers_are_one_warning_each_way():
     assert "gets g/(1 + damping) until then" in about[0]
     assert "keeps its previous curvature" in about[1]
     assert seng.report()["failures"] == 10
+
+
+@pytest.mark.parametrize("how", ["file", "copy"])
+def test_a_model_is_saved_whole_while_hooks_are_installed(tmp_path, how):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+    x = torch.randn(4, 6)
+    seng = hvd.SENG(model, damping=1.0, update_freq=1)
+    assert any(module._forward_hooks for module in model.modules())
+    if how == "file":
+        torch.save(model, tmp_path / "model.pt")
+        other = torch.load(tmp_path / "model.pt", weights_only=False)
+    else:
+        other = copy.deepcopy(model)
+    torch.testing.assert_close(other(x), model(x), rtol=0, atol=0)
+    other(x).sum().backward()  # of no interest to SENG
+    model(x).sum().backward()
+    before = [p.grad.clone() for p in model.parameters()]
+    seng.precondition()
+    assert seng.report()["layers"]
+    assert not any(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
+    seng.close()

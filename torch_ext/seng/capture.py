@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from hvd_ext.seng import Settings, sample_batch, seeded_generator
 from hvd_ext.seng.plan import negligible_error
 from hvd_ext.seng.sample_axes import CONSTANT
+from hvd_ext.torch.hooks import ModuleHook
 from hvd_ext.torch.seng.attention import Arrange, hook_projections
 from hvd_ext.torch.seng.check import GradientCheck, add_up
 from hvd_ext.torch.seng.deferred_capture import DeferredCapture, build_deferred, can_defer
@@ -160,8 +161,8 @@ class Capture:
             if isinstance(module, nn.Embedding) and type(module).forward is not nn.Embedding.forward:
                 self._hook_around(module, partial(patch_embedding, module, self._looked_up))
             elif not isinstance(module, nn.MultiheadAttention):
-                self._handles.append(module.register_forward_hook(
-                    partial(self._forward, layer), with_kwargs=True))
+                hook = ModuleHook(partial(self._forward, layer))
+                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
                 self.samples.hooks.add(self._handles[-1].id)
         for module in self._attentions:
             self._hook_around(module, partial(hook_projections, module, self._on_projection))
@@ -237,8 +238,6 @@ class Capture:
         self._scale = None
         self._open, self._waiting, self._done, self._chosen = {}, {}, {}, {}
 
-    # In the forward pass
-
     def _hook_around(self, module: nn.Module, begin: Callable[[], Callable[[], None]]) -> None:
         """Call ``begin`` before each of the module's forward passes, and what it gives behind it."""
         stops: list[Callable[[], None]] = []
@@ -250,8 +249,8 @@ class Capture:
             if stops:
                 stops.pop()()
 
-        self._handles.append(module.register_forward_pre_hook(before))
-        self._handles.append(module.register_forward_hook(after, always_call=True))
+        self._handles.append(module.register_forward_pre_hook(ModuleHook(before)))
+        self._handles.append(module.register_forward_hook(ModuleHook(after), always_call=True))
         self.samples.hooks.add(self._handles[-1].id)
 
     def _on_projection(self, part: nn.Module, x: torch.Tensor, z: torch.Tensor, rule: Rule,

@@ -20,6 +20,7 @@ from hvd_ext.seng.sample_axes import (
     is_plain,
     rows_of,
 )
+from hvd_ext.torch.hooks import ModuleHook
 from hvd_ext.torch.seng.probe import axis_signature, batch_of, two_passes
 from hvd_ext.torch.seng.rules import Factors, Lookup, PerSample
 
@@ -64,8 +65,8 @@ class SampleAxisTracker:
         self.batch, self.called = None, False
         if not self._handles:
             self._handles = [
-                self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-                self._model.register_forward_hook(self._after_forward)]
+                self._model.register_forward_pre_hook(ModuleHook(self._before_forward), with_kwargs=True),
+                self._model.register_forward_hook(ModuleHook(self._after_forward))]
 
     def remove_hooks(self) -> None:
         """Remove the hooks."""

@@ -136,7 +136,7 @@ class _DistributedGradientTape(tf.GradientTape):
             reducer.transaction = Transaction()
         found = reducer.transaction
         if kept is not None and hasattr(kept, "counters") and not found.has_variable(kept.steps):
-            create_outside_graph(lambda: found.add(kept.counters, kept.steps))
+            create_outside_graph(lambda: found.add_variables(kept.counters, kept.steps))
         return found
 
     def _count_updates(self) -> tf.Tensor:

@@ -149,7 +149,7 @@ def test_flat_and_back_keeps_every_entry(dtypes):
     assert np.isnan(buffer.max_magnitude())
 
 
-@pytest.mark.parametrize("use", [lambda b: b.wire, lambda b: b.write(np.zeros(6, np.float32)),
+@pytest.mark.parametrize("use", [lambda b: b.wire, lambda b: b.write_entries(np.zeros(6, np.float32)),
                                  lambda b: b.take_gradients()])
 def test_a_buffer_is_not_used_before_what_is_copied_out_of_it_is_gone(use):
     waited = []

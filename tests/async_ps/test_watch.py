@@ -188,7 +188,7 @@ class Never:
 memory = np.zeros(3)
 kept = weakref.ref(memory)
 try:
-    registration._wait(Never(), time.monotonic(), types.SimpleNamespace(start_timeout=7.0), (memory,))
+    registration._wait_request(Never(), time.monotonic(), types.SimpleNamespace(start_timeout=7.0), (memory,))
 except TimeoutError as error:
     print(error)
 del memory

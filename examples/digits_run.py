@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from examples.digits import Digits, load
-from hvd_ext.terminal import make_console
+from hvd_ext.reporting.terminal import make_console
 
 Run = dict[str, Any]
 Train = Callable[[argparse.Namespace, int, Digits, Callable[[], None]], Run]

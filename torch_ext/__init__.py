@@ -15,8 +15,8 @@ from hvd_ext.consistency.replicas import ReplicasDifferError
 from hvd_ext.horovod_api import aliases
 from hvd_ext.reducers.delay_compensation import DelayCompensated, DelayedUpdate
 from hvd_ext.reducers.delay_compensation.momentum import AutoMomentum, momentum_for_delay
+from hvd_ext.reporting.tensorboard import log_report
 from hvd_ext.sharding import Server
-from hvd_ext.tensorboard import log_report
 from hvd_ext.torch.amsgrad import AMSGrad
 from hvd_ext.torch.async_ps import ParameterServer
 from hvd_ext.torch.collectives import shutdown

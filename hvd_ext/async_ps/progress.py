@@ -7,7 +7,7 @@ import time
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hvd_ext.async_ps.report import Report
-from hvd_ext.terminal import make_console
+from hvd_ext.reporting.terminal import make_console
 
 EVERY = 10.0
 

@@ -4,7 +4,7 @@ import sys
 
 from rich.console import Console
 
-from hvd_ext.terminal import make_console
+from hvd_ext.reporting.terminal import make_console
 
 
 class CliError(Exception):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from scripts.function_names import function_names, is_one_word
+
 ROOT = Path(__file__).resolve().parents[2]
 FRAMEWORKS = {"torch", "tensorflow", "keras", "horovod"}
 
@@ -68,3 +70,26 @@ def test_no_file_has_grown_too_long(folder):
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines())
                for path in (ROOT / folder).rglob("*.py")}
     assert {path: length for path, length in lengths.items() if length > LONGEST} == {}
+
+
+@pytest.mark.parametrize("folder", ["hvd_ext", "torch_ext", "tf"])
+def test_functions_are_named_by_a_verb_and_its_object(folder):
+    """Most of them: a word is enough where it is the field's term (``allreduce``, ``flush``, ``poll``)."""
+    names = [name for path in (ROOT / folder).rglob("*.py") for name in function_names(path.read_text())]
+    assert len(names) > 100
+    assert sum(map(is_one_word, names)) <= 0.25 * len(names)
+
+
+def test_what_counts_as_a_function_name():
+    source = """
+def one():
+    def inner(): ...
+class A:
+    def __init__(self): ...
+    def two_words(self): ...
+    @property
+    def size(self): ...
+"""
+    assert list(function_names(source)) == ["one", "two_words"]
+    assert is_one_word("_one")
+    assert not is_one_word("_two_words")

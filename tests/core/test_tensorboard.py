@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hvd_ext.tensorboard import log_report, scalars
+from hvd_ext.reporting.tensorboard import log_report, scalars
 
 
 class Writer:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from hvd_ext.terminal import is_terminal
+from hvd_ext.reporting.terminal import is_terminal
 from tests.ranks import ROOT, environment_of_ranks, launch_command
 
-SAY = "import sys; from hvd_ext.terminal import is_terminal; sys.stdout.write(str(is_terminal(sys.stdout)))"
+SAY = ("import sys; from hvd_ext.reporting.terminal import is_terminal; "
+       "sys.stdout.write(str(is_terminal(sys.stdout)))")
 DIRECT = [sys.executable, "-c", SAY]
 IN_A_SHELL = ["sh", "-c", f"{sys.executable} -c '{SAY}'; true"]
 HOROVODRUN = [str(Path(sys.executable).parent / "horovodrun"), "--mpi", "-np", "1", "-H", "localhost:1"]

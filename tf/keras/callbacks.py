@@ -14,7 +14,7 @@ from horovod.tensorflow.keras.callbacks import *  # noqa: F403
 
 from hvd_ext import checks
 from hvd_ext.horovod_api import aliases
-from hvd_ext.tensorboard import log_report, scalars
+from hvd_ext.reporting.tensorboard import log_report, scalars
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.consistency.replicas import assert_replicas_equal
 from hvd_ext.tensorflow.keras_hooks import require_tensorflow_backend, wrapper_of

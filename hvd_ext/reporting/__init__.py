@@ -1,0 +1,1 @@
+"""How figures reach people and tools: TensorBoard scalars, the console."""

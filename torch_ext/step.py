@@ -52,7 +52,7 @@ class DistributedStep:
         weakref.finalize(self, let_go, self._hooks, reducer)
         ACTIVE_WRAPPERS.add(self)
         if preconditioner is not None:
-            preconditioner.attach_collectives(self.collectives, optimizer)
+            preconditioner.attach(self.collectives, optimizer)
         if server is not None:
             server.attach_optimizer(self.collectives, optimizer, reducer.options.groups, self._names)
 
@@ -379,7 +379,7 @@ class DistributedStep:
             self.server.attach_optimizer(self.collectives, self.optimizer, self.reducer.options.groups,
                                          self._names)
         if self.preconditioner is not None:
-            self.preconditioner.attach_collectives(self.collectives, self.optimizer)
+            self.preconditioner.attach(self.collectives, self.optimizer)
 
     def _meet_ranks(self) -> None:
         """After an elastic change of the number of ranks, let the extensions take their new part."""
@@ -396,4 +396,4 @@ class DistributedStep:
                 'server="replicated"'
             )
         if self.preconditioner is not None:
-            self.preconditioner.attach_collectives(self.collectives, self.optimizer)
+            self.preconditioner.attach(self.collectives, self.optimizer)

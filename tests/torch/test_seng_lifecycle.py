@@ -279,13 +279,13 @@ def test_another_number_of_ranks_drops_what_depends_on_it():
 
     model = network()
     seng = hvd.SENG(model, damping=LAM, update_freq=10, coupling="lagged")
-    seng.attach_collectives(None, None)
+    seng.attach(None, None)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     train(model, seng, optimizer, [0, 1])
     assert seng.state.lagged.pending
     assert not hooks(model)
     seng._ranks = 2
-    seng.attach_collectives(Ranks(), None)
+    seng.attach(Ranks(), None)
     assert not seng.state.lagged.pending
     assert hooks(model)
     train(model, seng, optimizer, [2])

@@ -94,7 +94,7 @@ def test_scaled_gradients_of_a_distributed_optimizer_pass_through(coupling):
     plain, scaled, scaler = network(), network(), Scaler()
     one = hvd.SENG(plain, damping=LAM, update_freq=3, coupling=coupling, explicit_threshold=200)
     two = hvd.SENG(scaled, damping=LAM, update_freq=3, coupling=coupling, explicit_threshold=200)
-    two.attach_collectives(None, None)
+    two.attach(None, None)
     two.set_grad_scaler(scaler)
     for step in range(7):
         scaler.scale = [8.0, 8.0, 4.0, 16.0, 16.0, 2.0, 2.0][step]

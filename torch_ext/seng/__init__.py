@@ -132,7 +132,7 @@ class SENG:
         self.state.step, self.state.skipped, self.state.due = state["step"], state["skipped"], True
         self._install_hooks_if_due()
 
-    def attach_collectives(self, collectives: Collectives | None, optimizer: Any = None) -> None:
+    def attach(self, collectives: Collectives | None, optimizer: Any = None) -> None:
         """Use these collectives from now on. Called again when the number of ranks has changed:
         what depends on it is dropped then and the curvature taken anew at the next step."""
         self._attached = True

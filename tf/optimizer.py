@@ -1,6 +1,6 @@
 """``DistributedOptimizer``, in the argument order of ``horovod.tensorflow`` and in that of its Keras module.
 
-Arguments are decided here; ``wrapper.py`` is the optimizer itself.
+Arguments are decided here; ``step.py`` is the optimizer itself.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ Keras 3 hands gradients to ``optimizer.apply`` and nowhere else, whether they co
 they are clipped: after Keras has unscaled them, dropped missing ones and accumulated
 ``gradient_accumulation_steps`` of them, so that each of these works as in one process.
 
-The way of a gradient is :class:`Step`, from top to bottom; ``extended.py`` only connects it to Keras'
-methods.
+The way of a gradient is :class:`Step`, from top to bottom; ``distributed_optimizer_class.py`` only connects
+it to Keras' methods.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The optimizer that a script holds: the wrapped one's class with Horovod's methods, and a step of its own.
 
-What it does at a step is in ``wrapper.py``.
+What it does at a step is in ``step.py``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """``DistributedOptimizer``: Horovod's own, or the wrapped optimizer with the extensions in its step.
 
-Arguments are decided here; ``wrapper.py`` is the optimizer itself.
+Arguments are decided here; ``step.py`` is the optimizer itself.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What ranks compare before an optimizer's first exchange, and what becomes of a difference.
 
 Each rank offers all its optimizers that have not been compared yet, so that ranks which begin with another
-one still agree. Equal offers are seen in one small sum (``meeting.py``); only where they differ do the
+one still agree. Equal offers are seen in one small sum (``checksum.py``); only where they differ do the
 ranks exchange them and :func:`compare_offers` them.
 """
 

@@ -1,6 +1,6 @@
 """SENG, the sketchy empirical natural gradient, as a preconditioner for Keras models.
 
-``wrapper.py`` and ``tape.py`` call ``before_reduce`` with this rank's gradients, ``precondition`` with
+``step.py`` and ``tape.py`` call ``before_reduce`` with this rank's gradients, ``precondition`` with
 the reduced ones, ``scaled_by`` with what scales the loss, and ``end_pass`` after each pass. The
 equations are in ``step.py``, the refresh of the curvature in ``refresh.py``.
 """

@@ -1,6 +1,6 @@
 """The interface of a reducer: what turns each rank's gradients into the reduced gradient.
 
-``wrapper.py`` owns the hooks. It tells the reducer about every gradient as the backward pass yields
+``step.py`` owns the hooks. It tells the reducer about every gradient as the backward pass yields
 it; the reducer starts its collectives then, and hands back reduced gradients when the step needs them.
 """
 

@@ -1,6 +1,6 @@
 """SENG, the sketchy empirical natural gradient, as a preconditioner for PyTorch.
 
-``wrapper.py`` calls ``attach``, ``before_reduce`` and ``precondition``; without a distributed
+``step.py`` calls ``attach``, ``before_reduce`` and ``precondition``; without a distributed
 optimizer ``step()`` is called between ``loss.backward()`` and ``optimizer.step()``. The equations are
 in ``step.py``, the refresh of the curvature in ``refresh.py``.
 """

@@ -1,7 +1,7 @@
 """All layers' small systems of a step together: one factorization and one solve for those of equal size.
 
 A :class:`SolveGroup` is what a step works with: a layer by itself, or the small layers of a pack
-(``packs.py``), whose gradients and curvature are in common tensors.
+(``packed_layers.py``), whose gradients and curvature are in common tensors.
 """
 
 from __future__ import annotations

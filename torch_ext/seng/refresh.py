@@ -54,7 +54,7 @@ class Refresh:
     Args:
         collectives: of M ranks; None on a single one.
         name: prefix of the collectives' names.
-        join: puts systems into units, see ``packs.py``.
+        join: puts systems into units, see ``packed_layers.py``.
     """
 
     def __init__(self, layers: Sequence[Layer], settings: Settings,

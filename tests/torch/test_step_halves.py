@@ -39,12 +39,12 @@ def train_seng(settings, discarding, cleared_by):
 
 
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("settings", [{}, {"coupling": "lagged"}, {"coupling": "full"}, {"redraw": "step"}],
+@pytest.mark.parametrize("settings", [{}, {"coupling": "lagged"}, {"coupling": "full"}, {"resample": "step"}],
                          ids=str)
 @pytest.mark.parametrize("cleared_by", ["once", "twice"])
 def test_seng_keeps_nothing_of_a_pass_that_is_thrown_away(ranks, size, settings, cleared_by):
     pool = ranks(size)
-    if "redraw" in settings:
+    if "resample" in settings:
         settings = {**settings, "sketch": "uniform", "sketch_size": 20}
     expected = pool.run(train_seng, settings, False, cleared_by)
     assert pool.run(train_seng, settings, True, cleared_by) == expected

@@ -45,9 +45,9 @@ METHODS = {
     "powersgd": ("exact", {}, {}),
     "delay": ("delay", {}, {}),
     "adaptive": ("adaptive", {}, {}),
-    "late": ("plain", {"overlap": True}, {}),
-    "late_compensated": ("plain", {"overlap": True, "late_lam": 0.4}, {}),
-    "late_topk": ("topk", {"overlap": True}, {}),
+    "late": ("plain", {"late": True}, {}),
+    "late_compensated": ("plain", {"late": True, "late_lam": 0.4}, {}),
+    "late_topk": ("topk", {"late": True}, {}),
 }
 
 

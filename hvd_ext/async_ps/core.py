@@ -168,7 +168,7 @@ class ParameterServer:
             RuntimeError: this rank is a server, or finish() was called.
             ServerLost: a server died or does not answer.
             ServerStopped: the server was stopped.
-            LeftOut: this worker was silent for too long.
+            WorkerEvicted: this worker was silent for too long.
         """
         self._as_worker("step()").step()
 

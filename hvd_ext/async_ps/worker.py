@@ -65,7 +65,7 @@ class Worker:
         """Pushes the model's gradients, puts the weights for the next mini-batch into the model.
 
         Raises:
-            ServerLost, ServerStopped, LeftOut: the run is over for this worker.
+            ServerLost, ServerStopped, WorkerEvicted: the run is over for this worker.
         """
         slot = self.pushes % self.settings.depth
         gradient = self._gradients[slot]
@@ -120,7 +120,7 @@ class Worker:
             The primary server's report.
 
         Raises:
-            ServerLost, ServerStopped, LeftOut: the run is over for this worker.
+            ServerLost, ServerStopped, WorkerEvicted: the run is over for this worker.
         """
         self._drain_answers()
         requests = self._receive_slices(self._weights[0].wire, wire.SNAPSHOT)

@@ -81,7 +81,7 @@ def test_worker_that_comes_back_too_late_is_told(tmp_path):
     ended = run_program(tmp_path / "p", "late", 4, {**OPTIONS, "worker_timeout": 1.0}, 40)
     check_left_out(ended, 1, "silent for")
     assert ended.outcomes[3].state == "raised"
-    assert "LeftOut: worker 2 (rank 3) was left out" in ended.outcomes[3].value
+    assert "WorkerEvicted: worker 2 (rank 3) was left out" in ended.outcomes[3].value
     assert "raise it, or call ping()" in ended.outcomes[3].value
 
 

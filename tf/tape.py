@@ -77,7 +77,7 @@ class _DistributedGradientTape(tf.GradientTape):
                if id(as_tf(source)) not in self._local_sources]
         variables = [flat_sources[index] for index in far]
         reducer = kept_reducer(self._optimizer or (variables or flat_sources)[0], self._settings)
-        self.create_state(flat_sources)
+        self.build(flat_sources)
         transaction = self._make_transaction(reducer)
         if transaction is not None:
             transaction.begin_reduction(self._count_updates())
@@ -97,7 +97,7 @@ class _DistributedGradientTape(tf.GradientTape):
                 result[index] = divide_by_ranks(result[index], reducer.collectives)
         return keras.tree.pack_sequence_as(sources, result)
 
-    def create_state(self, sources: Sequence[Any]) -> None:
+    def build(self, sources: Sequence[Any]) -> None:
         """Make what is kept between steps, in the optimizer given, where it is not there yet.
 
         The first ``gradient`` does; call it before a checkpoint is restored into new objects.

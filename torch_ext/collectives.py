@@ -19,13 +19,10 @@ import torch
 from horovod.common.exceptions import HorovodInternalError
 from horovod.torch import mpi_ops
 
+from hvd_ext.consistency.error_epoch import ERROR_EPOCH
 from hvd_ext.consistency.scopes import Scope, SharedName, outside_of_set
 from hvd_ext.reducers.traffic import Traffic, allreduce_bytes, by_kind
 from hvd_ext.watchdog.watchdog import WATCH
-
-# Errors that all ranks raised together so far. Messages of such a step may never be answered, so that
-# later ones must not have their names.
-COLLECTIVE_ERROR_EPOCH: list[str] = []
 
 
 @dataclass
@@ -87,8 +84,7 @@ class Collectives:
         """The name that Horovod is given: with the scope, and another one after an error on all ranks."""
         if self.scope is None or isinstance(name, SharedName):
             return name
-        after = f".after{len(COLLECTIVE_ERROR_EPOCH)}" if COLLECTIVE_ERROR_EPOCH else ""
-        return self.scope.add_to(name) + after
+        return self.scope.add_to(name) + ERROR_EPOCH.suffix
 
     @property
     def is_member(self) -> bool:

@@ -159,7 +159,7 @@ def choose_launcher(hosts: Sequence[Host], program: Sequence[str], machine: Mach
     open_mpi = machine.horovod_mpi and "Open" in machine.mpi
     chosen = launcher or ("mpirun" if open_mpi and "mpirun" in machine.launchers else "horovodrun")
     if chosen not in machine.launchers:
-        raise CliError(f"no {chosen} here", "hvd-ext doctor says what is installed and how to mend it")
+        raise CliError(f"no {chosen} here", "hvd-ext doctor says what is installed and how to repair it")
     if network and "/" in network and chosen != "mpirun":
         raise CliError(f"--network {network} is a network, and {chosen} takes names of interfaces only",
                        "pass the interface's name, such as eth0 (ip -brief address lists them)")

@@ -1,4 +1,4 @@
-"""``hvd-ext timeline``: mend a timeline of Horovod that was cut short, and say where the time went."""
+"""``hvd-ext timeline``: repair a timeline of Horovod that was cut short, and say where the time went."""
 
 import argparse
 import json
@@ -61,7 +61,7 @@ def add_subcommand(subcommands: Any) -> None:
     """Add the subcommand to ``hvd-ext``."""
     parser = subcommands.add_parser(
         "timeline",
-        help="mend a timeline of Horovod and summarise it by phase",
+        help="repair a timeline of Horovod and summarise it by phase",
         description="Reads what HOROVOD_TIMELINE=FILE made, also where the run was killed while it wrote. "
         "The mended file opens in Perfetto and in chrome://tracing.",
     )
@@ -220,4 +220,4 @@ def show_summary(summary: Summary, events: int, whole: bool, args: argparse.Name
         console.print(f"Complete timeline: {escape(str(args.repair))}", soft_wrap=True)
     elif not whole:
         command = f"hvd-ext timeline {args.file} --repair OUT"
-        console.print(f"The file was cut short; mend it: {escape(command)}", soft_wrap=True)
+        console.print(f"The file was cut short; repair it: {escape(command)}", soft_wrap=True)

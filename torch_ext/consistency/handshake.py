@@ -11,6 +11,7 @@ import horovod.torch as horovod
 import torch
 
 from hvd_ext.consistency import checksum
+from hvd_ext.consistency.error_epoch import ERROR_EPOCH
 from hvd_ext.consistency.fingerprint import mismatch_message
 from hvd_ext.consistency.handshake import (
     REMEDY,
@@ -21,7 +22,7 @@ from hvd_ext.consistency.handshake import (
     compare_offers,
 )
 from hvd_ext.consistency.scopes import SharedName
-from hvd_ext.torch.collectives import COLLECTIVE_ERROR_EPOCH, Collectives
+from hvd_ext.torch.collectives import Collectives
 from hvd_ext.torch.consistency.weight_digest import digest_tensors
 from hvd_ext.torch.kernels import kernel_implementation
 from hvd_ext.versions import HVD_EXT
@@ -59,8 +60,7 @@ def agree_on_optimizers(wrapper: Any, others: Sequence[Any]) -> None:
         if not checksum.all_equal(total.numpy()):
             error, agreed = compare_offers(ranks.allgather_object(mine, SharedName(checksum.DIFFER)))
             if error is not None:
-                COLLECTIVE_ERROR_EPOCH.append(error)
-                raise ValueError(error)
+                raise ERROR_EPOCH.raise_together(error)
         for label in agreed:
             offered[label].reducer.met = plans[label]
             offered[label].reducer.after_agreement()

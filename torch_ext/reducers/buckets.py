@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from hvd_ext.consistency.error_epoch import ERROR_EPOCH
 from hvd_ext.consistency.fingerprint import Fingerprint, mismatch_message
 from hvd_ext.consistency.wire import pack_row, unpack_rows
 from hvd_ext.reducers import registry
@@ -26,7 +27,7 @@ from hvd_ext.reducers.buckets import (
     split_groups,
 )
 from hvd_ext.reducers.options import ReductionOptions
-from hvd_ext.torch.collectives import COLLECTIVE_ERROR_EPOCH, Collectives, Handle, keep_alive_until_done
+from hvd_ext.torch.collectives import Collectives, Handle, keep_alive_until_done
 from hvd_ext.torch.reducers.base import NamedParameter, Reducer
 from hvd_ext.torch.reducers.gradient_layouts import Layouts
 
@@ -277,8 +278,7 @@ class BucketReducer(Reducer):
 
     def collective_error(self, message: str) -> ValueError:
         """The error for what ``agree`` has shown; every rank must raise it."""
-        COLLECTIVE_ERROR_EPOCH.append(message)
-        return ValueError(message)
+        return ERROR_EPOCH.raise_together(message)
 
     def abort_step(self) -> None:
         self._filled.clear()

@@ -9,9 +9,10 @@ import horovod.torch as horovod
 import torch
 
 from hvd_ext.consistency import checksum
+from hvd_ext.consistency.error_epoch import ERROR_EPOCH
 from hvd_ext.consistency.fingerprint import digest_parts, mismatch_message
 from hvd_ext.reducers.buckets import Bucket, TensorSlice, slice_sizes
-from hvd_ext.torch.collectives import COLLECTIVE_ERROR_EPOCH, Handle
+from hvd_ext.torch.collectives import Handle
 
 if TYPE_CHECKING:
     from hvd_ext.torch.reducers.base import Reducer
@@ -73,7 +74,6 @@ def check_frozen(reducer: Reducer, asked: Handle) -> None:
     """
     if not checksum.all_equal(asked.wait().numpy()):
         lines = reducer.collectives.allgather_object(reducer.frozen_lines(), checksum.DIFFER)
-        COLLECTIVE_ERROR_EPOCH.append(mismatch_message(
+        raise ERROR_EPOCH.raise_together(mismatch_message(
             "the ranks do not train the same parameters", lines,
             "Set requires_grad alike on all ranks, before the same step"))
-        raise ValueError(COLLECTIVE_ERROR_EPOCH[-1])

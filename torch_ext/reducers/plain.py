@@ -9,11 +9,12 @@ import horovod.torch as horovod
 import torch
 from horovod.common.exceptions import HorovodInternalError
 
+from hvd_ext.consistency.error_epoch import ERROR_EPOCH
 from hvd_ext.consistency.fingerprint import Fingerprint
 from hvd_ext.consistency.scopes import SharedName
 from hvd_ext.reducers.buckets import split_groups
 from hvd_ext.reducers.options import DenseReduction, ReductionOptions
-from hvd_ext.torch.collectives import COLLECTIVE_ERROR_EPOCH, Collectives, Handle, keep_alive_until_done
+from hvd_ext.torch.collectives import Collectives, Handle, keep_alive_until_done
 from hvd_ext.torch.mpi_ops import sparse_allreduce_async
 from hvd_ext.torch.reducers.base import NamedParameter, Reducer
 from hvd_ext.torch.reducers.frozen import frozen_token
@@ -161,11 +162,10 @@ class PlainReducer(Reducer):
         except HorovodInternalError as error:
             if "Mismatched" not in str(error):
                 raise
-            COLLECTIVE_ERROR_EPOCH.append(
+            raise ERROR_EPOCH.raise_together(
                 f"{', '.join(entry.name for entry in group[:4])}: trained on some ranks and frozen on "
                 "others, or of another shape or dtype there; set requires_grad alike on all ranks, before "
-                "the same step")
-            raise ValueError(COLLECTIVE_ERROR_EPOCH[-1]) from error
+                "the same step") from error
 
     def pending_handles(self) -> list[Handle]:
         started = [handle for _, handle, _ in self._started if isinstance(handle, Handle)]
@@ -179,8 +179,7 @@ class PlainReducer(Reducer):
 
     def _collective_name(self, entry: NamedParameter) -> str:
         """The name of the entry's collective: another one after an error, whose messages may lie about."""
-        after = f".after{len(COLLECTIVE_ERROR_EPOCH)}" if COLLECTIVE_ERROR_EPOCH else ""
-        return SharedName(self._names[entry] + after)
+        return SharedName(self._names[entry] + ERROR_EPOCH.suffix)
 
     def build_fingerprint(self) -> Fingerprint:
         others = [f"{one.name} travels as {name}" for one, name in self._names.items() if name != one.name]

@@ -1,4 +1,4 @@
-"""Small results on their way to the host, beside what their device does meanwhile.
+"""Asynchronous device-to-host copies of small tensors.
 
 ``float(tensor)`` waits for all that was queued on the device before it, and what is queued after it
 waits for the copy. Here the copy has a stream of its own.

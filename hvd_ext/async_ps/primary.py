@@ -1,4 +1,4 @@
-"""The primary server, rank 0: one order for all updates, and an eye on everybody."""
+"""Primary server (rank 0): orders all updates and monitors workers and servers."""
 
 from __future__ import annotations
 

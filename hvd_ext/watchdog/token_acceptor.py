@@ -1,4 +1,4 @@
-"""A listening socket whose callers must say so many bytes at once, or are shown out.
+"""Accepts connections that send a fixed-length token within a time limit; closes all others.
 
 All callers are heard at the same time, so that strangers who stay silent hold nobody up.
 """

@@ -193,7 +193,7 @@ class Reducer(abc.ABC):
 
     @abc.abstractmethod
     def abort_step(self) -> None:
-        """Drop what was begun for this step, after an error: nobody may answer it."""
+        """Abort the current step after an error; pending collectives may never complete."""
 
     @abc.abstractmethod
     def pending_handles(self) -> list[Handle]:

@@ -227,7 +227,7 @@ class ShardedReducer(Reducer):
         self.on_weights_updated()
 
     def on_weights_updated(self) -> None:
-        if self._partial:  # what is left is neither this rank's gradient nor the reduced one
+        if self._partial:  # the gradient is now partly local, partly reduced: invalid, so drop it
             for entry in self._home:
                 entry.parameter.grad = None
             self._partial = False

@@ -27,7 +27,7 @@ class ForceEagerGuard:
             _STANCE.append(torch.compiler.set_stance("force_eager"))
 
     def allow_compiled(self) -> None:
-        """Have no more need of that."""
+        """Allow compiled code again."""
         _release_number(id(self))
 
 

@@ -54,7 +54,7 @@ def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
 
 
 def stack_as_view(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Tensors of one shape as the rows of one: that whose rows they are, in order, else a copy."""
+    """Stack equal-shaped tensors; their common base, without a copy, if they are its consecutive rows."""
     base = tensors[0]._base
     if base is not None and base.shape == (len(tensors), *tensors[0].shape) and base.is_contiguous():
         size, start = tensors[0].numel() * base.element_size(), base.data_ptr()

@@ -1,4 +1,4 @@
-"""Sparse allreduce: whose entries are whose, how many go back, and the same answer on every rank.
+"""Sparse allreduce planning: index ranges per owner, reply size, and the shared threshold.
 
 Entries go to the owner of their index range; owners send back the large entries of what they sum up.
 What is decided here needs a few numbers from each owner, which all ranks exchange.

@@ -41,7 +41,7 @@ SUM := $(shell cat $(SOURCES) | cksum | tr ' ' '-')
 TOOLS := $(VENV)/.tools-$(SUM)
 READY := $(VENV)/.ready-$(subst $(space),-,$(FRAMEWORKS))-$(SUM)
 
-.PHONY: setup demo test test-quick test-long test-portable test-soak test-cluster test-zoo test-gpu-build test-triton lint bench doctor clean
+.PHONY: setup demo test test-quick test-long test-portable test-soak test-cluster test-zoo test-gpu-build test-triton lint docs bench doctor clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -95,6 +95,11 @@ bench: $(READY)
 
 doctor: $(READY)
 	$(BIN)/hvd-ext doctor
+
+# The pages and the API reference, into out/site; a warning is an error.
+docs: $(TOOLS)
+	$(PY) -m pip install --quiet --no-build-isolation --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 
 lint: $(TOOLS)
 	$(BIN)/ruff check .

@@ -49,6 +49,7 @@ setup(
         # get that of another torch.
         "race": ["pytorch_optimizer>=4.1", "curvlinops-for-pytorch==3.0.1", "torchvision==0.28.*"],
         "zoo": ["timm", "transformers", "torchvision==0.28.*"],  # the torchvision of this torch
+        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
         "dev": [f"mpi4py=={VERSIONS['MPI4PY']}", "numba", "hypothesis", "pytest", "pytest-timeout",
                 "pytest-xdist", "ruff", "mypy", "scikit-learn", "matplotlib", "tensorboard"],
     },

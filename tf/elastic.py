@@ -33,10 +33,16 @@ __all__ = ["TensorFlowKerasState", "TensorFlowState", "run"]
 
 
 def run(func: Callable[..., Any]) -> Callable[..., Any]:
-    """Horovod's decorator: run ``func(state, ...)`` again, from the last commit, when ranks come and go.
+    """Run ``func(state, ...)`` again, from the last commit, when ranks come and go: Horovod's decorator.
 
     Also of an exchange inside a traced function that failed because a rank has left; any other error of
     TensorFlow's is raised.
+
+    Args:
+        func: takes the state first.
+
+    Returns:
+        A function that takes the same arguments.
     """
     @functools.wraps(func)
     def training(state: Any, *args: Any, **kwargs: Any) -> Any:

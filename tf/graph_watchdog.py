@@ -77,7 +77,7 @@ class GraphWaitProbe:
 
 
 def shutdown() -> None:
-    """Horovod's; after a shutdown by :mod:`hvd_ext.watchdog.watchdog`, if one is under way."""
+    """Shut Horovod down; waits for a shutdown after a time limit, if one is in progress."""
     WATCH.await_abort()
     horovod.shutdown()
 

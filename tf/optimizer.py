@@ -51,6 +51,24 @@ def DistributedOptimizer(optimizer: Any, name: str | None = None, use_locking: b
 
     A Keras optimizer is changed as :func:`hvd_ext.tensorflow.keras.DistributedOptimizer` says; a
     ``tf.compat.v1.train.Optimizer`` is given to Horovod's own.
+
+    Args:
+        optimizer: a Keras optimizer or a ``tf.compat.v1.train.Optimizer``.
+        name: the beginning of its names in Horovod's timeline.
+        use_locking: Horovod's, for ``tf.compat.v1`` optimizers.
+        device_dense: Horovod's: the device for dense gradients.
+        device_sparse: Horovod's: the device for ``tf.IndexedSlices``.
+        compression: ``hvd.Compression.none``, ``fp16``, ``topk(...)`` or ``powersgd(...)``.
+        op: ``hvd.Average``, ``hvd.Sum`` or ``hvd.DelayCompensated(...)``.
+        sparse_as_dense: reduce ``tf.IndexedSlices`` as dense gradients.
+        backward_passes_per_step: passes whose gradients are added up before a reduction.
+        average_aggregated_gradients: divide their sum by the number of passes.
+        gradient_predivide_factor: Horovod's: divide by it before the sum, multiply after it.
+        num_groups: deprecated for ``groups``.
+        groups: the number of groups, or a list of the variables of each.
+        process_set: the ranks that train together; the others train alone.
+        scale_local_gradients: divide local gradients by the number of ranks, as a share of a mean.
+        extensions: ``preconditioner=``, ``server=`` and ``overlap=``, as of the Keras front end.
     """
     shared = {
         "name": name, "device_dense": device_dense, "device_sparse": device_sparse,
@@ -103,8 +121,16 @@ def KerasDistributedOptimizer(
             the state that belongs to one rank (TopK's residuals, MeanSquare).
         overlap: ``DelayedUpdate(...)``: exchange gradients beside the next step's compute and apply them
             then. ``optimizer.flush()`` takes the last update.
-
-    The other arguments are those of ``horovod.tensorflow.keras.DistributedOptimizer``.
+        device_dense: Horovod's: the device for dense gradients.
+        device_sparse: Horovod's: the device for ``tf.IndexedSlices``.
+        sparse_as_dense: reduce ``tf.IndexedSlices`` as dense gradients.
+        backward_passes_per_step: passes whose gradients are added up before a reduction.
+        average_aggregated_gradients: divide their sum by the number of passes.
+        gradient_predivide_factor: Horovod's: divide by it before the sum, multiply after it.
+        num_groups: deprecated for ``groups``.
+        groups: the number of groups, or a list of the variables of each.
+        process_set: the ranks that train together; the others train alone.
+        scale_local_gradients: divide local gradients by the number of ranks, as a share of a mean.
 
     Raises:
         RuntimeError: Keras runs on another backend than TensorFlow.
@@ -212,13 +238,22 @@ def PartialDistributedOptimizer(
         gradient_predivide_factor: float = 1.0, op: Any = horovod.Average, groups: Any = None,
         process_set: Any = horovod.global_process_set, local_layers: Any = None,
         scale_local_gradients: bool = True, **extensions: Any) -> Any:
-    """A distributed optimizer that leaves the gradients of ``local_layers`` on their rank.
+    """Make an optimizer distributed, and leave the gradients of ``local_layers`` on their rank.
 
     Args:
+        optimizer: a Keras optimizer.
+        name: the beginning of its names in Horovod's timeline.
+        device_dense: Horovod's: the device for dense gradients.
+        device_sparse: Horovod's: the device for ``tf.IndexedSlices``.
+        compression: ``Compression.none``, ``Compression.fp16`` or ``Compression.topk(...)``.
+        op: ``Average``, ``Sum`` or ``DelayCompensated(...)``.
+        sparse_as_dense: reduce ``tf.IndexedSlices`` as dense gradients.
+        gradient_predivide_factor: Horovod's: divide by it before the sum, multiply after it.
+        groups: the number of groups, or a list of the variables of each.
+        process_set: the ranks that train together; the others train alone.
         local_layers: a built Keras layer, or several.
         scale_local_gradients: divide their gradients by the number of ranks, as their share of a mean.
-
-    The other arguments are those of ``DistributedOptimizer``, with the same errors.
+        extensions: ``preconditioner=``, ``server=`` and ``overlap=``, as of ``DistributedOptimizer``.
 
     Raises:
         ValueError: something in ``local_layers`` is no Keras layer, or has no weights yet.

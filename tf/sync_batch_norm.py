@@ -102,7 +102,7 @@ def gather_rows(collectives: Collectives, row: tf.Tensor, weight: tf.Tensor) -> 
 
 
 def convert_sync_batchnorm(model: keras.Model, *, process_set: Any = None) -> keras.Model:
-    """A copy of a model in which every BatchNormalization layer is a SyncBatchNormalization.
+    """Copy a model, with every BatchNormalization layer as a SyncBatchNormalization.
 
     Weights, moving statistics, names and ``trainable`` are those of ``model``, which is left as it
     is. The copy is not compiled.

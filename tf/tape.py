@@ -191,7 +191,7 @@ def distributed_tape(gradtape: tf.GradientTape, device_dense: str = "", device_s
                      process_set: Any = horovod.global_process_set,
                      scale_local_gradients: bool = True, *, preconditioner: Any = None,
                      optimizer: Any = None) -> Any:
-    """A tape that reduces gradients over all ranks, with the arguments of Horovod's own.
+    """Wrap a tape so that it reduces gradients over all ranks; the arguments are Horovod's.
 
     Sources may be Keras 3 variables or tf.Variables; the ranks' tapes need the same ones. With
     ``op=DelayCompensated(...)`` or ``compression=Compression.topk(...)`` give ``optimizer=``, the
@@ -200,6 +200,21 @@ def distributed_tape(gradtape: tf.GradientTape, device_dense: str = "", device_s
     ``op``, ``optimizer.report()`` has the figures of the last step.
     With ``preconditioner=`` give it where its ``scale_loss`` multiplies the loss (mixed_float16,
     ``loss_scale_factor``).
+
+    Args:
+        gradtape: the tape to wrap.
+        device_dense: Horovod's: the device for dense gradients.
+        device_sparse: Horovod's: the device for ``tf.IndexedSlices``.
+        compression: ``hvd.Compression.none``, ``fp16``, ``topk(...)`` or ``powersgd(...)``.
+        sparse_as_dense: reduce ``tf.IndexedSlices`` as dense gradients.
+        op: ``hvd.Average``, ``hvd.Sum`` or ``hvd.DelayCompensated(...)``.
+        gradient_predivide_factor: Horovod's: divide by it before the sum, multiply after it.
+        num_groups: Horovod's: the number of groups of gradients that are reduced together.
+        groups: the number of groups, or a list of the variables of each.
+        process_set: the ranks that train together.
+        scale_local_gradients: divide gradients of local sources by the number of ranks.
+        preconditioner: ``hvd.SENG(...)`` or None.
+        optimizer: the Keras optimizer that will apply the gradients; needed with an extension.
 
     Raises:
         TypeError: ``gradtape`` is no ``tf.GradientTape``.
@@ -252,7 +267,23 @@ def partial_distributed_tape(gradtape: tf.GradientTape, device_dense: str = "", 
                              num_groups: int = 0, groups: Any = None,
                              process_set: Any = horovod.global_process_set, local_layers: Any = None,
                              scale_local_gradients: bool = True, **extensions: Any) -> Any:
-    """A distributed tape that leaves the gradients of ``local_layers`` on their rank."""
+    """Wrap a tape so that it leaves the gradients of ``local_layers`` on their rank.
+
+    Args:
+        gradtape: the tape to wrap.
+        device_dense: Horovod's: the device for dense gradients.
+        device_sparse: Horovod's: the device for ``tf.IndexedSlices``.
+        compression: ``hvd.Compression.none``, ``fp16``, ``topk(...)`` or ``powersgd(...)``.
+        sparse_as_dense: reduce ``tf.IndexedSlices`` as dense gradients.
+        op: ``hvd.Average``, ``hvd.Sum`` or ``hvd.DelayCompensated(...)``.
+        gradient_predivide_factor: Horovod's: divide by it before the sum, multiply after it.
+        num_groups: Horovod's: the number of groups of gradients that are reduced together.
+        groups: the number of groups, or a list of the variables of each.
+        process_set: the ranks that train together.
+        local_layers: a built Keras layer, or several.
+        scale_local_gradients: divide their gradients by the number of ranks, as their share of a mean.
+        extensions: ``preconditioner=`` and ``optimizer=``, as of ``DistributedGradientTape``.
+    """
     local = local_variables(local_layers)
     tape = distributed_tape(
         gradtape, device_dense, device_sparse, compression, sparse_as_dense, op, gradient_predivide_factor,

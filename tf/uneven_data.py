@@ -265,7 +265,7 @@ class Uneven:
 
 @refuse_old_names(weigh="average_over=")
 def uneven_inputs(optimizer: Any, average_over: str = "ranks") -> Uneven:
-    """The loop over an epoch's batches, whose number may differ by rank; every rank enters and leaves it.
+    """Loop over an epoch's batches, whose number may differ by rank; every rank enters and leaves it.
 
     ::
 
@@ -295,10 +295,13 @@ def uneven_inputs(optimizer: Any, average_over: str = "ranks") -> Uneven:
 
 
 def join() -> Any:
-    """Horovod's ``join``: wait for all ranks; the last rank to join.
+    """Wait for all ranks, as Horovod's ``join``.
 
     A rank that waits takes part in the others' allreduces with zeros. Where an optimizer of this process
     has an extension, that is impossible, and all ranks have to come here after the same number of steps.
+
+    Returns:
+        The last rank to join.
 
     Raises:
         RuntimeError: an extension is in use, and another rank trains on, or this is inside a graph.

@@ -86,6 +86,12 @@ def broadcast_variables(variables: Iterable[Any], root_rank: int,
     a compression, gradients accumulated so far) is left alone. The order counts, not the names,
     which Keras numbers by how many layers this rank made before.
 
+    Args:
+        variables: of Keras or TensorFlow, the same ones on every rank.
+        root_rank: the rank whose values all get.
+        process_set: the ranks that take part.
+        inplace: Horovod's: broadcast without a copy.
+
     Raises:
         ValueError: outside of a graph, on every rank: the ranks' variables differ in number, shape,
             dtype or order.

@@ -243,7 +243,7 @@ def _submit_collective(collective: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def shutdown() -> None:
-    """Horovod's; after a shutdown by :mod:`hvd_ext.watchdog.watchdog`, if one is under way."""
+    """Shut Horovod down; waits for a shutdown after a time limit, if one is in progress."""
     await_exchanges_for_next_step()
     WATCH.await_abort()
     horovod.shutdown()

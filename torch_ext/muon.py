@@ -18,7 +18,8 @@ class Muon(torch.optim.Muon):
 
     Args:
         params: parameters of two axes or more, or dicts of parameter groups.
-        args, kwargs: of ``torch.optim.Muon``: ``lr``, ``weight_decay``, ``momentum``, ...
+        args: further positional arguments of ``torch.optim.Muon``.
+        kwargs: ``lr``, ``weight_decay``, ``momentum`` and the others of ``torch.optim.Muon``.
 
     Raises:
         ValueError: a parameter with fewer than two axes, or an argument outside its limits.

@@ -67,9 +67,12 @@ def DistributedOptimizer(
         compression: ``Compression.none``, ``.fp16``, or a registered one such as ``.topk(...)``.
         backward_passes_per_step: backward passes before ``step()``; divide the loss by it.
         op: ``Average``, ``Sum``, ``Adasum``, or ``DelayCompensated(...)``.
-        gradient_predivide_factor, num_groups, groups, sparse_as_dense, process_set: Horovod's.
-            With DelayCompensated and compression with error feedback ``groups`` says which
-            gradients share a bucket.
+        gradient_predivide_factor: Horovod's: divide by it before the sum, multiply after it.
+        num_groups: Horovod's: the number of groups of gradients that are reduced together.
+        groups: Horovod's: the number of groups, or the parameters of each. With DelayCompensated and
+            compression with error feedback it says which gradients share a bucket.
+        sparse_as_dense: Horovod's: reduce sparse gradients as dense ones.
+        process_set: Horovod's: the ranks that train together.
         preconditioner: ``SENG(...)``: what the reduced gradient is turned into.
         server: where the update runs: "replicated", "rank0" or "sharded"; ``Server("sharded", downlink=...)``
             where the new weights are to come back compressed.

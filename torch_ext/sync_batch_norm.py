@@ -31,10 +31,14 @@ class SyncBatchNorm(_BatchNorm):
 
     Args:
         num_features: C, for inputs (N, C, ...).
-        eps, momentum, affine, track_running_stats: as ``torch.nn.BatchNorm2d``'s.
+        eps: added to the variance under the root.
+        momentum: weight of a new batch in the running statistics; None for their plain mean.
+        affine: learn a weight and a bias for each channel.
+        track_running_stats: keep running statistics for ``eval()``.
         process_set: the ranks whose batches belong together; all by default.
         name: of the layer in Horovod's timeline, the same on every rank.
-        device, dtype: of parameters and running statistics.
+        device: of parameters and running statistics.
+        dtype: of parameters and running statistics.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1,
@@ -102,7 +106,7 @@ class SyncBatchNorm(_BatchNorm):
 
 
 def convert_sync_batchnorm(module: nn.Module, process_set: Any = None) -> nn.Module:
-    """The model with every batch normalization synchronised, as ``nn.SyncBatchNorm.convert_sync_batchnorm``.
+    """Synchronise every batch normalization of a model, as ``nn.SyncBatchNorm.convert_sync_batchnorm``.
 
     Args:
         module: a model; parameters and buffers stay the same tensors, so that an optimizer that has them

@@ -48,7 +48,7 @@ def is_active() -> bool:
 @contextmanager
 def uneven_inputs(optimizer: Any, average_over: str = "ranks", *,
                   on_shadow_step: Callable[[], Any] | None = None) -> Iterator[Uneven]:
-    """The loop over an epoch's batches, whose number may differ by rank; every rank enters and leaves it.
+    """Loop over an epoch's batches, whose number may differ by rank; every rank enters and leaves it.
 
     ::
 
@@ -373,10 +373,16 @@ def take_settings(wrapper: Any, settings: dict[str, Any]) -> None:
 
 
 def join(device: int = -1) -> int:
-    """Horovod's: wait for all ranks; the last rank to join.
+    """Wait for all ranks, as Horovod's ``join``.
 
     A rank that waits takes part in the others' allreduces with zeros. Where an optimizer of this process
     has an extension, that is impossible, and all ranks have to come here after the same number of steps.
+
+    Args:
+        device: Horovod's: the GPU of the zeros that are sent; -1 for the CPU.
+
+    Returns:
+        The last rank to join.
 
     Raises:
         RuntimeError: an extension is in use, and another rank trains on.

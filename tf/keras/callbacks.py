@@ -181,7 +181,8 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
     Args:
         initial_lr: the learning rate at the end of the warm-up.
         warmup_epochs: its length in epochs.
-        momentum_correction, steps_per_epoch: as for ``LearningRateScheduleCallback``.
+        momentum_correction: as for ``LearningRateScheduleCallback``.
+        steps_per_epoch: as for ``LearningRateScheduleCallback``.
         verbose: 1 to print a line on rank 0 at the end.
     """
 

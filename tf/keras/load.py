@@ -27,7 +27,8 @@ def load_model(filepath: Any, custom_optimizers: Iterable[type] | None = None,
         custom_objects: further classes and functions by name.
         compression: as for ``DistributedOptimizer``.
         legacy_opts: must be False; Keras 3 has no legacy optimizers.
-        compile, safe_mode: as ``keras.models.load_model`` takes them.
+        compile: as ``keras.models.load_model`` takes it.
+        safe_mode: as ``keras.models.load_model`` takes it.
         options: further arguments of ``DistributedOptimizer``. Give those that the saved
             optimizer was made with: their state is in the file.
 

@@ -38,7 +38,8 @@ def save_checkpoint(folder: str | os.PathLike[str], step: int, *, model: keras.M
     Args:
         folder: on a file system that all hosts share; empty, or one that this run has loaded from.
         step: of the training, above that of the last checkpoint.
-        model, optimizer: what is trained, both built; the optimizer distributed or not.
+        model: what is trained, built.
+        optimizer: its optimizer, built, distributed or not.
         keep: how many checkpoints of this run stay, at least 1.
         more: further values that ``load_checkpoint`` gives back, of rank 0: numbers, text, and lists
             and dicts (with text as keys) of them, such as ``epoch=3``.
@@ -80,7 +81,8 @@ def load_checkpoint(folder: str | os.PathLike[str], *, model: keras.Model, optim
 
     Args:
         folder: as for ``save_checkpoint``, or one of the ``update-*`` folders in it.
-        model, optimizer: as they were when it was saved.
+        model: as it was when it was saved.
+        optimizer: as it was when it was saved.
         reset_per_rank_state: take a checkpoint of another number of ranks or of other extensions, and
             start anew what they keep per rank (TopK's residuals, MeanSquare, SENG's curvature). The
             wrapped optimizer's moments are loaded, whichever rank kept them.

@@ -68,10 +68,18 @@ class PaperSchedule(keras.optimizers.schedules.LearningRateSchedule):
 def exp_lr(initial_learning_rate: float, *, max_epoch: float, decay: float = 6.0,
            steps_per_epoch: int, warmup_epochs: float = 0.0, warmup_start: float = 0.0
            ) -> PaperSchedule:
-    """``lr (1 - epoch/max_epoch)^decay`` ("exp", SENG appendix A), after a linear warm-up.
+    """Make the schedule ``lr (1 - epoch/max_epoch)^decay``, after a linear warm-up.
 
     Args:
+        initial_learning_rate: lr.
+        max_epoch: the epoch at which the rate is 0.
+        decay: the exponent.
+        steps_per_epoch: updates in an epoch.
+        warmup_epochs: length of the warm-up in epochs.
         warmup_start: the warm-up's first learning rate as a fraction of ``initial_learning_rate``.
+
+    Source:
+        SENG, appendix A, "exp".
     """
     return PaperSchedule(initial_learning_rate, kind="exp", max_epoch=max_epoch, decay=decay,
                          steps_per_epoch=steps_per_epoch, warmup_epochs=warmup_epochs,
@@ -80,14 +88,33 @@ def exp_lr(initial_learning_rate: float, *, max_epoch: float, decay: float = 6.0
 
 def cosine_lr(initial_learning_rate: float, *, max_epoch: float, steps_per_epoch: int,
               warmup_epochs: float = 0.0, warmup_start: float = 0.0) -> PaperSchedule:
-    """``0.001 + (lr - 0.001)(1 + cos(pi epoch/max_epoch))/2`` ("cosine", SENG appendix A)."""
+    """Make the schedule ``0.001 + (lr - 0.001)(1 + cos(pi epoch/max_epoch))/2``.
+
+    Args:
+        initial_learning_rate: lr.
+        max_epoch: the epoch at which the rate is 0.001.
+        steps_per_epoch: updates in an epoch.
+        warmup_epochs: length of the warm-up in epochs.
+        warmup_start: the warm-up's first learning rate as a fraction of ``initial_learning_rate``.
+
+    Source:
+        SENG, appendix A, "cosine".
+    """
     return PaperSchedule(initial_learning_rate, kind="cosine", max_epoch=max_epoch,
                          steps_per_epoch=steps_per_epoch, warmup_epochs=warmup_epochs,
                          warmup_start=warmup_start)
 
 
 def recipe_lr(recipe: Recipe, *, steps_per_epoch: int) -> PaperSchedule:
-    """A row of SENG Table 7."""
+    """Make the schedule of a row of SENG's Table 7.
+
+    Args:
+        recipe: of ``hvd_ext.seng.imagenet_recipe``.
+        steps_per_epoch: updates in an epoch.
+
+    Source:
+        SENG, Table 7.
+    """
     return exp_lr(recipe.lr, max_epoch=recipe.max_epoch, decay=recipe.decay,
                   steps_per_epoch=steps_per_epoch, warmup_epochs=recipe.warmup_epochs,
                   warmup_start=recipe.warmup_lr / recipe.lr)

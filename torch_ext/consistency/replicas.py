@@ -13,7 +13,7 @@ from hvd_ext.torch.collectives import Collectives, as_carrier
 
 
 def broadcast_parameters(params: Any, root_rank: int) -> None:
-    """Horovod's function, for weights of any layout (``channels_last``), bfloat16 and bool too.
+    """Copy tensors from one rank to all, of any layout (``channels_last``), bfloat16 and bool too.
 
     A tensor that is not contiguous travels as a contiguous copy; layouts may differ between ranks.
 

@@ -28,10 +28,18 @@ def _at_step(factor: Callable[[float], float], steps_per_epoch: int, step: int) 
 def exp_lr(optimizer: torch.optim.Optimizer, *, max_epoch: float, decay: float = 6.0,
            steps_per_epoch: int, warmup_epochs: float = 0.0, warmup_start: float = 0.0
            ) -> LambdaLR:
-    """``lr (1 - epoch/max_epoch)^decay`` ("exp", SENG appendix A), after a linear warm-up.
+    """Set the rate to ``lr (1 - epoch/max_epoch)^decay``, after a linear warm-up.
 
     Args:
+        optimizer: its learning rate is lr.
+        max_epoch: the epoch at which the rate is 0.
+        decay: the exponent.
+        steps_per_epoch: updates in an epoch.
+        warmup_epochs: length of the warm-up in epochs.
         warmup_start: the warm-up's first learning rate as a fraction of the optimizer's.
+
+    Source:
+        SENG, appendix A, "exp".
     """
     factor = WarmUp(ExpDecay(max_epoch, decay), epochs=warmup_epochs, start=warmup_start)
     return LambdaLR(optimizer, _per_step(factor, steps_per_epoch))
@@ -39,7 +47,18 @@ def exp_lr(optimizer: torch.optim.Optimizer, *, max_epoch: float, decay: float =
 
 def cosine_lr(optimizer: torch.optim.Optimizer, *, max_epoch: float, steps_per_epoch: int,
               warmup_epochs: float = 0.0, warmup_start: float = 0.0) -> LambdaLR:
-    """``0.001 + (lr - 0.001)(1 + cos(pi epoch/max_epoch))/2`` ("cosine", SENG appendix A)."""
+    """Set the rate to ``0.001 + (lr - 0.001)(1 + cos(pi epoch/max_epoch))/2``.
+
+    Args:
+        optimizer: its learning rate is lr.
+        max_epoch: the epoch at which the rate is 0.001.
+        steps_per_epoch: updates in an epoch.
+        warmup_epochs: length of the warm-up in epochs.
+        warmup_start: the warm-up's first learning rate as a fraction of the optimizer's.
+
+    Source:
+        SENG, appendix A, "cosine".
+    """
     def factor(group: dict[str, float]) -> Callable[[int], float]:
         lr = group.get("initial_lr", group["lr"])
         warm = WarmUp(Cosine(max_epoch, float(lr)), epochs=warmup_epochs, start=warmup_start)
@@ -50,5 +69,14 @@ def cosine_lr(optimizer: torch.optim.Optimizer, *, max_epoch: float, steps_per_e
 
 def recipe_lr(optimizer: torch.optim.Optimizer, recipe: Recipe, *, steps_per_epoch: int
               ) -> LambdaLR:
-    """A row of SENG Table 7; the optimizer's lr should be ``recipe.lr``."""
+    """Set the rates of a row of SENG's Table 7.
+
+    Args:
+        optimizer: its learning rate should be ``recipe.lr``.
+        recipe: of ``hvd_ext.seng.imagenet_recipe``.
+        steps_per_epoch: updates in an epoch.
+
+    Source:
+        SENG, Table 7.
+    """
     return LambdaLR(optimizer, _per_step(recipe.lr_factor(), steps_per_epoch))

@@ -11,7 +11,7 @@ from hvd_ext import checks
 
 def momentum_for_delay(delay: float, *, momentum: float = 0.9,
                        reference_delay: float = 1.0) -> float:
-    """The momentum for a delay, from one pair that is known to work.
+    """Compute the momentum for a delay from one pair that is known to work.
 
     Async-MSGD shows that the delay may grow as ``(1 - mu)^2 / sqrt(lr)``. With the constant taken
     from a pair (mu_0 at tau_0) that is known to work at this learning rate,

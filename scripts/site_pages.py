@@ -1,0 +1,56 @@
+"""Pages that the build of the site adds (``hooks`` of mkdocs.yml): the start page, and one a public module.
+
+README.md becomes the start page. Sources are read without being imported, from copies under ``out/`` that
+have the packages' import names.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # mkdocs runs this file as one without a package
+
+from scripts.public_names import FOLDERS, MODULES, find_definition, public_names  # noqa: E402
+
+SOURCES = ROOT / "out" / "api_sources"
+
+
+def copy_sources() -> None:
+    """Copy ``torch_ext`` to ``hvd_ext/torch`` and ``tf`` to ``hvd_ext/tensorflow``, beside ``hvd_ext``."""
+    shutil.rmtree(SOURCES, ignore_errors=True)
+    for name, folder in reversed(FOLDERS.items()):
+        shutil.copytree(ROOT / folder, SOURCES.joinpath(*name.split(".")), dirs_exist_ok=True,
+                        ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def start_page() -> str:
+    """README.md with links as the site has them."""
+    return re.sub(r"\]\(docs/", "](", (ROOT / "README.md").read_text())
+
+
+def api_page(module: str) -> str:
+    """The page of a module: its public names, and a list of those that are Horovod's."""
+    names = public_names(module)
+    own = [name for name in names if find_definition(module, name)[1] is not None]
+    lines = [f"# {module}", "", f"::: {module}", "    options:", "      members:",
+             *(f"        - {name}" for name in own), ""]
+    others = [name for name in names if name not in own]
+    if others:
+        lines += ["Handed on from Horovod: " + ", ".join(f"`{name}`" for name in others) + ".", ""]
+    return "\n".join(lines)
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the generated pages to those of ``docs/``."""
+    copy_sources()
+    pages = {"index.md": start_page(), **{f"api/{module}.md": api_page(module) for module in MODULES}}
+    for path, text in pages.items():
+        files.append(File.generated(config, path, content=text))
+    return files

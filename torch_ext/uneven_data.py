@@ -65,16 +65,13 @@ def uneven_inputs(optimizer: Any, average_over: str = "ranks", *,
     or unscaling, need not run there: the gradients it leaves, the parameter groups' settings and the
     GradScaler's scale come from a rank that has a batch. The block ends on all ranks together. A step that
     was begun when the batches ended (``backward_passes_per_step``) is taken with the micro-batches it has.
-    An error inside the block leaves it at once.
 
     Args:
         optimizer: a ``DistributedOptimizer``.
-        average_over: what the mean is taken over. "ranks": all of them, as if those without a batch had
-            gradients
-            of zero. "active": those that have a batch. "samples": every rank's gradient weighs as many
-            samples as ``samples(n)`` says; the ranks then meet at the first gradient of each step.
-        on_shadow_step: called after each update that this rank makes without a batch, for what the loop
-            does beside it, such as stepping a schedule, which this rank will need after the block.
+        average_over: "ranks": the mean over all ranks, with zeros from those without a batch. "active":
+            over the ranks that have a batch. "samples": weighed by ``samples(n)`` of each rank; ranks
+            then wait for each other at the first gradient of each step.
+        on_shadow_step: called after each update without a batch, as for a schedule.
 
     Raises:
         TypeError: the optimizer is not one of ``DistributedOptimizer``'s.
@@ -87,8 +84,7 @@ def uneven_inputs(optimizer: Any, average_over: str = "ranks", *,
                         f"LBFGS), got {type(optimizer).__name__} of {type(optimizer).__module__}")
     if _ACTIVE_CONTEXTS:
         raise RuntimeError("this is inside hvd.uneven_inputs already; use one block around the loop, with "
-                           "one "
-                           "optimizer: a rank that shadows takes part in the steps of one alone")
+                           "one optimizer: a rank that shadows takes part in the steps of one alone")
     data = Uneven(optimizer, average_over, on_shadow_step)
     wrapper.uneven = data
     _ACTIVE_CONTEXTS.append(data)

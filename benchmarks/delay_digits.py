@@ -3,7 +3,8 @@
     python -m benchmarks.delay_digits --json out/delay_digits.json --plot out/delay_digits.png
 
 One process; every worker is a micro-batch of 16 digits, so that M workers need no M ranks. Every way
-starts from the same weights and sees the same shuffle, ``--seeds`` times; means are compared.
+starts from the same weights and sees the same shuffle, ``--seeds`` times; medians are compared,
+beside the range and the number of runs that diverged.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from rich.table import Table
 import hvd_ext.torch as hvd
 from examples.digits import load
 from examples.digits_run import parse
+from examples.seeds import summarize
 from examples.torch_digits import train
 
 WORKERS = (4, 8, 16, 32)
@@ -55,8 +56,8 @@ def plot(path: Path, rows: list[dict[str, Any]]) -> None:
     for axes, lr in zip(panels, LRS, strict=True):
         for rule in RULES:
             line = [r for r in rows if r["rule"] == rule and r["lr"] == lr]
-            axes.plot([r["workers"] for r in line], [r["mean"] for r in line], marker="o", label=rule)
-        sequential = next(r["mean"] for r in rows if r["rule"] == "sequential" and r["lr"] == lr)
+            axes.plot([r["workers"] for r in line], [r["median"] for r in line], marker="o", label=rule)
+        sequential = next(r["median"] for r in rows if r["rule"] == "sequential" and r["lr"] == lr)
         axes.axhline(sequential, color="black", linestyle="--", label="sequential SGD")
         axes.set(xscale="log", yscale="log", xlabel="workers M of batch 16", title=f"lr {lr:g} a worker")
         axes.set_xticks(WORKERS, [str(w) for w in WORKERS])
@@ -85,17 +86,18 @@ def main() -> None:
     rows = []
     for rule, options, workers, lr in track(grid, description="training", console=console):
         found = errors(options, workers, lr, args.seeds, args.epochs)
-        rows.append({"rule": rule, "workers": workers, "lr": lr, "mean": mean(found), "errors": found})
+        rows.append({"rule": rule, "workers": workers, "lr": lr, "median": summarize(found).median,
+                     "errors": found})
     for lr in LRS:
-        first = next(r["mean"] for r in rows if r["rule"] == "sequential" and r["lr"] == lr)
-        table = Table(title=f"Digits, test error %, mean of {args.seeds} seeds, lr {lr:g} a worker, "
-                            f"{args.epochs} epochs; sequential SGD: {first:.1f}")
+        first = next(r["errors"] for r in rows if r["rule"] == "sequential" and r["lr"] == lr)
+        table = Table(title=f"Digits, test error %, median (range) of {args.seeds} seeds, lr {lr:g} a "
+                            f"worker, {args.epochs} epochs; sequential SGD: {summarize(first)}")
         table.add_column("rule")
         for workers in WORKERS:
             table.add_column(f"M = {workers}", justify="right")
         for rule in RULES:
-            line = [r["mean"] for r in rows if r["rule"] == rule and r["lr"] == lr]
-            table.add_row(rule, *(f"{value:.1f}" for value in line))
+            line = [r["errors"] for r in rows if r["rule"] == rule and r["lr"] == lr]
+            table.add_row(rule, *(str(summarize(found)) for found in line))
         console.print(table)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -5,8 +5,9 @@ two problems.
 
 One process; a step's gradient is that of the joined batch of 8 workers with 16 samples each, which is what
 ranks reduce. Digits: a perceptron with one hidden layer, test error after 20 epochs. Autoencoder: eight
-layers, training loss after 200 steps. Every way starts from the same weights and sees the same batches; means
-over ``--seeds`` runs. A run whose loss is not finite at the end, or above its start, counts as diverged.
+layers, training loss after 200 steps. Every way starts from the same weights and sees the same batches;
+medians over ``--seeds`` runs. A run whose loss is not finite at the end, or above its start, counts as
+diverged.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -125,11 +126,12 @@ def measure(problem: Problem, late: Any, lr: float, momentum: float, seeds: int)
 
 
 def told(found: list[float | None]) -> str:
-    """The mean, or how many runs diverged."""
-    gone = found.count(None)
-    if gone:
-        return f"{gone} of {len(found)} diverged"
-    return f"{mean(one for one in found if one is not None):.3g}"
+    """Median and range of the runs that did not diverge, and how many did."""
+    ended = [one for one in found if one is not None]
+    gone = f"{len(found) - len(ended)} of {len(found)} diverged" if len(ended) < len(found) else ""
+    if not ended:
+        return gone
+    return f"{median(ended):.3g} ({min(ended):.3g} to {max(ended):.3g}{'; ' * bool(gone)}{gone})"
 
 
 def main() -> None:
@@ -154,7 +156,7 @@ def main() -> None:
     for problem in PROBLEMS:
         for momentum, lrs in problem.lrs.items():
             table = Table("way", "momentum", *(f"lr {lr:g}" for lr in lrs),
-                          title=f"{problem.name}, {problem.unit}, mean of {args.seeds} seeds")
+                          title=f"{problem.name}, {problem.unit}, median (range) of {args.seeds} seeds")
             own = [row for row in rows if row["problem"] == problem.name and row["of"] == momentum]
             for way, used in dict.fromkeys((row["way"], row["momentum"]) for row in own):
                 cells = [row["found"] for row in own if (row["way"], row["momentum"]) == (way, used)]

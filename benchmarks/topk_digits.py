@@ -29,6 +29,7 @@ from rich.table import Table
 from sklearn.datasets import load_digits
 
 from benchmarks.local_ranks import LocalRanks
+from examples.seeds import summarize
 from hvd_ext.reducers.buckets import Bucket, BucketKey, TensorSlice
 from hvd_ext.reducers.topk import Layout, TopK, keep_count
 from hvd_ext.reducers.topk.plan import Segment
@@ -162,7 +163,7 @@ def train(method: str, seed: int, args: argparse.Namespace) -> list[float]:
 
 
 def plot(path: Path, curves: dict[str, np.ndarray], every: int, ratio: float) -> None:
-    """Mean and range over the seeds."""
+    """Median and range over the seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -171,10 +172,10 @@ def plot(path: Path, curves: dict[str, np.ndarray], every: int, ratio: float) ->
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for method, curve in curves.items():
         steps = np.arange(1, curve.shape[1] + 1) * every
-        (line,) = axes.plot(steps, curve.mean(0), label=method)
+        (line,) = axes.plot(steps, np.median(curve, 0), label=method)
         axes.fill_between(steps, curve.min(0), curve.max(0), alpha=0.15, color=line.get_color())
     axes.set(xlabel="step", ylabel="test accuracy / %", ylim=(70, 100),
-             title=f"{WORKERS} workers, ratio {ratio:g}: mean and range of {len(curve)} seeds")
+             title=f"{WORKERS} workers, ratio {ratio:g}: median and range of {len(curve)} seeds")
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=150)
 
@@ -202,17 +203,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         curves[method].append(train(method, seed, args))
     arrays = {method: np.array(curve) for method, curve in curves.items()}
     final = {method: curve[:, -LAST:].mean(1) for method, curve in arrays.items()}
-    table = Table("method", "test accuracy / %", "against dense", "sent per worker and step",
+    table = Table("method", "test accuracy / %, median (range)", "against dense, median",
+                  "sent per worker and step",
                   title=f"digits, {WORKERS} workers, {args.split} shards, {args.steps} steps, "
                         f"{args.seeds} seeds")
     elements = sum(Perceptron(args.hidden).sizes)
     message = 4 * Layout(keep_count(elements, args.ratio), "float32").words
     for method in METHODS:
-        gap = (final[method] - final["dense"]).mean()
+        gap = np.median(final[method] - final["dense"])
         sent = 4 * elements if method == "dense" else message
         if method == REPLIES:
             sent += 4 * Layout(keep_count(elements // WORKERS, args.ratio), "float32").words
-        table.add_row(method, f"{final[method].mean():.2f} +- {final[method].std():.2f}",
+        table.add_row(method, summarize(final[method].tolist(), limit=100.0).describe(2),
                       "" if method == "dense" else f"{gap:+.2f}", f"{sent} bytes")
     Console().print(table)
     result = {

@@ -17,6 +17,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from examples.seeds import DIVERGED, summarize
+
 EXAMPLES = {"torch": "examples.torch_digits", "tensorflow": "examples.tf_digits"}
 WAYS = {
     "sequential SGD": ["--op", "average", "--virtual-workers", "1"],
@@ -38,7 +40,7 @@ def run(example: str, options: list[str], out: Path, ranks: int) -> list[list[fl
 
 
 def plot(path: Path, curves: dict[str, list[list[float]]], title: str) -> None:
-    """Mean test error by epoch, a line per way, with the range over seeds."""
+    """Median test error by epoch, with the range over seeds; a dotted line for each run that diverged."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -49,13 +51,18 @@ def plot(path: Path, curves: dict[str, list[list[float]]], title: str) -> None:
     for way, runs in curves.items():
         by_epoch = list(zip(*runs, strict=True))
         epochs = range(1, len(by_epoch) + 1)
-        axes.plot(epochs, [statistics.mean(errors) for errors in by_epoch], label=way)
+        end = summarize([errors[-1] for errors in runs])
+        (line,) = axes.plot(epochs, [statistics.median(errors) for errors in by_epoch],
+                            label=f"{way}: {end}")
         axes.fill_between(epochs, list(map(min, by_epoch)), list(map(max, by_epoch)), alpha=0.15)
+        for errors in runs:
+            if not errors[-1] <= DIVERGED:
+                axes.plot(epochs, errors, color=line.get_color(), linewidth=0.7, linestyle=":")
     axes.set(xlabel="epoch", ylabel="test error %", title=title, yscale="log",
              xticks=range(0, len(by_epoch) + 1, 5))
     axes.set_yticks([2, 5, 10, 20, 50, 90], ["2", "5", "10", "20", "50", "90"], minor=False)
     axes.minorticks_off()
-    axes.legend()
+    axes.legend(fontsize=7, title="at the end: median (range)", title_fontsize=7)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
@@ -78,7 +85,7 @@ def main() -> None:
              f"lr {args.lr:g} per worker, {args.epochs} epochs")
     table, curves = Table(title=title), {}
     table.add_column("way")
-    table.add_column("test error %, mean", justify="right")
+    table.add_column("test error %, median (range)", justify="right")
     table.add_column(f"each of {args.seeds} seeds", justify="right")
     common = ["--lr", str(args.lr), "--epochs", str(args.epochs),
               "--seed", *map(str, range(args.seeds))]
@@ -88,11 +95,11 @@ def main() -> None:
                 curves[way] = run(EXAMPLES[args.framework], options + common,
                                   Path(folder) / "out.json", args.ranks)
             errors = [by_epoch[-1] for by_epoch in curves[way]]
-            table.add_row(way, f"{statistics.mean(errors):.1f}",
+            table.add_row(way, str(summarize(errors)),
                           "  ".join(f"{error:.1f}" for error in errors))
     console.print(table)
     if args.plot:
-        plot(args.plot, curves, f"Handwritten digits, mean and range of {args.seeds} seeds")
+        plot(args.plot, curves, f"Handwritten digits, median and range of {args.seeds} seeds")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from examples.digits import Digits, load
+from examples.seeds import summarize
 from hvd_ext.reporting.terminal import make_console
 
 Run = dict[str, Any]
@@ -88,15 +88,15 @@ def describe(args: argparse.Namespace, workers: int) -> str:
 
 
 def table(runs: list[Run], title: str) -> Table:
-    """Test error and time of every seed, and their mean."""
+    """Test error and time of every seed; the median and range of the errors, the sum of the times."""
     made = Table(title=title)
     for column in ("seed", "test error %", "seconds"):
         made.add_column(column, justify="right")
     for one in runs:
         made.add_row(str(one["seed"]), f"{one['test_error']:.1f}", f"{one['seconds']:.1f}")
     if len(runs) > 1:
-        mean = statistics.mean(one["test_error"] for one in runs)
-        made.add_row("mean", f"{mean:.1f}", f"{sum(one['seconds'] for one in runs):.1f}")
+        errors = summarize([one["test_error"] for one in runs])
+        made.add_row("median (range)", str(errors), f"{sum(one['seconds'] for one in runs):.1f}")
     return made
 
 

@@ -22,7 +22,7 @@ from hvd_ext.horovod_api.signatures import refuse_old_names
 from hvd_ext.reducers.delay_compensation import DelayCompensated
 from hvd_ext.reducers.options import DenseReduction
 from hvd_ext.reducers.powersgd import PowerSGD
-from hvd_ext.reducers.registry import public_name
+from hvd_ext.reducers.registry import public_name, public_op
 from hvd_ext.reducers.topk import TopK
 from hvd_ext.tensorflow import keras_hooks
 from hvd_ext.tensorflow.byte_counts import ScratchVariable
@@ -122,7 +122,7 @@ class Uneven:
         settings, passes = wrapper.reducer.settings, wrapper.options.passes
         plain = isinstance(settings, DenseReduction)
         linear = plain or isinstance(settings, (TopK, PowerSGD))
-        check_weighting(average_over, reduction=f"op={settings.op!r}" if plain else public_name(settings),
+        check_weighting(average_over, reduction=public_op(settings.op) if plain else public_name(settings),
                         whole=linear,
                         weighable=settings.op == horovod.Average if plain
                         else linear or (isinstance(settings, DelayCompensated) and passes == 1))

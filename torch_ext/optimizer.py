@@ -123,14 +123,14 @@ def DistributedOptimizer(
     )
     placed = None if server is None else make_server(server)
     where = None if placed is None else placed.where
-    if placed is not None:
-        check_separable(optimizer, placed.settings)
     reducer = make_reducer(
         collectives, options, op=op, compression=compression,
         predivide=gradient_predivide_factor, server=where,
         multiple_evaluations=isinstance(optimizer, torch.optim.LBFGS),
         owners=placed if where == "sharded" and preconditioner is None else None, overlap=overlap,
     )
+    if placed is not None:
+        check_separable(optimizer, placed.settings)
     return extend_optimizer(optimizer, names, reducer, preconditioner, placed, grad_scaler)
 
 

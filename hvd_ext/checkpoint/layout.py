@@ -9,6 +9,8 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
+from hvd_ext.reducers.registry import public_server
+
 KEY = "hvd_ext"  # beside the numbers, in a file that has more than the plain optimizer's variables
 STAMP, SERVER_STAMP = "rank_and_ranks", "rank_and_ranks_of_server"
 APART = ("late_", "passes_", STAMP)  # names that mean the same whatever reduces the gradients
@@ -79,9 +81,9 @@ def check_server(saved: Layout, here: Layout) -> None:
     why = "its weights lack what was still to be sent" if "replies" in saved.server else \
         "it holds the moments of what one rank owns"
     raise ValueError(
-        f"the file was saved with server={saved.server!r} and is loaded with server={here.server!r}, but "
-        f"{why}; load it with the same server=, or write one file for all with hvd.save_model, which loads "
-        "under every server= and on any number of ranks")
+        f"the file was saved with server={saved.server!r} and is loaded with {public_server(here.server)}, "
+        f"but {why}; load it with the same server=, or write one file for all with hvd.save_model, which "
+        "loads under every server= and on any number of ranks")
 
 
 def dropped_message(saved: Layout, here: Layout, held: Mapping[str, bool]) -> str:

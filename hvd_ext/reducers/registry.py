@@ -16,6 +16,7 @@ from hvd_ext.reducers.options import DenseReduction
 
 SERVERS = ("rank0", "replicated", "sharded")
 SLOTS = ("op", "compression")
+HOROVOD_OPS = ("Average", "Sum", "Adasum", "Min", "Max", "Product")  # by Horovod's number, in all front ends
 
 
 def public_name(settings: Any) -> str:
@@ -36,8 +37,18 @@ def describe_reduction(settings: Any) -> list[str]:
 
 
 def public_op(op: Any) -> str:
-    """One of Horovod's operations by the number that all ranks know it by."""
-    return f"Horovod's operation {op!r}" if isinstance(op, int) else str(op)
+    """One of Horovod's operations as a user wrote it: ``op=Average``."""
+    return f"op={op_name(op)}"
+
+
+def public_server(server: str | None) -> str:
+    """A ``server=`` argument as a user wrote it."""
+    return "no server=" if server in (None, "", "None") else f"server={server!r}"
+
+
+def op_name(op: Any) -> str:
+    """The name of one of Horovod's operations, which are numbers."""
+    return HOROVOD_OPS[op] if isinstance(op, int) and 0 <= op < len(HOROVOD_OPS) else str(op)
 
 
 def check_registration(settings: Any, table: Mapping[Any, Any], *, replace: bool = False) -> None:
@@ -117,7 +128,7 @@ def check_combination(*, op: Any, compression: Any, op_name: str, predivide: flo
         raise ValueError(
             "an optimizer that evaluates its closure several times per step (LBFGS) cannot be "
             "combined with op=DelayCompensated, a compression with error feedback, a preconditioner "
-            "or server=; use SGD or Adam"
+            "or any server=; leave these out, or use SGD or Adam"
         )
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from hvd_ext.reducers.registry import public_server
+
 
 @dataclass(frozen=True)
 class OwnedState:
@@ -73,9 +75,9 @@ def check_loadable(saved: OwnedState | None, here: OwnedState) -> None:
     assert saved.owned is not None
     raise ValueError(
         f"this optimizer state was saved by rank {saved.rank} of {saved.size} under "
-        f"server={saved.server!r} and holds the state of {len(saved.owned)} parameters"
+        f"{public_server(saved.server)} and holds the state of {len(saved.owned)} parameters"
         f"{' or parts of them' if saved.cut else ''}; rank "
-        f"{here.rank} of {here.size} under server={here.server!r} needs others too. Save "
+        f"{here.rank} of {here.size} under {public_server(here.server)} needs others too. Save "
         "optimizer.gather_state_dict(), called on every rank, instead of optimizer.state_dict()"
         + ("; under server='rank0' the file of rank 0 is complete as well"
            if saved.server == "rank0" else "")

@@ -84,14 +84,15 @@ def _as_number(value: Any) -> float | None:
         return None
 
 
-def depends_on_others(name: str, elementwise: bool, settings: Sequence[str] = ()) -> str:
-    """The message where the update of a part came out otherwise."""
+def depends_on_others(name: str, elementwise: bool, settings: Sequence[str] = (), *,
+                      accepted: Sequence[str] = ("replicated", "rank0")) -> str:
+    """The message where the update of a part came out otherwise; ``accepted``: what ``server=`` may be."""
     what = "an element's update depends" if elementwise else "a parameter's update depends"
     seen = f", and so does {', '.join(settings)} of its group" if settings else ""
     claim = f"; {name} says elementwise = True, which is wrong" if elementwise else ""
     return (f"server='sharded' cannot be used with {name}: {what} on others too{seen} (for example on a norm "
-            f"of all gradients), and those are on other ranks{claim}. Use server='replicated' or "
-            "server='rank0'")
+            f"of all gradients), and those are on other ranks{claim}. Use "
+            + " or ".join(f"server={one!r}" for one in accepted))
 
 
 def fails_in_part(name: str, where: str, error: Exception) -> str:

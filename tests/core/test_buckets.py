@@ -25,6 +25,7 @@ from hvd_ext.reducers.buckets import (
 )
 from hvd_ext.reducers.delay_compensation import DelayCompensated
 from hvd_ext.reducers.delay_compensation.slices import VirtualWorker, all_usable, application_order
+from hvd_ext.reducers.options import DenseReduction
 from hvd_ext.reducers.topk import TopK
 from hvd_ext.reducers.traffic import Traffic
 
@@ -145,6 +146,13 @@ def test_combinations_without_meaning_are_refused(changed, message):
     registry.check_combination(**settings)
     with pytest.raises(ValueError, match=message):
         registry.check_combination(**{**settings, **changed})
+
+
+def test_horovods_operations_are_named_as_a_user_writes_them():
+    assert [registry.public_op(op) for op in (0, 1, 2, 5)] == ["op=Average", "op=Sum", "op=Adasum",
+                                                               "op=Product"]
+    assert registry.describe_reduction(DenseReduction(1, None))[0] == "reduction: op=Sum"
+    assert registry.public_op("other") == "op=other"
 
 
 def test_a_bucket_says_only_what_sets_it_apart():

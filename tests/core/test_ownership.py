@@ -48,4 +48,6 @@ def test_what_can_be_loaded_where():
             check_loadable(saved, here)
     with pytest.raises(ValueError, match="the file of rank 0 is complete"):
         check_loadable(nothing, whole)
+    with pytest.raises(ValueError, match="rank 0 of 4 under no server= needs others too"):
+        check_loadable(part, OwnedState("None", 0, 4, None))
     assert OwnedState.from_dict(part.to_dict()) == part

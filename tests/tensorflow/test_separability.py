@@ -23,6 +23,15 @@ class NormClipped(O.SGD):
         super()._backend_update_step(grads, trainable_variables, learning_rate)
 
 
+class NeedsMomentum(NormClipped):
+    """Fails on a rank that keeps no momentum at all."""
+
+    def apply(self, grads, trainable_variables=None):
+        super().apply(grads, trainable_variables)
+        if not sum(int(tf.size(one.value)) for one in self.momentums):
+            raise ValueError("no momentum")
+
+
 class Prodigy(O.SGD):
     """A step size that is estimated over all variables, kept in one variable."""
 
@@ -79,6 +88,14 @@ def test_a_statistic_over_all_variables_is_refused(kind):
                                          r"server='replicated' or server='rank0'"):
         check(kind(0.1))
     check(kind(0.1), "rank0")
+
+
+def test_a_refusal_recommends_servers_that_take_the_optimizer():
+    with pytest.raises(ValueError, match=r"Use server='replicated'$"):
+        check(NeedsMomentum(0.1, momentum=0.9))
+    check(NeedsMomentum(0.1, momentum=0.9), "replicated")
+    with pytest.raises(ValueError, match="fails where a rank keeps"):
+        check(NeedsMomentum(0.1, momentum=0.9), "rank0")
 
 
 @pytest.mark.parametrize("where", ["sharded", "rank0"])

@@ -325,6 +325,10 @@ def construct():
         with pytest.raises(ValueError, match="cannot be used with NormClipped"):
             hvd.DistributedOptimizer(NormClipped(parameters()), server=server)
     hvd.DistributedOptimizer(NormClipped(parameters()), server="rank0")
+    for server in ("sharded", "rank0", "replicated"):
+        with pytest.raises(ValueError, match=r"\(LBFGS\) cannot be combined with .* any server=; leave"):
+            hvd.DistributedOptimizer(torch.optim.LBFGS(parameters()[:1]), server=server)
+    hvd.DistributedOptimizer(torch.optim.LBFGS(parameters()[:1]))
 
 
 @pytest.mark.ranks

@@ -188,7 +188,7 @@ def refused():
         enter(torch.optim.SGD(parameters, lr=0.1))
     with pytest.raises(ValueError, match="average_over must be one of"):
         enter(wrap(), "batches")
-    with pytest.raises(ValueError, match="needs a mean over the ranks"):
+    with pytest.raises(ValueError, match="mean over the ranks, and the optimizer has op=Sum;"):
         enter(wrap(op=hvd.Sum), "active")
     with pytest.raises(ValueError, match=r"DelayCompensated cannot be combined.*use average_over='active'"):
         enter(wrap(op=hvd.DelayCompensated()), "samples")

@@ -89,7 +89,17 @@ class Trial:
         again = Run(self._twin_optimizer(), precision, None)
         if any(_is_unequal(number, whole, again) for number in whole.weights):
             raise ValueError(separability.untested_message(self.name, self.where, "it draws random numbers"))
-        raise ValueError(separability.depends_on_others(self.name, self.cut, sorted(scalars)))
+        accepted = ["replicated", "rank0"] if self._runs_without_variables(precision) else ["replicated"]
+        raise ValueError(separability.depends_on_others(self.name, self.cut, sorted(scalars),
+                                                        accepted=accepted))
+
+    def _runs_without_variables(self, precision: str) -> bool:
+        """Whether "rank0" would accept the optimizer: all but one rank update nothing."""
+        try:
+            self._run_part(precision, {})
+        except ValueError:
+            return False
+        return True
 
     def _run_part(self, precision: str, owned: dict[int, Shard]) -> Run:
         try:

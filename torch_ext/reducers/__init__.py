@@ -67,10 +67,9 @@ def make_reducer(collectives: Collectives, options: ReductionOptions, *, op: Any
         ValueError: arguments that cannot be combined.
     """
     check_groups(options.groups, member=torch.Tensor, what="torch.Tensor")
-    names = {horovod.Average: "Average", horovod.Adasum: "Adasum"}
     plain = op if type(op) not in REDUCERS else None
     settings = registry.choose_settings(
-        REDUCERS, op=op, compression=compression, op_name=names.get(plain, str(plain)),
+        REDUCERS, op=op, compression=compression, op_name=registry.op_name(plain),
         casts=(Compression.none, Compression.fp16), predivide=predivide, server=server,
         multiple_evaluations=multiple_evaluations)
     if overlap is not None:

@@ -25,6 +25,7 @@ class BackwardPassTracker:
         self.reducer = reducer
         self._alone = alone  # nothing but the reducer is in the way of a gradient
         self.done: Counter[torch.Tensor] = Counter()
+        self.reported = False  # whether the reducer has got gradients of this step
         self._number = 0  # the current pass; 0 before the first
         self._reached: set[torch.Tensor] = set()  # by the current pass
         self._inside = False  # a call of backward() that autograd has not reported over
@@ -38,6 +39,7 @@ class BackwardPassTracker:
     def begin_step(self) -> None:
         """Begin a step; what was counted and held back of the last one is dropped."""
         self.done.clear()
+        self.reported = False
         self._number = 0
         self._reached.clear()
         self._inside, self._held = False, None
@@ -52,6 +54,7 @@ class BackwardPassTracker:
         if gradient is not None and gradient.requires_grad:  # backward(create_graph=True)
             entry.parameter.grad = gradient.detach()
         self.done[entry.parameter] += 1
+        self.reported = True
         self.reducer.frozen.discard(entry)  # of the step before
         if self.done[entry.parameter] > self.reducer.passes:
             _raise_too_many()

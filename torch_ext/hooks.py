@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from hvd_ext.torch.backward_pass_tracker import BackwardPassTracker
 from hvd_ext.torch.collectives import keep_alive_until_done
 from hvd_ext.torch.reducers.base import NamedParameter, Reducer
 
@@ -34,10 +35,17 @@ def remove_hooks(hooks: dict[torch.Tensor, Any]) -> None:
         handle.remove()
 
 
-def let_go(hooks: dict[torch.Tensor, Any], reducer: Reducer) -> None:
-    """The optimizer is gone: its hooks go, and what ``overlap=`` has sent for it, once that is over."""
+def let_go(hooks: dict[torch.Tensor, Any], reducer: Reducer, passes: BackwardPassTracker) -> None:
+    """The optimizer is gone: its hooks go, and its messages in flight, once they have arrived.
+
+    Nobody gets their names while they may be in flight.
+    """
     remove_hooks(hooks)
-    keep_alive_until_done(reducer.pending_handles())
+    pending = reducer.pending_handles()
+    keep_alive_until_done(pending)
+    scope = reducer.collectives.scope
+    if scope is not None and (pending or passes.reported):
+        scope.leave_behind()
 
 
 class ModuleHook:

@@ -49,7 +49,7 @@ class DistributedStep:
         self._hooks: dict[torch.Tensor, Any] = {}
         self.ranks = self.collectives.size if self.collectives.is_member else 0
         self._hook_parameters()
-        weakref.finalize(self, let_go, self._hooks, reducer)
+        weakref.finalize(self, let_go, self._hooks, reducer, self._passes)
         ACTIVE_WRAPPERS.add(self)
         if preconditioner is not None:
             preconditioner.attach(self.collectives, optimizer)

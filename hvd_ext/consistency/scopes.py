@@ -32,10 +32,11 @@ class Scope:
         self._process_set = process_set
         self._code = code
         self._members = members
-        taken = {one.number for one in self._others(lambda one: one._code == code)}
+        taken = {one.number for one in self._find_others(lambda one: one._code == code)}
         self.number: int = next(number for number in range(len(taken) + 1) if number not in taken)
         self.label = f"{code}.{self.number}" if self.number else code
         self._whole: dict[str, SharedName] = {}
+        self._left_behind = False  # the optimizer is gone, and messages of its last step may be in flight
         self._owner: weakref.ref[object] | None = None  # the optimizer, once there is one
         _OPEN_SCOPES.add(self)
 
@@ -43,7 +44,15 @@ class Scope:
         """Take names for as long as the optimizer lives; messages under way may live longer."""
         self._owner = weakref.ref(optimizer)
 
-    def _others(self, concerns: Callable[[Scope], bool]) -> list[Scope]:
+    def leave_behind(self) -> None:
+        """Keep the names taken for good: the optimizer goes while messages under them may be in flight.
+
+        When they arrive is not the same on every rank, so no later time would be either.
+        """
+        self._left_behind = True
+        _LEFT_BEHIND.append(self)
+
+    def _find_others(self, concerns: Callable[[Scope], object]) -> list[Scope]:
         """The scopes of other optimizers that a name is taken by.
 
         An optimizer over the same parameters is the same one, made again. An optimizer that nothing refers to
@@ -51,8 +60,8 @@ class Scope:
         """
         def find() -> list[Scope]:
             return [one for one in _OPEN_SCOPES if one is not self and one._process_set == self._process_set
-                    and (one._owner is None or one._owner() is not None)
-                    and (one._code, one._members) != (self._code, self._members) and concerns(one)]
+                    and (one._left_behind or ((one._owner is None or one._owner() is not None)
+                         and (one._code, one._members) != (self._code, self._members))) and concerns(one)]
 
         if find():
             gc.collect()
@@ -64,13 +73,21 @@ class Scope:
 
     def keep_whole(self, name: str) -> SharedName:
         """``name`` as it is, for a gradient; with the scope where another optimizer has it already."""
-        if name not in self._whole:
-            taken = self._others(lambda one: name in one._whole)
-            self._whole[name] = SharedName(f"{name}@{self.label}" if taken else name)
-        return self._whole[name]
+        return self.keep_all_whole([name])[0]
+
+    def keep_all_whole(self, names: Sequence[str]) -> list[SharedName]:
+        """:meth:`keep_whole` of each name."""
+        fresh = set(names) - self._whole.keys()
+        if fresh:
+            others = self._find_others(lambda one: not fresh.isdisjoint(one._whole))
+            taken = {name for one in others for name in fresh & one._whole.keys()}
+            self._whole |= {name: SharedName(f"{name}@{self.label}" if name in taken else name)
+                            for name in fresh}
+        return [self._whole[name] for name in names]
 
 
 _OPEN_SCOPES: weakref.WeakSet[Scope] = weakref.WeakSet()  # of this process
+_LEFT_BEHIND: list[Scope] = []  # kept alive here
 
 
 def open_scope(process_set: object, lines: Sequence[object], members: Iterable[object]) -> Scope:

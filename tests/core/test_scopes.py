@@ -55,6 +55,28 @@ def test_an_optimizer_that_a_cycle_keeps_takes_no_name():
     assert (again.label, again.keep_whole("x")) == (label, "x")
 
 
+def test_names_of_messages_in_flight_stay_taken_by_an_optimizer_that_is_gone():
+    members = [object()]
+    dropped = scope("left", members=members)
+    dropped.keep_whole("left")
+    label = dropped.label
+    dropped.leave_behind()
+    del dropped
+    again, other = scope("left", members=members), scope("left")
+    assert (again.label, other.label) == (f"{label}.1", f"{label}.2")
+    assert again.keep_whole("left") == f"left@{label}.1"
+
+
+def test_garbage_is_collected_once_for_all_names(monkeypatch):
+    names = [f"many{number}" for number in range(1000)]
+    first, second = scope(*names), scope(*names)
+    first.keep_all_whole(names)
+    collected = []
+    monkeypatch.setattr("gc.collect", lambda: collected.append(True))
+    assert second.keep_all_whole([*names, "own"])[-2:] == [f"many999@{second.label}", "own"]
+    assert len(collected) == 1
+
+
 def test_a_complete_name_gets_no_scope():
     one = scope("p")
     assert one.add_to("topk/bucket0") == f"topk/bucket0@{one.label}"

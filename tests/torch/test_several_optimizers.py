@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +22,10 @@ EXACT = {  # methods whose result is a mean
     "topk": lambda: {"compression": hvd.Compression.topk(1.0, min_size=0)},
     "delay": lambda: {"op": hvd.DelayCompensated(0.0, adaptive=False)},
 }
+
+
+def wrap(method, parameters):
+    return hvd.DistributedOptimizer(torch.optim.SGD(parameters, lr=0.1), named(parameters), **EXACT[method]())
 
 
 def make_pair(method, names="same", shapes=SHAPES):
@@ -178,6 +184,41 @@ def made_again():
 def test_optimizers_made_again_over_the_same_parameters(ranks):
     first, second = ranks(2).run(made_again)
     assert first == second != bits(make_parameters(SHAPES))
+
+
+def dropped_in_flight(folder, method, again):
+    """Weights after a step of an optimizer that follows one dropped between backward() and step().
+
+    Rank 1 begins after rank 0 has begun both steps, so that the first one's messages are in flight.
+    """
+    begun = Path(folder) / "begun"
+    deadline = time.monotonic() + 60
+    while hvd.rank() == 1 and not begun.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    first, second = make_parameters(SHAPES), make_parameters(SHAPES)
+    optimizer = wrap(method, first)
+    backward(first, gradients(1, 0, hvd.rank()))
+    del optimizer
+    if again:
+        second = first
+        for parameter in first:
+            parameter.grad = None
+    optimizer = wrap(method, second)
+    try:
+        backward(second, gradients(0, 0, hvd.rank()))
+    finally:
+        begun.touch()
+    optimizer.step()
+    return flat(second)
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("method", ["plain", "sharded", "topk"])
+def test_an_optimizer_dropped_while_its_messages_are_in_flight(ranks, tmp_path, method, again):
+    first, second = ranks(2).run(dropped_in_flight, str(tmp_path), method, again)
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_allclose(first, one_process(1)[0], rtol=0, atol=1e-6)
 
 
 def start_apart(method, broadcast):

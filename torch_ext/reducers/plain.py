@@ -51,8 +51,9 @@ class PlainReducer(Reducer):
         before, staying = set(self.entries), set(entries)
         super().register_parameters(entries)
         scope = self.collectives.scope
-        self._names = {one: SharedName(one.name) if scope is None else scope.keep_whole(one.name)
-                       for one in entries}
+        given = [one.name for one in entries]
+        names = [SharedName(name) for name in given] if scope is None else scope.keep_all_whole(given)
+        self._names = dict(zip(entries, names, strict=True))
         apart = {one for group in self._group.values() if not staying.issuperset(group) for one in group}
         self._group = {entry: group for entry, group in self._group.items() if entry not in apart}
         added = [entry for entry in entries if entry not in before or entry in apart]

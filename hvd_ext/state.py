@@ -1,7 +1,9 @@
-"""What a distributed optimizer keeps between steps, part by part, and which saved parts may be loaded.
+"""The state that a distributed optimizer keeps between steps, declared part by part.
 
-A part is shared (the same on every rank) or belongs to one rank. The optimizer's own moments are a third
-kind, owned by some ranks under ``server=``; see :mod:`hvd_ext.sharding.checkpoint`.
+A declaration says everything that differs from one part to another: whose it is, how it is saved, and what
+becomes of it when ranks leave or join. Saving, loading, resuming on another number of ranks, elastic changes
+and the count of bytes are one walk over the declarations, written once for each front end. The wrapped
+optimizer's own moments are owned by some ranks under ``server=``: see :mod:`hvd_ext.sharding.checkpoint`.
 """
 
 from __future__ import annotations
@@ -10,33 +12,76 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-SHARED, RANK = "shared", "rank"
+SHARED, RANK, SHARD = "shared", "rank", "shard"
+KEEP, MEAN, GATHER, DROP = "keep", "mean", "gather", "drop"
+NUMBER, BUCKETS, PARAMETERS, OWN = "number", "buckets", "parameters", "own"
+
+RESIZES = {SHARED: (KEEP,), RANK: (MEAN, DROP), SHARD: (GATHER,)}
+LAYOUTS = (NUMBER, BUCKETS, PARAMETERS, OWN)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One entry of a saved state.
+    """One piece of state. The reducer holds its value in the attribute of that name.
 
     Attributes:
-        name: its key.
-        scope: ``SHARED`` or ``RANK``.
-        label: what it is, for messages; "" where nobody would miss it.
+        name: its key in a saved state.
+        scope: ``SHARED``: the same on every rank. ``RANK``: each rank's own. ``SHARD``: each rank has its
+            slice of one whole, as :func:`hvd_ext.reducers.buckets.slice_sizes` cuts a bucket.
+        label: what it is, for messages and the docs; "" where nobody would miss it.
+        layout: ``NUMBER``: one number. ``BUCKETS``: a flat tensor for each bucket, by its index, saved so.
+            ``PARAMETERS``: the same, saved by the names of the parameters in it. ``OWN``: an object that
+            saves and loads itself.
+        resize: its fate when the number of ranks changes. ``KEEP``: a rank that joins takes it over.
+            ``MEAN``: every rank goes on with the mean over the ranks that had it. ``GATHER``: the slices are
+            put together and cut anew. ``DROP``: it begins new. By default the first that its scope allows.
+        scaled: its tensors carry the loss scale of the step that wrote them, ``state_scale``.
+        start: the value of a number before the first step.
+        attribute: the attribute, where its name is another.
+
+    Raises:
+        ValueError: the scope, the layout or the combination does not exist.
     """
 
     name: str
     scope: str = SHARED
     label: str = ""
+    layout: str = NUMBER
+    resize: str = ""
+    scaled: bool = False
+    start: float = 0
+    attribute: str = ""
+
+    def __post_init__(self) -> None:
+        for what, value, allowed in (("scope", self.scope, tuple(RESIZES)), ("layout", self.layout, LAYOUTS),
+                                     ("resize", self.resize, ("", *RESIZES.get(self.scope, ())))):
+            if value not in allowed:
+                raise ValueError(f'{what} of the state "{self.name}" must be one of {allowed}, got {value!r}')
+        object.__setattr__(self, "resize", self.resize or RESIZES[self.scope][0])
+        object.__setattr__(self, "attribute", self.attribute or self.name)
 
 
-def split_state(parts: Sequence[Part] | None, state: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+LOSS_SCALE = Part("loss_scale", RANK, resize=DROP, start=1.0, attribute="state_scale")
+LOST_RESIDUALS = Part("lost_residuals")
+
+
+def complete_declaration(parts: Sequence[Part]) -> tuple[Part, ...]:
+    """The declared parts, with those that follow from them: a loss scale, and what was lost with ranks."""
+    found = tuple(parts)
+    if any(part.scaled for part in found):
+        found = (LOSS_SCALE, *found)
+    if any(part.scope == RANK and part is not LOSS_SCALE for part in found):
+        found = (*found, LOST_RESIDUALS)
+    return found
+
+
+def split_state(parts: Sequence[Part], state: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The shared parts of a saved state, and the labels of those that belong to one rank and hold something.
 
     Args:
-        parts: the declaration; None where there is none: all of it belongs to one rank then.
+        parts: the declaration. What it does not name belongs to one rank.
         state: as saved.
     """
-    if parts is None:
-        return {}, ["the extension's state"] if state else []
     known = {part.name: part for part in parts}
     shared = {name: value for name, value in state.items()
               if name in known and known[name].scope == SHARED}

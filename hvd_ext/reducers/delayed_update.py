@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hvd_ext.reducers.delay_compensation.config import check_rule
+from hvd_ext.state import OWN, Part
+
+STATE = (Part("late", label="the delayed gradient", layout=OWN, attribute="own"),)
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def hand_on():
         assert optimizer.report()["steps"] == steps
         assert optimizer.report()["dropped_residuals"] == 0
         reducer = optimizer._hvd_ext.reducer
-        found[type(reducer).__name__] = before, flat(reducer.residual.values()) / reducer._kept_scale
+        found[type(reducer).__name__] = before, flat(reducer.residual.values()) / reducer.state_scale
         optimizer._hvd_ext.remove_hooks()
     return found
 

@@ -198,7 +198,7 @@ def mass_of(optimizer):
     """Of all ranks' residuals: one number."""
     reducer = optimizer._hvd_ext.reducer
     own = float(reducer.residual[0].double().sum())
-    own += hvd.size() * sum(float(o.double().sum()) for o in reducer.sparse.owner_residuals())
+    own += hvd.size() * sum(float(o.double().sum()) for o in reducer.sparse.state_tensors())
     return float(hvd.allreduce(torch.tensor([own], dtype=torch.float64), op=hvd.Sum)[0])
 
 

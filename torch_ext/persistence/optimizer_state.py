@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from hvd_ext.consistency.error_epoch import ERROR_EPOCH
+from hvd_ext.reducers.delayed_update import STATE as DELAYED_STATE
 from hvd_ext.sharding import OwnedState, check_loadable
 from hvd_ext.state import check_methods, dropped_message, split_state
 
@@ -136,7 +137,7 @@ WITHOUT_EXTENSIONS = (
     "this optimizer state holds nothing of {}, whose state begins new on every rank: it was saved without an "
     'extension, or by a tool that leaves out the entry "hvd_ext", such as torch.distributed.checkpoint. '
     "hvd.save_checkpoint keeps it; reset_per_rank_state=True silences this")
-DELAYED = "late"
+DELAYED = DELAYED_STATE[0].name
 KEYS = {"mean_square": "DelayCompensated", "q": "Compression.powersgd", "owned": "Compression.topk",
         "residual": "Compression.topk"}  # of states that do not say whose they are
 

@@ -19,8 +19,9 @@ from horovod.common.exceptions import HorovodInternalError
 from hvd_ext.consistency.fingerprint import Fingerprint
 from hvd_ext.reducers.options import DenseReduction, ReductionOptions
 from hvd_ext.reducers.registry import describe_reduction, public_name, public_op
-from hvd_ext.state import Part, split_state
+from hvd_ext.state import LOST_RESIDUALS, NUMBER, OWN, RANK, SHARED, Part, complete_declaration, split_state
 from hvd_ext.torch.collectives import Collectives, Handle
+from hvd_ext.torch.reducers import declared_state
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,40 +208,82 @@ class Reducer(abc.ABC):
                 handle.wait_all()
         self.abort_step()
 
-    def state_dict(self) -> dict[str, Any]:
-        """What this rank keeps between steps. Empty when it keeps nothing."""
-        return {}
+    STATE: Sequence[Part] = ()
+    """What the reducer keeps between steps; each part's value is in the attribute of that name."""
 
-    STATE: Sequence[Part] | None = None
-    """What ``state_dict()`` holds; None: all of it belongs to this rank."""
+    state_scale = 1.0
+    """The loss scale of the parts that carry one."""
+
+    lost_residuals = 0
+    """Ranks that have left with what they kept alone."""
+
+    def declared_state(self) -> list[tuple[Reducer, Part]]:
+        """All that is kept between steps, each part with the reducer that holds it."""
+        return [(self, part) for part in complete_declaration(self.STATE)]
 
     @property
-    def state_parts(self) -> Sequence[Part] | None:
+    def state_parts(self) -> list[Part]:
         """The declaration of what ``state_dict()`` holds."""
-        return self.STATE
+        return [part for _, part in self.declared_state()]
 
     @property
     def state_method(self) -> str | None:
         """The extension whose state this is, as a user writes it; None where there is none."""
         return None if isinstance(self.settings, DenseReduction) else public_name(self.settings)
 
-    def progress_values(self) -> tuple[float, ...]:
-        """Numbers that are equal on ranks that may go on together."""
-        return ()
+    def settle(self) -> None:  # noqa: B027
+        """Before the state is read: wait for what a step before has sent, on all ranks alike."""
 
-    def kept_by_rank(self) -> tuple[str, ...]:
-        """What this rank keeps of its own, for a message; without waiting for anything."""
-        return ()
+    def forget_step(self) -> None:
+        """Before other state is taken: drop the step under way."""
+        self.abort_step()
+        self.abandon()
 
-    def drop_in_flight(self) -> None:  # noqa: B027
-        """Drop what a step before has sent and nobody has waited for, on all ranks alike."""
+    def fold_local_state(self) -> None:  # noqa: B027
+        """Before a mean over the ranks: put state that has another form into the parts that are averaged."""
 
-    def check_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+    def on_state_taken(self) -> None:  # noqa: B027
+        """Another rank's state was taken, perhaps among other ranks."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank keeps between steps. Under ``overlap=`` all ranks must be at this step."""
+        self.settle()
+        return declared_state.save_state(self)
+
+    def shared_state(self) -> dict[str, Any]:
+        """What is the same on every rank, such as counters: a rank that joins takes it over."""
+        self.settle()
+        return declared_state.save_state(self, shared_only=True)
+
+    def check_state_dict(self, state: dict[str, Any], *, ranks: int | None = None,
+                         rank: int | None = None) -> None:
         """Refuse what ``load_state_dict`` could not take, before anything is changed.
+
+        Args:
+            state: as saved.
+            ranks, rank: where it was saved; None: here.
 
         Raises:
             ValueError: it is of another model or other settings.
         """
+        declared_state.check_state(self, state, ranks=ranks, rank=rank)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what ``state_dict()`` gave, bit for bit."""
+        self.check_state_dict(state)
+        self.forget_step()
+        declared_state.load_state(self, state)
+
+    def load_shared_state(self, state: dict[str, Any]) -> None:
+        """Take over what another rank's ``shared_state()`` gave."""
+        self.forget_step()
+        declared_state.load_shared(self, state)
+        self.on_state_taken()
+
+    def reset_per_rank_state(self) -> None:
+        """Start what this rank keeps between steps anew."""
+        self.forget_step()
+        declared_state.load_state(self, {})
 
     def of_other_rank(self, state: dict[str, Any], *, same_ranks: bool) -> dict[str, Any]:
         """What of another rank's ``state_dict()`` this rank takes: the shared parts.
@@ -249,36 +292,34 @@ class Reducer(abc.ABC):
             state: as saved.
             same_ranks: by one of as many ranks.
         """
-        return split_state(self.state_parts, state)[0]
+        common = {part.name: getattr(holder, part.attribute).common_state(state[part.name])
+                  for holder, part in self.declared_state()
+                  if same_ranks and part.layout == OWN and part.scope == RANK and state.get(part.name)}
+        return {**split_state(self.state_parts, state)[0], **common}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  (most keep nothing)
-        """Take back what ``state_dict()`` gave, bit for bit."""
+    def progress_values(self) -> tuple[float, ...]:
+        """Numbers that are equal on ranks that may go on together."""
+        return tuple(getattr(holder, part.attribute) for holder, part in self.declared_state()
+                     if part.scope == SHARED and part.layout == NUMBER)
 
-    def reset_per_rank_state(self) -> None:  # noqa: B027
-        """Start what this rank keeps between steps anew."""
+    def kept_by_rank(self) -> tuple[str, ...]:
+        """What this rank keeps of its own, for a message; without waiting for anything."""
+        return tuple(declared_state.held_labels(self))
 
-    def build_fingerprint(self) -> Fingerprint:
-        """What must be the same on every rank."""
-        lines = [f"{entry.name}{list(entry.parameter.shape)} {entry.parameter.dtype}"
-                 for entry in self.entries]
-        return Fingerprint((*describe_reduction(self.settings), f"half precision: {self.options.half}",
-                            f"{self.passes} backward passes per step", *lines, *self.frozen_lines()))
+    def drop_in_flight(self) -> None:  # noqa: B027
+        """Drop what a step before has sent and nobody has waited for, on all ranks alike."""
 
-    def shared_state(self) -> dict[str, Any]:
-        """What is the same on every rank, such as counters: a rank that joins takes it over."""
-        return {}
+    # When the number of ranks changes
 
-    def load_shared_state(self, state: dict[str, Any]) -> None:  # noqa: B027
-        """Take over what another rank's ``shared_state()`` gave."""
-
-    # Under Horovod elastic
-
-    def average_local_state(self) -> None:  # noqa: B027
+    def average_local_state(self) -> None:
         """Before ranks may leave: what each rank keeps alone becomes the mean over all; a collective."""
+        self.settle()
+        self.fold_local_state()
+        declared_state.average_state(self)
 
     def elastic_state(self) -> dict[str, Any]:
         """What is needed to go on among any number of ranks; a collective."""
-        return {**self.state_dict(), **self.shared_state()}
+        return declared_state.gather_slices(self, self.state_dict())
 
     def restore(self, committed: dict[str, Any], own: dict[str, Any] | None) -> None:
         """Go on from what ``elastic_state()`` gave, on however many ranks there are now.
@@ -287,13 +328,31 @@ class Reducer(abc.ABC):
             committed: the same commit on all ranks.
             own: that to take from what a rank keeps alone; None to begin with nothing.
         """
-        self.reset_per_rank_state()
-        if own is not None:
-            self.load_state_dict(own)
-        self.load_shared_state(committed)
+        alone = {part.name: None if own is None else own[part.name]
+                 for part in self.state_parts if part.scope == RANK}
+        self.forget_step()
+        declared_state.load_state(self, declared_state.cut_slices(self, {**committed, **alone}))
+        self.on_state_taken()
 
-    def on_ranks_lost(self, ranks: int) -> None:  # noqa: B027
+    def join_states(self, states: Sequence[dict[str, Any]]) -> None:
+        """Go on from the ``state_dict()`` of every rank that saved, by rank, however many there were."""
+        for rank, state in enumerate(states):
+            self.check_state_dict(state, ranks=len(states), rank=rank)
+        self.forget_step()
+        declared_state.join_states(self, states)
+        self.on_state_taken()
+
+    def on_ranks_lost(self, ranks: int) -> None:
         """So many ranks have left with what they kept alone."""
+        if LOST_RESIDUALS in self.state_parts:
+            self.lost_residuals += ranks
+
+    def build_fingerprint(self) -> Fingerprint:
+        """What must be the same on every rank."""
+        lines = [f"{entry.name}{list(entry.parameter.shape)} {entry.parameter.dtype}"
+                 for entry in self.entries]
+        return Fingerprint((*describe_reduction(self.settings), f"half precision: {self.options.half}",
+                            f"{self.passes} backward passes per step", *lines, *self.frozen_lines()))
 
     def report(self) -> dict[str, Any]:
         """Figures of the last step, for people and programs to read."""

@@ -27,8 +27,10 @@ from hvd_ext.reducers.buckets import (
     split_groups,
 )
 from hvd_ext.reducers.options import ReductionOptions
+from hvd_ext.state import Part
 from hvd_ext.torch.collectives import Collectives, Handle, keep_alive_until_done
 from hvd_ext.torch.reducers.base import NamedParameter, Reducer
+from hvd_ext.torch.reducers.declared_state import state_tensors
 from hvd_ext.torch.reducers.gradient_layouts import Layouts
 
 Started = Mapping[tuple[int, int], Any]
@@ -86,6 +88,11 @@ class BucketReducer(Reducer):
         self._layouts = Layouts()
         self._devices: list[torch.device] = []
         self._fingerprint: tuple[tuple[Any, ...], Fingerprint] | None = None
+        self._usable = False  # a step is reduced, may be taken, and is not yet
+        self._staged: dict[str, dict[int, torch.Tensor]] = {}  # by part and bucket, if that step is taken
+        self._free_state: dict[str, dict[int, torch.Tensor]] = {}  # memory for the next step's
+        self._scale_now: float | None = None  # the loss scale of the step under way
+        self._scale_reduced = 1.0  # and of the step that is reduced
 
     # What a subclass says
 
@@ -222,8 +229,11 @@ class BucketReducer(Reducer):
             for entry in self.entries:  # so that a GradScaler sees it and backs off
                 if entry not in self.frozen:
                     entry.parameter.grad = torch.full_like(entry.parameter, math.nan)
+        self._scale_reduced = self.loss_scale()
         self._started.clear()  # all of it has been waited for
+        staged, self._staged = self._staged, {}
         self.abort_step()
+        self._usable, self._staged = good, staged
         return good
 
     def _give_back(self, entry: NamedParameter, piece: torch.Tensor) -> None:
@@ -237,6 +247,60 @@ class BucketReducer(Reducer):
             parameter.grad = torch.empty_like(parameter).copy_(reduced)
         else:
             parameter.grad.copy_(reduced)
+
+    # State that changes with the update
+
+    STATE: Sequence[Part] = (Part("steps"),)
+
+    def keeps_part(self, part: Part, bucket: Bucket) -> bool:
+        """Whether the bucket has a tensor of that part."""
+        del part, bucket
+        return True
+
+    def state_numel(self, part: Part, bucket: Bucket) -> int:
+        """Elements of a part's tensor of a bucket, over all ranks where they share it."""
+        del part
+        return bucket.numel
+
+    def state_options(self, bucket: Bucket) -> dict[str, Any]:
+        """The dtype and device of state: float64 for float64 gradients, else float32."""
+        dtype = torch.promote_types(self.buffer_dtype(bucket), torch.float32)
+        return {"dtype": dtype, "device": self.first_parameter(bucket).device}
+
+    def stage(self, part: str, bucket: Bucket, tensor: torch.Tensor) -> torch.Tensor:
+        """Have a part's tensor of the bucket become this one when the step is taken, and not before."""
+        return self._staged.setdefault(part, {}).setdefault(bucket.index, tensor)
+
+    def spare_memory(self, part: str, bucket: Bucket) -> torch.Tensor | None:
+        """Memory of a part's tensor that is no longer needed, of any content; None where there is none."""
+        return self._free_state.get(part, {}).pop(bucket.index, None)
+
+    def loss_scale(self) -> float:
+        """The loss scale of this step's gradients."""
+        if self._scale_now is None:
+            self._scale_now = float(self.options.loss_scale())
+        return self._scale_now
+
+    def state_rescale(self) -> float:
+        """The factor that brings state from the loss scale that it carries to this step's."""
+        return self.loss_scale() / self.state_scale
+
+    def commit(self) -> None:
+        if self._usable:
+            for name, tensors in self._staged.items():
+                kept, spare = getattr(self, name), self._free_state.setdefault(name, {})
+                for index, tensor in sorted(tensors.items()):
+                    if index in kept:
+                        spare[index] = kept[index]
+                    kept[index] = tensor
+            self.steps += 1
+            self.state_scale = self._scale_reduced
+        self._usable, self._staged = False, {}
+
+    def abandon(self) -> None:
+        for name, tensors in self._staged.items():
+            self._free_state.setdefault(name, {}).update(tensors)
+        self._usable, self._staged = False, {}
 
     # Agreement of the ranks
 
@@ -288,6 +352,8 @@ class BucketReducer(Reducer):
         self._started.clear()
         self._back.clear()
         self._asked = None
+        self._scale_now = None
+        self._usable, self._staged = False, {}
 
     def pending_handles(self) -> list[Handle]:
         found = []
@@ -297,9 +363,16 @@ class BucketReducer(Reducer):
                       if isinstance(part, Handle)]
         return found + (self._asked.pending_handles() if self._asked else [])
 
+    def held_tensors(self) -> list[torch.Tensor]:
+        """Flat buffers, state between steps and memory for it."""
+        spare = [tensor for tensors in (*self._staged.values(), *self._free_state.values())
+                 for tensor in tensors.values()]
+        return [*self._buffers.values(), *spare,
+                *(tensor for part in self.state_parts for tensor in state_tensors(self, part))]
+
     def bytes_held(self) -> int:
-        """Bytes of flat buffers and of state between steps."""
-        return sum(t.numel() * t.element_size() for t in self._buffers.values())
+        """Bytes of all that is held between steps."""
+        return sum(t.numel() * t.element_size() for t in self.held_tensors())
 
     def report(self) -> dict[str, Any]:
         return {"steps": self.steps, "buckets": len(self.buckets), "bytes_held": self.bytes_held()}

@@ -20,14 +20,15 @@ import torch
 from horovod.common.exceptions import HorovodInternalError
 
 from hvd_ext.reducers.buckets import Bucket, BucketKey, TensorSlice, check_message, slice_sizes
-from hvd_ext.reducers.delay_compensation.config import DelayCompensated
+from hvd_ext.reducers.delay_compensation import STATE, DelayCompensated
 from hvd_ext.reducers.delay_compensation.slices import VirtualWorker, all_usable, application_order
 from hvd_ext.reducers.options import ReductionOptions
-from hvd_ext.state import RANK, Part
+from hvd_ext.state import Part
 from hvd_ext.torch.async_d2h import AsyncHostCopy
 from hvd_ext.torch.collectives import Collectives, Handle
 from hvd_ext.torch.reducers.base import NamedParameter
 from hvd_ext.torch.reducers.buckets import BucketReducer, PendingAgreement, Started
+from hvd_ext.torch.reducers.declared_state import load_state
 from hvd_ext.torch.reducers.delay_compensation_step import ABSENT, InFlightBucket, StepState
 from hvd_ext.torch.reducers.frozen import restore_frozen
 from hvd_ext.torch.reducers.kernels import delay_compensation as kernels
@@ -51,9 +52,8 @@ class DelayReducer(BucketReducer):
         self._receive: dict[tuple[int, int], torch.Tensor] = {}
         self._spare: dict[NamedParameter, torch.Tensor] = {}
         self._present: set[int] = set()
+        self._good = True
         self._step = StepState()
-        self._former: dict[int, torch.Tensor] = {}  # MeanSquare before the last step: memory for the next
-        self._pending: dict[int, torch.Tensor] | None = None  # MeanSquare, if the reduced step is taken
         self._advancing = threading.Lock()  # autograd has a thread for each device
 
     # Planning and filling
@@ -174,7 +174,9 @@ class DelayReducer(BucketReducer):
         if self._is_alone:
             self.abort_step()
             return True
-        return super().finish()
+        done = super().finish()
+        self._usable = self._good
+        return done
 
     def finish_exchange(self, started: Started) -> tuple[list[torch.Tensor], bool]:
         self._start_return(wait=False)
@@ -189,24 +191,16 @@ class DelayReducer(BucketReducer):
         self._start_return(wait=True)
         gathering = [self._back[bucket.index] for bucket in self.buckets]
         reduced = [one.wait() if isinstance(one, Handle) else one for one in gathering]
-        self._pending = restore_frozen(self, self._step.drafts, self.mean_square) if good else None
+        if good:
+            restore_frozen(self, self._staged.get("mean_square", {}), self.mean_square)
+        else:
+            self.abandon()
         self.unusable_steps += not good
+        self._good = good
         for entry, gradient in self._spare.items():
             if entry.parameter.grad is None:
                 entry.parameter.grad = gradient
         return reduced, True  # gradients that are not finite reach every rank in their entries
-
-    def commit(self) -> None:
-        if self._pending is not None:
-            kept, drafts = self.mean_square, self._pending
-            self._former = {index: kept[index] for index in drafts if index in kept}
-            kept.update(sorted(drafts.items()))
-            self.steps += 1
-        self._pending = None
-
-    def abandon(self) -> None:
-        self._former.update(self._pending or {})
-        self._pending = None
 
     def _squared_step_lengths(self) -> list[float]:
         """The squared lengths of the steps of this rank's workers."""
@@ -304,9 +298,9 @@ class DelayReducer(BucketReducer):
         kept = self.mean_square.get(bucket.index)
         if kept is None:
             kept = torch.zeros(like.shape, dtype=kernels.accumulation_dtype(like.dtype), device=like.device)
-        draft = self._former.pop(bucket.index, kept)
-        draft = torch.empty_like(kept) if draft is kept or draft.shape != kept.shape else draft
-        return self._step.drafts.setdefault(bucket.index, draft.copy_(kept))
+        draft = self.spare_memory("mean_square", bucket)
+        draft = torch.empty_like(kept) if draft is None or draft.shape != kept.shape else draft
+        return self.stage("mean_square", bucket, draft.copy_(kept))
 
     def _check_ranks(self) -> None:
         """After an elastic change of the number of ranks slices have moved: start MeanSquare anew."""
@@ -314,7 +308,8 @@ class DelayReducer(BucketReducer):
             if self.mean_square:
                 warnings.warn(f"the number of ranks changed from {self._ranks} to {self.collectives.size}: "
                               "DelayCompensated starts MeanSquare anew", stacklevel=4)
-            self.reset_per_rank_state()
+            self.abandon()  # the step under way has begun: it goes on
+            load_state(self, {})
             self._ranks = self.collectives.size
 
     def drain(self) -> None:
@@ -332,66 +327,16 @@ class DelayReducer(BucketReducer):
         self._spare.clear()
         self._step = StepState()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**self.shared_state(), "mean_square": {
-            index: ms.clone() for index, ms in sorted(self.mean_square.items())}}
+    STATE = STATE
 
-    def shared_state(self) -> dict[str, Any]:
-        return {"steps": self.steps, "unusable_steps": self.unusable_steps}
+    def keeps_part(self, part: Part, bucket: Bucket) -> bool:
+        return self.settings.keeps_mean_square
 
-    def load_shared_state(self, state: dict[str, Any]) -> None:
-        self.steps, self.unusable_steps = state["steps"], state["unusable_steps"]
+    def on_state_taken(self) -> None:
+        self._ranks = max(1, self.collectives.size)
 
-    def elastic_state(self) -> dict[str, Any]:
-        """Also MeanSquare of whole buckets: it is the same quantity whoever owns the slice."""
-        state = self.state_dict()
-        if self.collectives.size > 1:
-            collectives = self.collectives.without_counting()
-            gathering = {index: collectives.allgather_async(own, f"{self.prefix}/mean_square{index}",
-                                                            kind="mean squares")
-                         for index, own in sorted(state["mean_square"].items())}
-            state["mean_square"] = {index: one.wait() for index, one in gathering.items()}
-        return state
-
-    def restore(self, committed: dict[str, Any], own: dict[str, Any] | None) -> None:
-        ranks = self._ranks = max(1, self.collectives.size)
-        slices = {index: ms.split(slice_sizes(ms.numel(), ranks))[self.collectives.rank]
-                  for index, ms in committed["mean_square"].items()}
-        self.load_state_dict({**committed, "mean_square": slices})
-
-    STATE = (Part("steps"), Part("unusable_steps"), Part("mean_square", RANK, "slices of MeanSquare"))
-
-    def kept_by_rank(self) -> tuple[str, ...]:
-        return ("slices of MeanSquare",) if self.mean_square else ()
-
-    def progress_values(self) -> tuple[float, ...]:
-        return self.steps, self.unusable_steps
-
-    def check_state_dict(self, state: dict[str, Any]) -> None:
-        ranks = max(1, self.collectives.size)
-        for index, ms in state.get("mean_square", {}).items():
-            bucket = self.buckets[index] if index < len(self.buckets) else None
-            own = slice_sizes(bucket.numel, ranks)[self.collectives.rank] if bucket else None
-            if bucket is None or ms.numel() != own:
-                raise ValueError(
-                    f"MeanSquare of bucket {index} has {ms.numel()} elements in the checkpoint and {own} "
-                    "here: the model, bucket_bytes or groups differ; build the optimizer as it was saved, "
-                    "or pass reset_per_rank_state=True")
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.check_state_dict(state)
-        self.mean_square = {index: ms.to(self.first_parameter(self.buckets[index]).device, copy=True)
-                            for index, ms in state.get("mean_square", {}).items()}
-        self.load_shared_state(state)
-
-    def reset_per_rank_state(self) -> None:
-        self.abandon()
-        self.mean_square = {}
-        self.steps = self.unusable_steps = 0
-
-    def bytes_held(self) -> int:
-        held = [*self._receive.values(), *self.mean_square.values(), *self._former.values()]
-        return super().bytes_held() + sum(t.numel() * t.element_size() for t in held)
+    def held_tensors(self) -> list[torch.Tensor]:
+        return [*super().held_tensors(), *self._receive.values()]
 
     def report(self) -> dict[str, Any]:
         return {**super().report(), "workers": self.collectives.size * self.parts,

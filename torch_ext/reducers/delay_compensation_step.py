@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import torch
-
 from hvd_ext.reducers.delay_compensation.slices import VirtualWorker
 from hvd_ext.torch.async_d2h import AsyncHostCopy
 from hvd_ext.torch.collectives import Handle
@@ -29,4 +27,3 @@ class StepState:
     good: bool | None = None  # all gradients are finite; None until it is known
     rates: dict[int, float] = field(default_factory=dict)  # by bucket
     loss_scale: float | None = None
-    drafts: dict[int, torch.Tensor] = field(default_factory=dict)  # MeanSquare as it will be if good

@@ -14,16 +14,15 @@ from typing import Any
 import torch
 
 from hvd_ext.consistency.fingerprint import Fingerprint, describe_settings
-from hvd_ext.reducers.delay_compensation import DelayedUpdate
+from hvd_ext.reducers.delayed_update import STATE, DelayedUpdate
 from hvd_ext.reducers.options import ReductionOptions
 from hvd_ext.state import Part
 from hvd_ext.torch.collectives import Handle, begin_for_next_step
 from hvd_ext.torch.reducers.base import NamedParameter, Reducer, norm_and_finite
-from hvd_ext.torch.reducers.delayed_update_step import FrozenLossScale, ReducedGradients
+from hvd_ext.torch.reducers.delayed_update_step import DelayedState, FrozenLossScale, ReducedGradients
 from hvd_ext.torch.reducers.kernels.delay_compensation import accumulation_dtype
 from hvd_ext.torch.reducers.kernels.delayed_update import advance_mean_square, compensate_gradient
 
-KEY = "late"
 WARN_AFTER = 3  # steps thrown away in a row
 KEPT_WAITING = (
     f"{WARN_AFTER} steps in a row were thrown away (zero_grad() after synchronize()) while the same delayed "
@@ -57,12 +56,9 @@ class DelayedReducer(Reducer):
         self.inner = make(replace(options, loss_scale=self._scale))
         super().__init__(self.inner.collectives, self.inner.settings, options)
         self.overlap = overlap
-        self.updates = 0
-        self.mean_square: dict[NamedParameter, torch.Tensor] = {}
-        self._before: dict[NamedParameter, torch.Tensor] = {}  # the weights at which what waits was taken
+        self.own = DelayedState(self)
         self._flying: dict[NamedParameter,
                            torch.Tensor | None] | None = None  # parameter.grad of what was sent
-        self._arrived: ReducedGradients | None = None
         self._handed_out = False  # this step has been reduced, and neither taken nor thrown away
         self._memory: dict[NamedParameter, torch.Tensor] = {}  # of what is handed out
         self._corrected = False  # what was handed out is compensated
@@ -116,10 +112,10 @@ class DelayedReducer(Reducer):
     def flush(self) -> bool:
         """Hand out what waits, without the loss's scale; whether there is an update to make."""
         self._wait_previous()
-        if self._arrived is None:
+        if self.own.arrived is None:
             return False
         good = self._publish(1.0)
-        if good and self._arrived.scale != 1.0:  # a GradScaler would skip it
+        if good and self.own.arrived.scale != 1.0:  # a GradScaler would skip it
             good = norm_and_finite([gradient for entry in self.entries
                                     if (gradient := entry.parameter.grad) is not None])[1]
         self._handed_out = True
@@ -129,14 +125,14 @@ class DelayedReducer(Reducer):
         if not self._handed_out:
             return
         if self._corrected:
-            assert self._arrived is not None
-            for entry, gradient in self._arrived.gradients.items():
+            assert self.own.arrived is not None
+            for entry, gradient in self.own.arrived.gradients.items():
                 if entry in self.frozen:
                     continue
-                if entry in self._before and (kept := self._mean_square(entry)) is not None:
-                    advance_mean_square(kept, gradient, self.overlap, self._arrived.scale)
-        self.updates += self._arrived is not None and self._arrived.good
-        self._arrived = None
+                if entry in self.own.before and (kept := self._mean_square(entry)) is not None:
+                    advance_mean_square(kept, gradient, self.overlap, self.own.arrived.scale)
+        self.own.updates += self.own.arrived is not None and self.own.arrived.good
+        self.own.arrived = None
         self._keep_weights()
         self._handed_out, self._thrown_away = False, 0
 
@@ -144,21 +140,21 @@ class DelayedReducer(Reducer):
         if not self._handed_out:
             return
         self._handed_out = False
-        if self._arrived is not None and not self._is_usable(self._arrived):
-            self._arrived = None  # what this step has sent waits in its place
+        if self.own.arrived is not None and not self._is_usable(self.own.arrived):
+            self.own.arrived = None  # what this step has sent waits in its place
             self._keep_weights()
             return
         self.inner.drain()
         self._flying = None
         self._scale.held = None
-        self._thrown_away += self._arrived is not None
+        self._thrown_away += self.own.arrived is not None
         if self._thrown_away == WARN_AFTER:
             warnings.warn(KEPT_WAITING, stacklevel=4)
 
     def skip_step(self) -> None:
         """Throw away also the gradient that waits, at the end of a step that was reduced."""
         if self._handed_out:
-            self._arrived, self._handed_out, self._thrown_away = None, False, 0
+            self.own.arrived, self._handed_out, self._thrown_away = None, False, 0
             self._keep_weights()
 
     def _is_usable(self, arrived: ReducedGradients) -> bool:
@@ -181,7 +177,7 @@ class DelayedReducer(Reducer):
             self._flying = None
             for entry, gradient in zip(self.entries, own, strict=True):
                 entry.parameter.grad = gradient
-        self._arrived = ReducedGradients(good, gradients, self._scale())
+        self.own.arrived = ReducedGradients(good, gradients, self._scale())
         self._scale.held = None
 
     def _send_gradients(self) -> None:
@@ -201,13 +197,13 @@ class DelayedReducer(Reducer):
         self._flying = {entry: entry.parameter.grad for entry in self.entries}
 
     def _is_compensated(self) -> bool:
-        arrived = self._arrived
+        arrived = self.own.arrived
         return (arrived is not None and arrived.good and self.overlap.lam > 0
                 and norm_and_finite(list(arrived.gradients.values()))[1])
 
     def _publish(self, scale: float) -> bool:
         """Put what waits into ``parameter.grad``, compensated, with this loss scale; whether to apply it."""
-        arrived = self._arrived
+        arrived = self.own.arrived
         rescale = 1.0 if arrived is None else scale / arrived.scale
         correct = self._corrected = self._is_compensated()
         for entry in self.entries:
@@ -221,9 +217,9 @@ class DelayedReducer(Reducer):
             entry.parameter.grad = out
             if arrived is None or gradient is None:
                 out.zero_()
-            elif correct and entry in self._before:
+            elif correct and entry in self.own.before:
                 with torch.no_grad():
-                    compensate_gradient(gradient, entry.parameter, self._before[entry],
+                    compensate_gradient(gradient, entry.parameter, self.own.before[entry],
                                         self._mean_square(entry),
                                         self.overlap, arrived.scale, out)
                 out.mul_(rescale) if rescale != 1.0 else None
@@ -240,20 +236,20 @@ class DelayedReducer(Reducer):
     def _mean_square(self, entry: NamedParameter) -> torch.Tensor | None:
         if not self.overlap.keeps_mean_square:
             return None
-        if entry not in self.mean_square:
-            self.mean_square[entry] = torch.zeros_like(
+        if entry not in self.own.mean_square:
+            self.own.mean_square[entry] = torch.zeros_like(
                 entry.parameter, dtype=accumulation_dtype(entry.parameter.dtype), requires_grad=False)
-        return self.mean_square[entry]
+        return self.own.mean_square[entry]
 
     def _keep_weights(self) -> None:
         """Keep the weights of this step, before its update: those at which what it has sent was taken."""
         if self.overlap.lam == 0 or not self._flying:
             return
         for entry in self.entries:
-            if entry not in self._before:
-                self._before[entry] = torch.empty_like(entry.parameter, requires_grad=False)
+            if entry not in self.own.before:
+                self.own.before[entry] = torch.empty_like(entry.parameter, requires_grad=False)
         with torch.no_grad():
-            torch._foreach_copy_([self._before[entry] for entry in self.entries],
+            torch._foreach_copy_([self.own.before[entry] for entry in self.entries],
                                  [entry.parameter for entry in self.entries])
 
     # After errors, and between steps
@@ -271,7 +267,7 @@ class DelayedReducer(Reducer):
         """Drop also what the last step has sent, on all ranks alike."""
         self.inner.drain()
         self.abort_step()
-        self._arrived = None
+        self.own.arrived = None
 
     def pending_handles(self) -> list[Handle]:
         return self.inner.pending_handles()
@@ -279,118 +275,40 @@ class DelayedReducer(Reducer):
     # What must be the same on every rank
 
     def build_fingerprint(self) -> Fingerprint:
-        waits = self._flying is not None or self._arrived is not None
-        mine = (*describe_settings(self.overlap), f"{self.updates} updates", f"one waits: {waits}")
+        waits = self._flying is not None or self.own.arrived is not None
+        mine = (*describe_settings(self.overlap), f"{self.own.updates} updates", f"one waits: {waits}")
         return Fingerprint((*self.inner.build_fingerprint().lines, *(f"overlap: {line}" for line in mine)))
 
     # State
 
-    def state_dict(self) -> dict[str, Any]:
-        """Also what the last step has sent, for which this waits: all ranks must be at this step."""
+    def declared_state(self) -> list[tuple[Reducer, Part]]:
+        return [*self.inner.declared_state(), *((self, part) for part in STATE)]
+
+    def settle(self) -> None:
         self._wait_previous()
-        return {**self.inner.state_dict(), KEY: self._own_state()}
 
-    def _own_state(self) -> dict[str, Any]:
-        def by_name(tensors: dict[NamedParameter, torch.Tensor]) -> dict[str, torch.Tensor]:
-            return {entry.name: tensor.detach().clone() for entry, tensor in tensors.items()}
+    def forget_step(self) -> None:
+        self._drop_sent()
+        self.inner.forget_step()
+        self.met = None  # the ranks compare whether a gradient waits
 
-        state: dict[str, Any] = {"updates": self.updates, "mean_square": by_name(self.mean_square),
-                                 "arrived": None}
-        if self._arrived is not None:
-            state["arrived"] = {"good": self._arrived.good, "scale": self._arrived.scale,
-                                "gradients": by_name(self._arrived.gradients),
-                                "before": by_name(self._before)}
-        return state
+    def fold_local_state(self) -> None:
+        self.inner.fold_local_state()
 
-    @property
-    def state_parts(self) -> Sequence[Part] | None:
-        return None if self.inner.state_parts is None else (*self.inner.state_parts, Part(KEY))
+    def on_state_taken(self) -> None:
+        self.inner.on_state_taken()
 
-    def progress_values(self) -> tuple[float, ...]:
-        return *self.inner.progress_values(), self.updates, self._flying is None and self._arrived is None
-
-    def of_other_rank(self, state: dict[str, Any], *, same_ranks: bool) -> dict[str, Any]:
-        inner = {key: value for key, value in state.items() if key != KEY}
-        late = {KEY: state[KEY]} if KEY in state else {}
-        return {**self.inner.of_other_rank(inner, same_ranks=same_ranks), **late}
-
-    def check_state_dict(self, state: dict[str, Any]) -> None:
-        self.inner.check_state_dict({key: value for key, value in state.items() if key != KEY})
-        late = state.get(KEY)
-        if late is not None:
-            arrived = late["arrived"] or {}
-            for tensors in (late["mean_square"], *(arrived.get(key, {}) for key in ("gradients", "before"))):
-                self._by_entry(tensors)
-
-    def kept_by_rank(self) -> tuple[str, ...]:
-        return self.inner.kept_by_rank()
+    def on_ranks_lost(self, ranks: int) -> None:
+        self.inner.on_ranks_lost(ranks)
 
     def drop_in_flight(self) -> None:
         if self._flying is not None:
             self._drop_sent()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._drop_sent()
-        inner = {key: value for key, value in state.items() if key != KEY}
-        self.inner.load_state_dict(inner) if inner else self.inner.reset_per_rank_state()
-        self._load_own_state(state.get(KEY))
-
-    def _load_own_state(self, state: dict[str, Any] | None) -> None:
-        self.met = None  # the ranks compare whether a gradient waits
-        self._before, self.mean_square, self.updates = {}, {}, 0
-        if state is None:
-            return
-        self.updates = state["updates"]
-        self.mean_square = self._by_entry(state["mean_square"])
-        arrived = state["arrived"]
-        if arrived is not None:
-            self._arrived = ReducedGradients(arrived["good"], self._by_entry(arrived["gradients"]),
-                                             arrived["scale"])
-            self._before = self._by_entry(arrived["before"])
-
-    def _by_entry(self, tensors: dict[str, torch.Tensor]) -> dict[NamedParameter, torch.Tensor]:
-        entries = {entry.name: entry for entry in self.entries}
-        wrong = sorted(name for name, tensor in tensors.items()
-                       if name not in entries or entries[name].parameter.shape != tensor.shape)
-        if wrong:
-            raise ValueError(
-                f"the checkpoint's late gradients do not fit this model: {', '.join(wrong[:4])} differ "
-                f"({len(wrong)} in all). Use the model that it was saved with, or pass "
-                "reset_per_rank_state=True to drop them")
-        return {entries[name]: tensor.to(entries[name].parameter.device, copy=True)
-                for name, tensor in tensors.items()}
-
-    def reset_per_rank_state(self) -> None:
-        self._drop_sent()
-        self.inner.reset_per_rank_state()
-        self._load_own_state(None)
-
-    def shared_state(self) -> dict[str, Any]:
-        self._wait_previous()
-        return {**self.inner.shared_state(), KEY: self._own_state()}
-
-    def load_shared_state(self, state: dict[str, Any]) -> None:
-        self._drop_sent()
-        self.inner.load_shared_state({key: value for key, value in state.items() if key != KEY})
-        self._load_own_state(state[KEY])
-
-    def average_local_state(self) -> None:
-        self._wait_previous()
-        self.inner.average_local_state()
-
-    def elastic_state(self) -> dict[str, Any]:
-        self._wait_previous()
-        return {**self.inner.elastic_state(), KEY: self._own_state()}
-
-    def restore(self, committed: dict[str, Any], own: dict[str, Any] | None) -> None:
-        self._drop_sent()
-        self.inner.restore(committed, own)
-        self._load_own_state(committed[KEY])
-
-    def on_ranks_lost(self, ranks: int) -> None:
-        self.inner.on_ranks_lost(ranks)
+    def progress_values(self) -> tuple[float, ...]:
+        waits = self._flying is not None or self.own.arrived is not None
+        return *self.inner.progress_values(), self.own.updates, not waits
 
     def report(self) -> dict[str, Any]:
-        kept = [*self.mean_square.values(), *self._before.values()]
-        held = sum(tensor.numel() * tensor.element_size() for tensor in kept)
-        return {**self.inner.report(), "overlap": {"updates": self.updates, "bytes_held": held}}
+        held = sum(tensor.numel() * tensor.element_size() for tensor in self.own.state_tensors())
+        return {**self.inner.report(), "overlap": {"updates": self.own.updates, "bytes_held": held}}

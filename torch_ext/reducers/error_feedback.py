@@ -15,9 +15,10 @@ import horovod.torch as horovod
 import torch
 
 from hvd_ext.reducers.buckets import DENSE, Bucket, BucketKey, TensorSlice
+from hvd_ext.reducers.error_feedback import STATE
 from hvd_ext.reducers.filters import check_names
 from hvd_ext.reducers.options import ReductionOptions
-from hvd_ext.state import RANK, Part
+from hvd_ext.state import Part
 from hvd_ext.torch import async_d2h
 from hvd_ext.torch.async_d2h import AsyncHostCopy
 from hvd_ext.torch.collectives import Collectives, Handle
@@ -41,13 +42,8 @@ class FeedbackReducer(BucketReducer):
     def __init__(self, collectives: Collectives, settings: Any, options: ReductionOptions) -> None:
         super().__init__(collectives, settings, options)
         self.skipped_steps = 0
-        self.lost_residuals = 0  # of ranks that have left
         self.residual: dict[int, torch.Tensor] = {}
         self._means: dict[int, torch.Tensor] = {}  # memory for the mean
-        self._pending: float | None = None  # the loss scale of a step that is reduced and not taken
-        self._left: set[int] = set()  # buckets whose buffer holds the pending residual
-        self._kept_scale = 1.0  # the loss scale that the residual carries
-        self._scale_now: float | None = None
         self._finite = True
         self._square = 0.0
         self._norms: list[AsyncHostCopy] = []  # of gradients on a GPU: their norm and their largest magnitude
@@ -105,20 +101,10 @@ class FeedbackReducer(BucketReducer):
         target, kept = slot.slice_of(self.flat_buffer(bucket)), slot.slice_of(residual)
         gradient = self.dense_gradient(entry)
         if gradient is None:
-            torch.mul(kept, self._residual_scale(), out=target)
+            torch.mul(kept, self.state_rescale(), out=target)
         else:
-            torch.add(gradient, kept.view(gradient.shape), alpha=self._residual_scale(),
+            torch.add(gradient, kept.view(gradient.shape), alpha=self.state_rescale(),
                       out=target.view(gradient.shape))
-
-    def _loss_scale(self) -> float:
-        """The loss scale of this step's gradients."""
-        if self._scale_now is None:
-            self._scale_now = self.options.loss_scale()
-        return self._scale_now
-
-    def _residual_scale(self) -> float:
-        """What brings the residual from the loss scale that it carries to this step's."""
-        return self._loss_scale() / self._kept_scale
 
     @property
     def step_index(self) -> int:
@@ -182,17 +168,15 @@ class FeedbackReducer(BucketReducer):
             self._keep_frozen()
             received.update({bucket.index: mean
                              for bucket, mean in zip(compressed, means, strict=True)})
-            self._pending = self._loss_scale()
         self._record_metrics(good)
         self.skipped_steps += not good
         return [received[bucket.index] for bucket in self.buckets], good
 
     def _keep_frozen(self) -> None:
         """Frozen parameters' residuals wait; they have taken no part, and there are zeros in their place."""
-        for index in self._left & self.residual.keys():
-            for slot in frozen_slots(self, self.buckets[index]):
-                slot.slice_of(self._buffers[index, 0]).add_(slot.slice_of(self.residual[index]),
-                                                            alpha=self._residual_scale())
+        for index, left in self._staged.get("residual", {}).items():
+            for slot in frozen_slots(self, self.buckets[index]) if index in self.residual else ():
+                slot.slice_of(left).add_(slot.slice_of(self.residual[index]), alpha=self.state_rescale())
 
     def _agree_to_go_on(self) -> bool:
         """Whether all ranks have finite gradients.
@@ -201,7 +185,7 @@ class FeedbackReducer(BucketReducer):
             ValueError: on every rank, when they are not at the same step with the same settings.
         """
         self._sync_device_flags()
-        rows = self.agree([float(self._finite), float(self.step_index), self._loss_scale(),
+        rows = self.agree([float(self._finite), float(self.step_index), self.loss_scale(),
                            *self.agreement_values()])
         if any(row[1:] != rows[0][1:] for row in rows):
             raise self.collective_error(
@@ -219,26 +203,21 @@ class FeedbackReducer(BucketReducer):
             return left, left
         if bucket.index not in self._means:
             self._means[bucket.index] = torch.empty_like(left)
-        self._left.add(bucket.index)
-        return left, self._means[bucket.index]
+        return self.stage("residual", bucket, left), self._means[bucket.index]
 
     def commit(self) -> None:
-        if self._pending is None:
-            return
-        for index in self._left:  # the mean's memory is free: it has been copied into the gradients
-            free = self.residual[index] if index in self.residual else self._means.pop(index)
-            self.residual[index], self._buffers[index, 0] = self._buffers[index, 0], free
-        self.steps += 1
-        self._kept_scale = self._pending
-        self.abandon()
+        taken = list(self._staged.get("residual", {}))
+        super().commit()
+        for index in taken:  # the mean's memory is free: it has been copied into the gradients
+            free = self.spare_memory("residual", self.buckets[index])
+            self._buffers[index, 0] = self._means.pop(index) if free is None else free
 
     def abandon(self) -> None:
-        self._pending = None
-        self._left = set()
+        self._staged.pop("residual", None)  # it is the flat buffer
+        super().abandon()
 
     def abort_step(self) -> None:
         super().abort_step()
-        self._scale_now = None
         self._finite = True
         self._square = 0.0
         self._norms.clear()
@@ -246,115 +225,26 @@ class FeedbackReducer(BucketReducer):
 
     # State
 
-    STATE = (Part("steps"), Part("skipped_steps"), Part("lost_residuals"), Part("loss_scale", RANK),
-             Part("residual", RANK, "residuals"))
+    STATE = STATE
 
-    def kept_by_rank(self) -> tuple[str, ...]:
-        return ("residuals",) if self.residual else ()
+    def keeps_part(self, part: Part, bucket: Bucket) -> bool:
+        return bucket.kind.route != DENSE and (part.name != "residual" or bool(self.settings.error_feedback))
 
-    def progress_values(self) -> tuple[float, ...]:
-        return self.steps, self.skipped_steps
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "steps": self.steps,
-            "skipped_steps": self.skipped_steps,
-            "loss_scale": self._kept_scale,
-            "residual": {entry.name: piece.clone() for entry,
-                         piece in self._split_by_parameter(self.residual)},
-        }
-
-    def shared_state(self) -> dict[str, Any]:
-        return {"steps": self.steps, "skipped_steps": self.skipped_steps,
-                "lost_residuals": self.lost_residuals}
-
-    def load_shared_state(self, state: dict[str, Any]) -> None:
-        self.steps, self.skipped_steps = state["steps"], state["skipped_steps"]
-        self.lost_residuals = state["lost_residuals"]
-
-    def average_local_state(self) -> None:
-        """The mean over the ranks becomes everybody's residual.
-
-        The mean gradient lacks ``(1/M) sum_i e_i``; with that on each of M' ranks it is what it was,
-        whoever leaves or joins.
-        """
-        if not self.settings.error_feedback:
-            return
-        collectives = self.collectives.without_counting()
-        handles = []
-        for bucket in self.buckets:
-            if bucket.kind.route == DENSE:
-                continue
-            kept = self.residual.get(bucket.index)
-            kept = torch.zeros_like(self.flat_buffer(bucket)) if kept is None else kept.div_(self._kept_scale)
-            self.residual[bucket.index] = kept
-            handles.append(collectives.allreduce_async_(kept, f"{self.prefix}/residual{bucket.index}",
-                                                        kind="residuals"))
-        self._kept_scale = 1.0  # of a residual without the loss scale
-        for handle in handles:
-            handle.wait()
-
-    def restore(self, committed: dict[str, Any], own: dict[str, Any] | None) -> None:
-        alone = {"residual": {}, "loss_scale": 1.0} if own is None else own
-        self.load_state_dict({**committed, **{key: alone[key] for key in ("residual", "loss_scale")}})
-        self.lost_residuals = committed["lost_residuals"]
-
-    def on_ranks_lost(self, ranks: int) -> None:
-        self.lost_residuals += ranks
-
-    def _split_by_parameter(self,
-                            flats: dict[int, torch.Tensor]) -> list[tuple[NamedParameter, torch.Tensor]]:
-        return [(self.entries[slot.index], slot.slice_of(flats[bucket.index])) for bucket in self.buckets
-                if bucket.index in flats for slot in bucket.slots]
-
-    def check_state_dict(self, state: dict[str, Any]) -> None:
-        saved = state.get("residual")
-        if saved:
-            if not self.settings.error_feedback:
-                raise ValueError(
-                    "the checkpoint holds residuals, which error_feedback=False would drop; pass "
-                    "reset_per_rank_state=True to drop them, or leave error feedback on"
-                )
-            self._check_saved(saved)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.check_state_dict(state)
-        saved = state.get("residual")
-        self.reset_per_rank_state()
-        self.steps = state["steps"]
-        self.skipped_steps = state["skipped_steps"]
-        self._kept_scale = state.get("loss_scale", 1.0)
-        if saved:
-            self.residual = {bucket.index: torch.zeros_like(self.flat_buffer(bucket))
-                             for bucket in self.buckets if bucket.kind.route != DENSE}
-            for entry, piece in self._split_by_parameter(self.residual):
-                piece.copy_(saved[entry.name])
-
-    def _check_saved(self, saved: dict[str, torch.Tensor]) -> None:
-        expected = {self.entries[slot.index].name: slot.numel for bucket in self.buckets
-                    if bucket.kind.route != DENSE for slot in bucket.slots}
-        found = {name: piece.numel() for name, piece in saved.items()}
-        if found != expected:
-            names = sorted(n for n in {*found, *expected} if found.get(n) != expected.get(n))
+    def check_state_dict(self, state: dict[str, Any], **place: int | None) -> None:
+        if state.get("residual") and not self.settings.error_feedback:
             raise ValueError(
-                f"the checkpoint's residuals do not fit this model: {', '.join(names[:4])} differ "
-                f"({len(names)} in all). Use the model and the {type(self.settings).__name__} "
-                "settings that it was saved with (exclude= among them), or pass "
-                "reset_per_rank_state=True to start without residuals"
-            )
+                "the checkpoint holds residuals, which error_feedback=False would drop; pass "
+                "reset_per_rank_state=True to drop them, or leave error feedback on")
+        super().check_state_dict(state, **place)
 
-    def reset_per_rank_state(self) -> None:
-        self.abort_step()
-        self.abandon()
-        self.residual = {}
-        self.steps = self.skipped_steps = 0
-        self._kept_scale = 1.0
+    def forget_step(self) -> None:
+        super().forget_step()
         self._last = {}
 
     # Figures
 
     def _record_metrics(self, taken: bool) -> None:
-        self._last = {"step_taken": taken, "gradient_norm": math.sqrt(self._square) / self._loss_scale(),
+        self._last = {"step_taken": taken, "gradient_norm": math.sqrt(self._square) / self.loss_scale(),
                       **self.step_metrics()}
 
     def step_metrics(self) -> dict[str, Any]:
@@ -365,16 +255,15 @@ class FeedbackReducer(BucketReducer):
         """Elements of the tensors that are compressed, or of those that are sent whole."""
         return sum(b.numel for b in self.buckets if (b.kind.route != DENSE) is compressed)
 
-    def bytes_held(self) -> int:
-        return super().bytes_held() + sum(t.numel() * t.element_size()
-                                          for t in (*self.residual.values(), *self._means.values()))
+    def held_tensors(self) -> list[torch.Tensor]:
+        return [*super().held_tensors(), *self._means.values()]
 
     def report(self) -> dict[str, Any]:
         """Figures of the last step; norms are of this rank's gradient and residual, unscaled."""
         norms = [float(torch.linalg.vector_norm(r, dtype=torch.float64))
                  for r in self.residual.values()]
         return {**super().report(), **self._last, "skipped_steps": self.skipped_steps,
-                "residual_norm": math.hypot(*norms) / self._kept_scale,
+                "residual_norm": math.hypot(*norms) / self.state_scale,
                 "dropped_residuals": self.lost_residuals,
                 "compressed_elements": self.count_elements(compressed=True),
                 "dense_elements": self.count_elements(compressed=False)}

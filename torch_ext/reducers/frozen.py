@@ -40,8 +40,8 @@ def cut_slots(slots: list[TensorSlice], low: int, high: int) -> list[slice]:
 
 
 def restore_frozen(reducer: BucketReducer, drafts: dict[int, torch.Tensor],
-                   kept: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-    """``drafts``, this rank's slices by bucket, where parameters are frozen with what is ``kept`` of them.
+                   kept: Mapping[int, torch.Tensor]) -> None:
+    """Put what is ``kept`` of frozen parameters into ``drafts``, this rank's slices by bucket.
 
     A slice that is not in ``kept`` was zeros, and gradients of zero have left it so.
     """
@@ -49,7 +49,6 @@ def restore_frozen(reducer: BucketReducer, drafts: dict[int, torch.Tensor],
         if index in kept:
             for own in frozen_slices(reducer, reducer.buckets[index]):
                 draft[own] = kept[index][own]
-    return drafts
 
 
 def frozen_token(parameter: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from hvd_ext.reducers.buckets import Bucket
 from hvd_ext.reducers.options import ReductionOptions
-from hvd_ext.reducers.powersgd import Matrix, PowerSGD, factor_sizes, first_q, plan_matrices
+from hvd_ext.reducers.powersgd import STATE, Matrix, PowerSGD, factor_sizes, first_q, plan_matrices
 from hvd_ext.state import Part
 from hvd_ext.torch.async_d2h import AsyncHostCopy
 from hvd_ext.torch.collectives import Collectives, Handle
@@ -31,8 +31,6 @@ class PowerSGDReducer(FeedbackReducer):
     def __init__(self, collectives: Collectives, settings: PowerSGD, options: ReductionOptions) -> None:
         super().__init__(collectives, settings, options)
         self.q: dict[int, torch.Tensor] = {}
-        self._next_q: dict[int, torch.Tensor] = {}  # of a step that is reduced and not taken
-        self._free_q: dict[int, torch.Tensor] = {}  # memory for it
         self._any: dict[int, AsyncHostCopy] = {}  # whether Q has anything but zeros, asked after a step
 
     def _bucket_matrices(self, bucket: Bucket) -> list[Matrix]:
@@ -62,7 +60,7 @@ class PowerSGDReducer(FeedbackReducer):
         for bucket, p in received:
             found = self._bucket_matrices(bucket)
             kernels.orthogonalize_columns(p, found)
-            memory = self._free_q.pop(bucket.index, None)
+            memory = self.spare_memory("q", bucket)
             q = kernels.right_factors(self.flat_buffer(bucket), p, found,
                                       torch.empty_like(self.q[bucket.index])
                                       if memory is None else memory)
@@ -70,7 +68,7 @@ class PowerSGDReducer(FeedbackReducer):
         result = []
         for (bucket, p), handle in zip(received, sent, strict=True):
             q = handle.wait() if isinstance(handle, Handle) else handle
-            self._next_q[bucket.index] = q
+            self.stage("q", bucket, q)
             left, mean = self.swap_buffers(bucket)
             kernels.expand_factors(p, q, self._bucket_matrices(bucket), left, mean)
             for one in self._bucket_matrices(bucket):  # D = 0 has left Q = 0
@@ -86,53 +84,20 @@ class PowerSGDReducer(FeedbackReducer):
             factors, f"{self.prefix}/bucket{bucket.index}/{which}", kind="factors")
 
     def commit(self) -> None:
-        for index, q in self._next_q.items():
-            self._free_q[index], self.q[index] = self.q[index], q
-            self._any[index] = AsyncHostCopy(q.any())
-        self._next_q = {}
+        if self._usable:
+            for index, q in self._staged.get("q", {}).items():
+                self._any[index] = AsyncHostCopy(q.any())
         super().commit()
-
-    def abandon(self) -> None:
-        self._free_q.update(self._next_q)
-        self._next_q = {}
-        super().abandon()
 
     # State
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "q": {index: q.clone() for index, q in self.q.items()}}
+    STATE = STATE
 
-    STATE = (*FeedbackReducer.STATE, Part("q"))
+    def state_numel(self, part: Part, bucket: Bucket) -> int:
+        return factor_sizes(self._bucket_matrices(bucket))[1] if part.name == "q" else bucket.numel
 
-    def shared_state(self) -> dict[str, Any]:
-        return {**super().shared_state(), "q": {index: q.clone() for index, q in self.q.items()}}
-
-    def load_shared_state(self, state: dict[str, Any]) -> None:
-        super().load_shared_state(state)
-        self._load_q(state.get("q", {}))
-
-    def check_state_dict(self, state: dict[str, Any]) -> None:
-        super().check_state_dict(state)
-        expected = {bucket.index: factor_sizes(self._bucket_matrices(bucket))[1] for bucket in self.buckets
-                    if bucket.kind.route == self.settings.label}
-        if any(q.numel() != expected.get(index) for index, q in state.get("q", {}).items()):
-            raise ValueError("the checkpoint's PowerSGD factors do not fit this model; use the model, "
-                             "rank=, bucket_bytes= and groups= that it was saved with, or pass "
-                             "reset_per_rank_state=True")
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self._load_q(state.get("q", {}))
-
-    def _load_q(self, factors: dict[int, torch.Tensor]) -> None:
-        self._any.clear()
-        for index, q in factors.items():
-            buffer = self.flat_buffer(self.buckets[index])
-            self.q[index] = q.to(device=buffer.device, dtype=buffer.dtype, copy=True)
-
-    def reset_per_rank_state(self) -> None:
-        super().reset_per_rank_state()
-        self.q = {}
+    def forget_step(self) -> None:
+        super().forget_step()
         self._any.clear()
 
     def step_metrics(self) -> dict[str, Any]:
@@ -140,7 +105,3 @@ class PowerSGDReducer(FeedbackReducer):
                       if bucket.kind.route == self.settings.label for one in self._bucket_matrices(bucket))
         compressed = self.count_elements(compressed=True)
         return {"sent_fraction": numbers / compressed if compressed else 1.0}
-
-    def bytes_held(self) -> int:
-        factors = (*self.q.values(), *self._next_q.values(), *self._free_q.values())
-        return super().bytes_held() + sum(q.numel() * q.element_size() for q in factors)

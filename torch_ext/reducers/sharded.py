@@ -265,7 +265,7 @@ class ShardedReducer(Reducer):
                 else flatten_view(_to_dense(p.grad))[piece.start : piece.stop]
                 for piece, p in zip(pieces, parameters, strict=True)]
 
-    def load_shared_state(self, state: dict[str, Any]) -> None:
+    def on_state_taken(self) -> None:
         """Owners may be others now, and a rank that joins has no plan: the next step goes the plain way."""
         self._sparse = set()
         self._forget_plan()

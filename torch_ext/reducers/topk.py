@@ -17,11 +17,10 @@ import torch
 
 from hvd_ext.reducers.buckets import Bucket
 from hvd_ext.reducers.options import ReductionOptions
-from hvd_ext.reducers.topk import Layout, TopK
+from hvd_ext.reducers.topk import STATE, Layout, TopK
 from hvd_ext.reducers.topk.exchange_choice import select_exchange
 from hvd_ext.reducers.topk.plan import Segment, check_bucket, plan_segments
 from hvd_ext.reducers.topk.wire import check_messages
-from hvd_ext.state import RANK, Part
 from hvd_ext.torch.collectives import Collectives, Handle
 from hvd_ext.torch.reducers.base import NamedParameter
 from hvd_ext.torch.reducers.error_feedback import FeedbackReducer
@@ -37,7 +36,7 @@ class TopKReducer(FeedbackReducer):
 
     def __init__(self, collectives: Collectives, settings: TopK, options: ReductionOptions) -> None:
         super().__init__(collectives, settings, options)
-        self.sparse = SparseAllreduce(collectives, settings)
+        self.sparse = SparseAllreduce(collectives, settings, self.buckets, self.state_options)
         self._received: dict[int, torch.Tensor] = {}
         self._sent = 0
         self._seconds = 0.0
@@ -97,7 +96,7 @@ class TopKReducer(FeedbackReducer):
             return
         if self.sparse.has_residual(bucket):
             residual = self.residual.setdefault(bucket.index, torch.zeros_like(total))
-            self.sparse.fold_residual(bucket.index, total, self._residual_scale(), keep=True)
+            self.sparse.fold_residual(bucket.index, total, self.state_rescale(), keep=True)
             self.sparse.fold_residual(bucket.index, residual)
             for slot in frozen_slots(self, bucket):
                 slot.slice_of(total).zero_()
@@ -107,7 +106,7 @@ class TopKReducer(FeedbackReducer):
         found = {}
         sparse = [(bucket, messages, self._message_layout(bucket).k) for bucket, messages in received
                   if self._is_sparse(bucket)]
-        means = self.sparse.finish_exchange(sparse, self.prefix, self.swap_buffers, self._residual_scale(),
+        means = self.sparse.finish_exchange(sparse, self.prefix, self.swap_buffers, self.state_rescale(),
                                             partial(frozen_slots, self))
         for (bucket, _, _), mean in zip(sparse, means, strict=True):
             found[bucket.index] = mean
@@ -140,49 +139,14 @@ class TopKReducer(FeedbackReducer):
 
     # State and figures
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "owned": self.sparse.state_dict()}
+    STATE = STATE
 
-    STATE = (*FeedbackReducer.STATE, Part("owned", RANK, "owners' residuals"))
-
-    def of_other_rank(self, state: dict[str, Any], *, same_ranks: bool) -> dict[str, Any]:
-        """Also who owns which range, on which the ranks must agree."""
-        ranges = {number: {**one, "rank": self.collectives.rank, "residual": None}
-                  for number, one in state.get("owned", {}).items()}
-        return {**super().of_other_rank(state, same_ranks=same_ranks), **(
-            {"owned": ranges} if same_ranks else {})}
-
-    def check_state_dict(self, state: dict[str, Any]) -> None:
-        super().check_state_dict(state)
-        owned = state.get("owned", {})
-        for number, one in owned.items():
-            bucket = self.buckets[number] if number < len(self.buckets) else None
-            if bucket is None or one["bounds"][-1] != bucket.numel:
-                raise ValueError(
-                    f"the checkpoint's residual of bucket {number} does not fit this model; use the "
-                    "model, bucket_bytes= and groups= that it was saved with, or pass "
-                    "reset_per_rank_state=True to start without residuals")
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        owned = state.get("owned", {})
-        self.sparse.load_state_dict(owned, {number: self.flat_buffer(self.buckets[number]).device
-                                            for number in owned})
-
-    def reset_per_rank_state(self) -> None:
-        super().reset_per_rank_state()
-        self.sparse.owned = {}
-
-    def average_local_state(self) -> None:
+    def fold_local_state(self) -> None:
         for bucket in self.buckets:
             if self.sparse.has_residual(bucket):
                 kept = self.residual.setdefault(bucket.index, torch.zeros_like(self.flat_buffer(bucket)))
                 self.sparse.fold_residual(bucket.index, kept)
         self.sparse.owned = {}
-        super().average_local_state()
-
-    def restore(self, committed: dict[str, Any], own: dict[str, Any] | None) -> None:
-        super().restore({**committed, "owned": {} if own is None else own["owned"]}, own)
 
     def step_metrics(self) -> dict[str, Any]:
         compressed = self.count_elements(compressed=True)
@@ -195,10 +159,9 @@ class TopKReducer(FeedbackReducer):
         if not self.sparse.owned:
             return {}
         norms = [float(torch.linalg.vector_norm(one, dtype=torch.float64))
-                 for one in self.sparse.owner_residuals()]
-        return {"owner_residual_norm": math.hypot(*norms) / self._loss_scale(),
+                 for one in self.sparse.state_tensors()]
+        return {"owner_residual_norm": math.hypot(*norms) / self.loss_scale(),
                 "owner_imbalance": self.sparse.imbalance, "applied_entries": self.sparse.applied}
 
-    def bytes_held(self) -> int:
-        received = sum(t.numel() * t.element_size() for t in self._received.values())
-        return super().bytes_held() + received + self.sparse.bytes_held()
+    def held_tensors(self) -> list[torch.Tensor]:
+        return [*super().held_tensors(), *self._received.values()]

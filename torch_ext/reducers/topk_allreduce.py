@@ -74,9 +74,12 @@ class SparseAllreduce:
         applied: entries that all ranks applied at the last step.
     """
 
-    def __init__(self, collectives: Collectives, settings: TopK) -> None:
+    def __init__(self, collectives: Collectives, settings: TopK, buckets: Sequence[Bucket] = (),
+                 options: Callable[[Bucket], dict[str, Any]] = lambda bucket: {}) -> None:
         self.collectives = collectives
         self.settings = settings
+        self._buckets = buckets
+        self._options = options  # dtype and device of a bucket's residual
         self.owned: dict[int, OwnerState] = {}
         self._pending: dict[int, OwnerState] = {}  # of a step that is reduced and not taken
         self.imbalance = 1.0
@@ -213,22 +216,36 @@ class SparseAllreduce:
                          "residual": None if owned.residual is None else owned.residual.clone()}
                 for number, owned in self.owned.items()}
 
-    def load_state_dict(self, state: dict[int, dict[str, Any]], devices: dict[int, torch.device]) -> None:
-        """Take back what :meth:`state_dict` gave, on the buckets' devices."""
-        self.owned = {}
+    def check_state_dict(self, state: dict[int, dict[str, Any]]) -> None:
+        """Refuse ranges of other buckets.
+
+        Raises:
+            ValueError: a bucket has another size here.
+        """
         for number, one in state.items():
+            if number >= len(self._buckets) or one["bounds"][-1] != self._buckets[number].numel:
+                raise ValueError(
+                    f"the checkpoint's residual of bucket {number} does not fit this model; use the "
+                    "model, bucket_bytes= and groups= that it was saved with, or pass "
+                    "reset_per_rank_state=True to start without residuals")
+
+    def load_state_dict(self, state: dict[int, dict[str, Any]] | None) -> None:
+        """Take back what :meth:`state_dict` gave, on the buckets' devices; None: begin new."""
+        self.owned = {}
+        for number, one in (state or {}).items():
             kept = one["residual"]
             ranges = allreduce.OwnerRanges(np.array(one["bounds"], np.int64), one["age"], one["wait"])
-            self.owned[number] = OwnerState(ranges, one["rank"],
-                                            None if kept is None else kept.to(devices[number], copy=True))
+            self.owned[number] = OwnerState(ranges, one["rank"], None if kept is None else kept.to(
+                **self._options(self._buckets[number]), copy=True))
 
-    def owner_residuals(self) -> list[torch.Tensor]:
-        """This rank's, as an owner."""
+    def common_state(self, state: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+        """What of another rank's state holds here: who owns which range, on which the ranks must agree."""
+        return {number: {**one, "rank": self.collectives.rank, "residual": None}
+                for number, one in state.items()}
+
+    def state_tensors(self) -> list[torch.Tensor]:
+        """This rank's residuals, as an owner."""
         return [owned.residual for owned in self.owned.values() if owned.residual is not None]
-
-    def bytes_held(self) -> int:
-        """Bytes of residuals."""
-        return sum(t.numel() * t.element_size() for t in self.owner_residuals())
 
 
 def _add_to_residual(owned: OwnerState, residual: torch.Tensor, scale: float = 1.0) -> None:

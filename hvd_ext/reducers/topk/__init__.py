@@ -1,6 +1,11 @@
 """TopK with error feedback (SPARS-AMS): settings, plan, wire format, and when it pays off."""
 
+from hvd_ext.reducers.error_feedback import STATE as FEEDBACK_STATE
 from hvd_ext.reducers.topk.config import TopK, keep_count, warm_up
 from hvd_ext.reducers.topk.wire import Layout, MessageError
+from hvd_ext.state import DROP, OWN, RANK, Part
 
-__all__ = ["Layout", "MessageError", "TopK", "keep_count", "warm_up"]
+OWNED = Part("owned", RANK, "owners' residuals", OWN, DROP, attribute="sparse")
+STATE = (*FEEDBACK_STATE, OWNED)
+
+__all__ = ["OWNED", "STATE", "Layout", "MessageError", "TopK", "keep_count", "warm_up"]

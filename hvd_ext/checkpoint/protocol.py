@@ -235,7 +235,7 @@ def _check_fits(there: Path, manifest: Mapping[str, Any], expected: Mapping[str,
 
     Args:
         expected: "front_end" and "optimizer" must be equal; "extensions" too, unless per-rank state is
-            started anew.
+            started anew. With "joins" the number of ranks may be another.
 
     Raises:
         ValueError: it is of something else.
@@ -255,7 +255,7 @@ def _check_fits(there: Path, manifest: Mapping[str, Any], expected: Mapping[str,
         raise ValueError(f"{there} was saved with {manifest['extensions']}, this is "
                          f"{expected['extensions']}; pass reset_per_rank_state=True to start what the "
                          "extensions keep anew")
-    if manifest["ranks"] != size:
+    if manifest["ranks"] != size and not expected.get("joins"):
         raise ValueError(f"{there} was saved by {manifest['ranks']} ranks and is loaded by {size}, but each "
                          "keeps state of its own; load it on as many, or pass reset_per_rank_state=True to "
                          "start that state anew")

@@ -1,4 +1,4 @@
-"""A way to reduce gradients as a user of the package would write it: signSGD with majority vote."""
+"""A way to reduce gradients as a user of the package would write it: signSGD with error feedback."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 
 import torch
 
-import hvd_ext.torch as hvd
+from hvd_ext.state import MEAN, PARAMETERS, RANK, Part
 from hvd_ext.torch.reducers.buckets import BucketReducer
 
 
 @dataclass(frozen=True)
 class Sign:
-    """Every entry becomes ``scale`` times the sign that most ranks have (arXiv 1810.05291)."""
+    """``scale`` times the sign of every entry, with error feedback (after arXiv 1901.09847)."""
 
     slot: ClassVar[str] = "compression"
     label: ClassVar[str] = "sign"
@@ -23,13 +23,21 @@ class Sign:
 
 
 class SignReducer(BucketReducer):
-    """Sums the ranks' signs, one allreduce per bucket, started while backward still runs."""
+    """The mean of the ranks' signs, one allreduce per bucket, started while backward still runs."""
+
+    STATE = (*BucketReducer.STATE, Part("residual", RANK, "residuals", PARAMETERS, MEAN, scaled=True))
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.residual: dict[int, torch.Tensor] = {}  # by number of the bucket
 
     def start_exchange(self, bucket: Any, part: int, flat: torch.Tensor) -> Any:
-        return self.collectives.allreduce_async_(flat.sign_(), f"{self.prefix}/bucket{bucket.index}",
-                                                 op=hvd.Sum)
+        if bucket.index in self.residual:
+            flat.add_(self.residual[bucket.index], alpha=self.state_rescale())
+        sent = flat.sign() * (self.settings.scale * self.loss_scale())
+        self.stage("residual", bucket, flat - sent)  # the residual, once this step is taken
+        return self.collectives.allreduce_async_(sent, f"{self.prefix}/bucket{bucket.index}")
 
     def finish_exchange(self, started: Mapping[tuple[int, int], Any]) -> tuple[list[torch.Tensor], bool]:
         self.agree([])  # an error on every rank where models or settings differ
-        votes = [started[bucket.index, 0].wait() for bucket in self.buckets]
-        return [vote.sign_().mul_(self.settings.scale) for vote in votes], True
+        return [started[bucket.index, 0].wait() for bucket in self.buckets], True

@@ -174,8 +174,7 @@ def saved_by(folder, method):
 
 
 def elsewhere(folder, method, server, reset):
-    """The Adam moments and weights that are loaded, of all parameters, and what is said without reset."""
-    refused = "" if not reset else says(lambda: hvd.load_checkpoint(folder, **state(method)), ValueError)
+    """The Adam moments that are loaded, of all parameters, and how many this rank has."""
     method = {None: "plain"}.get(server, method)
     model, optimizer, _ = checkpointed.build("sharded")
     if server is None:
@@ -183,19 +182,16 @@ def elsewhere(folder, method, server, reset):
                                              named_parameters=model.named_parameters())
     hvd.load_checkpoint(folder, model=model, optimizer=optimizer, reset_per_rank_state=reset)
     whole = optimizer.gather_state_dict()["state"]
-    return refused, {n: one["exp_avg"].numpy() for n, one in whole.items()}, len(optimizer.state)
+    return {n: one["exp_avg"].numpy() for n, one in whole.items()}, len(optimizer.state)
 
 
 def test_moments_of_a_sharded_run_are_found_under_other_ranks_and_servers(ranks, tmp_path):
     ranks(4).run(saved_by, tmp_path, "sharded")
-    refused = []
     found = []
-    for size, server in ((2, "sharded"), (2, None), (1, "sharded")):
-        for text, moments, held in ranks(size).run(elsewhere, tmp_path, "sharded", server, True):
-            refused.append(text)
+    for size, server, reset in ((2, "sharded", False), (2, None, True), (1, "sharded", False)):
+        for moments, held in ranks(size).run(elsewhere, tmp_path, "sharded", server, reset):
             found.append(moments)
             assert held == 8 if server is None or size == 1 else held < 8
-    assert all("was saved by 4 ranks and is loaded by" in text for text in refused)
     for moments in found:
         assert len(moments) == 8
         assert all((moments[n] == found[0][n]).all() for n in moments)

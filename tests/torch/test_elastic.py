@@ -16,6 +16,7 @@ import hvd_ext.torch as hvd
 from tests.elastic_runs import run_elastic
 from tests.torch.elastic_program import METHODS, STEPS, train_all
 from tests.torch.problems import backward, flat, make_parameters, named, worker_gradients
+from tests.torch.sign_reducer import Sign, SignReducer
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 
@@ -79,7 +80,9 @@ def hand_on():
     """Rank 2 of three goes in good order and comes back as a new one; what the ranks had not sent."""
     parameters = make_parameters([(6, 5), (4, 3)])
     found = {}
-    for compression in (hvd.Compression.topk(0.3, min_size=0),
+    if not hasattr(hvd.Compression, "sign"):
+        hvd.register_reducer(Sign, SignReducer)
+    for compression in (hvd.Compression.topk(0.3, min_size=0), hvd.Compression.sign(0.5),
                         hvd.Compression.powersgd(1, min_compression=1.0)):
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
 
@@ -96,7 +99,8 @@ def hand_on():
             backward(parameters, [1024.0 * gradient for gradient in gradients])
             optimizer.step()
             optimizer.zero_grad()
-        before = flat(optimizer._hvd_ext.reducer.residual.values()) / 1024.0
+        reducer = optimizer._hvd_ext.reducer
+        before = flat(reducer.residual.values()) / reducer.state_scale
         steps = optimizer.report()["steps"]
         if hvd.rank() == 0:
             state.on_hosts_updated(time.time(), HostUpdateResult.mixed)

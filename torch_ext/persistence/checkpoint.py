@@ -79,24 +79,28 @@ def load_checkpoint(folder: str | os.PathLike[str], *, model: torch.nn.Module,
     Call it after wrapping the optimizer; no broadcast is needed after it. Nothing is loaded before all
     ranks have checked their files, and nothing is unpickled but what ``weights_only=True`` takes.
 
+    A checkpoint of another number of ranks is brought together: each rank takes the mean of all residuals and
+    its slice of MeanSquare, and SENG's curvature is taken anew at the next step. Each rank reads all files
+    then.
+
     Args:
         folder: as for ``save_checkpoint``, or one of the ``update-*`` folders in it.
         model: as it was when it was saved.
         optimizer: as it was when it was saved.
-        reset_per_rank_state: take a checkpoint of another number of ranks or of other extensions, and
-            start anew what they keep per rank (TopK's residuals, MeanSquare, SENG's curvature). The
-            wrapped optimizer's moments are loaded, whichever rank kept them.
+        reset_per_rank_state: take a checkpoint of other extensions, and start anew what they keep per
+            rank (TopK's residuals, MeanSquare, SENG's curvature). The wrapped optimizer's moments are
+            loaded, whichever rank kept them.
 
     Returns:
         The step and the further values saved with it; None where there is no checkpoint.
 
     Raises:
         DamagedCheckpointError: on all ranks, with the name of a file that was cut short or altered.
-        ValueError: on all ranks; it is of another number of ranks, model or optimizer.
+        ValueError: on all ranks; it is of another model or optimizer.
     """
     ranks = _collectives_of(optimizer)
     ranks.refuse_outside("hvd.load_checkpoint")
-    found = protocol.find_checkpoint(ranks, folder, _describe_run(optimizer),
+    found = protocol.find_checkpoint(ranks, folder, {**_describe_run(optimizer), "joins": True},
                                      reset_per_rank_state=reset_per_rank_state)
     if found is None:
         return None
@@ -116,6 +120,8 @@ def load_checkpoint(folder: str | os.PathLike[str], *, model: torch.nn.Module,
             own["optimizer"].get(STATE_KEY, {}).get("server", {}).pop("reply", None)
         saved = own["optimizer"] if len(names) == 2 else _join_states(
             [read[name]["optimizer"] for name in names[1:]], own["optimizer"], optimizer)
+        if ranks.size != found.ranks and STATE_KEY in saved:
+            saved[STATE_KEY]["joined"] = [read[name]["optimizer"][STATE_KEY]["reducer"] for name in names[1:]]
         return state, saved, read[MODEL]["more"]
 
     state, saved, more = protocol.read_files(ranks, found, names, parse)

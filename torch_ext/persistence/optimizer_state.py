@@ -90,7 +90,8 @@ def load_state_dict(wrapper: DistributedStep, state_dict: dict[str, Any],
     collectives = wrapper.collectives
     here = (collectives.rank, collectives.size)
     _check_extensions(wrapper, saved, reset=reset_per_rank_state)
-    theirs = own is not None and (own["rank"], own["size"]) != here
+    joined = None if reset_per_rank_state else saved.get("joined")  # of all ranks that saved
+    theirs = own is not None and (own["rank"], own["size"]) != here and not joined
     reducer, seng = wrapper.reducer, wrapper.preconditioner
     reduced, curvature = saved.get("reducer") or {}, saved.get("preconditioner")
     if not _method_names(wrapper) >= set(_saved_methods(saved)):  # dropped on request
@@ -100,16 +101,22 @@ def load_state_dict(wrapper: DistributedStep, state_dict: dict[str, Any],
     if theirs or reset_per_rank_state:
         dropped = rank_state(wrapper, reduced, curvature)
         reduced = reducer.of_other_rank(reduced, same_ranks=saved.get("size") == collectives.size)
-    elif curvature is not None and seng is not None:
+    elif curvature is not None and seng is not None and not joined:
         seng.check_state_dict(curvature)
-    if reduced:
+    if joined:
+        for rank, state in enumerate(joined):
+            reducer.check_state_dict(state, ranks=len(joined), rank=rank)
+    elif reduced:
         reducer.check_state_dict(reduced)
     check_server(wrapper, state_dict, saved.get("server"))
     wrapper.abort_step()
     load_wrapped(wrapper, state_dict, saved.get("server"), load)
-    reducer.load_state_dict(reduced) if reduced else reducer.reset_per_rank_state()
+    if joined:
+        reducer.join_states(joined)
+    else:
+        reducer.load_state_dict(reduced) if reduced else reducer.reset_per_rank_state()
     if seng is not None:
-        if curvature is None or theirs or reset_per_rank_state:
+        if curvature is None or theirs or joined or reset_per_rank_state:
             seng.reset_state()
             if curvature is not None:
                 seng.load_shared_state(curvature)

@@ -27,10 +27,11 @@ from hvd_ext.reducers.buckets import (
     split_groups,
 )
 from hvd_ext.reducers.options import ReductionOptions
-from hvd_ext.state import Part
+from hvd_ext.state import LOST_RESIDUALS, Part
 from hvd_ext.torch.collectives import Collectives, Handle, keep_alive_until_done
 from hvd_ext.torch.reducers.base import NamedParameter, Reducer
 from hvd_ext.torch.reducers.declared_state import state_tensors
+from hvd_ext.torch.reducers.frozen import hold_frozen
 from hvd_ext.torch.reducers.gradient_layouts import Layouts
 
 Started = Mapping[tuple[int, int], Any]
@@ -222,6 +223,7 @@ class BucketReducer(Reducer):
         self.start_remaining()
         reduced, good = self.finish_exchange(self._started)
         if good:
+            hold_frozen(self)
             for bucket, flat in zip(self.buckets, reduced, strict=True):
                 for slot in bucket.slots:
                     self._give_back(self.entries[slot.index], slot.slice_of(flat))
@@ -270,6 +272,10 @@ class BucketReducer(Reducer):
     def stage(self, part: str, bucket: Bucket, tensor: torch.Tensor) -> torch.Tensor:
         """Have a part's tensor of the bucket become this one when the step is taken, and not before."""
         return self._staged.setdefault(part, {}).setdefault(bucket.index, tensor)
+
+    def staged_tensors(self, part: str) -> dict[int, torch.Tensor]:
+        """What :meth:`stage` was given of a part since the last update, by number of the bucket."""
+        return self._staged.get(part, {})
 
     def spare_memory(self, part: str, bucket: Bucket) -> torch.Tensor | None:
         """Memory of a part's tensor that is no longer needed, of any content; None where there is none."""
@@ -375,4 +381,5 @@ class BucketReducer(Reducer):
         return sum(t.numel() * t.element_size() for t in self.held_tensors())
 
     def report(self) -> dict[str, Any]:
-        return {"steps": self.steps, "buckets": len(self.buckets), "bytes_held": self.bytes_held()}
+        lost = {"dropped_residuals": self.lost_residuals} if LOST_RESIDUALS in self.state_parts else {}
+        return {"steps": self.steps, "buckets": len(self.buckets), "bytes_held": self.bytes_held(), **lost}

@@ -30,7 +30,6 @@ from hvd_ext.torch.reducers.base import NamedParameter
 from hvd_ext.torch.reducers.buckets import BucketReducer, PendingAgreement, Started
 from hvd_ext.torch.reducers.declared_state import load_state
 from hvd_ext.torch.reducers.delay_compensation_step import ABSENT, InFlightBucket, StepState
-from hvd_ext.torch.reducers.frozen import restore_frozen
 from hvd_ext.torch.reducers.kernels import delay_compensation as kernels
 
 
@@ -173,6 +172,7 @@ class DelayReducer(BucketReducer):
         self._check_ranks()
         if self._is_alone:
             self.abort_step()
+            self._usable = True
             return True
         done = super().finish()
         self._usable = self._good
@@ -191,9 +191,7 @@ class DelayReducer(BucketReducer):
         self._start_return(wait=True)
         gathering = [self._back[bucket.index] for bucket in self.buckets]
         reduced = [one.wait() if isinstance(one, Handle) else one for one in gathering]
-        if good:
-            restore_frozen(self, self._staged.get("mean_square", {}), self.mean_square)
-        else:
+        if not good:
             self.abandon()
         self.unusable_steps += not good
         self._good = good

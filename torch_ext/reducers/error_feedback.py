@@ -24,7 +24,6 @@ from hvd_ext.torch.async_d2h import AsyncHostCopy
 from hvd_ext.torch.collectives import Collectives, Handle
 from hvd_ext.torch.reducers.base import NamedParameter, norm_and_finite
 from hvd_ext.torch.reducers.buckets import BucketReducer, Started
-from hvd_ext.torch.reducers.frozen import frozen_slots
 
 
 class FeedbackReducer(BucketReducer):
@@ -165,18 +164,11 @@ class FeedbackReducer(BucketReducer):
         if good:
             compressed = [bucket for bucket in self.buckets if bucket.kind.route != DENSE]
             means = self.decompress([(bucket, received[bucket.index]) for bucket in compressed])
-            self._keep_frozen()
             received.update({bucket.index: mean
                              for bucket, mean in zip(compressed, means, strict=True)})
         self._record_metrics(good)
         self.skipped_steps += not good
         return [received[bucket.index] for bucket in self.buckets], good
-
-    def _keep_frozen(self) -> None:
-        """Frozen parameters' residuals wait; they have taken no part, and there are zeros in their place."""
-        for index, left in self._staged.get("residual", {}).items():
-            for slot in frozen_slots(self, self.buckets[index]) if index in self.residual else ():
-                slot.slice_of(left).add_(slot.slice_of(self.residual[index]), alpha=self.state_rescale())
 
     def _agree_to_go_on(self) -> bool:
         """Whether all ranks have finite gradients.
@@ -206,7 +198,7 @@ class FeedbackReducer(BucketReducer):
         return self.stage("residual", bucket, left), self._means[bucket.index]
 
     def commit(self) -> None:
-        taken = list(self._staged.get("residual", {}))
+        taken = list(self.staged_tensors("residual"))
         super().commit()
         for index in taken:  # the mean's memory is free: it has been copied into the gradients
             free = self.spare_memory("residual", self.buckets[index])
@@ -264,6 +256,5 @@ class FeedbackReducer(BucketReducer):
                  for r in self.residual.values()]
         return {**super().report(), **self._last, "skipped_steps": self.skipped_steps,
                 "residual_norm": math.hypot(*norms) / self.state_scale,
-                "dropped_residuals": self.lost_residuals,
                 "compressed_elements": self.count_elements(compressed=True),
                 "dense_elements": self.count_elements(compressed=False)}

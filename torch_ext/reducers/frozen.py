@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import horovod.torch as horovod
@@ -12,6 +11,7 @@ from hvd_ext.consistency import checksum
 from hvd_ext.consistency.error_epoch import ERROR_EPOCH
 from hvd_ext.consistency.fingerprint import digest_parts, mismatch_message
 from hvd_ext.reducers.buckets import Bucket, TensorSlice, slice_sizes
+from hvd_ext.state import PARAMETERS, SHARD, Part
 from hvd_ext.torch.collectives import Handle
 
 if TYPE_CHECKING:
@@ -39,16 +39,24 @@ def cut_slots(slots: list[TensorSlice], low: int, high: int) -> list[slice]:
     return [slice(begin - low, end - low) for begin, end in cut if begin < end]
 
 
-def restore_frozen(reducer: BucketReducer, drafts: dict[int, torch.Tensor],
-                   kept: Mapping[int, torch.Tensor]) -> None:
-    """Put what is ``kept`` of frozen parameters into ``drafts``, this rank's slices by bucket.
+def hold_frozen(reducer: BucketReducer) -> None:
+    """Put what is kept of frozen parameters into what takes its place when the step is taken.
 
-    A slice that is not in ``kept`` was zeros, and gradients of zero have left it so.
+    A tensor of which nothing is kept was zeros, and gradients of zero have left it so.
     """
-    for index, draft in drafts.items():
-        if index in kept:
-            for own in frozen_slices(reducer, reducer.buckets[index]):
-                draft[own] = kept[index][own]
+    for part in reducer.STATE if reducer.frozen else ():
+        kept = getattr(reducer, part.attribute)
+        scale = reducer.state_rescale() if part.scaled else 1.0
+        for index, draft in reducer.staged_tensors(part.name).items():
+            if index in kept:
+                for place in _places_of_frozen(reducer, part, reducer.buckets[index]):
+                    torch.mul(kept[index][place], scale, out=draft[place])
+
+
+def _places_of_frozen(reducer: BucketReducer, part: Part, bucket: Bucket) -> list[slice]:
+    if part.scope == SHARD:
+        return frozen_slices(reducer, bucket)
+    return cut_slots(frozen_slots(reducer, bucket), 0, bucket.numel) if part.layout == PARAMETERS else []
 
 
 def frozen_token(parameter: torch.Tensor) -> torch.Tensor:

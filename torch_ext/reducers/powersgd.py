@@ -85,7 +85,7 @@ class PowerSGDReducer(FeedbackReducer):
 
     def commit(self) -> None:
         if self._usable:
-            for index, q in self._staged.get("q", {}).items():
+            for index, q in self.staged_tensors("q").items():
                 self._any[index] = AsyncHostCopy(q.any())
         super().commit()
 

@@ -61,6 +61,7 @@ class Part:
         object.__setattr__(self, "attribute", self.attribute or self.name)
 
 
+STEPS = Part("steps")
 LOSS_SCALE = Part("loss_scale", RANK, resize=DROP, start=1.0, attribute="state_scale")
 LOST_RESIDUALS = Part("lost_residuals")
 

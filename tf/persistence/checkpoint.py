@@ -23,6 +23,7 @@ from hvd_ext.tensorflow.belonging import is_kept, whole_shape
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.keras_hooks import distributed_part, require_tensorflow_backend, wrapper_of
 from hvd_ext.tensorflow.persistence import keras_checkpoint_layout
+from hvd_ext.tensorflow.persistence.state_join import join_state
 from hvd_ext.tensorflow.variables import as_tf, name_of
 
 MODEL = "model.npz"
@@ -67,7 +68,8 @@ def save_checkpoint(folder: str | os.PathLike[str], step: int, *, model: keras.M
                     arrays[MODEL][HELD + name] = arrays[MODEL][name]
                     arrays[MODEL][name] = exact[id(as_tf(one))]
         return CheckpointFiles({name: lambda file, one=one: _write_arrays(one, file)  # type: ignore[misc]
-                                for name, one in arrays.items()}, {**_describe_run(optimizer), "more": more})
+                                for name, one in arrays.items()}, {
+            **_describe_run(optimizer), "state": _state_numbers(optimizer), "more": more})
 
     protocol.save_together(ranks, folder, step, keep=keep, contents=contents)
 
@@ -79,26 +81,30 @@ def load_checkpoint(folder: str | os.PathLike[str], *, model: keras.Model, optim
     Call it after the model was compiled, or the optimizer built; no broadcast is needed after it. Nothing
     is loaded before all ranks have checked their files, and nothing is unpickled.
 
+    A checkpoint of another number of ranks is brought together: each rank takes the mean of all residuals and
+    its slice of MeanSquare, and SENG's curvature is taken anew at the next step. Each rank reads all files
+    then.
+
     Args:
         folder: as for ``save_checkpoint``, or one of the ``update-*`` folders in it.
         model: as it was when it was saved.
         optimizer: as it was when it was saved.
-        reset_per_rank_state: take a checkpoint of another number of ranks or of other extensions, and
-            start anew what they keep per rank (TopK's residuals, MeanSquare, SENG's curvature). The
-            wrapped optimizer's moments are loaded, whichever rank kept them.
+        reset_per_rank_state: take a checkpoint of other extensions, and start anew what they keep per
+            rank (TopK's residuals, MeanSquare, SENG's curvature). The wrapped optimizer's moments are
+            loaded, whichever rank kept them.
 
     Returns:
         The step and the further values saved with it; None where there is no checkpoint.
 
     Raises:
         DamagedCheckpointError: on all ranks, with the name of a file that was cut short or altered.
-        ValueError: on all ranks; it is of another number of ranks, model or optimizer.
+        ValueError: on all ranks; it is of another model or optimizer.
     """
     require_tensorflow_backend("hvd.load_checkpoint")
     optimizer = _with_loss_scale(model, optimizer)
     ranks = _collectives_of(optimizer)
     ranks.refuse_outside("hvd.load_checkpoint")
-    found = protocol.find_checkpoint(ranks, folder, _describe_run(optimizer),
+    found = protocol.find_checkpoint(ranks, folder, {**_describe_run(optimizer), "joins": True},
                                      reset_per_rank_state=reset_per_rank_state)
     if found is None:
         return None
@@ -107,12 +113,20 @@ def load_checkpoint(folder: str | os.PathLike[str], *, model: keras.Model, optim
     files = [rank_file(ranks.rank, "npz")] if same else \
         [rank_file(rank, "npz") for rank in range(found.ranks)]
 
+    state_of_extensions: list[tuple[Any, Any]] = []
+    counters: list[int] = []
+
     def parse(paths: dict[str, Path]) -> tuple[dict[str, Any], dict[str, Any]]:
         if not optimizer.built:
             optimizer.build(model.trainable_variables)
         _refuse_unbuilt(model, optimizer)
         read = {name: _read_arrays(path) for name, path in paths.items()}
         own = read[files[0]] if same else _join_states(optimizer, found, [read[name] for name in files])
+        if not same and not reset_per_rank_state:
+            everyone = [read[name] for name in files]
+            state_of_extensions[:] = _join_extensions(
+                optimizer, found, everyone if ranks.size != found.ranks else [everyone[ranks.rank]])
+            counters[:] = _saved_counters(optimizer, everyone[0])
         saved = {k: v for k, v in read[MODEL].items() if not k.startswith(HELD)}
         if same:  # w is among the optimizer's variables
             saved.update({k.removeprefix(HELD): v for k, v in read[MODEL].items() if k.startswith(HELD)})
@@ -129,6 +143,10 @@ def load_checkpoint(folder: str | os.PathLike[str], *, model: keras.Model, optim
             _load_own(model, optimizer, own, reset_per_rank_state)
         else:
             _load_joined(optimizer, own)
+            for variable, value in state_of_extensions:
+                variable.assign(value)
+            if counters:
+                wrapper_of(optimizer).preconditioner.load_shared_state(counters)
         _assign_values(_model_state(model), state)
 
     protocol.load_together(ranks, found, load)
@@ -249,6 +267,43 @@ def _join_states(optimizer: Any, found: CheckpointRef, files: list[dict[str, Any
         value = whole[0]
         joined[str(number)] = np.zeros_like(value) if kind == keras_checkpoint_layout.ACCUMULATOR else value
     return joined
+
+
+def _state_numbers(optimizer: Any) -> dict[str, int]:
+    """Under which number a file has each variable of the reducer's state."""
+    wrapper = wrapper_of(optimizer)
+    numbers = {id(as_tf(one)): number for number, one in enumerate(optimizer.variables)}
+    return {} if wrapper is None else {
+        one.name: numbers[id(as_tf(one.variable))] for one in wrapper.reducer.declared_state()}
+
+
+def _join_extensions(optimizer: Any, found: CheckpointRef,
+                     files: list[dict[str, Any]]) -> list[tuple[Any, Any]]:
+    """The reducer's state as this rank goes on with it, from the files of the ranks that saved it.
+
+    Raises:
+        ValueError: an earlier version saved it, without names.
+    """
+    wrapper = wrapper_of(optimizer)
+    if wrapper is None or not wrapper.reducer.declared_state():
+        return []
+    if "state" not in found.manifest:
+        raise ValueError(f"{found.folder} was saved by {found.ranks} ranks and an earlier version, whose "
+                         "files do not name the state that extensions keep; load it on as many ranks, or "
+                         "pass reset_per_rank_state=True to start that state anew")
+    names = {f"optimizer/{number}": name for name, number in found.manifest["state"].items()}
+    return join_state(wrapper.reducer, [{names[key]: value for key, value in file.items() if key in names}
+                                        for file in files])
+
+
+def _saved_counters(optimizer: Any, file: dict[str, Any]) -> list[int]:
+    """SENG's counters in a file; none where there is no SENG here or there."""
+    preconditioner = getattr(wrapper_of(optimizer), "preconditioner", None)
+    if preconditioner is None or "preconditioner/0" not in file:
+        return []
+    numbers = {id(as_tf(one)): number for number, one in enumerate(preconditioner.variables)}
+    return [int(file[f"preconditioner/{numbers[id(as_tf(one))]}"])
+            for one in (preconditioner.steps, preconditioner.skipped)]
 
 
 def _load_joined(optimizer: Any, joined: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -19,6 +19,7 @@ from hvd_ext.consistency.handshake import checks_weights
 from hvd_ext.consistency.scopes import Scope, open_scope
 from hvd_ext.reducers.options import ReductionOptions
 from hvd_ext.reducers.registry import describe_reduction
+from hvd_ext.state import MEAN, SHARED, Part
 from hvd_ext.tensorflow.byte_counts import ScratchVariable
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.consistency.handshake import compare_settings, compare_weights
@@ -31,6 +32,23 @@ SETTINGS, STEPPED, WEIGHTS = 1, 2, 3  # the settings are compared; a step has fo
 
 Gradient = tf.Tensor | tf.IndexedSlices
 MakeVariable = Callable[..., tf.Variable]
+
+
+class StateVariable(NamedTuple):
+    """A variable of a reducer's state: its declaration, and the number of its bucket or variable.
+
+    ``whole``: elements that all ranks have of it together, where it is a slice.
+    """
+
+    part: Part
+    number: int | None
+    variable: tf.Variable
+    whole: int = 0
+
+    @property
+    def name(self) -> str:
+        """Its name in a checkpoint."""
+        return self.part.name if self.number is None else f"{self.part.name}_{self.number}"
 
 
 class Reducer(abc.ABC):
@@ -66,6 +84,7 @@ class Reducer(abc.ABC):
         self._functions: dict[tuple[str, ...], Any] = {}
         self._traces = TraceInvalidator()
         self._taken: ScratchVariable | None = None
+        self._state: list[StateVariable] = []
 
     def create_state(self, variables: Sequence[Any], make_variable: MakeVariable) -> None:
         """Take the variables whose gradients are to be reduced, and make the state they need.
@@ -74,6 +93,7 @@ class Reducer(abc.ABC):
         owner of this reducer saves and restores.
         """
         del make_variable
+        self._state = []
         self.variables = list(variables)
         self._number = {id(as_tf(variable)): index for index, variable in enumerate(variables)}
         if self._scope is None:
@@ -195,19 +215,48 @@ class Reducer(abc.ABC):
         """Leading shape of the gradients taken: (micro-batches,) or ()."""
         return ()
 
+    # State: variables, each under the part that declares it
+
+    def declared_state(self) -> list[StateVariable]:
+        """All that is kept between steps."""
+        return self._state
+
+    def make_part(self, make_variable: MakeVariable, part: Part, shape: Sequence[int] = (),
+                  dtype: Any = tf.int64, number: int | None = None, whole: int = 0) -> tf.Variable:
+        """Make a variable of a declared part, and let checkpoints and elastic changes see to it.
+
+        Args:
+            make_variable: as ``create_state`` was given.
+            part: the declaration; its name is the variable's.
+            shape, dtype: of the variable.
+            number: of the bucket or variable whose state it is; None for the only one.
+            whole: elements that all ranks have of it together, where it is a slice.
+        """
+        name = part.name if number is None else f"{part.name}_{number}"
+        variable = make_variable(tuple(shape), dtype, name, part.scope != SHARED)
+        self._state.append(StateVariable(part, number, variable, whole))
+        return variable
+
     def per_rank_state(self) -> list[tf.Variable]:
-        """The variables that belong to this rank alone. Here there are none."""
-        return []
+        """The variables that belong to this rank alone."""
+        return [one.variable for one in self.declared_state() if one.part.scope != SHARED]
 
     def reset_per_rank_state(self) -> None:
-        """Start what this rank keeps between steps anew. Here there is nothing."""
-        return
+        """Start what this rank keeps between steps anew."""
+        for variable in self.per_rank_state():
+            variable.assign(tf.zeros_like(variable))
+        if self.stamp is not None:
+            self.stamp.assign([self.collectives.rank, self.collectives.size])
+
+    def bytes_held(self) -> int:
+        """Bytes of this rank's state between steps."""
+        return sum(int(one.shape.num_elements()) * one.dtype.size for one in self.per_rank_state())
 
     # Under Horovod elastic
 
     def local_state(self) -> list[tf.Variable]:
         """What each rank keeps for itself, whoever the others are; the mean over ranks has its meaning."""
-        return self.per_rank_state()
+        return [one.variable for one in self.declared_state() if one.part.resize == MEAN]
 
     def gather_state(self, collectives: Collectives) -> None:  # noqa: B027
         """Give every rank the pieces that others keep of one whole; a collective."""

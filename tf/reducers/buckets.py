@@ -24,6 +24,7 @@ from hvd_ext.reducers.buckets import (
     split_groups,
 )
 from hvd_ext.reducers.options import ReductionOptions
+from hvd_ext.state import STEPS
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.reducers.base import Gradient, MakeVariable, Reducer
 from hvd_ext.tensorflow.reducers.gradient_presence import DIFFERENT_VARIABLES
@@ -82,7 +83,7 @@ class BucketReducer(Reducer):
                                  self.bucket_key(one)) for one in variables]
         groups = split_groups(self.options.groups, variables, key=lambda one: id(as_tf(one)))
         self.buckets = plan_buckets(self.specs, bucket_bytes=self.bucket_bytes, groups=groups)
-        self.steps = make_variable((), tf.int64, "steps", False)
+        self.steps = self.make_part(make_variable, STEPS)
         self.stamp = make_variable((2,), tf.int64, "rank_and_ranks", True)
         self.stamp.assign([self.collectives.rank, self.collectives.size])
         self.make_state(make_variable)
@@ -102,11 +103,6 @@ class BucketReducer(Reducer):
                  **inputs: Any) -> tuple[list[Gradient | None], Any]:
         filled = self.fill_missing(gradients, variables)
         return super().__call__(filled, variables, **inputs)
-
-    def reset_per_rank_state(self) -> None:
-        for variable in self.per_rank_state():
-            variable.assign(tf.zeros_like(variable))
-        self.stamp.assign([self.collectives.rank, self.collectives.size])
 
     def parts_shape(self) -> tuple[int, ...]:
         return (self.parts,) if self.parts > 1 else ()
@@ -217,10 +213,6 @@ class BucketReducer(Reducer):
             return tf.identity(rows[:, 3:])
 
     # Figures
-
-    def bytes_held(self) -> int:
-        """Bytes of this rank's state between steps."""
-        return sum(int(v.shape.num_elements()) * v.dtype.size for v in self.per_rank_state())
 
     def report(self) -> dict[str, Any]:
         return {"steps": read_counter(self.steps), "buckets": len(self.buckets),

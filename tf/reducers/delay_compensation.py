@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from hvd_ext.reducers.buckets import Bucket, check_message, slice_sizes
-from hvd_ext.reducers.delay_compensation import DelayCompensated
+from hvd_ext.reducers.delay_compensation import MEAN_SQUARE, UNUSABLE_STEPS, DelayCompensated
 from hvd_ext.reducers.options import ReductionOptions
 from hvd_ext.tensorflow.collectives import NARROW, Collectives
 from hvd_ext.tensorflow.reducers.base import MakeVariable
@@ -68,7 +68,7 @@ class DelayReducer(BucketReducer):
         return self.collectives.size * self.parts == 1
 
     def make_state(self, make_variable: MakeVariable) -> None:
-        self.unusable_steps = make_variable((), tf.int64, "unusable_steps", False)
+        self.unusable_steps = self.make_part(make_variable, UNUSABLE_STEPS)
         for bucket in self.buckets:
             check_message(bucket, self.specs, "DelayCompensated")
         if not self.settings.keeps_mean_square:
@@ -78,20 +78,14 @@ class DelayReducer(BucketReducer):
             first, end = self._own_slice(bucket)
             # Under elastic the slice changes with the ranks: there is room for all of it then.
             numel = bucket.numel if self.collectives.is_elastic else end - first
-            self.mean_square[bucket.index] = make_variable(
-                (numel,), dtype, f"mean_square_{bucket.index}", True)
+            self.mean_square[bucket.index] = self.make_part(
+                make_variable, MEAN_SQUARE, (numel,), dtype, bucket.index, bucket.numel)
 
     def _own_slice(self, bucket: Bucket) -> tuple[int, int]:
         """Where this rank's slice of the bucket begins and ends."""
         sizes = slice_sizes(bucket.numel, self.collectives.size)
         first = sum(sizes[:self.collectives.rank])
         return first, first + sizes[self.collectives.rank]
-
-    def per_rank_state(self) -> list[tf.Variable]:
-        return list(self.mean_square.values())
-
-    def local_state(self) -> list[tf.Variable]:
-        return []  # MeanSquare is one whole: see ``gather``
 
     def gather_state(self, collectives: Collectives) -> None:
         for bucket in self.buckets:

@@ -18,8 +18,9 @@ import tensorflow as tf
 from hvd_ext.consistency.fingerprint import Fingerprint, describe_settings
 from hvd_ext.reducers.delay_compensation import DelayedUpdate
 from hvd_ext.reducers.options import ReductionOptions
+from hvd_ext.state import MEAN, RANK, Part
 from hvd_ext.tensorflow.collectives import Collectives
-from hvd_ext.tensorflow.reducers.base import Gradient, MakeVariable, Reducer
+from hvd_ext.tensorflow.reducers.base import Gradient, MakeVariable, Reducer, StateVariable
 from hvd_ext.tensorflow.reducers.buckets import read_counter
 from hvd_ext.tensorflow.reducers.gradient_presence import DIFFERENT_VARIABLES
 from hvd_ext.tensorflow.reducers.kernels.delay_compensation import accumulation_dtype
@@ -27,7 +28,9 @@ from hvd_ext.tensorflow.reducers.kernels.delayed_update import compensate_gradie
 from hvd_ext.tensorflow.uneven_data import JOIN_BLOCKERS
 from hvd_ext.tensorflow.variables import as_tf, name_of
 
-KEY = "late"
+WAITS, UPDATES = Part("late_waits"), Part("late_updates")
+GRADIENT = Part("late_gradient", RANK, "delayed gradients", resize=MEAN)  # not reduced yet
+WEIGHTS, MEAN_SQUARE = Part("late_weights"), Part("late_mean_square")
 
 
 class DelayedReducer(Reducer):
@@ -63,16 +66,16 @@ class DelayedReducer(Reducer):
         self.stamp = self.inner.stamp
         if self.stamp is None:
             self.stamp = make_variable((2,), tf.int64, "rank_and_ranks", True)
-        self.waits = make_variable((), tf.int64, "late_waits", True)
-        self.updates = make_variable((), tf.int64, "late_updates", False)
+        self.waits = self.make_part(make_variable, WAITS)
+        self.updates = self.make_part(make_variable, UPDATES)
         for number, variable in enumerate(variables):
             shape, dtype = tuple(variable.shape), as_tf(variable).dtype
-            self.kept.append(make_variable(shape, dtype, f"late_gradient_{number}", True))
+            self.kept.append(self.make_part(make_variable, GRADIENT, shape, dtype, number))
             if self.overlap.lam > 0:
-                self.before.append(make_variable(shape, dtype, f"late_weights_{number}", False))
+                self.before.append(self.make_part(make_variable, WEIGHTS, shape, dtype, number))
             if self.overlap.keeps_mean_square:
-                self.mean_square.append(make_variable(
-                    shape, accumulation_dtype(dtype), f"late_mean_square_{number}", False))
+                self.mean_square.append(self.make_part(make_variable, MEAN_SQUARE, shape,
+                                                       accumulation_dtype(dtype), number))
 
     def _make_own(self) -> None:
         super()._make_own()
@@ -196,14 +199,13 @@ class DelayedReducer(Reducer):
 
     # State
 
-    def per_rank_state(self) -> list[tf.Variable]:
-        return [*self.inner.per_rank_state(), *self.kept, self.waits]
+    def declared_state(self) -> list[StateVariable]:
+        return [*self.inner.declared_state(), *self._state]
 
     def reset_per_rank_state(self) -> None:
-        self.inner.reset_per_rank_state()
-        for variable in (*self.kept, *self.mean_square, self.waits, self.updates):
+        super().reset_per_rank_state()
+        for variable in (*self.mean_square, self.waits, self.updates):
             variable.assign(tf.zeros_like(variable))
-        self.stamp.assign([self.collectives.rank, self.collectives.size])
 
     # Under Horovod elastic
 
@@ -215,9 +217,6 @@ class DelayedReducer(Reducer):
     @lost_ranks.setter
     def lost_ranks(self, ranks: int) -> None:
         self.inner.lost_ranks = ranks
-
-    def local_state(self) -> list[tf.Variable]:
-        return [*self.inner.local_state(), *self.kept]
 
     def gather_state(self, collectives: Collectives) -> None:
         self.inner.gather_state(collectives)

@@ -17,6 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvd_ext.reducers.buckets import DENSE, Bucket, BucketKey
+from hvd_ext.reducers.error_feedback import RESIDUAL, SKIPPED_STEPS
 from hvd_ext.reducers.filters import check_names
 from hvd_ext.reducers.options import ReductionOptions
 from hvd_ext.tensorflow.collectives import Collectives
@@ -86,18 +87,15 @@ class FeedbackReducer(BucketReducer):
         return replace(super().bucket_key(variable), route=route)
 
     def make_state(self, make_variable: MakeVariable) -> None:
-        self.skipped_steps = make_variable((), tf.int64, "skipped_steps", False)
+        self.skipped_steps = self.make_part(make_variable, SKIPPED_STEPS)
         if self.settings.error_feedback:
             for bucket in self.compressed_buckets():
-                self.residual[bucket.index] = make_variable(
-                    (bucket.numel,), self.residual_dtype(bucket), f"residual_{bucket.index}", True)
+                self.residual[bucket.index] = self.make_part(
+                    make_variable, RESIDUAL, (bucket.numel,), self.residual_dtype(bucket), bucket.index)
 
     def compressed_buckets(self) -> list[Bucket]:
         """The buckets that are not sent whole."""
         return [bucket for bucket in self.buckets if bucket.kind.route != DENSE]
-
-    def per_rank_state(self) -> list[tf.Variable]:
-        return list(self.residual.values())
 
     def residual_dtype(self, bucket: Bucket) -> tf.DType:
         """The precision of g + e."""

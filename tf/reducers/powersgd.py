@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from hvd_ext.reducers.buckets import Bucket
 from hvd_ext.reducers.options import ReductionOptions
-from hvd_ext.reducers.powersgd import Matrix, PowerSGD, factor_sizes, first_q, plan_matrices
+from hvd_ext.reducers.powersgd import FACTORS, Matrix, PowerSGD, factor_sizes, first_q, plan_matrices
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.reducers.base import MakeVariable
 from hvd_ext.tensorflow.reducers.error_feedback import FeedbackReducer
@@ -51,10 +51,9 @@ class PowerSGDReducer(FeedbackReducer):
         super().make_state(make_variable)
         if self.settings.warm_start:
             for bucket in self.compressed_buckets():
-                self.q[bucket.index] = make_variable(
-                    (factor_sizes(self._bucket_matrices(bucket))[1],), self.residual_dtype(bucket),
-                    f"q_{bucket.index}",
-                    False)
+                self.q[bucket.index] = self.make_part(
+                    make_variable, FACTORS, (factor_sizes(self._bucket_matrices(bucket))[1],),
+                    self.residual_dtype(bucket), bucket.index)
 
     def _bucket_matrices(self, bucket: Bucket) -> list[Matrix]:
         return plan_matrices(bucket, self.specs, self.settings.rank, output_axis=OUTPUT_AXIS)

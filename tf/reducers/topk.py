@@ -78,7 +78,8 @@ class TopKReducer(FeedbackReducer):
         for bucket in self.buckets:
             check_bucket(bucket, self.specs[bucket.slots[0].index].name)
             if self._is_sparse(bucket):
-                self.sparse.create_state(bucket, self.residual_dtype(bucket), make_variable)
+                self.sparse.create_state(bucket, self.residual_dtype(bucket),
+                                         functools.partial(self.make_part, make_variable))
 
     def _is_sparse(self, bucket: Bucket) -> bool:
         """Whether the bucket travels by sparse allreduce; the same on every rank, and at every step."""
@@ -87,9 +88,6 @@ class TopKReducer(FeedbackReducer):
         k = sum(one.k for one in self._bucket_segments(bucket, self.settings.ratio_at(0)))
         return select_exchange(self.settings.exchange, self.collectives.size, k,
                                self.settings.values) != "allgather"
-
-    def per_rank_state(self) -> list[tf.Variable]:
-        return [*super().per_rank_state(), *self.sparse.per_rank_state()]
 
     @property
     def _by_step(self) -> bool:

@@ -18,9 +18,8 @@ import numpy as np
 import tensorflow as tf
 
 from hvd_ext.reducers.buckets import Bucket
-from hvd_ext.reducers.topk import TopK, allreduce
+from hvd_ext.reducers.topk import OWNER_BOUNDS, OWNER_CLOCK, OWNER_RESIDUAL, TopK, allreduce
 from hvd_ext.tensorflow.collectives import Collectives
-from hvd_ext.tensorflow.reducers.base import MakeVariable
 from hvd_ext.tensorflow.reducers.kernels import topk_allreduce as kernels
 
 
@@ -61,8 +60,8 @@ class SparseAllreduce:
         self.owned: dict[int, OwnerState] = {}
         self.figures_now: Any = None  # (2,) float64: imbalance of the owners, entries applied
 
-    def create_state(self, bucket: Bucket, dtype: tf.DType, make_variable: MakeVariable) -> None:
-        """Make the bucket's state.
+    def create_state(self, bucket: Bucket, dtype: tf.DType, make_part: Callable[..., tf.Variable]) -> None:
+        """Make the bucket's state with ``make_part(part, shape, dtype, number)``.
 
         Raises:
             NotImplementedError: under Horovod elastic, where the number of ranks may change.
@@ -72,9 +71,9 @@ class SparseAllreduce:
                 "Compression.topk(exchange='sparse_allreduce') does not follow a change of the number of "
                 "ranks under TensorFlow; use exchange='allgather' with Horovod elastic")
         name, ranks = bucket.index, self.collectives.size
-        self.owned[name] = OwnerState(make_variable((ranks + 1,), tf.int64, f"owner_bounds_{name}", True),
-                                      make_variable((2,), tf.int64, f"owner_clock_{name}", True),
-                                      make_variable((bucket.numel,), dtype, f"owner_residual_{name}", True))
+        self.owned[name] = OwnerState(make_part(OWNER_BOUNDS, (ranks + 1,), tf.int64, name),
+                                      make_part(OWNER_CLOCK, (2,), tf.int64, name),
+                                      make_part(OWNER_RESIDUAL, (bucket.numel,), dtype, name))
         if self.figures_now is None:
             self.figures_now = tf.Variable([1.0, 0.0], dtype=tf.float64, trainable=False)
 
@@ -170,10 +169,6 @@ class SparseAllreduce:
             high = answered.low + tf.size(answered.kept, tf.int64)
             owned.residual[answered.low:high].assign(answered.kept)
         return tf.constant(True)
-
-    def per_rank_state(self) -> list[tf.Variable]:
-        """The variables that belong to this rank alone."""
-        return [variable for owned in self.owned.values() for variable in owned]
 
     def step_metrics(self) -> dict[str, Any]:
         """Of the last step; nothing where no bucket travels so."""

@@ -27,7 +27,7 @@ from hvd_ext.reducers.buckets import (
     split_groups,
 )
 from hvd_ext.reducers.options import ReductionOptions
-from hvd_ext.state import LOST_RESIDUALS, Part
+from hvd_ext.state import LOST_RESIDUALS, STEPS, Part
 from hvd_ext.torch.collectives import Collectives, Handle, keep_alive_until_done
 from hvd_ext.torch.reducers.base import NamedParameter, Reducer
 from hvd_ext.torch.reducers.declared_state import state_tensors
@@ -252,7 +252,7 @@ class BucketReducer(Reducer):
 
     # State that changes with the update
 
-    STATE: Sequence[Part] = (Part("steps"),)
+    STATE: Sequence[Part] = (STEPS,)
 
     def keeps_part(self, part: Part, bucket: Bucket) -> bool:
         """Whether the bucket has a tensor of that part."""

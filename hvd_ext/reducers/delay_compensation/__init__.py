@@ -2,8 +2,10 @@
 
 from hvd_ext.reducers.delay_compensation.config import DelayCompensated
 from hvd_ext.reducers.delayed_update import DelayedUpdate
-from hvd_ext.state import BUCKETS, SHARD, Part
+from hvd_ext.state import BUCKETS, SHARD, STEPS, Part
 
-STATE = (Part("steps"), Part("unusable_steps"), Part("mean_square", SHARD, "slices of MeanSquare", BUCKETS))
+UNUSABLE_STEPS = Part("unusable_steps")
+MEAN_SQUARE = Part("mean_square", SHARD, "slices of MeanSquare", BUCKETS)
+STATE = (STEPS, UNUSABLE_STEPS, MEAN_SQUARE)
 
-__all__ = ["STATE", "DelayCompensated", "DelayedUpdate"]
+__all__ = ["MEAN_SQUARE", "STATE", "UNUSABLE_STEPS", "DelayCompensated", "DelayedUpdate"]

@@ -5,6 +5,7 @@ from hvd_ext.reducers.powersgd.config import PowerSGD
 from hvd_ext.reducers.powersgd.plan import Matrix, factor_sizes, first_q, plan_matrices
 from hvd_ext.state import BUCKETS, Part
 
-STATE = (*FEEDBACK_STATE, Part("q", label="PowerSGD factors", layout=BUCKETS))
+FACTORS = Part("q", label="PowerSGD factors", layout=BUCKETS)
+STATE = (*FEEDBACK_STATE, FACTORS)
 
-__all__ = ["STATE", "Matrix", "PowerSGD", "factor_sizes", "first_q", "plan_matrices"]
+__all__ = ["FACTORS", "STATE", "Matrix", "PowerSGD", "factor_sizes", "first_q", "plan_matrices"]

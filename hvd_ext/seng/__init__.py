@@ -15,11 +15,14 @@ from hvd_ext.seng.schedules import (
 )
 from hvd_ext.seng.settings import DEFAULT_SKETCH_SIZE, Settings, takes_settings
 from hvd_ext.seng.solve import JITTERS, jitter_sequence
+from hvd_ext.seng.state import CURVATURE, STATE
 
 __all__ = [
+    "CURVATURE",
     "DEFAULT_SKETCH_SIZE",
     "IMAGENET_RECIPES",
     "JITTERS",
+    "STATE",
     "Cosine",
     "CurvatureReport",
     "DampingDecay",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hvd_ext.consistency.error_epoch import ERROR_EPOCH
 from hvd_ext.reducers.delayed_update import STATE as DELAYED_STATE
+from hvd_ext.seng import CURVATURE
 from hvd_ext.sharding import OwnedState, check_loadable
 from hvd_ext.state import check_methods, dropped_message, split_state
 
@@ -68,7 +69,7 @@ def extension_progress(wrapper: DistributedStep) -> tuple[tuple[Any, ...], tuple
     counters = () if seng is None else tuple(seng.shared_state().values())
     kept = reducer.kept_by_rank()
     if seng is not None and seng.state.systems:
-        kept = (*kept, "SENG's curvature")
+        kept = (*kept, CURVATURE.label)
     return (wrapper.loaded, *reducer.progress_values(), *counters), kept
 
 
@@ -137,7 +138,7 @@ def rank_state(wrapper: DistributedStep, reduced: dict[str, Any],
                curvature: dict[str, Any] | None) -> list[str]:
     """The labels of what a saved state holds that belongs to one rank."""
     found = split_state(wrapper.reducer.state_parts, reduced)[1]
-    return [*found, *(["SENG's curvature"] if curvature is not None and curvature.get("layers") else [])]
+    return [*found, *([CURVATURE.label] if curvature is not None and curvature.get("layers") else [])]
 
 
 WITHOUT_EXTENSIONS = (

@@ -11,7 +11,8 @@ from hvd_ext.reducers.buckets import slice_sizes
 from hvd_ext.reducers.error_feedback import RESIDUAL
 from hvd_ext.reducers.topk import OWNER_RESIDUAL
 from hvd_ext.state import GATHER, KEEP, MEAN
-from hvd_ext.tensorflow.reducers.base import Reducer, StateVariable
+from hvd_ext.tensorflow.reducers.base import Reducer
+from hvd_ext.tensorflow.reducers.declared_state import StateVariable
 
 Arrays = Mapping[str, np.ndarray]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import tensorflow as tf
 
@@ -24,6 +24,7 @@ from hvd_ext.tensorflow.byte_counts import ScratchVariable
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.consistency.handshake import compare_settings, compare_weights
 from hvd_ext.tensorflow.graph_watchdog import GraphWaitProbe
+from hvd_ext.tensorflow.reducers.declared_state import StateVariable
 from hvd_ext.tensorflow.trace_cache import TraceInvalidator
 from hvd_ext.tensorflow.variables import NUMBERS, as_tf, create_outside_graph, name_of
 from hvd_ext.versions import HVD_EXT
@@ -32,23 +33,6 @@ SETTINGS, STEPPED, WEIGHTS = 1, 2, 3  # the settings are compared; a step has fo
 
 Gradient = tf.Tensor | tf.IndexedSlices
 MakeVariable = Callable[..., tf.Variable]
-
-
-class StateVariable(NamedTuple):
-    """A variable of a reducer's state: its declaration, and the number of its bucket or variable.
-
-    ``whole``: elements that all ranks have of it together, where it is a slice.
-    """
-
-    part: Part
-    number: int | None
-    variable: tf.Variable
-    whole: int = 0
-
-    @property
-    def name(self) -> str:
-        """Its name in a checkpoint."""
-        return self.part.name if self.number is None else f"{self.part.name}_{self.number}"
 
 
 class Reducer(abc.ABC):

@@ -20,8 +20,9 @@ from hvd_ext.reducers.delay_compensation import DelayedUpdate
 from hvd_ext.reducers.options import ReductionOptions
 from hvd_ext.state import MEAN, RANK, Part
 from hvd_ext.tensorflow.collectives import Collectives
-from hvd_ext.tensorflow.reducers.base import Gradient, MakeVariable, Reducer, StateVariable
+from hvd_ext.tensorflow.reducers.base import Gradient, MakeVariable, Reducer
 from hvd_ext.tensorflow.reducers.buckets import read_counter
+from hvd_ext.tensorflow.reducers.declared_state import StateVariable
 from hvd_ext.tensorflow.reducers.gradient_presence import DIFFERENT_VARIABLES
 from hvd_ext.tensorflow.reducers.kernels.delay_compensation import accumulation_dtype
 from hvd_ext.tensorflow.reducers.kernels.delayed_update import compensate_gradient

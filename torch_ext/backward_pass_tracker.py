@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 import weakref
 from collections import Counter
+from types import FrameType
 
 import torch
 
@@ -26,6 +28,9 @@ class BackwardPassTracker:
         self._alone = alone  # nothing but the reducer is in the way of a gradient
         self.done: Counter[torch.Tensor] = Counter()
         self.reported = False  # whether the reducer has got gradients of this step
+        self._graph_task = -1  # autograd's number of the call that gave the last gradient
+        self._nested = False  # whether that call runs within another one
+        self._from_nested: set[torch.Tensor] = set()  # have had a gradient of such a call in this step
         self._number = 0  # the current pass; 0 before the first
         self._reached: set[torch.Tensor] = set()  # by the current pass
         self._inside = False  # a call of backward() that autograd has not reported over
@@ -39,6 +44,7 @@ class BackwardPassTracker:
     def begin_step(self) -> None:
         """Begin a step; what was counted and held back of the last one is dropped."""
         self.done.clear()
+        self._from_nested.clear()
         self.reported = False
         self._number = 0
         self._reached.clear()
@@ -56,17 +62,22 @@ class BackwardPassTracker:
         self.done[entry.parameter] += 1
         self.reported = True
         self.reducer.frozen.discard(entry)  # of the step before
+        task = torch._C._current_graph_task_id()
+        if task != self._graph_task:
+            self._graph_task, self._nested = task, _is_nested()
+        if self._nested:
+            self._from_nested.add(entry.parameter)
         if self.done[entry.parameter] > self.reducer.passes:
-            _raise_too_many()
+            self._raise_too_many(entry)
         if self.reducer.parts == 1:
             self.reducer.gradient_ready(entry, self.done[entry.parameter], 1)
             return
-        self._enter_pass()
+        self._enter_pass(entry)
         if self._held is None:
             self._give_gradient(entry)
         elif entry.parameter in self._reached:
             held, self._held = self._held, None
-            self._next_pass()
+            self._next_pass(entry)
             for one in [*held, entry]:
                 self._give_gradient(one)
         elif self._number == self.reducer.passes:  # no other pass can follow
@@ -74,7 +85,7 @@ class BackwardPassTracker:
         else:
             self._held.append(entry)
 
-    def _enter_pass(self) -> None:
+    def _enter_pass(self, entry: NamedParameter) -> None:
         if self._inside:
             return
         ours = weakref.ref(self)
@@ -89,16 +100,16 @@ class BackwardPassTracker:
         if self._number:
             self._held = []
         else:
-            self._next_pass()
+            self._next_pass(entry)
 
     def _leave_pass(self) -> None:
         held, self._held, self._inside = self._held or (), None, False
         for entry in held:
             self._give_gradient(entry)
 
-    def _next_pass(self) -> None:
+    def _next_pass(self, entry: NamedParameter) -> None:
         if self._number == self.reducer.passes:
-            _raise_too_many()
+            self._raise_too_many(entry)
         self._number += 1
         self._reached.clear()
 
@@ -106,8 +117,23 @@ class BackwardPassTracker:
         self._reached.add(entry.parameter)
         self.reducer.gradient_ready(entry, self.done[entry.parameter], self._number)
 
+    def _raise_too_many(self, entry: NamedParameter) -> None:
+        nested = entry.parameter in self._from_nested
+        raise AssertionError(
+            "Gradients were computed more than backward_passes_per_step times before call to step(). "
+            + (f"{entry.name} is under torch.utils.checkpoint with use_reentrant=True, which runs a backward "
+               "pass within the backward pass for each use of a layer. If the layer is used more than once, "
+               "pass use_reentrant=False to checkpoint(); otherwise increase" if nested else "Increase")
+            + " backward_passes_per_step to accumulate gradients locally.")
 
-def _raise_too_many() -> None:
-    raise AssertionError(
-        "Gradients were computed more than backward_passes_per_step times before call to step(). "
-        "Increase backward_passes_per_step to accumulate gradients locally.")
+
+def _is_nested() -> bool:
+    """Whether a backward pass runs within another one's, which reentrant checkpointing starts."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "backward" and code.co_argcount and isinstance(
+                frame.f_locals.get(code.co_varnames[0]), torch.autograd.function.FunctionCtx):
+            return True
+        frame = frame.f_back
+    return False

@@ -165,6 +165,47 @@ def test_complex_parameters_are_refused_by_name(ranks, options):
         assert "p1 is a parameter of torch.complex64" in found
 
 
+class Checkpointed(torch.nn.Module):
+    """One layer used under activation checkpointing: twice, or once there and once beside it."""
+
+    def __init__(self, order):
+        super().__init__()
+        self.first, self.shared = torch.nn.Linear(4, 5), torch.nn.Linear(5, 5)
+        self.order = order
+
+    def forward(self, x, **how):
+        x = self.first(x)
+        for checkpointed in self.order:
+            x = torch.utils.checkpoint.checkpoint(self.shared, x, **how) if checkpointed else self.shared(x)
+        return x.square().mean()
+
+
+def checkpoint_layers(options, order, reentrant):
+    """The error of a backward pass with reentrant checkpointing, or of the second one without it."""
+    torch.manual_seed(0)
+    model = Checkpointed(order)
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1),
+                                         model.named_parameters(), **options)
+    rows = torch.randn(2, 3, 4)[hvd.rank()]
+    try:
+        for _ in range(optimizer.backward_passes_per_step + (not reentrant)):
+            model(rows, use_reentrant=reentrant).backward()
+    except AssertionError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("order", [(True, True), (True, False), (False, True)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"op": hvd.DelayCompensated(virtual_workers="microbatch"),
+                                          "backward_passes_per_step": 2}], ids=str)
+def test_reentrant_checkpointing_of_a_layer_used_twice_is_named(ranks, options, order):
+    for found in ranks(2).run(checkpoint_layers, options, order, True):
+        assert "shared." in found
+        assert "use_reentrant=False" in found
+    for found in ranks(2).run(checkpoint_layers, options, order, False):
+        assert "Increase backward_passes_per_step" in found
+
+
 def keep_graph(options, create_graph):
     """The weights after steps whose backward passes keep their graph, and what of it is left."""
     torch.manual_seed(2)

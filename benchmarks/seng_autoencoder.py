@@ -35,7 +35,7 @@ GRIDS: dict[str, dict[str, list[Any]]] = {
     "SENG": {"damping": [1.0, 2.0, 3.0], "lr": [0.2, 0.4, 0.6], "momentum": [0.9],
              "update_freq": [1]},
 }
-# What older curvature costs, with and without rescaling (docs/seng.md, ``stale_curvature``); run when asked
+# What older curvature costs, with and without rescaling (docs/seng_method.md); run when asked
 # for.
 ABLATIONS: dict[str, dict[str, list[Any]]] = {
     f"SENG, every {freq} steps, {stale}": {

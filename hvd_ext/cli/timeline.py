@@ -16,7 +16,7 @@ from hvd_ext.cli.console import CliError, stdout_console
 
 Event = dict[str, Any]
 _BETWEEN = re.compile(r"[\s,]*")
-# Names as the collectives of this package have them (docs/contributing.md), behind "allreduce." and,
+# Names as the collectives of this package have them (docs/collectives.md), behind "allreduce." and,
 # in TensorFlow, behind the optimizer's name.
 _OURS = re.compile(
     r"(?:^|[./])(?:(delay|topk|powersgd)/"

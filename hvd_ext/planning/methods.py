@@ -1,6 +1,6 @@
 """Every way to exchange gradients as stages of messages, with what a rank computes for each.
 
-What is sent when, and in which buckets, is what the front ends do: ``docs/contributing.md``, "The order
+What is sent when, and in which buckets, is what the front ends do: ``docs/collectives.md``, "The order
 of collectives".
 """
 

@@ -1,4 +1,4 @@
-"""Public names have docstrings of one format, and mkdocs.yml names every page."""
+"""Public names have docstrings of one format, and mkdocs.yml names every page; pages are short."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from scripts.public_names import MODULES, find_definition, public_names
 from tests.docs.blocks import PAGES, ROOT
 
 SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises", "Source")
+LONGEST_PAGE = 150  # lines
 Definition = ast.FunctionDef | ast.ClassDef
 
 
@@ -118,6 +119,12 @@ def test_navigation_names_every_page():
     named = re.findall(r"^ +- .*: ([\w./]+\.md)$", text, re.M)
     pages = {"index.md" if page == "README.md" else page.removeprefix("docs/") for page in PAGES}
     assert sorted(named) == sorted({*pages, *(f"api/{module}.md" for module in MODULES)})
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page_is_short(page: str) -> None:
+    text = re.sub(r"<!-- .*? -->\n\|.*?<!-- .*? -->\n", "", (ROOT / page).read_text(), flags=re.S)
+    assert len(text.splitlines()) <= LONGEST_PAGE  # without generated tables
 
 
 @pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in ("material", "mkdocstrings")),

@@ -29,7 +29,7 @@ CALLS = {
 # The argument whose values a table lists.
 CHOICES = {
     ("docs/async.md", "The rules"): ("ParameterServer", "rule"),
-    ("docs/drop_in.md", "Uneven data"): ("uneven_inputs", "average_over"),
+    ("docs/uneven_data.md", "Settings"): ("uneven_inputs", "average_over"),
     ("docs/servers.md", "Where the update runs"): ("DistributedOptimizer", "server"),
 }
 MODULES = {"torch": "hvd_ext.torch", "tensorflow": "hvd_ext.tensorflow.keras,hvd_ext.tensorflow"}

@@ -162,24 +162,24 @@ ALWAYS_NEW = {"loss", "sgd", "scheduler"}
 SECTIONS: dict[tuple[str, str], dict[str, Callable[[Names], Any]]] = {
     ("docs/async.md", "Settings"): {"start": lambda names: flat_weights(make_model(names)),
                                     "gradient": recorded_gradient},
-    ("docs/drop_in.md", "Uneven data"): {
+    ("docs/uneven_data.md", "Ranks with different numbers of batches"): {
         "loader": lambda names: [make_batch(step) for step in range(2 + hvd.rank())]},
     ("docs/drop_in.md", "Scripts without DistributedOptimizer"): {
         "model": make_model, "optimizer": plain_optimizer},
     ("docs/drop_in.md", "Batch normalization over the ranks"): {"model": make_normalized},
     ("docs/own_reducer.md", "Bring your own reducer"): {"model": make_model},
-    ("docs/servers.md", "Compressed replies"): {"model": make_model},
+    ("docs/downlink.md", "Compressed replies"): {"model": make_model},
 }
 
 # Blocks that are run again, with other values, for what they do the second time.
 AGAIN: dict[tuple[str, str], dict[str, Callable[[Names], Any]]] = {
     ("docs/checkpoints.md", "Checkpoints"): {"steps": lambda names: 2000, "sgd": plain_optimizer},
-    ("docs/drop_in.md", "Gradients thrown away, steps skipped, closures"): {
+    ("docs/drop_in.md", "Throw gradients away, skip steps"): {
         "loss": lambda names: Loss(names, 1e6)},
 }
 
 # Sections with blocks after which ranks may differ: nothing averages there.
-ALONE = {("docs/seng.md", "SENG: the sketchy empirical natural gradient")}
+ALONE = {("docs/seng.md", "SENG: natural gradient")}
 
 
 def need(names: Names, name: str) -> Any:
@@ -226,6 +226,12 @@ def prove_resumed(names: Names) -> None:
     assert names["first"] == 1000
 
 
+def prove_trained(names: Names) -> None:
+    """The script has learnt its data, and has written its last checkpoint."""
+    assert names["accuracy"] > 0.8
+    assert Path(names["_folder_"], "first_torch", "update-000000000005").is_dir()
+
+
 def prove_thrown_away(names: Names) -> None:
     """The second pass was thrown away."""
     assert names["norm"] > 100
@@ -248,7 +254,8 @@ def prove_rule(names: Names) -> None:
 # What else must be true after a block, by page and heading.
 PROOFS: dict[tuple[str, str], Callable[[Names], None]] = {
     ("docs/async.md", "Settings"): prove_replay,
+    ("docs/first_script.md", "PyTorch"): prove_trained,
     ("docs/checkpoints.md", "Checkpoints"): prove_resumed,
-    ("docs/drop_in.md", "Gradients thrown away, steps skipped, closures"): prove_thrown_away,
-    ("docs/seng.md", "What it does with each layer"): prove_rule,
+    ("docs/drop_in.md", "Throw gradients away, skip steps"): prove_thrown_away,
+    ("docs/seng_models.md", "What it does with each layer"): prove_rule,
 }

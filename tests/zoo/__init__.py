@@ -1,6 +1,6 @@
 """Tiny models of timm and transformers, families of ``keras.applications``: SENG against the dense solve.
 
-Weights are random. ``python -m tests.zoo`` prints the table of docs/seng.md and puts it into ``out/``, with
+Weights are random. ``python -m tests.zoo`` prints the table of docs/seng_models.md, also into ``out/``, with
 ``--framework tensorflow`` that of Keras; ``make test-zoo`` runs the tests and then both. Nothing is
 downloaded.
 """

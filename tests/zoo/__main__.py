@@ -1,4 +1,4 @@
-"""The tables of docs/seng.md: ``python -m tests.zoo [--framework tensorflow] [--docs] [NAME ...]``.
+"""The tables of docs/seng_models.md: ``python -m tests.zoo [--framework tensorflow] [--docs] [NAME ...]``.
 
 A table is printed, written to ``out/`` and, with ``--docs``, put into the page. ``--no-times`` leaves out the
 times, for which a Keras model is started twice more.

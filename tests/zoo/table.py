@@ -1,4 +1,4 @@
-"""What is measured of a model, and the tables of docs/seng.md that are made of it."""
+"""What is measured of a model, and the tables of docs/seng_models.md that are made of it."""
 
 from __future__ import annotations
 
@@ -54,6 +54,6 @@ class EmbeddingBlock:
 
     def into_docs(self) -> None:
         """Between the page's two comments."""
-        page, begin = Path("docs/seng.md"), f"<!-- out/{self._name}.md -->"
+        page, begin = Path("docs/seng_models.md"), f"<!-- out/{self._name}.md -->"
         head, rest = page.read_text().split(begin)
         page.write_text("\n".join([f"{head}{begin}", *self.lines, END]) + rest.split(END, 1)[1])

@@ -52,8 +52,13 @@ def settings_of(hvd: Any, model: Any) -> dict[str, dict[str, Any]]:
     }
 
 
-def try_torch(chosen: Callable[[Any, Any], dict[str, Any]]) -> None:
-    """Train a step with the arguments; what does not work raises."""
+def try_torch(chosen: Callable[[Any, Any], dict[str, Any]], name: str) -> None:
+    """Train two steps with the arguments; what does not work raises.
+
+    Args:
+        chosen: the arguments, from the module and the model.
+        name: of the parameters, so that collectives of a failed trial are no other's.
+    """
     import torch
 
     import hvd_ext.torch as hvd
@@ -64,7 +69,8 @@ def try_torch(chosen: Callable[[Any, Any], dict[str, Any]]) -> None:
     sparse, uneven = arguments.pop("sparse", False), arguments.pop("uneven", False)
     model[0].sparse = sparse
     optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1),
-                                         named_parameters=model.named_parameters(), **arguments)
+                                         [(f"{name}.{one}", p) for one, p in model.named_parameters()],
+                                         **arguments)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -80,10 +86,11 @@ def try_torch(chosen: Callable[[Any, Any], dict[str, Any]]) -> None:
     else:
         step()
         step()
+    optimizer.flush()
 
 
-def try_tensorflow(chosen: Callable[[Any, Any], dict[str, Any]]) -> None:
-    """Train a step with the arguments; what does not work raises."""
+def try_tensorflow(chosen: Callable[[Any, Any], dict[str, Any]], name: str) -> None:
+    """The same with Keras."""
     import keras
     import tensorflow as tf
 
@@ -99,7 +106,7 @@ def try_tensorflow(chosen: Callable[[Any, Any], dict[str, Any]]) -> None:
     arguments = chosen(hvd, model)
     uneven = arguments.pop("uneven", False)
     arguments.pop("sparse", None)
-    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1), **arguments)
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1), re.sub(r"\W", "_", name), **arguments)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
     def step(x: Any, y: Any) -> None:
@@ -135,7 +142,7 @@ def refusal_of(framework: str, first: str, second: str | None) -> str | None:
         return {name: value() if name == "preconditioner" else value for name, value in found.items()}
 
     try:
-        TRY[framework][1](chosen)
+        TRY[framework][1](chosen, f"{first}+{second}")
     except Exception as error:  # what an extension refuses is the result
         return f"{type(error).__name__}: {error}"
     return None

@@ -18,12 +18,10 @@ from tests.ranks import command_of, environment_of_ranks
 MODULES = {"torch": "hvd_ext.torch", "tensorflow": "hvd_ext.tensorflow.keras,hvd_ext.tensorflow"}
 # Arguments and names that are not this package's, and whose they are.
 OTHERS = {
-    "devices=": "Lightning", "grad=": "torch, an attribute", "jit_compile=": "Keras",
-    "horovod.tensorflow.X": "any module", "horovod.keras.X": "any module",
+    "devices=": "Lightning", "epochs=": "Keras", "jit_compile=": "Keras",
     "hvd_ext.exchange": "a collective's name", "hvd_ext.rejoin": "a collective's name",
     "hvd.Compression.sign": "the reader's own reducer", "hvd.Compression.sign(scale=0.01)": "the same",
     "hvd_ext.ray": "needs ray", "hvd_ext.spark": "needs pyspark",
-    "hvd_ext.lightning.HorovodStrategy": "needs lightning",
 }
 REFERENCES = list(find_references())
 FILES = (r"`((?:tests|docs|examples|benchmarks|scripts)/[\w/.*-]+|(?:hvd_ext|torch_ext|tf)/[\w/.*-]+\.py"

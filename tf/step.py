@@ -58,7 +58,7 @@ class Step:
                                 in zip(gradients, self.variables, strict=True) if gradient is None}
         gradients = self._reduce_overwrites(list(gradients))
         if self.wrapper.scaling is not None:  # hvd.uneven_inputs
-            gradients = self.wrapper.scaling.scale_local(gradients)
+            gradients = self.wrapper.scaling.scale_local(gradients, self.variables)
         if self.wrapper.options.passes > 1:
             self._accumulate(gradients, apply)
         else:

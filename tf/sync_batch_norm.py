@@ -11,7 +11,7 @@ import tensorflow as tf
 from hvd_ext.horovod_api import aliases
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.keras_hooks import refuse_xla, require_tensorflow_backend
-from hvd_ext.tensorflow.uneven_data import JOINING, PADDED, PADDED_STATISTICS, batch_weight, in_use
+from hvd_ext.tensorflow.uneven_data import JOINING, batch_weight, note_joining
 
 NAME = "sync_batch_norm"  # Keras' own names are counted per process: ranks may differ in them
 
@@ -45,17 +45,12 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         JOINING.add(self)
 
     def _moments(self, inputs: Any, mask: Any) -> tuple[Any, Any]:
-        """Mean and variance, (C,) each, over the rows of all ranks.
-
-        Raises:
-            ValueError: a dataset of ``hvd.uneven_inputs(...).padded(...)`` is in use.
-        """
+        """Mean and variance, (C,) each, over the rows of all ranks."""
         collectives = Collectives(self.process_set, counted=False)
         if not self.process_set.included() or collectives.size == 1:
             return super()._moments(inputs, mask)
         refuse_xla("hvd.SyncBatchNormalization")
-        if in_use(PADDED):
-            raise ValueError(PADDED_STATISTICS.format(layers=f"SyncBatchNormalization ({self.name})"))
+        note_joining(self)
         weight = tf.cast(tf.reshape(batch_weight().read(), ()), inputs.dtype)
         channels = tf.shape(inputs)[self.axis]
         if mask is None:

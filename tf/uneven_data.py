@@ -27,12 +27,15 @@ from hvd_ext.reducers.topk import TopK
 from hvd_ext.tensorflow import keras_hooks
 from hvd_ext.tensorflow.byte_counts import ScratchVariable
 from hvd_ext.tensorflow.padded_dataset import empty_batch, pad_dataset
+from hvd_ext.tensorflow.variables import as_tf
 from hvd_ext.uneven_inputs import OVERLAP_UNSUPPORTED_MSG, WEIGHTS, GradientWeighting, check_weighting
 from hvd_ext.watchdog.watchdog import WATCH
 
 JOIN_BLOCKERS: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()  # what join cannot serve
 JOINING: weakref.WeakSet[Any] = weakref.WeakSet()  # layers that look at the batches of all ranks
-PADDED: weakref.WeakSet[Any] = weakref.WeakSet()  # datasets in which some rank sees a batch again
+# Of these, by the graph that is traced; for eager execution (0) those since the last step.
+_CALLED: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
+_CALLED_EAGERLY: weakref.WeakSet[Any] = weakref.WeakSet()
 PADDED_STATISTICS = (
     "padded() with {layers}: the batch that a rank sees again, with the sample weight 0, would enter the "
     "statistics of all ranks; train in a loop over hvd.uneven_inputs(optimizer).batches(dataset), where it "
@@ -44,6 +47,38 @@ def in_use(kept: Any) -> list[Any]:
     if len(kept) > 0:
         gc.collect()
     return list(kept)
+
+
+def note_joining(layer: Any) -> None:
+    """A layer looks at the batches of all ranks, in the step that is under way or being traced."""
+    _called_here().add(layer)
+
+
+def find_joining(variables: Sequence[Any]) -> set[Any]:
+    """The layers that look at the batches of all ranks in the step of an optimizer of ``variables``."""
+    if len(JOINING) == 0:
+        return set()
+    called = _called_here()
+    found = {*called, *_layers_of(variables)}
+    if called is _CALLED_EAGERLY:
+        called.clear()
+    return found
+
+
+def _layers_of(variables: Sequence[Any]) -> list[Any]:
+    """The layers that look at the batches of all ranks and are trained by these variables."""
+    mine = {id(as_tf(variable)) for variable in variables}
+    return [layer for layer in list(JOINING) if layer.trainable
+            and any(id(as_tf(one)) in mine for one in layer.trainable_variables)]
+
+
+def _called_here() -> weakref.WeakSet[Any]:
+    if tf.executing_eagerly():
+        return _CALLED_EAGERLY
+    graph = tf.compat.v1.get_default_graph()
+    while getattr(graph, "outer_graph", None) is not None and graph.outer_graph.building_function:
+        graph = graph.outer_graph
+    return _CALLED.setdefault(graph, weakref.WeakSet())
 
 
 @functools.cache
@@ -66,16 +101,30 @@ class Scaling:
         self._used = ScratchVariable(1)
         self._factors.assign(tf.ones((2,), tf.float64))
         self.refused: str | None = None  # why no step may be traced now
+        self.padded: weakref.WeakSet[Any] = weakref.WeakSet()  # datasets in which some rank sees a batch again
+        self.joining: weakref.WeakSet[Any] = weakref.WeakSet()  # layers in its steps that would count it
 
     def set_factors(self, before: float, after: float) -> None:
         """Choose the factors of the next step."""
         self._factors.assign(tf.constant([before, after], tf.float64))
         batch_weight().assign(tf.constant([before], tf.float64))
 
-    def scale_local(self, gradients: Sequence[Any]) -> list[Any]:
+    def check_padded(self) -> None:
+        """Refuse layers that would count a batch that a rank sees again.
+
+        Raises:
+            ValueError: it names one.
+        """
+        joining = sorted(layer.name for layer in self.joining if layer.trainable)
+        if joining and in_use(self.padded):
+            raise ValueError(PADDED_STATISTICS.format(layers=f"SyncBatchNormalization ({joining[0]})"))
+
+    def scale_local(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
         """This rank's gradients times its factor; zeros where that is 0, whatever they are."""
         if self.refused:
             raise RuntimeError(self.refused)
+        self.joining.update(find_joining(variables))
+        self.check_padded()
         self.note_pass(True)
         return self._multiply_all(gradients, 0)
 
@@ -127,6 +176,7 @@ class Uneven:
                         weighable=settings.op == horovod.Average if plain
                         else linear or (isinstance(settings, DelayCompensated) and passes == 1))
         self._linear = linear
+        self._reducer = wrapper.reducer
         self._weighing = GradientWeighting(average_over, self._collectives.size)
         if wrapper.scaling is None:
             wrapper.scaling = Scaling()
@@ -208,9 +258,9 @@ class Uneven:
         Raises:
             TypeError: it is anything else.
             ValueError: on every rank, when a rank's has no end, none has a batch or ``average_over=``
-                differs; or
-                where the reduction is not linear in each rank's gradient and ``average_over`` is not
-                "ranks", or where a batch would be seen again and there is a SyncBatchNormalization.
+                differs; or where the reduction is not linear in each rank's gradient and ``average_over``
+                is not "ranks"; or, here or in ``fit``, where a batch would be seen again and the model has a
+                SyncBatchNormalization.
             RuntimeError: on every rank but that one, when a rank's cannot be read.
         """
         if not self._linear and self._weighing.by != "ranks":
@@ -219,10 +269,13 @@ class Uneven:
                              "each rank's gradient; use average_over='ranks', or batches() in a loop")
         made, again = pad_dataset(dataset, self._collectives, self._weighing)
         if again:
-            joining = sorted(layer.name for layer in in_use(JOINING) if layer.trainable)
-            if joining:
-                raise ValueError(PADDED_STATISTICS.format(layers=f"SyncBatchNormalization ({joining[0]})"))
-            PADDED.add(made)
+            self._scaling.joining.update(_layers_of(self._reducer.variables))
+            self._scaling.padded.add(made)
+            try:
+                self._scaling.check_padded()
+            except ValueError:
+                self._scaling.padded.discard(made)
+                raise
         return made
 
     def _scale_factors(self, mine: bool, samples: int, active: int, total: float) -> tuple[float, float]:

@@ -242,28 +242,58 @@ def test_a_rank_without_a_batch_has_no_part_in_the_statistics(ranks, graph):
         np.testing.assert_allclose(mine, one, rtol=1e-10, atol=1e-12)
 
 
-def padded_with_statistics():
-    """A dataset in which a rank sees a batch again, and a layer that would join it: either made first."""
+def padded_with_statistics(eagerly):
+    """A dataset in which a rank sees a batch again, and a layer that would join it, or is in another model."""
     data = tf.data.Dataset.from_tensor_slices((np.zeros((8, 5)), np.zeros((8, 3)))).batch(2)
     mine = data.take(2 + hvd.rank())
-    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
-    plain = normalised(keras.layers.BatchNormalization)
-    plain.compile(optimizer, "mse")
+    optimizer, others = (hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)) for _ in range(2))
+    plain, model = (normalised(kind) for kind in (keras.layers.BatchNormalization, hvd.SyncBatchNormalization))
+    plain.compile(optimizer, "mse", run_eagerly=eagerly)
+    model.compile(others, "mse", run_eagerly=eagerly)
     again = hvd.uneven_inputs(optimizer).padded(mine)
     plain.fit(again, verbose=0)
+    model.fit(data, verbose=0)  # while the padded dataset of the other model is there
     model = normalised(hvd.SyncBatchNormalization)
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
+    model.compile(optimizer, "mse", run_eagerly=eagerly)
+    before = training.weights(model)
     with pytest.raises(ValueError, match=r"enter the statistics.*batches\(dataset\)"):
-        model(np.zeros((2, 5)), training=True)
-    del again
-    model(np.zeros((2, 5)), training=True)
+        model.fit(hvd.uneven_inputs(optimizer).padded(mine), verbose=0)
+    np.testing.assert_equal(training.weights(model)[:2], before[:2])
     with pytest.raises(ValueError, match=r"padded\(\) with SyncBatchNormalization"):
         hvd.uneven_inputs(optimizer).padded(mine)
-    hvd.uneven_inputs(optimizer).padded(data)  # as many on every rank
+    model.fit(hvd.uneven_inputs(optimizer).padded(data), verbose=0)  # as many on every rank
     model.trainable = False
     hvd.uneven_inputs(optimizer).padded(mine)
     return True
 
 
 @pytest.mark.ranks
-def test_padded_batches_are_refused(ranks):
-    assert ranks(2, init="tensorflow").run(padded_with_statistics, timeout=120) == [True, True]
+@pytest.mark.parametrize("eagerly", [False, True])
+def test_padded_batches_are_refused(ranks, eagerly):
+    assert ranks(2, init="tensorflow").run(padded_with_statistics, eagerly, timeout=120) == [True, True]
+
+
+def discriminator_without_gradients():
+    """A layer in the step whose own weights another optimizer trains, or nobody does."""
+    data = tf.data.Dataset.from_tensor_slices((np.zeros((8, 5)), np.zeros((8, 3)))).batch(2)
+    for scaled in (True, False):
+        behind = hvd.SyncBatchNormalization(center=scaled, scale=scaled, dtype="float64")
+        model = keras.Sequential([keras.Input((5,), dtype="float64"), keras.layers.Dense(3, dtype="float64")])
+        optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
+        padded = hvd.uneven_inputs(optimizer).padded(data.take(2 + hvd.rank()))
+
+        @tf.function
+        def step(x, model=model, behind=behind, optimizer=optimizer):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean(behind(model(x), training=True) ** 2)
+            optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+
+        with pytest.raises(ValueError, match=r"padded\(\) with SyncBatchNormalization"):
+            step(next(iter(padded))[0])
+    return True
+
+
+@pytest.mark.ranks
+def test_padded_batches_are_refused_for_any_layer_of_the_step(ranks):
+    assert ranks(2, init="tensorflow").run(discriminator_without_gradients, timeout=120) == [True, True]

@@ -101,7 +101,7 @@ class Scaling:
         self._used = ScratchVariable(1)
         self._factors.assign(tf.ones((2,), tf.float64))
         self.refused: str | None = None  # why no step may be traced now
-        self.padded: weakref.WeakSet[Any] = weakref.WeakSet()  # datasets in which some rank sees a batch again
+        self.padded: weakref.WeakSet[Any] = weakref.WeakSet()  # datasets where a rank sees a batch again
         self.joining: weakref.WeakSet[Any] = weakref.WeakSet()  # layers in its steps that would count it
 
     def set_factors(self, before: float, after: float) -> None:

@@ -243,11 +243,11 @@ def test_a_rank_without_a_batch_has_no_part_in_the_statistics(ranks, graph):
 
 
 def padded_with_statistics(eagerly):
-    """A dataset in which a rank sees a batch again, and a layer that would join it, or is in another model."""
+    """A dataset in which a rank sees a batch again, and a layer that would join it or is elsewhere."""
     data = tf.data.Dataset.from_tensor_slices((np.zeros((8, 5)), np.zeros((8, 3)))).batch(2)
     mine = data.take(2 + hvd.rank())
     optimizer, others = (hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)) for _ in range(2))
-    plain, model = (normalised(kind) for kind in (keras.layers.BatchNormalization, hvd.SyncBatchNormalization))
+    plain, model = map(normalised, (keras.layers.BatchNormalization, hvd.SyncBatchNormalization))
     plain.compile(optimizer, "mse", run_eagerly=eagerly)
     model.compile(others, "mse", run_eagerly=eagerly)
     again = hvd.uneven_inputs(optimizer).padded(mine)

@@ -196,6 +196,17 @@ def test_metrics_that_only_some_ranks_have(ranks):
     ranks(2, init="tensorflow").run(uneven_metrics)
 
 
+def test_best_models_take_the_order_of_both_packages_of_horovod():
+    def settings(*args, **more):
+        made = hvd.callbacks.BestModelCheckpoint(*args, **more)
+        return made.monitor, made.save_weights_only, made.monitor_op, made.save_freq
+
+    assert settings("accuracy", 0, True, "min", 5) == ("accuracy", True, np.less, 5)
+    assert settings("accuracy", 0, "min", 5) == ("accuracy", False, np.less, 5)  # horovod.keras
+    assert settings("accuracy", 0, "max") == ("accuracy", False, np.greater, "epoch")
+    assert settings("loss", 0, "max", save_freq=5) == ("loss", False, np.greater, 5)
+
+
 def test_bad_input(monkeypatch):
     with pytest.raises(ValueError, match="no weights yet"):
         hvd.assert_replicas_equal(keras.Sequential([keras.layers.Dense(2)]))

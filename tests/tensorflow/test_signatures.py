@@ -22,7 +22,7 @@ MODULES = [*modules_below("horovod.tensorflow", left_out=("mpi_lib",)), *modules
 
 OTHERWISE = {
     "horovod.keras.allreduce",  # Horovod's default of average= refuses every op=
-    "horovod.keras.callbacks.BestModelCheckpoint",  # takes what that of horovod.tensorflow.keras takes
+    "horovod.keras.callbacks.BestModelCheckpoint",  # takes the order of horovod.tensorflow.keras too
 }
 
 

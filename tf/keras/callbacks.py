@@ -211,14 +211,19 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
 class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
     """``keras.callbacks.ModelCheckpoint`` of the best model; set its ``filepath`` before training.
 
-    The arguments are those of ``ModelCheckpoint``.
+    The arguments are those of ``ModelCheckpoint``, in the order of ``horovod.tensorflow.keras`` or, where the
+    third is a mode, in that of ``horovod.keras``: monitor, verbose, mode, save_freq.
 
     Raises:
         ValueError: when training begins without a ``filepath``.
     """
 
-    def __init__(self, monitor: str = "val_loss", verbose: int = 0, save_weights_only: bool = False,
-                 mode: str = "auto", save_freq: Any = "epoch") -> None:
+    def __init__(self, monitor: str = "val_loss", verbose: int = 0, save_weights_only: bool | str = False,
+                 mode: Any = "auto", save_freq: Any = "epoch") -> None:
+        if isinstance(save_weights_only, str):
+            if mode != "auto":
+                save_freq = mode
+            save_weights_only, mode = False, save_weights_only
         super().__init__("best.weights.h5" if save_weights_only else "best.keras", monitor=monitor,
                          verbose=verbose, save_best_only=True, save_weights_only=save_weights_only,
                          mode=mode, save_freq=save_freq)

@@ -1,6 +1,6 @@
 """The versions this package is tested with, for setup.py, the installer and the doctor."""
 
-HVD_EXT = "0.1.0"
+HVD_EXT = "0.2.0"
 PYTHON = ">=3.10"
 HOROVOD = "0.28.1"
 TORCH = "2.13.0"

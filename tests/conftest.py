@@ -80,7 +80,7 @@ class Pool:
     def end(self) -> None:
         """End the ranks that are kept."""
         if self._ranks is not None:
-            self._ranks.close()
+            self._ranks.leave()
         self._ranks = None
 
 

@@ -18,6 +18,7 @@ tests that kill ranks, or need another launcher, environment or Horovod not yet 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import faulthandler
 import importlib
@@ -42,6 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 90.0
 Launcher = Callable[[int, Sequence[str]], list[str]]
 command_of = Servers().command  # of a rank, forked from a process that has imported its framework
+LEAVING: list[Ranks] = []  # told to end, and not waited for
 
 
 class RankFailure(AssertionError):
@@ -75,9 +77,11 @@ class Ranks:
 
     def __init__(self, size: int, *, launcher: str | Launcher = "mpirun", init: str | None = "torch",
                  env: dict[str, str] | None = None, mpirun_args: Sequence[str] = ()) -> None:
+        reap_ranks()
         self.size = size
         self.folder = Path(tempfile.mkdtemp(prefix="ranks-"))
         self.tasks = 0
+        self.told_to_leave = 0.0
         self.log = self.folder / "log"
         environment = environment_of_ranks(**(env or {}))
         worker = command_of(None if callable(launcher) else init, "tests.ranks", str(self.folder),
@@ -167,6 +171,13 @@ class Ranks:
         shutil.rmtree(self.folder, ignore_errors=True)
         return status
 
+    def leave(self) -> None:
+        """Have the ranks end, without waiting for them: MPI takes a second."""
+        if self.folder.exists():
+            (self.folder / "stop").touch()
+            self.told_to_leave = time.monotonic()
+            LEAVING.append(self)
+
     def __enter__(self) -> Ranks:
         return self
 
@@ -181,7 +192,21 @@ def run_ranks(function: Callable[..., Any], size: int = 2, *args: Any, timeout: 
     try:
         return ranks.run(function, *args, timeout=timeout, check=check)
     finally:
-        ranks.close(kill=not check)
+        ranks.leave() if check else ranks.close(kill=True)
+
+
+def reap_ranks(seconds: float = 10.0) -> None:
+    """Clear away ranks that have ended after ``leave()``; those that have not for ``seconds`` are killed."""
+    for ranks in list(LEAVING):
+        if not ranks.alive or time.monotonic() - ranks.told_to_leave > seconds:
+            ranks.close(kill=True)
+            LEAVING.remove(ranks)
+
+
+@atexit.register
+def _wait_for_leaving() -> None:
+    for ranks in LEAVING:
+        ranks.close()
 
 
 def run_program(module: str, *arguments: str, framework: str, size: int = 2, launcher: str = "mpirun",
@@ -260,6 +285,15 @@ def _serve(folder: Path, init: str, owner: int) -> None:
         hidden.write_bytes(pickle.dumps(outcome))
         hidden.rename(folder / f"result{number}.{rank}")
         number += 1
+    _leave()
+
+
+def _leave() -> None:
+    """End as an interpreter does, but for freeing every object: a forked rank would copy all its memory."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _end_with(owner: int) -> None:

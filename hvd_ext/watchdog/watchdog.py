@@ -28,6 +28,8 @@ from typing import Any
 from hvd_ext.watchdog.peer_status import RankStatus, StatusServer, notify_failure, request_status
 
 VARIABLE = "HVD_EXT_TIMEOUT"
+KERAS_HINT = (". A Keras callback that acts on a metric (EarlyStopping, ReduceLROnPlateau) does so on "
+              "some ranks only if the metric differs: list hvd.callbacks.MetricAverageCallback() before it")
 DEFAULT = "60"
 FIRST_STEP_FACTOR = 5.0  # times the limit, before the first step is over
 GRACE = 10.0  # seconds from the verdict until the process is ended
@@ -197,8 +199,9 @@ class Watchdog:
         if not answers and not self._steps:
             told.append("the ranks had not met yet: see that every rank makes the same optimizer with the "
                         "same extensions and starts to train")
-        self.verdict = (f"{'; '.join(told)}. Mend what keeps the others, or raise {VARIABLE} "
-                        f"(seconds without progress, now {self.current_limit():g})")
+        self.verdict = (f"{'; '.join(told)}. Fix what keeps the ranks apart, or raise {VARIABLE} "
+                        f"(seconds without progress, now {self.current_limit():g})"
+                        + (KERAS_HINT if "keras" in sys.modules else ""))
         print(f"hvd_ext: {self.verdict}", file=sys.stderr, flush=True)
         with contextlib.suppress(AttributeError, ValueError, OSError):  # stderr may be no file here
             faulthandler.dump_traceback(file=sys.stderr.fileno(), all_threads=True)

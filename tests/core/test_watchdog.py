@@ -165,13 +165,16 @@ print("aborted", bool(aborted), WATCH.verdict, flush=True)
 """
 
 
-def test_a_wait_is_given_up_and_says_for_what():
+@pytest.mark.parametrize("keras", [False, True])
+def test_a_wait_is_given_up_and_says_for_what(keras):
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(WAITS)], capture_output=True, text=True,
+    program = ("import sys; sys.modules['keras'] = sys" if keras else "") + WAITS
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True,
                           timeout=60, env={"HVD_EXT_TIMEOUT": "1", "PATH": ""}, check=True)
     assert "aborted True rank 0 has waited" in done.stdout
     assert "for bucket 7" in done.stdout
     assert "most recent call first" in done.stderr
+    assert ("MetricAverageCallback() before it" in done.stdout) == keras
     assert time.monotonic() - began < 60
 
 

@@ -340,7 +340,7 @@ class Wrapper:
 
     def report(self, optimizer: Any) -> dict[str, Any]:
         """Figures of the last step; "server" where the argument was given."""
-        found = report(self.reducer, self.preconditioner)
+        found = report(self.reducer, self.preconditioner, optimizer)
         if self.where is None:
             return found
         return {**found, "server": server_report(self.server, self.where, optimizer, self.references,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -255,7 +256,7 @@ def distributed_tape(gradtape: tf.GradientTape, device_dense: str = "", device_s
         raise ValueError("optimizer= is distributed already: gradients would be reduced twice; "
                          "use hvd.DistributedOptimizer or hvd.DistributedGradientTape, not both")
     object.__setattr__(optimizer, "report", functools.partial(
-        report, kept_reducer(optimizer, settings), preconditioner))
+        report, kept_reducer(optimizer, settings), preconditioner, weakref.proxy(optimizer)))
     return _DistributedGradientTape(gradtape, settings, scale_local_gradients, optimizer,
                                     preconditioner)
 

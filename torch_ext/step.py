@@ -45,6 +45,7 @@ class DistributedStep:
         self.state = StepState()
         self._reduced_gradients = ReducedGradients()
         self.closure: ClosureReduction | None = None  # while step() evaluates a closure
+        self.updates = 0  # since the optimizer was made
         self._passes = BackwardPassTracker(reducer, alone=preconditioner is None and server is None)
         self._hooks: dict[torch.Tensor, Any] = {}
         self.ranks = self.collectives.size if self.collectives.is_member else 0
@@ -145,7 +146,7 @@ class DistributedStep:
         A step that the ranks agreed to skip is not taken.
         """
         if not self.collectives.is_member:
-            return inner_step()
+            return self._update_once(inner_step)
         good, reduced = self.state.good, self.state.reduced
         self._drop_begun()
         if reduced:
@@ -159,10 +160,15 @@ class DistributedStep:
         if not good:
             return None
         if self.server is None:
-            return inner_step()
-        result = self.server.step(inner_step)
+            return self._update_once(inner_step)
+        result = self._update_once(lambda: self.server.step(inner_step))
         self.reducer.on_weights_updated()
         self.collectives.traffic.step(same=True)
+        return result
+
+    def _update_once(self, update: Callable[[], Any]) -> Any:
+        result = update()
+        self.updates += 1
         return result
 
     def abandon_step(self) -> None:

@@ -71,6 +71,7 @@ def test_bytes_are_those_of_the_formula_and_of_pytorch(ranks):
     theirs = ranks(2).run(twins.torch_reports, STEPS, timeout=100)
     for mine, torchs in zip(ours, theirs, strict=True):
         for (_, name), report in ((key, found) for key, found in mine.items() if len(key) == 2):
+            assert report["steps"] == torchs[name]["steps"] == STEPS, name
             if name == "sharded":  # cut at other places in the two
                 numel = sum(int(np.prod(shape)) for shape in twins.SHAPES)
                 for one in (report, torchs[name]):
@@ -105,6 +106,26 @@ def test_bytes_are_those_of_the_formula_and_of_pytorch(ranks):
         dense = 4 * (20 * 3 + 3)
         assert mine["slices"]["sent"]["gradients"] - dense in (20 * (16 + 4), 20 * (16 + 8))
         assert mine["seng"]["sent"].keys() == {"gradients", "agreement", "curvature"}
+
+
+def count_updates():
+    """The steps in reports after steps of two passes, and after ``flush()``."""
+    found = []
+    for options in ({}, {"server": "sharded"}, {"overlap": hvd.DelayedUpdate()}):
+        optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1), backward_passes_per_step=2, **options)
+        synthetic_steps.run_steps(optimizer, synthetic_steps.make_variables(twins.SHAPES), hvd.rank(),
+                                  STEPS, compiled=True, passes=2)
+        found.append(optimizer.report()["steps"])
+        if "overlap" in options:
+            optimizer.flush()
+            found.append(optimizer.report()["steps"])
+    return found
+
+
+@pytest.mark.ranks
+def test_updates_are_counted_whatever_reduces(ranks):
+    wanted = [STEPS, STEPS, STEPS - 1, STEPS]
+    assert ranks(2, init="tensorflow").run(count_updates, timeout=100) == [wanted] * 2
 
 
 def test_before_the_first_step():

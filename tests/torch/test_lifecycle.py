@@ -173,3 +173,27 @@ def test_on_two_ranks(ranks, case):
 @pytest.mark.parametrize("method", ["plain", "delay", "topk", "powersgd"])
 def test_step_that_is_dropped_leaves_nothing(ranks, method):
     ranks(2).run(dropped_step, method)
+
+
+def count_updates():
+    """The steps in reports after steps of two passes, and after ``flush()``."""
+    found = []
+    for options in ({}, {"server": "sharded"}, {"overlap": hvd.DelayedUpdate()},
+                    {"compression": hvd.Compression.topk(0.3)}):
+        parameters = make_parameters(SHAPES)
+        optimizer = wrapped(parameters, backward_passes_per_step=2, **options)
+        for step in range(3):
+            optimizer.zero_grad()
+            for part in range(2):
+                backward(parameters, gradients(2 * step + part, parameters))
+            optimizer.step()
+        found.append(optimizer.report()["steps"])
+        if "overlap" in options:
+            optimizer.flush()
+            found.append(optimizer.report()["steps"])
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_updates_are_counted_whatever_reduces(ranks, size):
+    assert ranks(size).run(count_updates) == [[3, 3, 2, 3, 3]] * size

@@ -334,12 +334,12 @@ def divide_by_ranks(gradient: Gradient | None, collectives: Collectives) -> Grad
     return gradient / collectives.size_op(gradient.dtype)
 
 
-def report(reducer: Reducer, preconditioner: Any = None) -> dict[str, Any]:
-    """Bytes by kind, and the figures of each extension in use.
+def report(reducer: Reducer, preconditioner: Any, optimizer: Any) -> dict[str, Any]:
+    """Updates taken, bytes by kind, and the figures of each extension in use.
 
     Under Horovod elastic bytes are not counted, and "sent" and "received" are left out.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"steps": int(optimizer.iterations) // reducer.options.passes}
     if not reducer.collectives.is_elastic:
         found["sent"], found["received"] = reducer.collectives.traffic.last_step()
     found.update(reducer.report())

@@ -200,8 +200,8 @@ def load_wrapped(wrapper: DistributedStep, state: dict[str, Any], mark: dict[str
 def report(wrapper: DistributedStep) -> dict[str, Any]:
     """Figures of the last step: bytes by kind, and those of each extension in use."""
     traffic = wrapper.collectives.traffic
-    figures = {"sent": dict(traffic.last_sent), "received": dict(traffic.last_received),
-               **wrapper.reducer.report()}
+    figures = {"steps": wrapper.updates, "sent": dict(traffic.last_sent),
+               "received": dict(traffic.last_received), **wrapper.reducer.report()}
     for name, extension in (("preconditioner", wrapper.preconditioner), ("server", wrapper.server)):
         if extension is not None:
             figures[name] = extension.report()

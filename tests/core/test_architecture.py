@@ -56,6 +56,13 @@ def test_oracles_are_independent_of_what_they_check(path):
     assert not {name for name in imported(path) if name.split(".")[0] == "hvd_ext"}
 
 
+def test_training_does_not_import_the_planner():
+    for folder in ("hvd_ext", "torch_ext", "tf"):
+        for path in (ROOT / folder).rglob("*.py"):
+            if path.relative_to(ROOT).parts[:2] not in (("hvd_ext", "planning"), ("hvd_ext", "cli")):
+                assert not {name for name in imported(path) if name.startswith("hvd_ext.planning")}, path
+
+
 MOST_LOOSE = 8  # files of hvd_ext/ outside of its packages
 LONGEST = 400  # lines
 

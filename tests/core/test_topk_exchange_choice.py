@@ -15,8 +15,11 @@ from hvd_ext.planning.break_even import (
     moment_elements,
     weight_bytes,
 )
+from hvd_ext.planning.messages import collective_seconds
 from hvd_ext.planning.methods import Scenario, plan_dense, plan_topk, topk_sparse
-from hvd_ext.reducers.topk.exchange_choice import select_exchange
+from hvd_ext.reducers.topk import Layout
+from hvd_ext.reducers.topk.allreduce import WORDS
+from hvd_ext.reducers.topk.exchange_choice import GBPS, LATENCY_US, exchange_seconds, select_exchange
 
 FREE = Link(10.0, latency_us=0.0)
 
@@ -67,6 +70,18 @@ def test_auto_takes_the_quicker_exchange():
     assert chosen(16, 10**6) == "sparse_allreduce"
     assert chosen(16, 100) == "allgather"  # hops count
     assert chosen(16, 100, "sparse_allreduce") == "sparse_allreduce"
+
+
+@pytest.mark.parametrize(("ranks", "k", "values"), [(2, 100, "float32"), (5, 70_001, "float16"),
+                                                    (64, 10**6, "float64")])
+def test_what_auto_goes_by_is_the_planners_model(ranks, k, values):
+    cluster = Cluster.one_rank_per_host(ranks, Link(GBPS, LATENCY_US))
+    entries = 4 * Layout(k, values).words
+    found = exchange_seconds(ranks, k, values)
+    assert found["allgather"] == pytest.approx(collective_seconds("allgather", entries, cluster))
+    assert found["sparse_allreduce"] == pytest.approx(
+        collective_seconds("alltoall", entries, cluster) + collective_seconds("allgather", 8 * WORDS, cluster)
+        + collective_seconds("allgather", entries / ranks, cluster))
 
 
 @pytest.mark.parametrize(("ratio", "values"), [(0.01, "float32"), (0.02, "float16"), (0.001, "float64")])

@@ -19,7 +19,7 @@ import torch
 from horovod.common.exceptions import HorovodInternalError
 from horovod.torch import mpi_ops
 
-from hvd_ext.consistency.error_epoch import ERROR_EPOCH
+from hvd_ext.consistency.error_epoch import ErrorEpoch, error_epoch
 from hvd_ext.consistency.scopes import Scope, SharedName, outside_of_set
 from hvd_ext.reducers.traffic import Traffic, allreduce_bytes, by_kind
 from hvd_ext.watchdog.watchdog import WATCH
@@ -84,7 +84,12 @@ class Collectives:
         """The name that Horovod is given: with the scope, and another one after an error on all ranks."""
         if self.scope is None or isinstance(name, SharedName):
             return name
-        return self.scope.add_to(name) + ERROR_EPOCH.suffix
+        return self.scope.add_to(name) + self.errors.suffix
+
+    @property
+    def errors(self) -> ErrorEpoch:
+        """Errors that all ranks of the process set have raised together."""
+        return error_epoch(self.process_set.process_set_id)
 
     @property
     def is_member(self) -> bool:

@@ -1,10 +1,10 @@
-"""How many errors all ranks have raised together: part of the names of later collectives."""
+"""How many errors all ranks of a process set have raised together: part of the names of later collectives."""
 
 from __future__ import annotations
 
 
 class ErrorEpoch:
-    """Counts errors that every rank raises, the same on every rank.
+    """Counts errors that every rank of one process set raises, the same on every one of them.
 
     Messages of a step that ended so may never be answered, so that later ones must not have their names.
     """
@@ -23,5 +23,9 @@ class ErrorEpoch:
         return f".after{self.number}" if self.number else ""
 
 
-ERROR_EPOCH = ErrorEpoch()
-"""Of this process."""
+_EPOCHS: dict[int | None, ErrorEpoch] = {}
+
+
+def error_epoch(process_set_id: int | None) -> ErrorEpoch:
+    """The epoch of a process set: ranks outside of it do not hear of its errors."""
+    return _EPOCHS.setdefault(process_set_id, ErrorEpoch())

@@ -60,6 +60,38 @@ def test_ranks_outside_of_the_set(tmp_path):
         assert by_rank[0][name][2] == by_rank[1][name][2] != by_rank[2][name][2]  # members train together
 
 
+def train_after_an_error_in_a_set(method):
+    """An optimizer of all ranks, after an error that only the ranks of a set have raised together."""
+    members = hvd.add_process_set([0, 1])
+    parameters = make_parameters(SHAPES)
+    rate = 0.1 * (1 + hvd.rank())  # differs, which DelayCompensated refuses
+    inside = hvd.DistributedOptimizer(torch.optim.SGD(parameters, lr=rate), named(parameters),
+                                      process_set=members, op=hvd.DelayCompensated())
+    backward(parameters, worker_gradients(SHAPES, worker=hvd.rank(), step=0))
+    said = ""
+    try:
+        inside.step()
+    except ValueError as error:
+        said = str(error)
+    everywhere = make_parameters(SHAPES)
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(everywhere, lr=0.1), named(everywhere),
+                                         **OPTIONS[method]())
+    for step in range(2):
+        optimizer.zero_grad()
+        backward(everywhere, worker_gradients(SHAPES, worker=hvd.rank(), step=step))
+        optimizer.step()
+    hvd.remove_process_set(members)
+    return said, bits(everywhere)
+
+
+@pytest.mark.parametrize("method", ["plain", "topk"])
+def test_an_error_in_a_set_does_not_stop_the_ranks_outside(method):
+    results = run_ranks(train_after_an_error_in_a_set, 3, method, env={"HOROVOD_DYNAMIC_PROCESS_SETS": "1"})
+    assert all("learning rates differ" in said for said, _ in results[:2])
+    assert results[2][0] == ""
+    assert len({weights for _, weights in results}) == 1
+
+
 def load_without_extensions():
     """A state as ``torch.distributed.checkpoint`` gives it: without the entry of the extensions."""
     parameters = make_parameters(SHAPES)

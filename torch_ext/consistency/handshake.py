@@ -11,7 +11,6 @@ import horovod.torch as horovod
 import torch
 
 from hvd_ext.consistency import checksum
-from hvd_ext.consistency.error_epoch import ERROR_EPOCH
 from hvd_ext.consistency.fingerprint import mismatch_message
 from hvd_ext.consistency.handshake import (
     REMEDY,
@@ -60,7 +59,7 @@ def agree_on_optimizers(wrapper: Any, others: Sequence[Any]) -> None:
         if not checksum.all_equal(total.numpy()):
             error, agreed = compare_offers(ranks.allgather_object(mine, SharedName(checksum.DIFFER)))
             if error is not None:
-                raise ERROR_EPOCH.raise_together(error)
+                raise ranks.errors.raise_together(error)
         for label in agreed:
             offered[label].reducer.met = plans[label]
             offered[label].reducer.after_agreement()

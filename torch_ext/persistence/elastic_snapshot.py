@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from hvd_ext.consistency.error_epoch import ERROR_EPOCH
 from hvd_ext.torch.distributed_optimizer_class import ExtendedOptimizer
 from hvd_ext.torch.persistence.optimizer_state import load_wrapped
 
@@ -36,7 +35,7 @@ class ElasticSnapshot:
         wrapper, seng = self.wrapper, self.wrapper.preconditioner
         state = super(ExtendedOptimizer, self.optimizer).state_dict()
         state, mark = (state, None) if wrapper.server is None else wrapper.server.gather_state(state)
-        return on_host({"wrapped": state, "server": mark, "errors": ERROR_EPOCH.number,
+        return on_host({"wrapped": state, "server": mark, "errors": wrapper.collectives.errors.number,
                         "reducer": wrapper.reducer.elastic_state(),
                         "preconditioner": None if seng is None else seng.state_dict(),
                         "step": None if seng is None else seng.shared_state()})
@@ -56,7 +55,8 @@ class ElasticSnapshot:
         wrapper, optimizer = self.wrapper, self.optimizer
         commit, own = copy.deepcopy(commit), copy.deepcopy(own)
         wrapper.abort_step()
-        ERROR_EPOCH.number = max(ERROR_EPOCH.number, commit["errors"])
+        errors = wrapper.collectives.errors
+        errors.number = max(errors.number, commit["errors"])
         load_wrapped(wrapper, commit["wrapped"], commit["server"],
                      super(ExtendedOptimizer, optimizer).load_state_dict)
         wrapper.reducer.restore(commit["reducer"], own)

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from hvd_ext.consistency.error_epoch import ERROR_EPOCH
 from hvd_ext.reducers.delayed_update import STATE as DELAYED_STATE
 from hvd_ext.seng import CURVATURE
 from hvd_ext.sharding import OwnedState, check_loadable
@@ -41,14 +40,14 @@ def state_dict(wrapper: DistributedStep, state: dict[str, Any], *, gather: bool)
 def shared_state(wrapper: DistributedStep) -> dict[str, Any]:
     """What is the same on every rank: a rank that joins takes it over."""
     seng = wrapper.preconditioner
-    return {"errors": ERROR_EPOCH.number, "reducer": wrapper.reducer.shared_state(),
+    return {"errors": wrapper.collectives.errors.number, "reducer": wrapper.reducer.shared_state(),
             "step": None if seng is None else seng.shared_state()}
 
 
 def load_shared_state(wrapper: DistributedStep, state: dict[str, Any]) -> None:
     """Take over what another rank's :func:`shared_state` gave, and compare the ranks' settings again."""
     wrapper.abort_step()
-    ERROR_EPOCH.number = state["errors"]
+    wrapper.collectives.errors.number = state["errors"]
     wrapper.reducer.load_shared_state(state["reducer"])
     if wrapper.preconditioner is not None:
         wrapper.preconditioner.load_shared_state(state["step"])

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from hvd_ext.consistency.error_epoch import ERROR_EPOCH
 from hvd_ext.consistency.fingerprint import Fingerprint, mismatch_message
 from hvd_ext.consistency.wire import pack_row, unpack_rows
 from hvd_ext.reducers import registry
@@ -348,7 +347,7 @@ class BucketReducer(Reducer):
 
     def collective_error(self, message: str) -> ValueError:
         """The error for what ``agree`` has shown; every rank must raise it."""
-        return ERROR_EPOCH.raise_together(message)
+        return self.collectives.errors.raise_together(message)
 
     def abort_step(self) -> None:
         self._filled.clear()

@@ -8,7 +8,6 @@ import horovod.torch as horovod
 import torch
 
 from hvd_ext.consistency import checksum
-from hvd_ext.consistency.error_epoch import ERROR_EPOCH
 from hvd_ext.consistency.fingerprint import digest_parts, mismatch_message
 from hvd_ext.reducers.buckets import Bucket, TensorSlice, slice_sizes
 from hvd_ext.state import PARAMETERS, SHARD, Part
@@ -81,6 +80,6 @@ def check_frozen(reducer: Reducer, asked: Handle) -> None:
     """
     if not checksum.all_equal(asked.wait().numpy()):
         lines = reducer.collectives.allgather_object(reducer.frozen_lines(), checksum.DIFFER)
-        raise ERROR_EPOCH.raise_together(mismatch_message(
+        raise reducer.collectives.errors.raise_together(mismatch_message(
             "the ranks do not train the same parameters", lines,
             "Set requires_grad alike on all ranks, before the same step"))

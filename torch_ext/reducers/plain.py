@@ -9,7 +9,6 @@ import horovod.torch as horovod
 import torch
 from horovod.common.exceptions import HorovodInternalError
 
-from hvd_ext.consistency.error_epoch import ERROR_EPOCH
 from hvd_ext.consistency.fingerprint import Fingerprint
 from hvd_ext.consistency.scopes import SharedName
 from hvd_ext.reducers.buckets import split_groups
@@ -163,7 +162,7 @@ class PlainReducer(Reducer):
         except HorovodInternalError as error:
             if "Mismatched" not in str(error):
                 raise
-            raise ERROR_EPOCH.raise_together(
+            raise self.collectives.errors.raise_together(
                 f"{', '.join(entry.name for entry in group[:4])}: trained on some ranks and frozen on "
                 "others, or of another shape or dtype there; set requires_grad alike on all ranks, before "
                 "the same step") from error
@@ -180,7 +179,7 @@ class PlainReducer(Reducer):
 
     def _collective_name(self, entry: NamedParameter) -> str:
         """The name of the entry's collective: another one after an error, whose messages may lie about."""
-        return SharedName(self._names[entry] + ERROR_EPOCH.suffix)
+        return SharedName(self._names[entry] + self.collectives.errors.suffix)
 
     def build_fingerprint(self) -> Fingerprint:
         others = [f"{one.name} travels as {name}" for one, name in self._names.items() if name != one.name]

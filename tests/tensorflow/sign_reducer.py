@@ -1,4 +1,4 @@
-"""A way to reduce gradients as a user of the package would write it: signSGD with majority vote."""
+"""A way to reduce gradients as a user of the package would write it: signSGD with error feedback."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Any, ClassVar
 
 import tensorflow as tf
 
-import hvd_ext.tensorflow as hvd
+from hvd_ext.state import MEAN, RANK, Part
 from hvd_ext.tensorflow.reducers.buckets import BucketReducer
+
+RESIDUAL = Part("residual", RANK, "residuals", resize=MEAN)
 
 
 @dataclass(frozen=True)
 class Sign:
-    """Every entry becomes ``scale`` times the sign that most ranks have (arXiv 1810.05291)."""
+    """``scale`` times the sign of every entry, with error feedback (after arXiv 1901.09847)."""
 
     slot: ClassVar[str] = "compression"
     label: ClassVar[str] = "sign"
@@ -23,13 +25,23 @@ class Sign:
 
 
 class SignReducer(BucketReducer):
-    """Sums the ranks' signs, one allreduce per bucket, started while backward still runs."""
+    """The mean of the ranks' signs, one allreduce per bucket, started while backward still runs."""
+
+    def make_state(self, make_variable: Any) -> None:
+        self.left: dict[int, tf.Tensor] = {}
+        self.residual = {bucket.index: self.make_part(make_variable, RESIDUAL, (bucket.numel,),
+                                                      bucket.kind.dtype, bucket.index)
+                         for bucket in self.buckets}
 
     def start_exchange(self, bucket: Any, part: int, flat: tf.Tensor) -> tf.Tensor:
-        return self.collectives.allreduce(tf.sign(flat), f"{self.prefix}/sign/bucket{bucket.index}",
-                                          op=hvd.Sum)
+        total = flat + self.without_left_out(bucket, self.residual[bucket.index].read_value())
+        sent = tf.sign(total) * self.settings.scale
+        self.left[bucket.index] = total - sent
+        return self.collectives.allreduce(sent, f"{self.prefix}/sign/bucket{bucket.index}")
 
     def finish_exchange(self, started: Mapping[tuple[int, int], tf.Tensor],
                         **inputs: Any) -> tuple[list[tf.Tensor], Any]:
-        votes = [started[bucket.index, 0] for bucket in self.buckets]
-        return [tf.sign(vote) * self.settings.scale for vote in votes], None
+        for bucket in self.buckets:
+            kept = self.residual[bucket.index]
+            kept.assign(self.keep_left_out(bucket, self.left[bucket.index], kept.read_value()))
+        return [started[bucket.index, 0] for bucket in self.buckets], None

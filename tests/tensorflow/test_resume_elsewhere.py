@@ -11,6 +11,7 @@ from hvd_ext.state import SHARED
 from hvd_ext.tensorflow.keras_hooks import wrapper_of
 from hvd_ext.tensorflow.variables import as_tf
 from tests.tensorflow.checkpointed import train_step
+from tests.tensorflow.sign_reducer import Sign, SignReducer
 
 pytestmark = pytest.mark.ranks
 
@@ -21,6 +22,7 @@ def topk(**options):
 
 METHODS = {
     "plain": lambda model: {},
+    "sign": lambda model: {"compression": hvd.Compression.sign(0.01)},
     "topk": lambda model: topk(),
     "sparse": lambda model: topk(exchange="sparse_allreduce"),
     "powersgd": lambda model: {"compression": hvd.Compression.powersgd(rank=1)},
@@ -32,6 +34,8 @@ METHODS = {
 
 
 def build(method):
+    if not hasattr(hvd.Compression, "sign"):
+        hvd.register_reducer(Sign, SignReducer)
     keras.utils.set_random_seed(5)
     model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(9, activation="tanh"),
                               keras.layers.Dense(3)])

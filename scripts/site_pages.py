@@ -20,6 +20,8 @@ sys.path.insert(0, str(ROOT))  # mkdocs runs this file as one without a package
 from scripts.public_names import FOLDERS, MODULES, find_definition, public_names  # noqa: E402
 
 SOURCES = ROOT / "out" / "api_sources"
+HOROVODS_API = "https://horovod.readthedocs.io/en/stable/api.html"
+OWN = ("lightning", "schedules", "numpy")  # the last part of modules that Horovod does not have
 
 
 def copy_sources() -> None:
@@ -44,6 +46,9 @@ def api_page(module: str) -> str:
     others = [name for name in names if name not in own]
     if others:
         lines += ["Handed on from Horovod: " + ", ".join(f"`{name}`" for name in others) + ".", ""]
+    if module.split(".")[-1] not in OWN:
+        counterpart = module.replace("hvd_ext", "horovod")
+        lines += [f"All other names are those of `{counterpart}`: [Horovod's API]({HOROVODS_API}).", ""]
     return "\n".join(lines)
 
 

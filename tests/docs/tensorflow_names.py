@@ -114,7 +114,6 @@ SECTIONS: dict[tuple[str, str], dict[str, Callable[[Names], Any]]] = {
         "optimizer": lambda names: hvd.DistributedOptimizer(plain_optimizer(names)),
         "model": make_compiled, "dataset": lambda names: make_dataset(2 + hvd.rank())},
     ("docs/keras3.md", "Check your own script"): {
-        "layer": lambda names: None,  # padded() refuses a SyncBatchNormalization anywhere in the process
         "model": make_model, "optimizer": distributed_optimizer},
     ("docs/keras3.md", "A loop with a tape"): {
         "model": make_model, "optimizer": plain_optimizer,

@@ -348,13 +348,10 @@ def uneven_inputs(optimizer: Any, average_over: str = "ranks") -> Uneven:
 
 
 def join() -> Any:
-    """Wait for all ranks, as Horovod's ``join``.
+    """Wait for all ranks, as Horovod's ``join``; the result is the last rank to join.
 
     A rank that waits takes part in the others' allreduces with zeros. Where an optimizer of this process
     has an extension, that is impossible, and all ranks have to come here after the same number of steps.
-
-    Returns:
-        The last rank to join.
 
     Raises:
         RuntimeError: an extension is in use, and another rank trains on, or this is inside a graph.

@@ -33,12 +33,14 @@ class StepState:
         good: whether the reduced step may be taken; all ranks agree.
         settled: the library has reduced them (clipping, a closure), and ``step()`` takes them as they are.
         extended: a backward pass has added to the reduced gradients.
+        updates: how many steps have been applied since the optimizer was made.
     """
 
     reduced: bool = False
     good: bool = True
     settled: bool = False
     extended: bool = False
+    updates: int = 0
 
     def reset(self) -> None:
         """Back to accumulating."""

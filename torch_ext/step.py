@@ -45,7 +45,6 @@ class DistributedStep:
         self.state = StepState()
         self._reduced_gradients = ReducedGradients()
         self.closure: ClosureReduction | None = None  # while step() evaluates a closure
-        self.updates = 0  # since the optimizer was made
         self._passes = BackwardPassTracker(reducer, alone=preconditioner is None and server is None)
         self._hooks: dict[torch.Tensor, Any] = {}
         self.ranks = self.collectives.size if self.collectives.is_member else 0
@@ -145,8 +144,9 @@ class DistributedStep:
 
         A step that the ranks agreed to skip is not taken.
         """
+        self.state.updates += self.state.good
         if not self.collectives.is_member:
-            return self._update_once(inner_step)
+            return inner_step()
         good, reduced = self.state.good, self.state.reduced
         self._drop_begun()
         if reduced:
@@ -160,15 +160,10 @@ class DistributedStep:
         if not good:
             return None
         if self.server is None:
-            return self._update_once(inner_step)
-        result = self._update_once(lambda: self.server.step(inner_step))
+            return inner_step()
+        result = self.server.step(inner_step)
         self.reducer.on_weights_updated()
         self.collectives.traffic.step(same=True)
-        return result
-
-    def _update_once(self, update: Callable[[], Any]) -> Any:
-        result = update()
-        self.updates += 1
         return result
 
     def abandon_step(self) -> None:

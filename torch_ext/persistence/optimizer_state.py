@@ -199,7 +199,7 @@ def load_wrapped(wrapper: DistributedStep, state: dict[str, Any], mark: dict[str
 def report(wrapper: DistributedStep) -> dict[str, Any]:
     """Figures of the last step: bytes by kind, and those of each extension in use."""
     traffic = wrapper.collectives.traffic
-    figures = {"steps": wrapper.updates, "sent": dict(traffic.last_sent),
+    figures = {"steps": wrapper.state.updates, "sent": dict(traffic.last_sent),
                "received": dict(traffic.last_received), **wrapper.reducer.report()}
     for name, extension in (("preconditioner", wrapper.preconditioner), ("server", wrapper.server)):
         if extension is not None:

@@ -73,6 +73,15 @@ class Distributed:
         self._hvd_ext.step.apply_update(super()._backend_update_step, grads, trainable_variables,
                                         learning_rate)
 
+    def _all_reduce_sum_gradients(self, grads_and_vars: Any) -> Any:
+        """Keras' sum over the replicas of a strategy; one replica needs none, and no custom gradient for it.
+
+        TensorFlow's registry of gradients would keep the traced graph for good.
+        """
+        if tf.distribute.get_strategy().num_replicas_in_sync == 1:
+            return list(grads_and_vars)
+        return super()._all_reduce_sum_gradients(grads_and_vars)
+
     def _var_key(self, variable: Any) -> Any:
         server = self._hvd_ext.server
         return super()._var_key(variable if server is None else server.stand_ins.variable_of(variable))

@@ -10,8 +10,10 @@ import tensorflow as tf
 
 from hvd_ext.horovod_api import aliases
 from hvd_ext.tensorflow.collectives import Collectives
+from hvd_ext.tensorflow.gradient_registry import release_with_graph
+from hvd_ext.tensorflow.joining_layers import JOINING, note_joining
 from hvd_ext.tensorflow.keras_hooks import refuse_xla, require_tensorflow_backend
-from hvd_ext.tensorflow.uneven_data import JOINING, batch_weight, note_joining
+from hvd_ext.tensorflow.uneven_data import batch_weight
 
 NAME = "sync_batch_norm"  # Keras' own names are counted per process: ranks may differ in them
 
@@ -67,7 +69,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         row = tf.where(weight > 0, row, tf.zeros_like(row))
         width = inputs.shape[self.axis]
         counts, means, squares = tf.split(
-            gather_rows(collectives, row, weight), [1, width, width], axis=1)
+            release_with_graph(gather_rows(collectives, row, weight)), [1, width, width], axis=1)
         # Chan et al. 1979, eq. 2.1: exact where E[x^2] - E[x]^2 would cancel.
         total = tf.maximum(tf.reduce_sum(counts), 1)
         mean = tf.reduce_sum(counts * means, axis=0) / total

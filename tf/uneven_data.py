@@ -26,16 +26,12 @@ from hvd_ext.reducers.registry import public_name, public_op
 from hvd_ext.reducers.topk import TopK
 from hvd_ext.tensorflow import keras_hooks
 from hvd_ext.tensorflow.byte_counts import ScratchVariable
+from hvd_ext.tensorflow.joining_layers import find_joining, find_trained_layers
 from hvd_ext.tensorflow.padded_dataset import empty_batch, pad_dataset
-from hvd_ext.tensorflow.variables import as_tf
 from hvd_ext.uneven_inputs import OVERLAP_UNSUPPORTED_MSG, WEIGHTS, GradientWeighting, check_weighting
 from hvd_ext.watchdog.watchdog import WATCH
 
 JOIN_BLOCKERS: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()  # what join cannot serve
-JOINING: weakref.WeakSet[Any] = weakref.WeakSet()  # layers that look at the batches of all ranks
-# Of these, by the graph that is traced; for eager execution (0) those since the last step.
-_CALLED: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
-_CALLED_EAGERLY: weakref.WeakSet[Any] = weakref.WeakSet()
 PADDED_STATISTICS = (
     "padded() with {layers}: the batch that a rank sees again, with the sample weight 0, would enter the "
     "statistics of all ranks; train in a loop over hvd.uneven_inputs(optimizer).batches(dataset), where it "
@@ -47,38 +43,6 @@ def in_use(kept: Any) -> list[Any]:
     if len(kept) > 0:
         gc.collect()
     return list(kept)
-
-
-def note_joining(layer: Any) -> None:
-    """A layer looks at the batches of all ranks, in the step that is under way or being traced."""
-    _called_here().add(layer)
-
-
-def find_joining(variables: Sequence[Any]) -> set[Any]:
-    """The layers that look at the batches of all ranks in the step of an optimizer of ``variables``."""
-    if len(JOINING) == 0:
-        return set()
-    called = _called_here()
-    found = {*called, *_layers_of(variables)}
-    if called is _CALLED_EAGERLY:
-        called.clear()
-    return found
-
-
-def _layers_of(variables: Sequence[Any]) -> list[Any]:
-    """The layers that look at the batches of all ranks and are trained by these variables."""
-    mine = {id(as_tf(variable)) for variable in variables}
-    return [layer for layer in list(JOINING) if layer.trainable
-            and any(id(as_tf(one)) in mine for one in layer.trainable_variables)]
-
-
-def _called_here() -> weakref.WeakSet[Any]:
-    if tf.executing_eagerly():
-        return _CALLED_EAGERLY
-    graph = tf.compat.v1.get_default_graph()
-    while getattr(graph, "outer_graph", None) is not None and graph.outer_graph.building_function:
-        graph = graph.outer_graph
-    return _CALLED.setdefault(graph, weakref.WeakSet())
 
 
 @functools.cache
@@ -269,7 +233,7 @@ class Uneven:
                              "each rank's gradient; use average_over='ranks', or batches() in a loop")
         made, again = pad_dataset(dataset, self._collectives, self._weighing)
         if again:
-            self._scaling.joining.update(_layers_of(self._reducer.variables))
+            self._scaling.joining.update(find_trained_layers(self._reducer.variables))
             self._scaling.padded.add(made)
             try:
                 self._scaling.check_padded()

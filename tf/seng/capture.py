@@ -16,6 +16,7 @@ from tensorflow.python.saved_model.save_context import in_save_context
 
 from hvd_ext.seng import Settings
 from hvd_ext.seng.sample_axes import CONSTANT, CONTIGUOUS, STRIDED
+from hvd_ext.tensorflow.gradient_registry import release_with_graph
 from hvd_ext.tensorflow.seng.kernels import choose_samples
 from hvd_ext.tensorflow.seng.layer_discovery import Layer
 from hvd_ext.tensorflow.seng.rules import Factors, Pick, Rows
@@ -170,7 +171,7 @@ class Capture:
 
             return tf.identity(z), gradient
 
-        return tap(z)
+        return release_with_graph(tap(z))
 
     def _batch_for(self, layer: Layer) -> tf.Tensor | None:
         """The samples of the pass under way, for a layer whose rows cannot be told apart without."""

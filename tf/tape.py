@@ -131,7 +131,7 @@ class _DistributedGradientTape(tf.GradientTape):
         if self._optimizer is None or not (self._settings.keeps_state or kept is not None):
             return None
         key = (id(self._optimizer), id(reducer), id(kept))
-        what = [type(reducer).__name__.removesuffix("Reducer")] if self._settings.keeps_state else []
+        what = [public_name(reducer.settings)] if self._settings.keeps_state else []
         ask_once(self, key, " and ".join([*what, *([] if kept is None else [type(kept).__name__])]))
         if reducer.transaction is None:
             reducer.transaction = Transaction()

@@ -218,4 +218,4 @@ def asked_twice():
 def test_a_persistent_tape_asked_twice_is_an_error(ranks):
     for found, _ in ranks(2, init="tensorflow").run(asked_twice):
         assert len(found) == 2
-        assert all("a second time on one tape with TopK" in one for one in found)
+        assert all("a second time on one tape with Compression.topk" in one for one in found)

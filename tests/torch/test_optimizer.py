@@ -204,7 +204,7 @@ def check_state():
     # Another model's state does not fit.
     other = make_parameters([(3,), (2,), (2,), (2,), (2,), (2,), (2,), (2,)])
     if hvd.size() > 1:
-        with pytest.raises(ValueError, match="MeanSquare of bucket 0"):
+        with pytest.raises(ValueError, match="slices of MeanSquare do not fit this model: bucket 0"):
             delayed(other).load_state_dict(saved)
 
 

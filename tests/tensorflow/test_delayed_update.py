@@ -250,6 +250,40 @@ def test_fit_and_ranks_that_disagree(ranks):
 # Alone
 
 
+def sparse_rows(compiled):
+    """Batches of several sizes through an embedding: a trace does not know how many rows."""
+    model, by_hand = training.embedding_model(), training.embedding_model()
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1), overlap=hvd.DelayedUpdate(0.0),
+                                         sparse_as_dense=True)
+
+    def gradients_of(model, size):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((model(tf.zeros((size, 5), tf.int32)) - tf.ones((size, 3))) ** 2)
+        return tape.gradient(loss, model.trainable_variables)
+
+    def step(size):
+        optimizer.apply(gradients_of(model, size), model.trainable_variables)
+
+    run = tf.function(step, reduce_retracing=True) if compiled else step
+    late = None
+    for size in (4, 4, 3, 5):
+        run(tf.constant(size))
+        now = gradients_of(by_hand, size)
+        if late is not None:
+            keras.optimizers.SGD(0.1).apply(late, by_hand.trainable_variables)
+        late = now
+    hvd.assert_replicas_equal(model)
+    np.testing.assert_allclose(synthetic_steps.flat(model.trainable_variables),
+                               synthetic_steps.flat(by_hand.trainable_variables), rtol=1e-5, atol=1e-6)
+    return True
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_sparse_gradients_of_batches_of_several_sizes(ranks, compiled):
+    assert ranks(2, init="tensorflow").run(sparse_rows, compiled) == [True, True]
+
+
 def refused():
     sgd = keras.optimizers.SGD
     with pytest.raises(TypeError, match=r"overlap must be hvd\.DelayedUpdate"):

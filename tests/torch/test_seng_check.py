@@ -351,3 +351,13 @@ def test_a_projection_of_low_rank_beside_a_frozen_layer():
     seng = hvd.SENG(model, damping=LAM, sketch=None)
     compare(model, (x,), lambda i: (x[i:i + 1],), seng)
     assert [layer.name for layer in seng.layers] == ["0.a", "0.b", "2"]
+
+
+def test_a_layer_made_sparse_after_seng_is_named():
+    model = torch.nn.Sequential(torch.nn.EmbeddingBag(8, 6), torch.nn.Linear(6, 3))
+    seng = hvd.SENG(model, damping=0.3)
+    model[0].sparse = True
+    loss = torch.nn.functional.cross_entropy(model(torch.randint(8, (5, 2))), torch.arange(5) % 3)
+    with pytest.raises(ValueError, match=r"gradient of 0 is sparse.*set sparse=True of the layer before"):
+        loss.backward()
+    seng.close()

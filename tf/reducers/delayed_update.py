@@ -133,7 +133,8 @@ class DelayedReducer(Reducer):
             raise ValueError(f"the gradient of {name_of(variable)} is a tf.IndexedSlices, which overlap= "
                              "cannot "
                              "take; pass sparse_as_dense=True")
-        return tf.cast(tf.convert_to_tensor(gradient), as_tf(variable).dtype)
+        # A trace for batches of several sizes does not know how many rows a sparse gradient has.
+        return tf.cast(tf.ensure_shape(tf.convert_to_tensor(gradient), variable.shape), as_tf(variable).dtype)
 
     def _agreed_to_wait(self) -> tf.Tensor:
         """Whether a gradient waits, 0-D; an error on all ranks where it does not on all of them."""

@@ -91,6 +91,9 @@ class GradientCheck:
             _compare_gradient(one, place, gradient)
 
     def _on_gradient(self, layer: Layer, place: int, gradient: torch.Tensor) -> None:
+        if gradient.is_sparse:
+            raise ValueError(f"the gradient of {layer.name} is sparse, and was not meant to be when "
+                             "hvd.SENG(model) was made; set sparse=True of the layer before")
         if layer in self._expected:
             _compare_gradient(self._expected[layer], place, gradient)
             return

@@ -52,16 +52,16 @@ demo: $(READY)
 
 # Side by side what leaves cores to others, then ranks, which take all of them. Either may be empty (5).
 test: $(READY)
-	@$(PY) -m pytest $(SIDE_BY_SIDE) -m "not ranks or waits" $(PYTEST_ARGS); first=$$?; \
-	  $(PY) -m pytest -m "ranks and not waits" $(PYTEST_ARGS); second=$$?; \
+	@$(PY) -m pytest $(SIDE_BY_SIDE) -m "not distributed or idle_ranks" $(PYTEST_ARGS); first=$$?; \
+	  $(PY) -m pytest -m "distributed and not idle_ranks" $(PYTEST_ARGS); second=$$?; \
 	  case $$first-$$second in 0-0|0-5|5-0) ;; *) echo "exit status $$first side by side, $$second of ranks"; exit 1;; esac
 
 test-quick: $(READY)
-	$(PY) -m pytest $(SIDE_BY_SIDE) -m "(not slow and not ranks) or smoke" $(PYTEST_ARGS)
+	$(PY) -m pytest $(SIDE_BY_SIDE) -m "(not slow and not distributed) or smoke" $(PYTEST_ARGS)
 
 # What `make test` has no minutes for.
 test-long: $(READY)
-	$(PY) -m pytest -m long $(PYTEST_ARGS)
+	$(PY) -m pytest -m extended $(PYTEST_ARGS)
 
 # Tests without ranks under other instruction sets and beside a busy loop, three times each: many hours.
 test-portable: $(READY)

@@ -2,7 +2,7 @@
 
     python -m scripts.portable_tests                                  # every configuration, three times
     python -m scripts.portable_tests tests/torch -k delay --repeats 1 --configurations plain one-core
-    python -m scripts.portable_tests -m ranks --configurations busy
+    python -m scripts.portable_tests -m distributed --configurations busy
     python -m scripts.portable_tests tests/core -- -n 2               # behind --: further options of pytest
 
 Numbers may differ from one machine to another by rounding, and threads may run in any order. A test that
@@ -180,7 +180,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m scripts.portable_tests", description=__doc__,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("paths", nargs="*", default=["tests"], help="of tests (default: tests)")
-    top.add_argument("-m", dest="marked", default="not ranks", metavar="EXPRESSION",
+    top.add_argument("-m", dest="marked", default="not distributed", metavar="EXPRESSION",
                      help="which marks tests must have (default: %(default)s)")
     top.add_argument("-k", dest="named", metavar="EXPRESSION", help="which names tests must have")
     top.add_argument("--configurations", nargs="+", choices=list(CONFIGURATIONS), metavar="NAME",

@@ -20,7 +20,7 @@ hypothesis.settings.register_profile("new", deadline=None)
 hypothesis.settings.load_profile("same")
 
 # Markers of tests that run only when ``-m`` names them; each has a target of its own in the Makefile.
-ON_REQUEST = {"long", "soak", "cluster", "zoo", "gpu_build"}
+ON_REQUEST = {"extended", "soak", "cluster", "zoo", "gpu_build"}
 
 # Files that import a framework, of which none can be collected without it; ranks' own imports come on top.
 NEEDS = {
@@ -99,7 +99,7 @@ def ranks(_pool: Pool) -> Pool:
 
 @pytest.fixture(autouse=True)
 def _room(request: pytest.FixtureRequest, _pool: Pool) -> None:
-    if request.node.get_closest_marker("ranks") and not _kept(request.node):
+    if request.node.get_closest_marker("distributed") and not _kept(request.node):
         _pool.end()
 
 

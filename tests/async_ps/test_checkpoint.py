@@ -168,8 +168,8 @@ def test_reset_workers_keeps_weights_and_velocity(tmp_path):
     assert fresh.commit_push(0).delay == 0
 
 
-@pytest.mark.ranks
-@pytest.mark.waits
+@pytest.mark.distributed
+@pytest.mark.idle_ranks
 @pytest.mark.parametrize("prefetch", [False, True])
 def test_one_worker_goes_on_as_if_nothing_had_happened(pool, tmp_path, prefetch):
     options = {"lr": 0.02, "rule": "dc-asgd-a", "lam": 0.5, "momentum": 0.5,
@@ -214,8 +214,8 @@ def test_bad_settings_say_what_to_do(changes, message):
         settings(**changes)
 
 
-@pytest.mark.ranks
-@pytest.mark.waits
+@pytest.mark.distributed
+@pytest.mark.idle_ranks
 def test_used_folder_is_refused_unless_the_run_goes_on_from_it(pool, tmp_path):
     options = {"lr": 0.02, "rule": "asgd", "checkpoint_dir": tmp_path, "checkpoint_every": 10, "keep": 9}
     pool.run(runs.train_some, options, 30, 2, "float32")

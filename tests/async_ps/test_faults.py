@@ -11,7 +11,7 @@ from hvd_ext.reducers.delay_compensation.update_rules import AsyncRule
 from tests.async_ps.program import run_program
 from tests.async_ps.runs import flat, gradient, start
 
-pytestmark = [pytest.mark.ranks, pytest.mark.waits]
+pytestmark = [pytest.mark.distributed, pytest.mark.idle_ranks]
 OPTIONS = {"lr": 0.02, "rule": "dc-asgd-c", "lam": 0.3}
 
 

@@ -10,7 +10,7 @@ from hvd_ext.reducers.delay_compensation.momentum import AutoMomentum
 from hvd_ext.reducers.delay_compensation.update_rules import AsyncRule
 from tests.async_ps import runs
 
-pytestmark = [pytest.mark.ranks, pytest.mark.waits]
+pytestmark = [pytest.mark.distributed, pytest.mark.idle_ranks]
 
 RULES = [("asgd", None), ("dc-asgd-c", 0.3), ("dc-asgd-a", 1.0)]
 

@@ -76,7 +76,7 @@ def replayed(recording):
                   momentum=0.4, rule=AsyncRule(name="dc-asgd-a", lam=0.2)).weights
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_run_beside_horovod_replays(ranks):
     options = {"lr": 0.1, "rule": "dc-asgd-a", "lam": 0.2, "momentum": 0.4}
     results = ranks(3, init="tensorflow").run(train, options)

@@ -81,7 +81,7 @@ def replayed(recording, rule, momentum):
                   momentum=momentum, rule=rule).weights
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_run_beside_horovod_replays(ranks):
     options = {"lr": 0.1, "rule": "dc-asgd-a", "lam": 0.2, "momentum": 0.4}
     results = ranks(3).run(train, options, 3)
@@ -113,7 +113,7 @@ def sequential():
     return w, flat(optimizer_model)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_one_worker_is_sequential_sgd(ranks):
     pool = ranks(3)
     results = pool.run(train, {"lr": 0.1, "rule": "dc-asgd-a"}, 2)

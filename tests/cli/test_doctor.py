@@ -348,7 +348,7 @@ def test_failing_ranks_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no answer within 3 s" in pretend(None, "").value
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.smoke
 def test_doctor_finds_this_environment_in_order(capsys: pytest.CaptureFixture[str]) -> None:
     status = main(["doctor", "--json"])

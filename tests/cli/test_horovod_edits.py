@@ -86,7 +86,7 @@ def test_a_tensor_on_a_gpu_is_refused_by_cpu_operations() -> None:
         mpi_ops._check_function(mpi_ops._allreduce_function_factory, tensor)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.skipif("tensorflow" in LEFT_OUT, reason="TensorFlow is left out")
 def test_local_gradients_keep_their_dtype_under_elastic() -> None:
     environ = {**os.environ, "HOROVOD_ELASTIC": "1", "TF_CPP_MIN_LOG_LEVEL": "3", **machine_mpi()}
@@ -123,7 +123,7 @@ def submit_while_the_other_leaves() -> list[str]:
     return said
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("launcher", ["mpirun", "gloo"])
 @pytest.mark.skipif("torch" in LEFT_OUT, reason="PyTorch is left out")
 def test_a_shutdown_ends_what_is_submitted_meanwhile(launcher: str) -> None:

@@ -177,7 +177,7 @@ def test_a_line_of_mpirun_depends_on_which_it_is(
     assert "no mpirun here" in capsys.readouterr().err
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
 def test_two_ranks_of_this_machine(launcher: str, tmp_path: Path) -> None:
     if launcher not in detect_machine().launchers:

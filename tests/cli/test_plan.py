@@ -116,7 +116,7 @@ def test_one_process_is_told_how_to_measure(monkeypatch: pytest.MonkeyPatch,
     assert "mpirun -np 4 hvd-ext plan --measure" in said
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_two_ranks_measure_and_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "cluster.json"
     command = launch_command(2, [sys.executable, "-m", "hvd_ext.cli.main", "plan", "--measure",
@@ -155,7 +155,7 @@ def measured_by_mpi() -> Measured:
     return measure_cluster(100_000, voice=MpiBackend())
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_mpi_measures_where_there_is_no_horovod(ranks) -> None:
     first, second = ranks(2).run(measured_by_mpi, timeout=120)
     assert (first.first, second.first) == (True, False)
@@ -201,7 +201,7 @@ def sent() -> dict[str, float]:
 SHAPES = ((300, 500), (500,), (400, 700))
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_bytes_are_those_that_the_front_end_counts(ranks) -> None:
     workload = Workload(SHAPES)
     ways = {one.name: one for one in plan_exchanges(Scenario(workload, 2))}

@@ -22,9 +22,9 @@ from scripts.portable_tests import (
 
 def test_command_lines() -> None:
     report = Path("/x/r.xml")
-    plain = CONFIGURATIONS["plain"].command(3, ["tests/core", "-m", "not ranks"], report)
+    plain = CONFIGURATIONS["plain"].command(3, ["tests/core", "-m", "not distributed"], report)
     assert plain[:3] == [sys.executable, "-m", "pytest"]
-    assert plain[-4:] == [f"--junitxml={report}", "tests/core", "-m", "not ranks"]
+    assert plain[-4:] == [f"--junitxml={report}", "tests/core", "-m", "not distributed"]
     assert CONFIGURATIONS["one-core"].command(3, [], report) == [
         "taskset", "-c", "3", *plain[:-3]]
     assert CONFIGURATIONS["busy"].command(3, [], report) == [

@@ -83,7 +83,7 @@ def test_names_by_whose_they_are(tensor: str, part: str) -> None:
     assert group_of(tensor) == part
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_timeline_of_two_ranks(real: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["timeline", str(real), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -97,7 +97,7 @@ def test_timeline_of_two_ranks(real: Path, tmp_path: Path, capsys: pytest.Captur
     assert "NEGOTIATE_ALLREDUCE" in capsys.readouterr().out
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_cut_anywhere_it_is_mended(real: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = real.read_text()
     whole, complete = read_timeline(text)

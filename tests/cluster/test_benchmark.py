@@ -11,7 +11,7 @@ import pytest
 from benchmarks.simulator import ROWS
 from tests.ranks import ROOT
 
-pytestmark = [pytest.mark.cluster, pytest.mark.ranks]
+pytestmark = [pytest.mark.cluster, pytest.mark.distributed]
 
 
 def test_sharded_sends_what_an_allreduce_sends(tmp_path):

@@ -10,7 +10,7 @@ from tests.cluster.hosts import Cluster
 from tests.cluster.programs import HOSTS, cut_when_asked
 from tests.ranks import run_ranks
 
-pytestmark = [pytest.mark.cluster, pytest.mark.ranks]
+pytestmark = [pytest.mark.cluster, pytest.mark.distributed]
 
 
 def test_every_extension_and_server_gives_what_it_gives_on_one_host(cluster):

@@ -10,7 +10,7 @@ from tests.cluster import programs
 from tests.cluster.hosts import Cluster
 from tests.cluster.programs import HOSTS, cut_when_asked
 
-pytestmark = [pytest.mark.cluster, pytest.mark.ranks]
+pytestmark = [pytest.mark.cluster, pytest.mark.distributed]
 
 
 def test_a_worker_that_is_cut_off_is_left_out(tmp_path):

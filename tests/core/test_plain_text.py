@@ -25,7 +25,7 @@ def test_a_report_is_text(variables: dict[str, str], monkeypatch: pytest.MonkeyP
     assert "\x1b" not in printed
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize(("size", "command"), [
     (3, ["examples.async_digits", "--epochs", "1"]), (1, ["examples.torch_digits", "--epochs", "1"])],
     ids=["parameter server", "example"])

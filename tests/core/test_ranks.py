@@ -20,7 +20,7 @@ from tests.ranks import (
     run_ranks,
 )
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 
 
 def mean_of_ranks(scale):

@@ -50,8 +50,8 @@ def said_on_a_terminal(command: list[str]) -> str:
     return said.decode()
 
 
-@pytest.mark.ranks
-@pytest.mark.waits
+@pytest.mark.distributed
+@pytest.mark.idle_ranks
 @pytest.mark.parametrize("way", COMMANDS)
 def test_a_file_is_no_terminal(way: str, tmp_path: Path) -> None:
     said = said_in_a_file(COMMANDS[way], tmp_path / "log")
@@ -59,8 +59,8 @@ def test_a_file_is_no_terminal(way: str, tmp_path: Path) -> None:
     assert "True" not in said
 
 
-@pytest.mark.ranks
-@pytest.mark.waits
+@pytest.mark.distributed
+@pytest.mark.idle_ranks
 @pytest.mark.parametrize("way", ["alone", "in a shell", "mpirun", "mpirun and a shell"])
 def test_a_terminal_is_one(way: str) -> None:
     said = said_on_a_terminal(COMMANDS[way])
@@ -72,8 +72,8 @@ def test_what_has_no_file_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> 
     assert not is_terminal(sys.stdout)
 
 
-@pytest.mark.ranks
-@pytest.mark.waits
+@pytest.mark.distributed
+@pytest.mark.idle_ranks
 def test_the_launcher_is_what_is_asked(tmp_path: Path) -> None:
     """Open MPI's terminal for the rank is there, which is why nobody may go by it."""
     isatty = [sys.executable, "-c", "import sys; sys.stdout.write(str(sys.stdout.isatty()))"]

@@ -40,7 +40,7 @@ def test_lists_of_blocks_name_blocks_that_exist():
     assert {*NOT_RUN, *NEEDED} <= {(block.page, block.section) for block in PYTHON}
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize(("block", "size"), [(block, RANKS.get(block.page, 2)) for block in PYTHON],
                          ids=[block.place for block in PYTHON])
 def test_python_block_runs(block: Block, size: int, ranks: Pool, folder: Path) -> None:

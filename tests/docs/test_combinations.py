@@ -27,7 +27,7 @@ def own_ranks(_pool: Pool) -> Iterator[None]:
     _pool.end()
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.usefixtures("own_ranks")
 @pytest.mark.parametrize("framework", [
     "torch", pytest.param("tensorflow", marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])

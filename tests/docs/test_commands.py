@@ -73,7 +73,7 @@ def front_end_of(module: str) -> str:
     return "tensorflow" if NEEDS["tensorflow"].search(text_of(module)) else "torch"
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("front_end", [name for name in NEEDS if name not in LEFT_OUT])
 def test_programs_take_their_arguments(front_end: str) -> None:
     lines = sorted({program for command in COMMANDS for program in find_programs(command)})
@@ -107,7 +107,7 @@ def test_list_of_tools_not_run_names_commands_that_are_there():
     assert {name for name in NOT_RUN if not any(set(name.split()) <= words for words in given)} == set()
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("command", words_of("mpirun"), ids=str)
 def test_mpirun_takes_its_options(command: Command) -> None:
     """As the page has them, with this machine in place of its hosts and ``true`` as the program.

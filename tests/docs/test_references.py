@@ -41,7 +41,7 @@ def problems(front_end: str) -> dict[str, str | None]:
     return dict(zip(sources, json.loads(done.stdout.splitlines()[-1]), strict=True))
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.skipif(bool(LEFT_OUT), reason="a name may be of the front end that is left out")
 def test_names_and_arguments_exist_in_a_front_end():
     torchs, tensorflows = problems("torch"), problems("tensorflow")

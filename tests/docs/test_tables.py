@@ -75,7 +75,7 @@ def test_every_table_is_known():
     assert {table.where for table in OF_CHOICES} == CHOICES.keys()
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 @pytest.mark.parametrize("table", OF_ARGUMENTS, ids=lambda table: table.place)
 def test_arguments_and_defaults_are_those_of_the_call(table: Table, front_end: str) -> None:
@@ -94,7 +94,7 @@ def test_a_difference_is_noticed():
         "lam is required", "the call has no decay"]
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 @pytest.mark.parametrize("table", OF_CHOICES, ids=lambda table: table.place)
 def test_the_choice_marked_as_default_is_it(table: Table, front_end: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.matrix.cases import drawn_cases, quick_cases, run, wrong
 
-pytestmark = [pytest.mark.ranks, pytest.mark.slow, pytest.mark.waits]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.idle_ranks]
 
 
 COUNTS: collections.Counter[str] = collections.Counter()  # conftest.py prints it

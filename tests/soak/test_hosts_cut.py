@@ -13,7 +13,7 @@ import pytest
 from hvd_ext.checkpoint import files
 from tests.cluster.hosts import Cluster, missing
 
-pytestmark = [pytest.mark.ranks, pytest.mark.soak]
+pytestmark = [pytest.mark.distributed, pytest.mark.soak]
 METHODS = ("plain", "delay", "topk", "powersgd", "seng", "sharded")
 STEPS, EVERY = 200, 10
 LONGEST = 0.15  # seconds from the beginning of the step that was drawn to the cut: some steps

@@ -10,7 +10,7 @@ import pytest
 
 from tests.soak.cases import Strike, carry_out, drawn
 
-pytestmark = [pytest.mark.ranks, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 COUNTS: collections.Counter[str] = collections.Counter()  # conftest.py prints it
 COUNT, SEED = int(os.environ.get("HVD_EXT_SOAK", "100")), int(os.environ.get("HVD_EXT_SEED", "0"))
 

@@ -12,7 +12,7 @@ hvd = pytest.importorskip("hvd_ext.torch", reason="Horovod is not built for PyTo
 
 STEPS, EVERY = int(os.environ.get("HVD_EXT_STEPS", "10000")), 100
 METHODS = ("plain", "delay", "topk", "powersgd", "seng", "sharded")
-pytestmark = [pytest.mark.ranks, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 class Branches(torch.nn.Module):

@@ -79,7 +79,7 @@ def variables_are_broadcast(dtype):
                                   np.array(rounded(numbers(0), dtype), "float64"))
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_operations_and_broadcasts(ranks, dtype):
     ranks(2, init="tensorflow").run(operations, dtype)
@@ -128,7 +128,7 @@ def fit_all(dtype, names):
     return {name: fit_narrow(dtype, PLAIN[name]) for name in names}
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_variables_of_narrow_types_train_and_stay_equal(ranks, dtype):
     reference = joined_in_float64(dtype)
@@ -158,7 +158,7 @@ def fit_mixed_all(names):
     return {name: fit_mixed(name) for name in names}
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_mixed_bfloat16(ranks):
     names = ("plain", "topk", "delay", "sharded")
     by_rank = ranks(2, init="tensorflow").run(fit_mixed_all, names, timeout=200)

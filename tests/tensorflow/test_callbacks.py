@@ -44,7 +44,7 @@ def broadcast_and_average():
     return training.weights(model), recorder.logs, recorder.rates[-1]
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_broadcast_and_metric_average(ranks):
     by_rank = ranks(2, init="tensorflow").run(broadcast_and_average)
     one = training.fit_joined(training.dense_model(), keras.optimizers.Adam(0.01), 2)
@@ -66,7 +66,7 @@ def drift():
     return said
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_drift_is_told_after_the_first_step_on_all_ranks(ranks):
     first, second = ranks(2, init="tensorflow").run(drift)
     assert first == second
@@ -93,7 +93,7 @@ def rates_on_ranks():
     return found
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_learning_rate_callbacks(ranks):
     found = ranks(2, init="tensorflow").run(rates_on_ranks)[0]
     steps = training.STEPS
@@ -180,7 +180,7 @@ def elastic_state():
         np.testing.assert_array_equal(mine, saved)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_elastic_state(ranks):
     ranks(2, init="tensorflow").run(elastic_state)
 
@@ -191,7 +191,7 @@ def uneven_metrics():
         hvd.callbacks.MetricAverageCallback().on_epoch_end(0, logs)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_metrics_that_only_some_ranks_have(ranks):
     ranks(2, init="tensorflow").run(uneven_metrics)
 
@@ -239,7 +239,7 @@ def reports(folder):
     return shown, optimizer.report()
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_reports_for_tensorboard(ranks, tmp_path):
     by_rank = ranks(2, init="tensorflow").run(reports, str(tmp_path))
     for rank, (shown, report) in enumerate(by_rank):
@@ -294,7 +294,7 @@ def reports_under_mixed_precision():
     return found
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_a_loss_scale_optimizer_has_the_methods_of_the_distributed_one(ranks):
     for found in ranks(2, init="tensorflow").run(reports_under_mixed_precision, timeout=150):
         for norm, after in found.values():

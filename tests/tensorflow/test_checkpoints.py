@@ -19,7 +19,7 @@ from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.variables import as_tf
 from tests.tensorflow import checkpointed
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 STEPS, EVERY = 13, 5
 
 

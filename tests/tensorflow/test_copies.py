@@ -18,7 +18,7 @@ import hvd_ext.tensorflow.keras as hvd
 from hvd_ext.tensorflow.keras_hooks import distributed_part, wrapper_of
 from tests.tensorflow import training
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 WAYS = {
     "from_config": lambda model: type(model.optimizer).from_config(model.optimizer.get_config()),
     "pickle": lambda model: pickle.loads(pickle.dumps(model.optimizer)),

@@ -36,9 +36,9 @@ def weights_of_steps(rules, compiled):
     return found
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize(("size", "compiled"), [
-    (2, True), (2, False), pytest.param(4, True, marks=pytest.mark.long)])
+    (2, True), (2, False), pytest.param(4, True, marks=pytest.mark.extended)])
 def test_sgd_lands_where_the_oracle_does(ranks, size, compiled):
     in_torch = torch_tests()
     rules = in_torch.RULES if compiled and size == 2 else {"adaptive": {}}
@@ -50,7 +50,7 @@ def test_sgd_lands_where_the_oracle_does(ranks, size, compiled):
                 np.testing.assert_allclose(rank[name][step], landed, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_same_trajectory_as_pytorch(ranks):
     ours = ranks(2, init="tensorflow").run(weights_of_steps, {"adaptive": {}}, True, timeout=150)
     theirs = ranks(2).run(torch_tests().gradients_of_steps, {}, 4, (LR, LR))
@@ -68,7 +68,7 @@ def microbatches(average):
                                      change=lambda step, gradients: [scale * g for g in gradients])
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("average", [True, False])
 def test_microbatches_are_workers(ranks, average):
     found = ranks(2, init="tensorflow").run(microbatches, average, timeout=150)
@@ -105,7 +105,7 @@ def save_and_continue(folder):
     return [training.weights(one) for one in (model, again, restored)]
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_fit_save_load_continue(ranks, tmp_path):
     by_rank = ranks(2, init="tensorflow").run(save_and_continue, str(tmp_path), timeout=200)
     for rank in by_rank:
@@ -130,7 +130,7 @@ def nan_on_one_rank(order):
     return seen, kept[1:], int(optimizer._hvd_ext.reducer.unusable_steps)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("order", ["norm", "rank"])
 def test_nan_reaches_all_ranks_and_never_mean_square(ranks, order):
     found = ranks(2, init="tensorflow").run(nan_on_one_rank, order)
@@ -178,7 +178,7 @@ def what_goes_back_after_what(order):
     return waits, [any("agree" in name for name in names) for names in gradients]
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_by_rank_a_bucket_goes_back_when_it_has_arrived(ranks):
     pool = ranks(2, init="tensorflow")
     for waits, agreed in pool.run(what_goes_back_after_what, "rank"):
@@ -208,7 +208,7 @@ def rates_that_differ():
     return synthetic_steps.flat(variables), int(optimizer._hvd_ext.reducer.steps)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_rates_that_differ_end_the_step_on_all_ranks(ranks):
     found = ranks(2, init="tensorflow").run(rates_that_differ, timeout=100)
     for weights, steps in found:
@@ -223,7 +223,7 @@ def other_model_on_rank_1():
         synthetic_steps.run_steps(optimizer, variables, hvd.rank(), 1, compiled=True)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_ranks_that_disagree_are_told_on_all(ranks):
     ranks(2, init="tensorflow").run(other_model_on_rank_1)
 

@@ -59,7 +59,7 @@ def on_a_quadratic(cases):
     return found
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("size", [1, 2])
 def test_every_weight_is_the_oracles(ranks, size):
     cases = [("adaptive", 0.5, True), ("constant", 0.0, False), ("none", 0.9, True)][:3 if size == 2 else 1]
@@ -121,7 +121,7 @@ def late_and_not(cases):
     return {case: [known_gradients(*case[:1], late, *case[1:]) for late in (True, False)] for case in cases}
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_every_reducer_is_itself_one_step_late(ranks):
     cases = [*((method,) for method in REDUCERS), ("topk", "nan"), ("plain", None, False)]
     for found in ranks(2, init="tensorflow").run(late_and_not, cases, timeout=300):
@@ -174,7 +174,7 @@ def ancestors(operation):
     return seen
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_the_exchange_runs_beside_the_step(ranks):
     assert ranks(2, init="tensorflow").run(what_an_exchange_waits_for, timeout=150) == [[False, True]] * 2
 
@@ -210,7 +210,7 @@ def resumed(folder):
     return same
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_a_resumed_run_is_the_same_bit_for_bit(ranks, tmp_path):
     assert ranks(2, init="tensorflow").run(resumed, str(tmp_path), timeout=300) == [
         {"plain": True, "topk": True, "delay": True}] * 2
@@ -238,7 +238,7 @@ def fitted_and_disagreeing():
     return weights, said
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_fit_and_ranks_that_disagree(ranks):
     found = ranks(2, init="tensorflow").run(fitted_and_disagreeing, timeout=150)
     for weights, (waits, differs) in found:
@@ -278,7 +278,7 @@ def sparse_rows(compiled):
     return True
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_sparse_gradients_of_batches_of_several_sizes(ranks, compiled):
     assert ranks(2, init="tensorflow").run(sparse_rows, compiled) == [True, True]
@@ -308,7 +308,7 @@ def refused():
         embedding.train_on_batch(np.zeros((4, 5), "int32"), np.zeros((4, 3), "float32"))
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_what_cannot_be_combined(ranks):
     ranks(1, init="tensorflow").run(refused, timeout=150)
 
@@ -322,6 +322,6 @@ def flushed_without_late():
     np.testing.assert_array_equal(synthetic_steps.flat(variables), after)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_without_late_flush_does_nothing(ranks):
     ranks(1, init="tensorflow").run(flushed_without_late, timeout=150)

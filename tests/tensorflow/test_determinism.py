@@ -37,7 +37,7 @@ def deterministic(case):
     return found
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("case", CASES)
 def test_operations_are_deterministic(ranks, case):
     by_rank = ranks(2, init="tensorflow").run(deterministic, case)

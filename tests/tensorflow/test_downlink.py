@@ -134,7 +134,7 @@ def expected(name, found):
     return oracle.train(gradient, w0, oracle.momentum(LR, MU), sent, workers=2, steps=STEPS, keep=keep)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_trajectory_is_the_oracles_and_ratio_1_is_the_server_without_a_reply(ranks):
     without = {f"{name}, without": (kind, None, *more) for name, (kind, _, *more) in EQUAL.items()}
     everyone = ranks(2, init="tensorflow").run(
@@ -177,7 +177,7 @@ def broken(what):
     return None, bits(variables)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_what_is_wrong_is_an_error_on_all_ranks(ranks):
     for what, said in (("other replies", "ratio=0.2"), ("not finite", "the update failed on rank"),
                        ("a constraint", "NotImplementedError: downlink= with a constraint on p0")):
@@ -230,7 +230,7 @@ def saved_and_gone_on(server, folder):
     return then, end, at_once, both_weights(again), plain, bits(without.get_weights()), exact
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_checkpoints_go_on_bit_for_bit(ranks):
     for server in (hvd.Server("sharded", downlink=topk(0.2, min_size=1)),
                    hvd.Server("rank0", downlink=hvd.Compression.fp16)):

@@ -26,7 +26,7 @@ from tests.tensorflow.synthetic_steps import flat, make_variables  # noqa: E402
 
 GLOO = 60  # a rank that joins imports TensorFlow first: more than 30 s where other jobs have the cores
 
-pytestmark = [pytest.mark.ranks, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 def sizes(path):
@@ -35,7 +35,7 @@ def sizes(path):
 
 
 @pytest.mark.parametrize("methods", [
-    pytest.param(("delay", "seng", "topk_sharded", "topk_late"), id="some", marks=pytest.mark.long),
+    pytest.param(("delay", "seng", "topk_sharded", "topk_late"), id="some", marks=pytest.mark.extended),
     pytest.param(tuple(METHODS), id="all", marks=pytest.mark.soak)])
 def test_ranks_come_and_go(ranks, tmp_path, methods):
     """2, 3, 2, 3 and 2 ranks: one leaves in good order, one is killed."""
@@ -53,7 +53,7 @@ def test_ranks_come_and_go(ranks, tmp_path, methods):
         assert result["lost_residuals"] == (1 if feedback else None), method
 
 
-@pytest.mark.long
+@pytest.mark.extended
 def test_ranks_come_and_go_in_fit(ranks, tmp_path):
     """2, 3 and 2 ranks, all in good order."""
     ranks.end()

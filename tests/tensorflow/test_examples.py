@@ -23,7 +23,7 @@ def digits(example, options, json_path):
     module.main([*options, "--quiet", "--epochs", "3", "--json", str(json_path)])
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize(("example", "options"), [
     *[("tf_digits", options) for options in [*OPTIONS, ["--op", "adasum"]]],
     *[("keras_digits", options) for options in [*OPTIONS, ["--server", "sharded"]]],

@@ -10,7 +10,7 @@ pytest.importorskip("horovod.tensorflow", reason="Horovod is not built for Tenso
 from hvd_ext.watchdog.watchdog import EXIT_STATUS
 from tests.ranks import run_program
 
-pytestmark = [pytest.mark.ranks, pytest.mark.waits]
+pytestmark = [pytest.mark.distributed, pytest.mark.idle_ranks]
 
 
 @pytest.mark.parametrize(("how", "launcher"), [

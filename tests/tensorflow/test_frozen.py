@@ -78,7 +78,7 @@ def frozen_on_ranks(case, compiled):
     return train(model, optimizer, hvd.rank(), 2, compiled=compiled, seen=seen), seen
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("case", CASES)
 def test_a_frozen_layer_stays_as_it_is(ranks, case):
     compiled = case in ("plain", "topk", "delay", "late")
@@ -103,7 +103,7 @@ def frozen_with_tapes():
     return found
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_a_tape_takes_fewer_variables(ranks):
     first, second = ranks(2, init="tensorflow").run(frozen_with_tapes)
     for case, (weights, seen) in first.items():
@@ -128,7 +128,7 @@ def frozen_on_one_rank(case):
     return number, ""
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("case", ["plain", "sharded", "topk", "delay", "late"])
 def test_ranks_that_freeze_differently_all_get_an_error(ranks, case):
     for number, message in ranks(2, init="tensorflow").run(frozen_on_one_rank, case):
@@ -136,7 +136,7 @@ def test_ranks_that_freeze_differently_all_get_an_error(ranks, case):
         assert "the ranks do not train the same variables" in message
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_frozen_with_fit(ranks):
     for case in ("plain", "topk"):
         for moved, equal in ranks(2, init="tensorflow").run(fitted, case):

@@ -49,7 +49,7 @@ def saved(folder, server):
     return training.weights(model)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("server", ["replicated", "rank0", "sharded"])
 def test_checkpoints_in_h5(ranks, tmp_path, server):
     by_rank = ranks(2, init="tensorflow").run(saved, str(tmp_path), server, timeout=120)

@@ -36,7 +36,7 @@ def both_ways(name, folder):
     return [script(hvd, options, folder) for options in ({}, extension(hvd))]
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_runs_and_leaves_equal_replicas(ranks, tmp_path, name):
     first, second = ranks(2, init="tensorflow").run(both_ways, name, str(tmp_path), timeout=150)

@@ -13,7 +13,7 @@ import numpy as np  # noqa: E402
 import hvd_ext.tensorflow as hvd  # noqa: E402
 from tests.ranks import run_program  # noqa: E402
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 
 EXTENSIONS = {
     "delay": lambda model: {"op": hvd.DelayCompensated()},
@@ -58,7 +58,7 @@ def test_join_in_a_graph(ranks):
     ranks(2, init="tensorflow").run(join_in_a_graph)
 
 
-@pytest.mark.waits
+@pytest.mark.idle_ranks
 @pytest.mark.parametrize(("name", "launcher"), [("topk", "mpirun"), ("sharded", "gloo")])
 def test_a_rank_that_trains_on(name, launcher):
     # The time limit is ten minutes: it is not what ends the ranks.

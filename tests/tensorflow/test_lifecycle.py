@@ -16,7 +16,7 @@ import keras  # noqa: E402
 import hvd_ext.tensorflow.keras as hvd  # noqa: E402
 from hvd_ext.tensorflow.byte_counts import StepByteCounter  # noqa: E402
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 SHAPES = [(6, 5), (7,)]
 
 

@@ -18,7 +18,7 @@ from hvd_ext.tensorflow.persistence import keras_checkpoint_layout
 from hvd_ext.tensorflow.variables import as_tf, is_per_rank
 from tests.tensorflow import training
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 
 
 def topk(**options):

@@ -67,7 +67,7 @@ def every_option(names, with_tape):
     return {name: one_step(OPTIONS[name](), with_tape) for name in names}
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("with_tape", [False, True])
 def test_local_layers_keep_their_own_gradients(ranks, with_tape):
     names = tuple(name for name in OPTIONS if not with_tape or name in ("plain", "topk", "delay"))
@@ -86,7 +86,7 @@ def with_curvature():
     return training.weights(model)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_local_layers_beside_seng(ranks):
     first, second = ranks(2, init="tensorflow").run(with_curvature, timeout=100)
     assert all(np.isfinite(one).all() for one in first)

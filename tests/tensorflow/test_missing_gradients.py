@@ -73,7 +73,7 @@ WAYS = {
 }
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("compiled", [False, True])
 def test_missing_gradients_equal_one_process(ranks, compiled):
     pool = ranks(2, init="tensorflow")
@@ -84,7 +84,7 @@ def test_missing_gradients_equal_one_process(ranks, compiled):
             np.testing.assert_allclose(mine, one, rtol=1e-5, atol=1e-6, err_msg=way)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("compiled", [False, True])
 def test_missing_in_a_pass_that_keras_accumulates(ranks, compiled):
     first, second = ranks(2, init="tensorflow").run(steps_on_ranks, compiled, {}, 2)
@@ -112,7 +112,7 @@ def tape_on_ranks(compiled, missing):
     return found, kinds[-1]
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_tape_with_missing_gradients(ranks):
     pool = ranks(2, init="tensorflow")
     for compiled in (False, True):
@@ -142,7 +142,7 @@ def kinds_that_differ(compiled, options):
     return np.array(table).tolist()
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("compiled", [False, True])
 def test_missing_indexed_slices(ranks, compiled):
     for found in ranks(2, init="tensorflow").run(kinds_that_differ, compiled, {}):
@@ -160,7 +160,7 @@ def nothing_at_all():
     return ""
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_no_gradient_on_any_rank_is_an_error(ranks):
     for found in ranks(2, init="tensorflow").run(nothing_at_all):
         assert "no gradients provided for any variable" in found.lower()
@@ -175,7 +175,7 @@ def one_process():
     return [np.array(one) for one in variables]
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_one_process_leaves_out_as_keras_does(ranks):
     [found] = ranks(1, init="tensorflow").run(one_process)
     np.testing.assert_array_equal(found[0], np.array(fresh()[0]))

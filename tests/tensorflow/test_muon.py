@@ -68,7 +68,7 @@ def on_ranks(server):
     return synthetic_steps.flat(owned), sum(int(np.prod(v.shape)) > 2 for v in optimizer.variables)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_each_rank_orthogonalises_what_it_owns(ranks):
     plain, sharded = (ranks(2, init="tensorflow").run(on_ranks, server)
                       for server in ("replicated", "sharded"))

@@ -47,7 +47,7 @@ def in_a_session():
     return found, said
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_graphs_of_tensorflow_1():
     for found, said in run_ranks(in_a_session, 2, init=None, timeout=100):
         np.testing.assert_array_equal(found, np.full((3, 1), 0.5))
@@ -118,7 +118,7 @@ def amp_loops():
             for clip, graph in ((None, False), (0.01, True))]
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_amp_loops_of_keras_2(ranks):
     for found in ranks(2, init="tensorflow").run(amp_loops):
         for new, old in found:
@@ -142,6 +142,6 @@ def load_with_options(path):
     return again.optimizer.report() is not None, getattr(bare, "optimizer", None)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_load_model_takes_what_keras_takes(ranks, tmp_path):
     assert ranks(2, init="tensorflow").run(load_with_options, str(tmp_path)) == [(True, None)] * 2

@@ -13,7 +13,7 @@ import keras  # noqa: E402
 import hvd_ext.tensorflow.keras as hvd  # noqa: E402
 from tests.tensorflow import training  # noqa: E402
 
-ranked = pytest.mark.ranks
+ranked = pytest.mark.distributed
 
 
 def fit_distributed(case, options, compile_options):

@@ -48,7 +48,7 @@ def sum_of_means(number, ranks=2, steps=3, scale=0.25):
     return moved
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_a_reducer_of_ones_own(ranks):
     results = ranks(2, init="tensorflow").run(steps_with_signs, [0.25, 0.25])
     for number in range(len(SHAPES)):
@@ -56,7 +56,7 @@ def test_a_reducer_of_ones_own(ranks):
         np.testing.assert_array_equal(results[0][number], results[1][number])
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_its_settings_are_compared_between_ranks(ranks):
     messages = ranks(2, init="tensorflow").run(steps_with_signs, [0.25, 0.5])
     assert all("do not train the same variables in the same way" in message for message in messages)

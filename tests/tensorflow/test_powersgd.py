@@ -84,7 +84,7 @@ def every_case(cases, steps, compiled):
     return results
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize(("size", "compiled"), [(2, True), (2, False), (4, True)])
 def test_five_steps_are_the_oracles(ranks, size, compiled):
     cases = CASES if size == 2 else CASES[:1]
@@ -114,7 +114,7 @@ def bad_gradient():
     return seen, report["steps"], report["skipped_steps"], report["sent"]
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_a_bad_gradient_on_one_rank_is_skipped_by_all_and_bytes_are_the_factors(ranks):
     numbers = 2 * ((12 + 9) + (12 + 10) + (20 + 21))
     for seen, steps, skipped, sent in ranks(2, init="tensorflow").run(bad_gradient):
@@ -140,6 +140,6 @@ def resume():
     return [v.numpy().tobytes() for v in variables] == [v.numpy().tobytes() for v in again]
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_a_checkpoint_continues_bit_for_bit(ranks):
     assert ranks(2, init="tensorflow").run(resume) == [True, True]

@@ -15,7 +15,7 @@ import hvd_ext.tensorflow.keras as hvd
 from tests.ranks import run_ranks
 from tests.tensorflow import training
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 SETTINGS = {
     "plain": lambda model: {},
     "delay": lambda model: {"op": hvd.DelayCompensated()},

@@ -46,10 +46,10 @@ def fitted(names, eagerly):
     return found
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize(("size", "names", "eagerly"), [
     (2, tuple(CASES), False), (2, ("topk", "delay", "lagged", "sharded"), True),
-    pytest.param(4, tuple(CASES), False, marks=pytest.mark.long),
+    pytest.param(4, tuple(CASES), False, marks=pytest.mark.extended),
 ])
 def test_replicas_are_the_same_bits_after_fit(ranks, size, names, eagerly):
     by_rank = ranks(size, init="tensorflow").run(fitted, names, eagerly, timeout=250)
@@ -119,7 +119,7 @@ def broadcast_under_other_names(inplace, in_graph):
     return [layer.name for layer in model.layers]
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("in_graph", [False, True])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_variables_are_broadcast_whatever_their_names(ranks, inplace, in_graph):
@@ -136,7 +136,7 @@ def broadcast_of_other_variables(how):
         horovod_tf.broadcast_variables(variables, root_rank=0)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("how", ["number", "shape", "order"])
 def test_a_broadcast_of_other_variables_is_an_error_on_every_rank(ranks, how):
     ranks(2, init="tensorflow").run(broadcast_of_other_variables, how)

@@ -65,7 +65,7 @@ def without_agreement(moved):
     return {kind: count for kind, count in moved.items() if kind != "agreement"}
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_bytes_are_those_of_the_formula_and_of_pytorch(ranks):
     ours = ranks(2, init="tensorflow").run(reports, timeout=150)
     theirs = ranks(2).run(twins.torch_reports, STEPS, timeout=100)
@@ -122,7 +122,7 @@ def count_updates():
     return found
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_updates_are_counted_whatever_reduces(ranks):
     wanted = [STEPS, STEPS, STEPS - 1, STEPS]
     assert ranks(2, init="tensorflow").run(count_updates, timeout=100) == [wanted] * 2

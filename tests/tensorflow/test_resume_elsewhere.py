@@ -13,7 +13,7 @@ from hvd_ext.tensorflow.variables import as_tf
 from tests.tensorflow.checkpointed import train_step
 from tests.tensorflow.sign_reducer import Sign, SignReducer
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 
 
 def topk(**options):

@@ -14,7 +14,7 @@ import tensorflow as tf
 import hvd_ext.tensorflow.keras as hvd
 from tests.tensorflow import training
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 
 
 def exported(folder):

@@ -16,9 +16,9 @@ from tests.tensorflow import seng_on_ranks as on_ranks  # noqa: E402
 from tests.tensorflow import training  # noqa: E402
 from tests.tensorflow.seng_cases import EXACT, LAM, Alone  # noqa: E402
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 
-FOUR = pytest.param(4, marks=pytest.mark.long)
+FOUR = pytest.param(4, marks=pytest.mark.extended)
 BOTH = {**EXACT, "explicit_threshold": 100, "rank": 10**6, "uc": "exact"}
 
 

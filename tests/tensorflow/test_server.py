@@ -39,9 +39,9 @@ def trained(server, names):
     return found
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize(("size", "names"), [
-    (2, tuple(OPTIMIZERS)), pytest.param(4, ("momentum", "averages"), marks=pytest.mark.long)])
+    (2, tuple(OPTIMIZERS)), pytest.param(4, ("momentum", "averages"), marks=pytest.mark.extended)])
 def test_same_trajectory_with_state_only_at_the_owner(ranks, size, names):
     one = {name: training.weights(training.fit_joined(training.dense_model(), OPTIMIZERS[name](), size))
            for name in names}
@@ -100,8 +100,8 @@ def with_topk():
     return found, [v.numpy() for v in local]
 
 
-@pytest.mark.ranks
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.distributed
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.extended)])
 def test_topk_and_amsgrad_behind_each_server(ranks, size):
     by_rank = ranks(size, init="tensorflow").run(with_topk, timeout=200)
     total = sum(int(np.prod(shape)) for shape in SHAPES)
@@ -185,8 +185,8 @@ def load_elsewhere(folder):
     return load_each(folder, ["adam"], ["sharded"], ["rank0", "sharded"])
 
 
-@pytest.mark.ranks
-@pytest.mark.long
+@pytest.mark.distributed
+@pytest.mark.extended
 def test_one_file_loads_under_every_server_and_number_of_ranks(ranks, tmp_path):
     folder = str(tmp_path)
     saves = ranks(2, init="tensorflow").run(save_each, folder, timeout=200)
@@ -241,7 +241,7 @@ def failing(server, where):
     return said
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize(("server", "where"), [("rank0", 0), ("sharded", 1)])
 def test_an_update_that_fails_fails_everywhere(ranks, server, where):
     by_rank = ranks(2, init="tensorflow").run(failing, server, where)

@@ -73,7 +73,7 @@ def train_in_a_session():
     return found
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_plain_horovod_works_and_extensions_say_that_they_do_not():
     first, second = run_ranks(train_in_a_session, 2, init=None, timeout=100)
     for name, found in first.items():

@@ -14,7 +14,7 @@ import hvd_ext.tensorflow as hvd_tf  # noqa: E402
 import hvd_ext.tensorflow.keras as hvd  # noqa: E402
 from tests.tensorflow import training  # noqa: E402
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 OPTIONS = {
     "plain": dict, "sharded": lambda: {"server": "sharded"},
     "topk": lambda: {"compression": hvd.Compression.topk(1.0, min_size=1)},

@@ -14,7 +14,7 @@ import hvd_ext.tensorflow.keras as hvd  # noqa: E402
 from tests.problems import worker_gradients  # noqa: E402
 from tests.tensorflow import synthetic_steps, training  # noqa: E402
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 
 SHAPES = [(40, 32), (7,), (8, 5, 3), (), (0, 3), (300,), (2, 300)]
 OPTIMIZERS = {

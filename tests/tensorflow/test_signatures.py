@@ -68,6 +68,6 @@ def patched_defaults():
     return seen
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_patched_defaults_have_effect(ranks):
     assert ranks(2, init="tensorflow").run(patched_defaults) == [[6.0, 6.0, 2.0, 2.0]] * 2

@@ -17,7 +17,7 @@ import hvd_ext.tensorflow.keras as hvd
 from hvd_ext.tensorflow.variables import as_tf
 from tests.tensorflow import training
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 OPTIMIZERS = {"adafactor": lambda: keras.optimizers.Adafactor(0.01),
               "nadam": lambda: keras.optimizers.Nadam(0.01)}
 

@@ -91,7 +91,7 @@ def programs_on_ranks(case, compiled):
     return found
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_thrown_away_leaves_no_trace(ranks, case, compiled):
@@ -131,7 +131,7 @@ def topk_on_ranks(program):
     return np.concatenate([one.ravel() for one in weights[::-1]]), run.state()  # buckets begin with the last
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_topk_by_its_definition(ranks):
     for program in ("soada",):
         expected, residual = topk_in_numpy(program)
@@ -154,7 +154,7 @@ def saved_between(case, folder):
     return first.go(calls[2:]), second.go(calls[2:])
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("case", CASES)
 def test_a_checkpoint_after_a_gradient_that_is_thrown_away(ranks, case, tmp_path):
     for straight, restored in ranks(2, init="tensorflow").run(saved_between, case, str(tmp_path)):
@@ -183,7 +183,7 @@ def seng_on_ranks(program, update_freq):
     return training.weights(model), int(seng.steps)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("update_freq", [1, 2])
 def test_curvature_of_what_is_thrown_away_is_taken_anew(ranks, update_freq):
     pool = ranks(2, init="tensorflow")
@@ -214,7 +214,7 @@ def asked_twice():
     return found, [plain.gradient(one, run.weights[:1])[0].numpy().tolist() for one in (first, second)]
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_a_persistent_tape_asked_twice_is_an_error(ranks):
     for found, _ in ranks(2, init="tensorflow").run(asked_twice):
         assert len(found) == 2

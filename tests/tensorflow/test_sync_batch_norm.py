@@ -73,7 +73,7 @@ def layer_on_ranks(names, graph):
     return found
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("graph", [False, True])
 def test_equals_one_process_on_the_joined_batch(ranks, graph):
     by_rank = ranks(2, init="tensorflow").run(layer_on_ranks, tuple(CASES), graph, timeout=120)
@@ -112,7 +112,7 @@ def fit_converted():
     return training.weights(model)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_a_converted_model_trains_as_one_process(ranks):
     by_rank = ranks(2, init="tensorflow").run(fit_converted, timeout=120)
     one = training.weights(training.fit_joined(net(), keras.optimizers.SGD(0.1, momentum=0.9), 2))
@@ -147,7 +147,7 @@ class OnlyFirst:
         return 1
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_masks_and_process_sets(ranks):
     ranks(2, init="tensorflow").run(with_a_mask_and_a_set)
 
@@ -229,7 +229,7 @@ def uneven_on_ranks(graph):
     return training.weights(model)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("graph", [False, True])
 def test_a_rank_without_a_batch_has_no_part_in_the_statistics(ranks, graph):
     first, _ = ranks(2, init="tensorflow").run(uneven_on_ranks, graph, timeout=120)
@@ -268,7 +268,7 @@ def padded_with_statistics(eagerly):
     return True
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("eagerly", [False, True])
 def test_padded_batches_are_refused(ranks, eagerly):
     assert ranks(2, init="tensorflow").run(padded_with_statistics, eagerly, timeout=120) == [True, True]
@@ -294,6 +294,6 @@ def discriminator_without_gradients():
     return True
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_padded_batches_are_refused_for_any_layer_of_the_step(ranks):
     assert ranks(2, init="tensorflow").run(discriminator_without_gradients, timeout=120) == [True, True]

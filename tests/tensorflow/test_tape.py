@@ -70,7 +70,7 @@ def tapes_on_ranks(compiled):
     return found
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("compiled", [False, True])
 def test_tape_equals_one_process(ranks, compiled):
     by_rank = ranks(2, init="tensorflow").run(tapes_on_ranks, compiled)
@@ -114,7 +114,7 @@ def loss_of(tape, a, b, scale):
     return loss
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_local_sources_and_structures(ranks):
     first, second = ranks(2, init="tensorflow").run(local_sources)
     assert first == (0.5, [1.5, 1.5], 1.0, [1.5, 1.5], 1.5, 0.5)
@@ -232,7 +232,7 @@ def restored(make, stem):
     return training.weights(model)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_every_extension_with_a_tape(ranks, tmp_path):
     by_rank = ranks(2, init="tensorflow").run(extensions_with_a_tape, str(tmp_path), timeout=200)
     for found, traces in by_rank:
@@ -285,7 +285,7 @@ def graphs_one_after_another():
     return found
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_nothing_outlives_a_model_and_its_graph(ranks):
     for freed, kept, gradient in ranks(2, init="tensorflow").run(lives_of_models):
         assert freed == [True, True]
@@ -311,7 +311,7 @@ def scaled_steps(scale, op, compression):
     return variable.numpy()
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize(("op", "compression"), [("adaptive", False), ("constant", False), (None, True)])
 def test_the_loss_scale_does_not_reach_what_is_not_linear(ranks, op, compression):
     pool = ranks(2, init="tensorflow")
@@ -331,7 +331,7 @@ def after_other_models():
     return names, found
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_names_of_layers_may_differ_between_ranks(ranks):
     (names, found), (other_names, other) = ranks(2, init="tensorflow").run(after_other_models)
     assert names != other_names

@@ -67,7 +67,7 @@ def overflowing_runs(case):
             for built, compiled in ((True, True), (False, True), (False, False))}
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("case", CASES)
 def test_the_scale_backs_off_and_training_goes_on(ranks, case):
     by_rank = ranks(2, init="tensorflow").run(overflowing_runs, case, timeout=120)
@@ -115,7 +115,7 @@ def scaled_in_an_inner_function():
     return first.numpy(), outer(x, y).numpy()
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_a_function_in_a_function_reads_the_scale(ranks):
     for first, second in ranks(2, init="tensorflow").run(scaled_in_an_inner_function):
         assert np.abs(first).max() > 0

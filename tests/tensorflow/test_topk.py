@@ -190,9 +190,9 @@ CASES = {
 }
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize(("size", "compiled"), [
-    (2, True), (2, False), pytest.param(4, True, marks=pytest.mark.long)])
+    (2, True), (2, False), pytest.param(4, True, marks=pytest.mark.extended)])
 def test_thirty_steps_of_algorithm_1(ranks, size, compiled):
     cases = CASES if size == 2 and compiled else {"bucket": KEEP}
     found = ranks(size, init="tensorflow").run(amsgrad_steps, cases, 30, compiled, timeout=200)
@@ -259,7 +259,7 @@ def save_and_continue(folder):
     return [training.weights(one) for one in (model, again)], [r.numpy() for r in residuals]
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_fit_save_load_continue(ranks, tmp_path):
     first, second = ranks(2, init="tensorflow").run(save_and_continue, str(tmp_path), timeout=200)
     for weights in (first[0][1], *second[0]):
@@ -283,7 +283,7 @@ def nan_on_one_rank():
     return seen, residuals, int(optimizer.iterations), int(reducer.skipped_steps)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_step_with_a_bad_gradient_is_skipped_by_all(ranks):
     for seen, residuals, iterations, skipped in ranks(2, init="tensorflow").run(nan_on_one_rank):
         np.testing.assert_array_equal(seen[2], seen[1])
@@ -314,7 +314,7 @@ def accumulated_steps():
     return found
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_gradients_that_keras_accumulates(ranks):
     for (here, skipped), (in_keras, skipped_too) in ranks(2, init="tensorflow").run(accumulated_steps):
         np.testing.assert_allclose(in_keras, here, rtol=1e-5, atol=1e-6)
@@ -344,7 +344,7 @@ def tape_steps():
     return synthetic_steps.flat(variables), traces
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_tape_keeps_its_state_in_the_optimizer(ranks):
     for weights, traces in ranks(2, init="tensorflow").run(tape_steps):
         np.testing.assert_allclose(weights, oracle(2, 5, KEEP)[-1], rtol=1e-4, atol=1e-5)
@@ -378,7 +378,7 @@ def ratios_that_differ():
     return None
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_ratio_that_depends_on_the_rank_is_told_on_all(ranks):
     for said in ranks(2, init="tensorflow").run(ratios_that_differ):
         assert "depend on the step alone" in said
@@ -391,6 +391,6 @@ def embedding_with_topk():
         training.fit(training.embedding_model(), optimizer, hvd.rank(), hvd.size(), tokens=True)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_indexed_slices_are_refused_with_the_way_out(ranks):
     ranks(2, init="tensorflow").run(embedding_with_topk)

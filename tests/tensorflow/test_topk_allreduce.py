@@ -17,7 +17,7 @@ from tests.problems import worker_gradients  # noqa: E402
 from tests.reference.sparse_allreduce import SparseAllreduce  # noqa: E402
 from tests.tensorflow import synthetic_steps  # noqa: E402
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 
 SHAPES = [(60, 50), (37,), (11, 13, 7)]
 NUMEL = 60 * 50 + 37 + 11 * 13 * 7

@@ -109,7 +109,7 @@ def against_numpy(cases):
     return [trained(*case) for case in cases]
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_equals_numpy_for_every_weighing(ranks):
     cases = [(name, option, "ranks", True) for name in BATCHES for option in OPTIONS]
     cases += [("two and five", "plain", weigh, graph) for weigh in ("active", "samples") for graph in (0, 1)]
@@ -126,7 +126,7 @@ def against_zeros(names):
     return [(trained("two and five", one, "ranks", True), with_zeros("two and five", one)) for one in names]
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_a_shadow_is_a_rank_with_gradients_of_zero(ranks):
     for pairs in ranks(2, init="tensorflow").run(against_zeros, tuple(OTHERS), timeout=200):
         for name, (mine, expected) in zip(OTHERS, pairs, strict=True):
@@ -160,7 +160,7 @@ def overflows(graph, spoiled):
     return float(optimizer.dynamic_scale), int(optimizer.iterations), training.weights(model)[0]
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("graph", [False, True])
 def test_a_step_that_overflows_is_one_of_the_loop(ranks, graph):
     pool = ranks(2, init="tensorflow")
@@ -230,7 +230,7 @@ def traced_too_early():
                 step(x, y)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_errors_come_on_all_ranks(ranks):
     pool = ranks(2, init="tensorflow")
     pool.run(faults, timeout=120)
@@ -255,7 +255,7 @@ def refused():
         next(data.batches([]))
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_weighings_that_have_no_meaning(ranks):
     ranks(2, init="tensorflow").run(refused)
 
@@ -277,7 +277,7 @@ def all_fitted(cases):
     return [fitted(*case) for case in cases]
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_fit_on_padded_data_equals_numpy(ranks):
     cases = [(name, option, "ranks") for name in BATCHES for option in ("plain", "topk of everything")]
     cases += [("two and five", "delay without compensation", "ranks"), ("one has none", "sharded", "ranks")]
@@ -306,7 +306,7 @@ def padded_wrong():
     return said, [w.numpy().tolist() for _, _, w in weighed]
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_data_that_cannot_be_padded_is_an_error_on_all_ranks(ranks):
     (first, weights), (second, others) = ranks(2, init="tensorflow").run(padded_wrong)
     assert first[0] == second[0]

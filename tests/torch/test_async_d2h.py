@@ -71,7 +71,7 @@ def with_answers(at_once):
     return found
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_what_is_heard_late_changes_no_bit(ranks):
     """As on a GPU, where a bucket is on its way before the host knows whether it is finite."""
     at_once, late = (ranks(2).run(with_answers, when) for when in (True, False))

@@ -8,7 +8,7 @@ import torch
 import hvd_ext.torch as hvd
 from tests.torch.problems import bits
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 UNIT = 2.0**-8  # half a place of bfloat16, relative
 
 

@@ -12,7 +12,7 @@ import hvd_ext.torch as hvd
 from hvd_ext.checkpoint import files
 from tests.torch import checkpointed
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 STEPS, EVERY = 13, 5
 
 

@@ -12,7 +12,7 @@ import hvd_ext.torch as hvd
 from tests.torch.problems import backward, bits, flat, make_parameters
 from tests.torch.test_sharded import SHAPES, build, gradients, run
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 
 
 def clipped(server, norm_type, options):

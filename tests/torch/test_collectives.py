@@ -8,7 +8,7 @@ import torch
 
 from hvd_ext.torch.collectives import Collectives
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 WHOLE = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 DTYPES = (*FLOATING, *WHOLE, torch.bool)

@@ -8,7 +8,7 @@ import torch
 import hvd_ext.torch as hvd
 from tests.torch.problems import bits, flat
 
-pytestmark = [pytest.mark.ranks, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 def options_of(case):

@@ -11,7 +11,7 @@ import torch
 
 import hvd_ext.torch as hvd
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 
 
 def wrap(model, case):

@@ -11,7 +11,7 @@ from tests.ranks import run_ranks
 from tests.reference.delay_compensation import DelayOracle
 from tests.torch.problems import UNEVEN, backward, bits, flat, make_parameters, named, worker_gradients
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 
 RULES = {
     "adaptive": {},

@@ -14,7 +14,7 @@ from hvd_ext.torch import collectives
 from tests.reference.delay_compensation import DelayOracle
 from tests.torch.problems import bits, flat, make_parameters, named, worker_gradients
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 
 SHAPES = [(9, 4), (3,), (8, 3, 2, 2), (), (31,)]
 BUCKETS = 5  # one a parameter

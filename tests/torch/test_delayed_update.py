@@ -63,7 +63,7 @@ def quadratic_oracle(ranks, rule, momentum, steps):
         decay=rule.get("decay", 0.95))
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize(("size", "rule", "momentum", "in_place"), [
     (1, "adaptive", 0.5, False), (2, "constant", 0.0, False), (2, "adaptive", 0.5, True),
     (2, "none", 0.9, False), (4, "adaptive", 0.0, False)])
@@ -77,13 +77,13 @@ def test_every_weight_is_the_oracles(ranks, size, rule, momentum, in_place):
         assert weights == results[0][1]
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_float32(ranks):
     for seen, _, _ in ranks(2).run(train_on_a_quadratic, "adaptive", 0.5, 12, torch.float32):
         np.testing.assert_allclose(seen[1:], quadratic_oracle(2, "adaptive", 0.5, 12), rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_clipping_sees_what_is_applied(ranks):
     for seen, _, _ in ranks(2).run(train_on_a_quadratic, "constant", 0.0, 6, torch.float64, False, 1e-3):
         moved = np.linalg.norm(np.diff(seen, axis=0)[1:-1], axis=1)
@@ -141,7 +141,7 @@ def late_and_not(method, change=None):
         train_by_known_gradients(method, False, change=change)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize(("method", "change"), [
     *((method, None) for method in REDUCERS), ("topk", "nan"), ("powersgd", "nan"), ("plain", "missing"),
     ("delay", "missing"), ("topk", "missing")])
@@ -170,7 +170,7 @@ def parameters_that_join():
     return bits(parameters)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_a_parameter_that_is_unfrozen_waits_its_step(ranks):
     assert len(set(ranks(2).run(parameters_that_join))) == 1
 
@@ -199,7 +199,7 @@ def scaled(late_settings):
     return flat(parameters), scales
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("rule", ["constant", "adaptive"])
 def test_a_loss_scale_that_changes_and_overflows(ranks, rule):
     rule = settings(rule)
@@ -255,7 +255,7 @@ def resumed(method):
     return bits(parameters) == bits(others), other.report()["overlap"]["updates"]
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("method", ["plain", "delay", "topk", "topk_sparse", "powersgd", "sharded"])
 def test_a_resumed_run_is_the_same_bit_for_bit(ranks, method):
     assert ranks(2).run(resumed, method) == [(True, 9)] * 2
@@ -285,7 +285,7 @@ def states_that_do_not_fit():
     return [*said, error_of(go_on, parameters, optimizer, 2, 4)]
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_a_gradient_that_waits_is_not_lost_silently(ranks):
     for plain, differs in ranks(2).run(states_that_do_not_fit):
         assert "saved with overlap=" in plain
@@ -305,7 +305,7 @@ def begun_and_other_settings():
     return error_of(go_on, parameters, optimizer, 0, 1)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_ranks_with_other_settings_all_say_so(ranks):
     for said in ranks(2).run(begun_and_other_settings):
         assert "overlap: lam=" in said
@@ -361,7 +361,7 @@ def made_dense(method):
     return found
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("method", ["plain", "topk"])
 def test_sparse_gradients_made_dense(ranks, method):
     (sparse, dense), other = ranks(2).run(made_dense, method)
@@ -378,7 +378,7 @@ def refused():
     return said, error_of(sparse.step)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_what_is_refused_when_it_is_met(ranks):
     for uneven, sparse in ranks(2).run(refused):
         assert "drop overlap=" in uneven

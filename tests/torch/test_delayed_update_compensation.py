@@ -12,7 +12,7 @@ import hvd_ext.torch as hvd
 from tests.torch.problems import bits, make_parameters, named
 from tests.torch.test_delay_overlap import BUCKETS, SHAPES, backward, goes_early, gradients_of, reducer_of
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 
 ALL = list(range(1, BUCKETS))  # but for the first bucket, of which ``backward`` says nothing
 

@@ -14,7 +14,7 @@ import hvd_ext.torch as hvd
 from tests.ranks import run_ranks
 from tests.torch.problems import backward, make_parameters, named
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 
 SHAPES = [(6, 5), (7,)]
 

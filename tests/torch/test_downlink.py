@@ -146,7 +146,7 @@ def expected(name, found):
     return oracle.train(gradient, w0, OPTIMIZERS[optimizer][1](), sent, workers=2, steps=STEPS, keep=keep)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_trajectory_is_the_oracles(ranks):
     everyone = ranks(2).run(trajectories, CASES)
     for name in CASES:
@@ -179,7 +179,7 @@ EQUAL = {
 }
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_every_way_keeps_replicas_identical_and_ratio_1_is_the_server_without_a_reply(ranks):
     without = {name: (kind, None, *more) for name, (kind, _, *more) in EQUAL.items()}
     both = [ranks(2).run(trajectories, cases) for cases in ({**OTHERS, **EQUAL}, without)]
@@ -212,7 +212,7 @@ def sent_bytes(server):
     return sum(optimizer.report()["sent"].values()), optimizer.report()
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_with_topk_at_most_three_times_what_replicated_topk_sends(ranks):
     plain = ranks(2).run(sent_bytes, "replicated")
     for kind in ("sharded", "rank0"):
@@ -255,7 +255,7 @@ def broken(what):
     return error, bits(parameters)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.filterwarnings("ignore:optimizer.step")
 def test_what_is_wrong_is_an_error_on_all_ranks(ranks):
     for what, said in (("other replies", ["ValueError", "server's reply: Compression.topk ratio=0.2"]),
@@ -280,7 +280,7 @@ def set_by_hand():
     return exact, [bool((p == 2.0).all()) for p in parameters[:3]]
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_weights_that_were_set_count(ranks):
     assert ranks(2).run(set_by_hand) == [([True] * 3, [True] * 3)] * 2
 
@@ -316,7 +316,7 @@ def owning_nothing(kind):
     return found
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize(("kind", "size"), [("sharded", 2), ("sharded", 3), ("rank0", 2)])
 def test_a_rank_may_own_nothing_of_a_message(ranks, kind, size):
     first, *others = ranks(size).run(owning_nothing, kind)

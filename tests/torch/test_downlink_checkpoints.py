@@ -86,7 +86,7 @@ def loaded_elsewhere(server, folder, model_state, whole):
     return from_file, from_gathered, bits(model.parameters()), said
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize(("kind", "reply", "optimizer", "dtype"), [
     ("sharded", topk(selection="sampled"), "adam", SINGLE), ("rank0", hvd.Compression.fp16, "adam", SINGLE),
     ("sharded", topk(0.02), "rprop", SINGLE), ("rank0", topk(0.02), "adam", torch.bfloat16),

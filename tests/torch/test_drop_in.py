@@ -9,7 +9,7 @@ import torch
 
 from tests.torch.problems import bits
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 
 
 def script(module):

@@ -18,7 +18,7 @@ from tests.torch.elastic_program import METHODS, STEPS, train_all
 from tests.torch.problems import backward, flat, make_parameters, named, worker_gradients
 from tests.torch.sign_reducer import Sign, SignReducer
 
-pytestmark = [pytest.mark.ranks, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 @pytest.mark.parametrize("methods", [

@@ -16,7 +16,7 @@ def digits(options, json_path):
     torch_digits.main([*options, "--quiet", "--epochs", "3", "--json", str(json_path)])
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("options", [
     pytest.param(["--op", "delay", "--virtual-workers", "4"], marks=pytest.mark.smoke),
     ["--op", "average", "--virtual-workers", "1"],

@@ -10,7 +10,7 @@ import pytest
 from hvd_ext.watchdog.watchdog import EXIT_STATUS
 from tests.ranks import run_program
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 PROGRAM = "tests.torch.failing_program"
 
 
@@ -29,7 +29,7 @@ ENDINGS = [(how, launcher) for launcher in ("mpirun", "gloo") for how in ("end",
            if (how, launcher) != ("_exit", "mpirun")]  # mpirun calls a rank failed that has not finalised MPI
 
 
-@pytest.mark.waits
+@pytest.mark.idle_ranks
 @pytest.mark.parametrize(("how", "launcher"), ENDINGS)
 def test_a_script_that_catches_the_error_and_ends(how, launcher):
     status, output = run_program(PROGRAM, how, "sharded", framework="torch", launcher=launcher,

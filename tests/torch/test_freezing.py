@@ -10,7 +10,7 @@ import hvd_ext.torch as hvd
 from tests.reference.step_programs import LR, Method
 from tests.torch.problems import backward, bits, flat, make_parameters, named, worker_gradients
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 SHAPES = [(6, 4), (5,), (4, 3)]
 SIZES = [int(np.prod(shape)) for shape in SHAPES]
 PLACES = [slice(sum(SIZES[:i]), sum(SIZES[:i + 1])) for i in range(len(SIZES))]

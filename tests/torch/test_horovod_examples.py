@@ -10,7 +10,7 @@ import pytest
 from hvd_ext.torch import broadcast_optimizer_state
 from tests.torch import horovod_examples as examples
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 
 EXTENSIONS = {
     "none": lambda hvd, model: {},

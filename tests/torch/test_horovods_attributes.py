@@ -9,7 +9,7 @@ import torch
 import hvd_ext.torch as hvd
 from tests.torch.problems import make_parameters, named, worker_gradients
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 SHAPES = [(6, 4), (5,)]
 METHODS = {
     "plain": dict, "sharded": lambda: {"server": "sharded"},

@@ -37,7 +37,7 @@ SMALL = ["--model", "resnet18", "--batch-size", "4", "--size", "32", "--workers"
          "--update-freq", "3", "--lr", "0.02", "--amp"]
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("size", [2])
 def test_trains_saves_and_goes_on(tmp_path, ranks, size):
     folder = make_folder(tmp_path / "imagenet")
@@ -54,7 +54,7 @@ def test_trains_saves_and_goes_on(tmp_path, ranks, size):
     assert isinstance(ranks(size), Ranks)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("size", [2])
 def test_trains_without_a_preconditioner_too(tmp_path, ranks, size):
     folder = make_folder(tmp_path / "imagenet")

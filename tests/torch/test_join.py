@@ -9,7 +9,7 @@ import hvd_ext.torch as hvd
 from tests.ranks import run_program
 from tests.torch.problems import bits
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 
 EXTENSIONS = {
     "delay": lambda model: {"op": hvd.DelayCompensated()},
@@ -50,7 +50,7 @@ def test_join_is_a_barrier(ranks, name):
     assert pool.run(weights_of_training, name, False) == [first, second]
 
 
-@pytest.mark.waits
+@pytest.mark.idle_ranks
 @pytest.mark.parametrize(("name", "launcher"), [
     ("topk", "mpirun"), ("topk", "gloo"), ("sharded", "mpirun"), ("late", "mpirun"), ("seng", "mpirun"),
     ("powersgd", "mpirun")])

@@ -6,7 +6,7 @@ import pytest
 
 from tests.ranks import run_program
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 PROGRAM = "tests.torch.leaving_program"
 
 

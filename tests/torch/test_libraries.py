@@ -10,7 +10,7 @@ import torch
 import hvd_ext.torch as hvd
 from tests.ranks import run_ranks
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 
 
 def as_a_library():

@@ -13,7 +13,7 @@ import hvd_ext.torch as hvd
 from hvd_ext.torch.reducers.buckets import BucketReducer
 from tests.torch.problems import backward, make_parameters, named
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 SHAPES = [(6, 5), (7,)]
 
 

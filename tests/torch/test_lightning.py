@@ -8,7 +8,7 @@ import torch
 from tests.torch.problems import bits
 
 pytest.importorskip("lightning", reason="Lightning is not installed: pip install lightning")
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 
 
 def strategy(case):

@@ -11,7 +11,7 @@ import torch
 import hvd_ext.torch as hvd
 from tests.torch.small import same
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 SETTINGS = {
     "none": lambda model: {},
     "replicated": lambda model: {"server": "replicated"},

@@ -100,7 +100,7 @@ def on_ranks(server):
     return flat(parameters), len(optimizer.state)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_each_rank_orthogonalises_what_it_owns(ranks):
     plain, sharded = ranks(2).run(on_ranks, "replicated"), ranks(2).run(on_ranks, "sharded")
     for one, other in zip(plain, sharded, strict=True):

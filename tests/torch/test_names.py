@@ -34,7 +34,7 @@ def with_an_extra_optimizer(what):
     return bits(parameters), extra is not None
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("what", ["another model", "dropped", "rebuilt"])
 def test_one_more_optimizer_on_one_rank_does_not_stop_the_others(ranks, what):
     (first, _), (second, kept) = ranks(2).run(with_an_extra_optimizer, what, timeout=40)
@@ -57,7 +57,7 @@ def two_twins():
     return [bits(parameters) for parameters, _ in built]
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_twins_under_way_together(ranks):
     first, second = ranks(2).run(two_twins)
     assert first == second
@@ -85,6 +85,6 @@ def life_of_an_optimizer():
     return gone() is None, hooks, len(calls), optimizer.param_groups[0]["lr"]
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_an_optimizer_ends_and_is_loaded_cleanly(ranks):
     assert ranks(2).run(life_of_an_optimizer) == [(True, 0, 1, 0.25)] * 2

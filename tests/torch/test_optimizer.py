@@ -325,21 +325,21 @@ CHECKS = [check_change_of_size, check_drop_in, check_schedulers_and_hooks, check
           check_unused_without_gradient]
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_on_ranks(ranks, size, check):
     ranks(size).run(check)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("check", [check_parameters_that_come_and_go, check_two_optimizers],
                          ids=lambda check: check.__name__)
 def test_replicas_stay_identical(ranks, check):
     assert len(set(ranks(2).run(check))) == 1
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("size", [4])
 def test_process_sets_train_apart(size):
     from tests.ranks import run_ranks
@@ -378,7 +378,7 @@ def schedule_after_loading(load):
     return flat(parameters)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_the_learning_rate_reaches_the_recursion_after_load_state_dict(ranks):
     pool = ranks(2)
     plain, loaded = pool.run(schedule_after_loading, False), pool.run(schedule_after_loading, True)

@@ -12,7 +12,7 @@ import hvd_ext.torch as hvd
 from tests.torch.problems import bits
 from tests.torch.small import same
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 SERVERS = (None, "replicated", "rank0", "sharded")
 OPTIMIZERS = {
     **{name: {} for name, one in vars(torch.optim).items()

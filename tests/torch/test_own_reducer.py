@@ -50,7 +50,7 @@ def means_of_signs(number, ranks=2, steps=3, scale=0.25):
 MEANS = [means_of_signs(number)[0] for number in range(len(SHAPES))]
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_a_reducer_of_ones_own(ranks):
     results = ranks(2).run(steps_with_signs)
     assert results[0][1] == results[1][1]
@@ -73,7 +73,7 @@ def settings_that_differ():
     return True
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_its_settings_are_compared_between_ranks(ranks):
     assert ranks(2).run(settings_that_differ) == [True, True]
 

@@ -15,7 +15,7 @@ from hvd_ext.torch import collectives
 from hvd_ext.torch.collectives import keep_alive_until_done
 from tests.torch.problems import bits, flat, named
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 ROWS, STEPS = [9, 5], 5
 OPTIMIZERS = {
     "sparse_adam": lambda p: torch.optim.SparseAdam(p, lr=0.1),

@@ -94,19 +94,19 @@ def check_against_the_oracle(results, settings, steps, tolerance):
         np.testing.assert_allclose(applied[-1][1], whole, rtol=1e-5)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("settings", CASES, ids=str)
 def test_six_steps_are_the_oracles(ranks, settings):
     check_against_the_oracle(ranks(2).run(against_the_oracle, settings, 6, torch.float64), settings, 6,
                              1e-9)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_float32_and_four_ranks(ranks):
     check_against_the_oracle(ranks(4).run(against_the_oracle, {}, 4, torch.float32), {}, 4, 2e-4)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_a_single_process(ranks):
     check_against_the_oracle(ranks(1).run(against_the_oracle, {}, 4, torch.float64), {}, 4, 1e-9)
 
@@ -117,7 +117,7 @@ def bytes_and_figures():
     return optimizer.report()
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_bytes_are_those_of_the_factors(ranks):
     numbers = 2 * ((12 + 9) + (10 + 12) + (20 + 21))
     for report in ranks(2).run(bytes_and_figures):
@@ -139,7 +139,7 @@ def one_bad_gradient():
     return seen, report["steps"], report["skipped_steps"], bits(parameters)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_a_bad_gradient_on_one_rank_is_skipped_by_all(ranks):
     first, second = ranks(2).run(one_bad_gradient)
     assert first == second
@@ -164,7 +164,7 @@ def resume():
     return bits(parameters) == bits(again)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_a_checkpoint_continues_bit_for_bit(ranks):
     assert ranks(2).run(resume) == [True, True]
 
@@ -188,13 +188,13 @@ def scaled(factors):
     return np.concatenate([p.detach().numpy().ravel() for p in parameters])
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_residuals_follow_the_loss_scale(ranks):
     plain, rescaled = ranks(2).run(scaled, [1.0] * 4)[0], ranks(2).run(scaled, [1.0, 8.0, 0.5, 4.0])[0]
     np.testing.assert_allclose(rescaled, plain, rtol=1e-10)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_ranks_that_disagree_are_told(ranks):
     messages = ranks(2).run(other_rank)
     assert all("rank 1 does not have Compression.powersgd rank=2" in message for message in messages)

@@ -9,7 +9,7 @@ import hvd_ext.torch as hvd
 from tests.ranks import run_ranks
 from tests.torch.problems import backward, bits, flat, make_parameters, named, worker_gradients
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 SHAPES = [(6, 4), (5,)]
 OPTIONS = {
     "plain": dict, "sharded": lambda: {"server": "sharded"},

@@ -73,7 +73,7 @@ def drifting_models():
     return said
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_ranks_are_told_alike(ranks):
     pytest.importorskip("torch")
     first, second = ranks(2).run(drifting_models)

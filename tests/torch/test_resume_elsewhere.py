@@ -9,7 +9,7 @@ import torch
 import hvd_ext.torch as hvd
 from tests.torch.sign_reducer import Sign, SignReducer
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 
 METHODS = {
     "plain": dict,

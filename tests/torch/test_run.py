@@ -6,7 +6,7 @@ import pytest
 
 from hvd_ext import run
 
-pytestmark = [pytest.mark.ranks, pytest.mark.waits]
+pytestmark = [pytest.mark.distributed, pytest.mark.idle_ranks]
 
 
 def test_a_function_trains_on_ranks():

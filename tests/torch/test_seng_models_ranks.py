@@ -10,7 +10,7 @@ from tests.reference import seng as reference
 from tests.torch import seng_models_on_ranks as on_ranks
 from tests.torch.seng_on_ranks import LAM
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 
 
 def dense(tied: bool) -> dict[str, tuple[list[np.ndarray], np.ndarray]]:

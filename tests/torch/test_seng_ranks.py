@@ -12,7 +12,7 @@ from tests.torch import seng_on_ranks as on_ranks
 from tests.torch.per_sample import flat_gradient
 from tests.torch.seng_on_ranks import LAM, data, loss_of, network
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 
 EXACT = {"sketch": None, "uc": "exact", "rank": 10**6, "explicit_threshold": 150, "update_freq": 3}
 

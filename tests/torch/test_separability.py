@@ -331,7 +331,7 @@ def construct():
     hvd.DistributedOptimizer(torch.optim.LBFGS(parameters()[:1]))
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("size", [1, 2])
 def test_distributed_optimizer_refuses_at_construction(ranks, size):
     ranks(size).run(construct)

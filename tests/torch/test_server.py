@@ -11,7 +11,7 @@ import torch
 import hvd_ext.torch as hvd
 from tests.torch.problems import backward, bits, flat, make_parameters, named, worker_gradients
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 
 SERVERS = ("rank0", "replicated", "sharded")
 SHAPES = [(20, 10), (10,), (30, 20), (), (7, 3, 2), (200,)]

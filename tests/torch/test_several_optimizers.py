@@ -14,7 +14,7 @@ import torch
 import hvd_ext.torch as hvd
 from tests.torch.problems import backward, bits, flat, make_parameters, named, worker_gradients
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 SHAPES = [(6, 4), (5,)]
 EXACT = {  # methods whose result is a mean
     "plain": dict, "grouped": lambda: {"groups": 1}, "sharded": lambda: {"server": "sharded"},

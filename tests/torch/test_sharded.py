@@ -12,7 +12,7 @@ import hvd_ext.torch as hvd
 from tests.ranks import run_ranks
 from tests.torch.problems import UNEVEN, backward, bits, flat, make_parameters, named, worker_gradients
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 
 SHAPES = [*UNEVEN, (8, 5, 7, 7), (37,)]
 OPTIMIZERS = {

@@ -62,7 +62,7 @@ def _tensors(result):
     return list(result) if isinstance(result, (tuple, list)) else [result]
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_each_collective_by_name_and_by_position(ranks):
     for seen in ranks(2).run(call_each_by_name_and_by_position):
         assert {name for name, _ in seen} == set(COLLECTIVES)
@@ -88,6 +88,6 @@ def patched_defaults():
         hvd.allreduce.__defaults__ = before
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_patched_defaults_have_effect(ranks):
     assert ranks(2).run(patched_defaults) == [(2.0, 1.0)] * 2

@@ -72,7 +72,7 @@ def test_buckets_hold_one_kind_and_at_most_so_many_bytes(monkeypatch):
     assert found == {("float32", "cpu"): [[10, 6], [1], [99], [0, 2]], ("float64", "cpu"): [[3]]}
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_get_what_others_have(ranks, size):
     assert ranks(size).run(exchanged) == [True] * size
@@ -96,7 +96,7 @@ def messages_of_gathering(count):
     return len(submitted), sorted(state), [float(state[n]["exp_avg"].mean()) for n in range(count)]
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 def test_state_is_gathered_by_bucket(ranks):
     few, many = (ranks(2).run(messages_of_gathering, count) for count in (2, 150))
     for (sent_for_few, *_), (sent, owned, averages) in zip(few, many, strict=True):

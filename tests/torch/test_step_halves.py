@@ -12,7 +12,7 @@ import hvd_ext.torch as hvd
 from tests.torch.problems import backward, bits, flat, make_parameters, named, worker_gradients
 from tests.torch.seng_on_ranks import LAM, data, loss_of, network
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 SHAPES = [(7, 3), (5,)]
 
 

@@ -31,7 +31,7 @@ from tests.reference.step_programs import (
 )
 from tests.torch.problems import bits, flat
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 EXAMPLES = int(os.environ.get("HVD_EXT_PROGRAMS", "25"))  # programs of each method and number of ranks
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)  # shrinking would start ranks again and again
 SHAPES = [(3, 2), (4,)]

@@ -9,7 +9,7 @@ from torch import nn
 
 import hvd_ext.torch as hvd
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 CHANNELS = 3
 CASES = {
     "2-D": {"extra": ()}, "1d": {"extra": (4,)}, "2d": {"extra": (4, 2)}, "3d": {"extra": (2, 3, 2)},

@@ -13,7 +13,7 @@ import hvd_ext.torch as hvd
 from hvd_ext.reducers.topk import Layout, keep_count, warm_up
 from tests.torch.problems import UNEVEN, backward, bits, flat, make_parameters, named, worker_gradients
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 
 SHAPES = [(40, 30), (30,), (7, 11, 3), (), (2000,)]
 

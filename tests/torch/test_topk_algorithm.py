@@ -58,7 +58,7 @@ CASES = {
 }
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_thirty_steps_of_algorithm_1(ranks, size):
     start = flat(make_parameters(dtype=torch.float64))

@@ -13,7 +13,7 @@ from hvd_ext.reducers.topk import keep_count
 from tests.reference.sparse_allreduce import SparseAllreduce
 from tests.torch.problems import backward, bits, flat, make_parameters, named, worker_gradients
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 
 SHAPES = [(60, 50), (37,), (11, 13, 7)]
 NUMEL = 60 * 50 + 37 + 11 * 13 * 7

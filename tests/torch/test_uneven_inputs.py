@@ -10,7 +10,7 @@ import hvd_ext.torch as hvd
 from tests.reference.spars_ams import top_k
 from tests.torch.problems import backward, bits, flat, make_parameters, named, worker_gradients
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 SHAPES = [(7, 3), (5,), (2, 3, 5)]
 LR, MOMENTUM, LAM = 0.05, 0.9, 0.8
 SIZE = sum(int(np.prod(shape)) for shape in SHAPES)

@@ -13,7 +13,7 @@ import torch
 import hvd_ext.torch as hvd
 from tests.torch.problems import backward, bits, flat, make_parameters, named, worker_gradients
 
-pytestmark = pytest.mark.ranks
+pytestmark = pytest.mark.distributed
 SHAPES = [(7, 3), (5,), (2, 3, 5)]
 STEPS, SHORT = 6, 3  # batches of rank 0, and of the others
 METHODS = {

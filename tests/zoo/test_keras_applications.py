@@ -27,7 +27,7 @@ def test_direction_is_the_dense_one(name):
     assert len(found.said) == (name in COVERED)
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.zoo
 @pytest.mark.parametrize("size", [2])
 @pytest.mark.parametrize("name", FAMILIES)

@@ -29,7 +29,7 @@ def test_direction_is_the_dense_one(name):
     assert len(found.said) == len({text[:60] for text in found.said}), "more than one warning for a cause"
 
 
-@pytest.mark.ranks
+@pytest.mark.distributed
 @pytest.mark.parametrize("name", [
     pytest.param(name, marks=[] if name in ("EfficientNet", "Mixtral") else [pytest.mark.zoo])
     for name in MODELS])

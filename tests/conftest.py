@@ -108,8 +108,12 @@ def _kept(item: pytest.Item) -> bool:
     return "ranks" in getattr(item, "fixturenames", ())
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Group a file's tests by the ranks they use, so that ranks start seldom; skip what cannot run here."""
+    for item in items:
+        if _kept(item) and not item.get_closest_marker("distributed"):
+            item.add_marker(pytest.mark.distributed)
     asked = set(re.findall(r"\w+", config.option.markexpr))
     left = [item for item in items if any(mark.name in ON_REQUEST - asked for mark in item.iter_markers())]
     if left:

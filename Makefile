@@ -19,7 +19,7 @@ UNKNOWN := $(filter-out torch tensorflow,$(FRAMEWORKS))
 ifneq ($(UNKNOWN)$(if $(FRAMEWORKS),,none),)
 $(error FRAMEWORKS must be torch, tensorflow or both, got "$(FRAMEWORKS)")
 endif
-EXTRAS := $(subst $(space),$(comma),$(strip $(FRAMEWORKS) dev examples mpi))
+EXTRAS := $(subst $(space),$(comma),$(strip $(FRAMEWORKS) dev docs examples mpi))
 
 BIN := $(abspath $(VENV))/bin
 PY := $(BIN)/python

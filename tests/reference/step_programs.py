@@ -180,7 +180,8 @@ class Model:
         elif self.reduced:
             self.extended = True
             if not self.repeatable:
-                self.gradients = [a + b for a, b in zip(self.gradients or [], gradients, strict=True)]
+                self.gradients = list(gradients) if self.gradients is None else [
+                    a + b for a, b in zip(self.gradients, gradients, strict=True)]
                 return
         self.done += 1
         self.gradients = list(gradients) if self.gradients is None else [
@@ -339,7 +340,8 @@ class Model:
         kept = self.gradients
         self.abandon()
         if self.waiting is not None:
-            self._apply(self._compensated(), self._still())
+            if np.isfinite(self.waiting).all():
+                self._apply(self._compensated(), self._still())
             self.waiting = None
         self.gradients = kept
 

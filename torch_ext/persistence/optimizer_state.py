@@ -27,6 +27,7 @@ def state_dict(wrapper: DistributedStep, state: dict[str, Any], *, gather: bool)
     """
     if not wrapper.collectives.is_member:  # this rank trains alone
         return {**state, STATE_KEY: {"rank": 0, "size": 1, "reducer": {}}}
+    wrapper._hook_parameters()  # what was added since has state too, of zeros
     own: dict[str, Any] = {"rank": wrapper.collectives.rank, "size": wrapper.collectives.size,
                            "method": wrapper.reducer.state_method, "reducer": wrapper.reducer.state_dict()}
     if wrapper.preconditioner is not None:

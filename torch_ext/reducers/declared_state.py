@@ -160,7 +160,16 @@ def _save_part(holder: Reducer, part: Part) -> Any:
         return value.state_dict()
     if part.layout == BUCKETS:
         return {index: tensor.clone() for index, tensor in sorted(value.items())}
-    return {name: piece.clone() for name, piece in _by_parameter(holder, value)}  # type: ignore[arg-type]
+    by_name = _by_parameter(holder, _with_zeros(holder, part))  # type: ignore[arg-type]
+    return {name: piece.clone() for name, piece in by_name}
+
+
+def _with_zeros(holder: BucketReducer, part: Part) -> dict[int, torch.Tensor]:
+    """A part's tensors, with zeros for buckets that have joined since the last step."""
+    kept: dict[int, torch.Tensor] = getattr(holder, part.attribute)
+    return {bucket.index: kept[bucket.index] if bucket.index in kept
+            else torch.zeros(bucket.numel, **holder.state_options(bucket))
+            for bucket in holder.buckets if holder.keeps_part(part, bucket)} if kept else {}
 
 
 def _load_part(holder: Reducer, part: Part, saved: Any) -> None:

@@ -288,6 +288,7 @@ class ShardedUpdater:
         No collective: it may be called on one rank only. Under "rank0" it is complete on rank 0,
         under "sharded" nowhere; see :meth:`gather_state`.
         """
+        self.plan_owners()  # of parameters that were added since
         return state, {**sharded_state.held_state(self).to_dict(), **self._of_replies(gather=False)}
 
     def gather_state(self, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

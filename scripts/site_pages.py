@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))  # mkdocs runs this file as one without a package
 from scripts.public_names import FOLDERS, MODULES, find_definition, public_names  # noqa: E402
 
 SOURCES = ROOT / "out" / "api_sources"
+SOURCES.mkdir(parents=True, exist_ok=True)  # mkdocstrings leaves out paths that are not there yet
 HOROVODS_API = "https://horovod.readthedocs.io/en/stable/api.html"
 OWN = ("lightning", "schedules", "numpy")  # the last part of modules that Horovod does not have
 

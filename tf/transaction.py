@@ -6,13 +6,21 @@ what it was at the last reduction when the next one begins, nothing was applied.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
 
+from hvd_ext.tensorflow.variables import create_outside_graph
+
 ASKED = "_hvd_ext_asked"  # of a tape: for which states its gradients were taken
 STAMP = "rank_and_ranks"
+TAKEN_BACK = (
+    "hvd_ext: a distributed tape gives gradients again before an update has used those that it gave before, "
+    "whose trace in residuals and counters is removed. That is right where they are thrown away. To add up "
+    "the gradients of several batches, pass backward_passes_per_step= to hvd.DistributedOptimizer and leave the "
+    "tape plain")
 
 
 class Transaction:
@@ -25,6 +33,7 @@ class Transaction:
         self._made: list[tuple[tf.Variable, str, bool]] = []
         self._state: list[tuple[tf.Variable, tf.Variable]] = []  # and its value from before
         self._counters: list[tuple[tf.Variable, tf.Variable]] = []  # those of steps taken
+        self._told: Any = None  # whether the message about gradients that were thrown away was printed
         self._reduced_at: Any = None  # updates at the last reduction + 1; 0 for none to take back
 
     def record_variables(self, make: Callable[..., tf.Variable]) -> Callable[..., tf.Variable]:
@@ -67,6 +76,7 @@ class Transaction:
     def _make_own(self, make: Callable[[], tf.Variable]) -> None:
         if self._reduced_at is None:
             self._reduced_at = make()
+            self._told = create_outside_graph(lambda: tf.Variable(False, trainable=False))
 
     def has_variable(self, variable: tf.Variable) -> bool:
         """Whether the variable is part of the state."""
@@ -81,11 +91,16 @@ class Transaction:
         def take_back() -> tf.Tensor:
             for variable, before in self._state:
                 variable.assign(before.read_value())
+            tf.cond(self._told.read_value(), lambda: tf.constant(True), self._tell_once)
             return tf.constant(True)
 
         tf.cond(tf.equal(self._reduced_at.read_value(), updates + 1), take_back, lambda: tf.constant(False))
         for variable, before in self._state:
             before.assign(variable.read_value())
+
+    def _tell_once(self) -> tf.Tensor:
+        tf.print(TAKEN_BACK, output_stream=sys.stderr)
+        return self._told.assign(True).read_value()
 
     def end_reduction(self, updates: tf.Tensor) -> None:
         """After a reduction: it can be taken back, unless its step is one that nobody takes."""

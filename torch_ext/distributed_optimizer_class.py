@@ -99,6 +99,14 @@ class ExtendedOptimizer(torch.optim.Optimizer):
         """Horovod's: parameters whose gradients are on their way; to read."""
         return dict.fromkeys(self._hvd_ext._passes.done)
 
+    @_handles.setter
+    def _handles(self, handles: dict[torch.Tensor, Any]) -> None:
+        """Scripts empty it to drop a step that has begun; nothing else can be set."""
+        if handles:
+            raise ValueError("optimizer._handles can be emptied, and not set to other handles: this "
+                             "optimizer keeps its own")
+        self._hvd_ext.abort_step()
+
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
         """``step()`` inside does not synchronize: for clipping between ``synchronize()`` and ``step()``."""

@@ -7,6 +7,8 @@ is thrown away ends.
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
@@ -16,6 +18,7 @@ pytest.importorskip("horovod.tensorflow", reason="Horovod is not built for Tenso
 import keras  # noqa: E402
 
 import hvd_ext.tensorflow as hvd  # noqa: E402
+from tests.ranks import Ranks  # noqa: E402
 from tests.tensorflow import training  # noqa: E402
 
 SHAPES = ((6, 4), (4,))
@@ -219,3 +222,27 @@ def test_a_persistent_tape_asked_twice_is_an_error(ranks):
     for found, _ in ranks(2, init="tensorflow").run(asked_twice):
         assert len(found) == 2
         assert all("a second time on one tape with Compression.topk" in one for one in found)
+
+
+def take_gradients_again():
+    weights = tf.Variable([1.0, -2.0, 3.0])
+    optimizer = keras.optimizers.SGD(0.1)
+    optimizer.build([weights])
+    for _ in range(3):
+        with tf.GradientTape() as plain:
+            loss = tf.reduce_sum(weights ** 2)
+        hvd.DistributedGradientTape(plain, optimizer=optimizer, compression=hvd.Compression.topk(
+            0.5, min_size=0)).gradient(loss, [weights])
+    print("all taken", flush=True)
+
+
+@pytest.mark.distributed
+def test_gradients_taken_again_before_an_update_are_told_once():
+    with Ranks(1, init="tensorflow") as alone:
+        alone.run(take_gradients_again)
+        end = time.monotonic() + 30
+        while "all taken" not in alone.output() and time.monotonic() < end:
+            time.sleep(0.1)
+        said = alone.output()
+    assert said.count("a distributed tape gives gradients again before an update") == 1
+    assert "backward_passes_per_step=" in said

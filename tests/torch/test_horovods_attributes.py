@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import hvd_ext.torch as hvd
-from tests.torch.problems import make_parameters, named, worker_gradients
+from tests.torch.problems import backward, make_parameters, named, worker_gradients
 
 pytestmark = pytest.mark.distributed
 SHAPES = [(6, 4), (5,)]
@@ -36,6 +36,32 @@ def train(method, required):
         begun.append(set(optimizer._handles) == set(used))
         optimizer.step()
     return [p.detach().numpy() for p in parameters], everything, begun, optimizer._handles
+
+
+def empty_handles(method):
+    """A step is begun and dropped as some scripts do, then one is taken; the weights."""
+    parameters = make_parameters(SHAPES)
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(parameters, lr=0.1), named(parameters),
+                                         **METHODS[method]())
+    for step in range(2):
+        backward(parameters, worker_gradients(SHAPES, worker=hvd.rank(), step=step))
+        if step == 0:
+            optimizer._handles = {}
+            for parameter in parameters:
+                parameter.grad = None
+    optimizer.step()
+    with pytest.raises(ValueError, match="can be emptied"):
+        optimizer._handles = {parameters[0]: None}
+    return [p.detach().numpy() for p in parameters]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_emptied_handles_drop_the_step(ranks, method):
+    means = [np.mean(pair, axis=0) for pair in zip(
+        *(worker_gradients(SHAPES, worker=rank, step=1) for rank in range(2)), strict=True)]
+    for weights in ranks(2).run(empty_handles, method):
+        for weight, start, mean in zip(weights, make_parameters(SHAPES), means, strict=True):
+            np.testing.assert_allclose(weight, start.detach().numpy() - 0.1 * mean, rtol=1e-5, atol=1e-6)
 
 
 def one_process(required):

@@ -19,8 +19,8 @@ STAMP = "rank_and_ranks"
 TAKEN_BACK = (
     "hvd_ext: a distributed tape gives gradients again before an update has used those that it gave before, "
     "whose trace in residuals and counters is removed. That is right where they are thrown away. To add up "
-    "the gradients of several batches, pass backward_passes_per_step= to hvd.DistributedOptimizer and leave the "
-    "tape plain")
+    "the gradients of several batches, pass backward_passes_per_step= to hvd.DistributedOptimizer and leave "
+    "the tape plain")
 
 
 class Transaction:

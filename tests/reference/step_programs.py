@@ -216,7 +216,8 @@ class Model:
         self.planned = True
         if self.late:
             self.sent, self.sent_held = mean, self._frozen()
-            mean, self.good = self._compensated(), self.waiting is not None
+            mean = self._compensated()
+            self.good = self.waiting is not None and bool(np.isfinite(self.waiting).all())
         self.gradients = [mean.copy() for _ in self.gradients]
 
     def _compensated(self) -> Vector:

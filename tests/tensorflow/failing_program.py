@@ -39,7 +39,7 @@ def main(how: str, method: str) -> None:
         else:
             train(model, 1)
     except Exception as error:
-        print(f"rank {rank} caught: {type(error).__name__}")
+        print(f"rank {rank} caught: {type(error).__name__}", flush=True)  # os._exit() does not
     ENDINGS[how]()
 
 

@@ -38,7 +38,7 @@ def main(how: str, method: str) -> None:
             else:
                 train(model, optimizer, 1)
         except hvd.HorovodInternalError as error:
-            print(f"rank {rank} caught: {error}")
+            print(f"rank {rank} caught: {error}", flush=True)  # os._exit() does not
         ENDINGS[how]()
         return
     for step in range(1000):

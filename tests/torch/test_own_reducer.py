@@ -95,5 +95,5 @@ def test_what_cannot_be_registered():
 
 def test_the_page_shows_this_reducer():
     code = (ROOT / "tests" / "torch" / "sign_reducer.py").read_text()
-    page = (ROOT / "docs" / "own_reducer.md").read_text()
+    page = (ROOT / "docs" / "own_reducer.md").read_text().replace("import hvd_ext.torch as hvd\n", "", 1)
     assert code[code.index("from collections"):].rstrip() in page

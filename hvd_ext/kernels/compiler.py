@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -18,12 +19,18 @@ BLOCK_NUMEL = 2048
 PROBLEM: str | None = None
 """Why there is no Numba; None where there is."""
 
+# With colorama installed Numba has it write an escape code at the end of every rank's log.
+_PLAIN_ERRORS = "NUMBA_DISABLE_ERROR_MESSAGE_HIGHLIGHTING"
+_given = os.environ.get(_PLAIN_ERRORS)
+os.environ[_PLAIN_ERRORS] = _given or "1"
 numba: Any = None  # its types are not those of a checker's machine, which may not have it
 try:
     numba = importlib.import_module("numba")
     importlib.import_module("numba.extending")
 except ImportError as error:  # also where it is installed and refuses this NumPy
     PROBLEM = str(error)
+if _given is None:
+    del os.environ[_PLAIN_ERRORS]
 
 
 def compile_loop(loop: Loop) -> Loop:

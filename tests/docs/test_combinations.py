@@ -30,11 +30,11 @@ def own_ranks(_pool: Pool) -> Iterator[None]:
 @pytest.mark.distributed
 @pytest.mark.usefixtures("own_ranks")
 @pytest.mark.parametrize("framework", [
-    "torch", pytest.param("tensorflow", marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
+    "torch", pytest.param("tensorflow", marks=[pytest.mark.extended, pytest.mark.timeout(1200)])])
 def test_matrix_is_current(framework: str, ranks: Pool) -> None:
     if framework in LEFT_OUT:
         pytest.skip(f"{framework} is left out")
-    found = ranks(2, init=framework).run(try_all, framework)
+    found = ranks(2, init=framework).run(try_all, framework, timeout=900.0)
     page, short = read_matrix(), {"torch": "PT", "tensorflow": "TF"}[framework]
     for one in found:
         for pair, refusal in one.items():

@@ -89,7 +89,8 @@ class Collectives:
     @property
     def errors(self) -> ErrorEpoch:
         """Errors that all ranks of the process set have raised together."""
-        return error_epoch(self.process_set.process_set_id)
+        everyone = self.process_set.process_set_id == 0
+        return error_epoch(() if everyone else tuple(self.process_set.ranks or ()))
 
     @property
     def is_member(self) -> bool:

@@ -23,9 +23,14 @@ class ErrorEpoch:
         return f".after{self.number}" if self.number else ""
 
 
-_EPOCHS: dict[int | None, ErrorEpoch] = {}
+_EPOCHS: dict[tuple[int, ...], ErrorEpoch] = {}
 
 
-def error_epoch(process_set_id: int | None) -> ErrorEpoch:
-    """The epoch of a process set: ranks outside of it do not hear of its errors."""
-    return _EPOCHS.setdefault(process_set_id, ErrorEpoch())
+def error_epoch(ranks: tuple[int, ...]) -> ErrorEpoch:
+    """The epoch of a process set: ranks outside of it do not hear of its errors.
+
+    Args:
+        ranks: its members; () for all ranks, however many they are. Not its number, which Horovod may give
+            to another set later.
+    """
+    return _EPOCHS.setdefault(ranks, ErrorEpoch())

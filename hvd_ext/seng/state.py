@@ -2,5 +2,5 @@
 
 from hvd_ext.state import DROP, OWN, RANK, Part
 
-CURVATURE = Part("preconditioner", RANK, "SENG's curvature", OWN, DROP)  # taken anew at the next step
+CURVATURE = Part("preconditioner", RANK, "SENG's curvature", OWN, DROP)  # recomputed at the next step
 STATE = (CURVATURE,)

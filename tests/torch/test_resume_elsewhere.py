@@ -51,7 +51,8 @@ def kept(optimizer):
     owned = [(one["bounds"][one["rank"]], one["bounds"][one["rank"] + 1], one["residual"].numpy())
              for one in state.get("owned", {}).values() if one["residual"] is not None]
     squares = {index: one.numpy() for index, one in state.get("mean_square", {}).items()}
-    return numbers, residual, owned, squares
+    factors = {index: one.numpy() for index, one in state.get("q", {}).items()}
+    return numbers, residual, owned, squares, factors
 
 
 def saved(folder, method):
@@ -75,7 +76,7 @@ def mean_residual(results):
     names = results[0][1]
     flat = np.concatenate([sum(one[1][name] for one in results).reshape(-1) for name in names]) \
         if names else np.zeros(0)
-    for _, _, owned, _ in results:
+    for _, _, owned, _, _ in results:
         for low, high, piece in owned:
             flat[low:high] += piece
     return flat
@@ -95,5 +96,9 @@ def test_what_ranks_keep_is_brought_together(ranks, tmp_path, method):
         assert (method == "delay") == bool(before[0][3])
         for index, whole in before[0][3].items():
             assert all((one[3][index] == whole).all() for one in after)
+        assert (method == "powersgd") == bool(before[0][4])
+        for index, q in before[0][4].items():
+            assert np.abs(q).max() > 0
+            assert all((one[4][index] == q).all() for one in after)
         if method != "plain":
             assert all(steps >= 8 for _, steps in results)

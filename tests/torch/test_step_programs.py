@@ -16,13 +16,12 @@ import pytest
 import torch
 
 import hvd_ext.torch as hvd
+from tests.reference.step_methods import LR, Method
 from tests.reference.step_programs import (
     CLIP,
-    LR,
     MOMENTUM,
     NEW_SIZE,
     OPERATIONS,
-    Method,
     Model,
     ProgramError,
     Unspecified,

@@ -82,8 +82,7 @@ def load_checkpoint(folder: str | os.PathLike[str], *, model: keras.Model, optim
     is loaded before all ranks have checked their files, and nothing is unpickled.
 
     A checkpoint of another number of ranks is brought together: each rank takes the mean of all residuals and
-    its slice of MeanSquare, and SENG's curvature is taken anew at the next step. Each rank reads all files
-    then.
+    its slice of MeanSquare, and SENG recomputes its curvature at the next step. Each rank reads all files.
 
     Args:
         folder: as for ``save_checkpoint``, or one of the ``update-*`` folders in it.

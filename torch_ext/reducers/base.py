@@ -335,9 +335,10 @@ class Reducer(abc.ABC):
         self.on_state_taken()
 
     def join_states(self, states: Sequence[dict[str, Any]]) -> None:
-        """Go on from the ``state_dict()`` of every rank that saved, by rank, however many there were."""
-        for rank, state in enumerate(states):
-            self.check_state_dict(state, ranks=len(states), rank=rank)
+        """Go on from the ``state_dict()`` of every rank that saved, by rank, however many there were.
+
+        ``check_state_dict`` must have taken each of them.
+        """
         self.forget_step()
         declared_state.join_states(self, states)
         self.on_state_taken()

@@ -23,6 +23,7 @@ from hvd_ext.reducers.buckets import Bucket, BucketKey, TensorSlice, check_messa
 from hvd_ext.reducers.delay_compensation import STATE, DelayCompensated
 from hvd_ext.reducers.delay_compensation.slices import VirtualWorker, all_usable, application_order
 from hvd_ext.reducers.options import ReductionOptions
+from hvd_ext.reducers.skipped_step import SkippedStep
 from hvd_ext.state import Part
 from hvd_ext.torch.async_d2h import AsyncHostCopy
 from hvd_ext.torch.collectives import Collectives, Handle
@@ -46,6 +47,7 @@ class DelayReducer(BucketReducer):
                  options: ReductionOptions) -> None:
         super().__init__(collectives, settings, options)
         self.unusable_steps = 0
+        self._skipped = SkippedStep()
         self.mean_square: dict[int, torch.Tensor] = {}
         self._ranks = collectives.size if collectives.is_member else 1
         self._receive: dict[tuple[int, int], torch.Tensor] = {}
@@ -193,7 +195,7 @@ class DelayReducer(BucketReducer):
         reduced = [one.wait() if isinstance(one, Handle) else one for one in gathering]
         if not good:
             self.abandon()
-        self.unusable_steps += not good
+        self._skipped.begin(good, self.loss_scale())
         self._good = good
         for entry, gradient in self._spare.items():
             if entry.parameter.grad is None:
@@ -309,6 +311,14 @@ class DelayReducer(BucketReducer):
             self.abandon()  # the step under way has begun: it goes on
             load_state(self, {})
             self._ranks = self.collectives.size
+
+    def commit(self) -> None:
+        self.unusable_steps += self._skipped.count_committed()
+        super().commit()
+
+    def abandon(self) -> None:
+        self.unusable_steps += self._skipped.count_abandoned(float(self.options.loss_scale()))
+        super().abandon()
 
     def drain(self) -> None:
         with contextlib.suppress(HorovodInternalError, ValueError):  # as in what this overrides

@@ -130,6 +130,7 @@ class DelayedReducer(Reducer):
                 if entry in self.frozen:
                     continue
                 if entry in self.own.before and (kept := self._mean_square(entry)) is not None:
+                    self.own.mean_square[entry] = kept
                     advance_mean_square(kept, gradient, self.overlap, self.own.arrived.scale)
         self.own.updates += self.own.arrived is not None and self.own.arrived.good
         self.own.arrived = None
@@ -236,10 +237,11 @@ class DelayedReducer(Reducer):
     def _mean_square(self, entry: NamedParameter) -> torch.Tensor | None:
         if not self.overlap.keeps_mean_square:
             return None
-        if entry not in self.own.mean_square:
-            self.own.mean_square[entry] = torch.zeros_like(
-                entry.parameter, dtype=accumulation_dtype(entry.parameter.dtype), requires_grad=False)
-        return self.own.mean_square[entry]
+        kept = self.own.mean_square.get(entry)
+        if kept is None:
+            kept = torch.zeros_like(entry.parameter, dtype=accumulation_dtype(entry.parameter.dtype),
+                                    requires_grad=False)
+        return kept
 
     def _keep_weights(self) -> None:
         """Keep the weights of this step, before its update: those at which what it has sent was taken."""

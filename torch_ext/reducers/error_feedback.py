@@ -18,6 +18,7 @@ from hvd_ext.reducers.buckets import DENSE, Bucket, BucketKey, TensorSlice
 from hvd_ext.reducers.error_feedback import STATE
 from hvd_ext.reducers.filters import check_names
 from hvd_ext.reducers.options import ReductionOptions
+from hvd_ext.reducers.skipped_step import SkippedStep
 from hvd_ext.state import Part
 from hvd_ext.torch import async_d2h
 from hvd_ext.torch.async_d2h import AsyncHostCopy
@@ -41,6 +42,7 @@ class FeedbackReducer(BucketReducer):
     def __init__(self, collectives: Collectives, settings: Any, options: ReductionOptions) -> None:
         super().__init__(collectives, settings, options)
         self.skipped_steps = 0
+        self._skipped = SkippedStep()
         self.residual: dict[int, torch.Tensor] = {}
         self._means: dict[int, torch.Tensor] = {}  # memory for the mean
         self._finite = True
@@ -167,7 +169,7 @@ class FeedbackReducer(BucketReducer):
             received.update({bucket.index: mean
                              for bucket, mean in zip(compressed, means, strict=True)})
         self._record_metrics(good)
-        self.skipped_steps += not good
+        self._skipped.begin(good, self.loss_scale())
         return [received[bucket.index] for bucket in self.buckets], good
 
     def _agree_to_go_on(self) -> bool:
@@ -198,6 +200,7 @@ class FeedbackReducer(BucketReducer):
         return self.stage("residual", bucket, left), self._means[bucket.index]
 
     def commit(self) -> None:
+        self.skipped_steps += self._skipped.count_committed()
         taken = list(self.staged_tensors("residual"))
         super().commit()
         for index in taken:  # the mean's memory is free: it has been copied into the gradients
@@ -205,6 +208,7 @@ class FeedbackReducer(BucketReducer):
             self._buffers[index, 0] = self._means.pop(index) if free is None else free
 
     def abandon(self) -> None:
+        self.skipped_steps += self._skipped.count_abandoned(float(self.options.loss_scale()))
         self._staged.pop("residual", None)  # it is the flat buffer
         super().abandon()
 

@@ -31,6 +31,7 @@ class PowerSGDReducer(FeedbackReducer):
     def __init__(self, collectives: Collectives, settings: PowerSGD, options: ReductionOptions) -> None:
         super().__init__(collectives, settings, options)
         self.q: dict[int, torch.Tensor] = {}
+        self._began: dict[int, torch.Tensor] = {}  # Q that the step under way begins with
         self._any: dict[int, AsyncHostCopy] = {}  # whether Q has anything but zeros, asked after a step
 
     def _bucket_matrices(self, bucket: Bucket) -> list[Matrix]:
@@ -43,8 +44,9 @@ class PowerSGDReducer(FeedbackReducer):
         if kept is None or not self.settings.warm_start or not bool(asked.read() if asked else kept.any()):
             self._any.pop(bucket.index, None)
             drawn = first_q(self._bucket_matrices(bucket), (self.settings.seed, bucket.index, step))
-            self.q[bucket.index] = torch.from_numpy(drawn).to(like)
-        return self.q[bucket.index]
+            kept = torch.from_numpy(drawn).to(like)
+        self._began[bucket.index] = kept
+        return kept
 
     def compress(self, bucket: Bucket, total: torch.Tensor, finite: bool) -> Handle | torch.Tensor:
         """``P = D Q``, and its mean over the ranks."""
@@ -62,7 +64,7 @@ class PowerSGDReducer(FeedbackReducer):
             kernels.orthogonalize_columns(p, found)
             memory = self.spare_memory("q", bucket)
             q = kernels.right_factors(self.flat_buffer(bucket), p, found,
-                                      torch.empty_like(self.q[bucket.index])
+                                      torch.empty_like(self._began[bucket.index])
                                       if memory is None else memory)
             sent.append(self._start_mean(q, bucket, "q"))
         result = []
@@ -73,7 +75,7 @@ class PowerSGDReducer(FeedbackReducer):
             kernels.expand_factors(p, q, self._bucket_matrices(bucket), left, mean)
             for one in self._bucket_matrices(bucket):  # D = 0 has left Q = 0
                 if self.entries[one.slot.index] in self.frozen:
-                    one.q.slice_of(q).copy_(one.q.slice_of(self.q[bucket.index]))
+                    one.q.slice_of(q).copy_(one.q.slice_of(self._began[bucket.index]))
             result.append(mean)
         return result
 
@@ -88,6 +90,10 @@ class PowerSGDReducer(FeedbackReducer):
             for index, q in self.staged_tensors("q").items():
                 self._any[index] = AsyncHostCopy(q.any())
         super().commit()
+
+    def abort_step(self) -> None:
+        super().abort_step()
+        self._began.clear()
 
     # State
 

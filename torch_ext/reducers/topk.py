@@ -156,7 +156,7 @@ class TopKReducer(FeedbackReducer):
 
     def _sparse_figures(self) -> dict[str, Any]:
         """Of buckets that travel by sparse allreduce, when there are any."""
-        if not self.sparse.owned:
+        if not self.sparse.is_used:
             return {}
         norms = [float(torch.linalg.vector_norm(one, dtype=torch.float64))
                  for one in self.sparse.state_tensors()]

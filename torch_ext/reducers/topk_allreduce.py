@@ -81,6 +81,7 @@ class SparseAllreduce:
         self._buckets = buckets
         self._options = options  # dtype and device of a bucket's residual
         self.owned: dict[int, OwnerState] = {}
+        self._began: dict[int, OwnerState] = {}  # what a step begins with where nothing usable is kept
         self._pending: dict[int, OwnerState] = {}  # of a step that is reduced and not taken
         self.imbalance = 1.0
         self.applied = 0
@@ -98,12 +99,11 @@ class SparseAllreduce:
             positions: (k,) int64, rising.
             values: (k,) of the wire's dtype.
         """
-        owned = self.owned.get(bucket.index)
-        if owned is None or self.is_stale(bucket):
-            owned = OwnerState(allreduce.OwnerRanges(allreduce.even_bounds(bucket.numel,
-                                                                           self.collectives.size)),
-                               self.collectives.rank)
-            self.owned[bucket.index] = owned
+        self._began.pop(bucket.index, None)
+        if bucket.index not in self.owned or self.is_stale(bucket):
+            bounds = allreduce.even_bounds(bucket.numel, self.collectives.size)
+            self._began[bucket.index] = OwnerState(allreduce.OwnerRanges(bounds), self.collectives.rank)
+        owned = self._owned_now(bucket)
         message, layouts = kernels.for_owners(owned.ranges.bounds, positions, values, self.settings.values)
         parts = [layout.bytes_by_kind() for layout in layouts]
         return self.collectives.alltoall_async(
@@ -147,7 +147,7 @@ class SparseAllreduce:
                       frozen: list[TensorSlice], left: torch.Tensor,
                       out: torch.Tensor) -> tuple[OwnerSum, allreduce.Numbers]:
         """The means in this rank's range, in the order of the ranks, and what it tells of them."""
-        owned, ranks = self.owned[bucket.index], self.collectives.size
+        owned, ranks = self._owned_now(bucket), self.collectives.size
         low, high = owned.ranges.bounds_of(owned.rank)
         mean = left.new_zeros(high - low)
         residual, waiting = owned.residual, None
@@ -171,7 +171,7 @@ class SparseAllreduce:
 
     def _move_on(self, one: OwnerSum, table: allreduce.Numbers) -> None:
         """Keep the rest, pending; where ranges change it becomes part of this rank's e, times M."""
-        owned = self.owned[one.bucket.index]
+        owned = self._owned_now(one.bucket)
         rest = one.mean if self.settings.error_feedback else None
         if rest is not None and one.waiting is not None:
             rest.add_(one.waiting)
@@ -188,7 +188,16 @@ class SparseAllreduce:
 
     def abandon(self) -> None:
         """The step is not taken: drop what it left pending."""
-        self._pending = {}
+        self._pending, self._began = {}, {}
+
+    def _owned_now(self, bucket: Bucket) -> OwnerState:
+        """What the step under way begins with."""
+        return self._began.get(bucket.index) or self.owned[bucket.index]
+
+    @property
+    def is_used(self) -> bool:
+        """Whether buckets travel this way."""
+        return bool(self.owned or self._pending)
 
     def has_residual(self, bucket: Bucket) -> bool:
         """Whether this rank keeps anything of the bucket as an owner."""

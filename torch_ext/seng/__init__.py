@@ -14,6 +14,7 @@ import horovod.torch as horovod
 import torch
 from torch import nn
 
+from hvd_ext.reducers.skipped_step import SkippedStep
 from hvd_ext.seng import CurvatureReport, Settings, takes_settings
 from hvd_ext.seng.coverage_report import UncoveredParameters
 from hvd_ext.seng.once_warnings import OnceWarnings
@@ -150,10 +151,8 @@ class SENG:
         self._ranks = ranks
 
     def _find_ranks(self) -> None:
-        if horovod.is_initialized() and horovod.size() > 1:
-            self._set_collectives(self._collectives or Collectives())
-        else:
-            self._set_collectives(None)
+        several = horovod.is_initialized() and horovod.size() > 1
+        self._set_collectives((self._collectives or Collectives()) if several else None)
 
     def set_grad_scaler(self, scaler: Any) -> None:
         """The ``torch.amp.GradScaler`` the loss is scaled with; None for none."""
@@ -173,13 +172,11 @@ class SENG:
         self._prepared = True
         self._discard_captured()  # one that is still there belongs to a step that was not taken
         state = self.state
-        if self._checked and not state.due:
-            return
-        refresh = self._make_refresh()
         if not self._checked:
-            self._check_progress(refresh)
+            self._check_progress(self._make_refresh())
         if not state.due:
             return
+        refresh = self._make_refresh()
         lam = self.settings.damping_at(state.step)
         refreshed = refresh.refresh_curvature(self.capture.collect_captured(), self._trust.refused,
                                               self.capture.by_rows(), state.step, lam)
@@ -236,6 +233,7 @@ class SENG:
 
     def commit(self) -> None:
         """The step is taken: its curvature and counters hold from here on."""
+        self.state.skipped += self._skipped.count_committed()
         pending, self._pending = self._pending, None
         if pending is not None:
             self.state, self._trust = pending.state, pending.trust
@@ -243,6 +241,7 @@ class SENG:
 
     def abandon(self) -> None:
         """The step is not taken: keep nothing of it; on all ranks alike."""
+        self.state.skipped += self._skipped.count_abandoned(loss_scale(self._scaler))
         self._drop_pending()
         self._discard_captured()
         self._prepared = False
@@ -324,7 +323,7 @@ class SENG:
 
     def _skip_step(self) -> None:
         """Leave a gradient that is not finite alone, and all that would have followed from it."""
-        self.state.skipped += 1
+        self._skipped.begin(False, loss_scale(self._scaler))
         self._discard_captured()
         if not all_finite(self._parameters.current_parameters()):
             self._notices.warn_diverged(self.state.step, self.settings.damping_at(self.state.step))
@@ -345,6 +344,7 @@ class SENG:
         """Nothing is under way, and the ranks have not compared their states yet."""
         self._candidate: Candidate | None = None
         self._pending: Pending | None = None
+        self._skipped = SkippedStep()
         self._prepared = self._checked = False
 
     def _install_hooks_if_due(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import horovod.tensorflow as horovod
+import numpy as np
 import tensorflow as tf
 
 from hvd_ext.membership import MembershipChange
@@ -52,7 +53,7 @@ class ElasticSnapshot:
         self.optimizer = optimizer
         self.wrapper = wrapper
         self.prefix = wrapper.reducer.prefix
-        self._seng: list[int] = []
+        self._seng: list[np.ndarray] = []
 
     @property
     def alone(self) -> list[tf.Variable]:
@@ -101,15 +102,21 @@ class ElasticSnapshot:
     def keep_local(self) -> None:
         """Keep what is in no variable of the optimizer."""
         if self.wrapper.preconditioner is not None:
-            self._seng = self.wrapper.preconditioner.shared_state()
+            self._seng = [as_tf(one).numpy() for one in self.wrapper.preconditioner.variables]
 
     def restore(self) -> None:
-        """After the variables were restored: nothing is under way, and curvature is taken anew."""
+        """Follow the optimizer's restored variables: nothing is under way, the curvature is the commit's."""
         self.wrapper.reducer.abort_step()
         if self.wrapper.server is not None:
             self.wrapper.server.abort_step()
-        if self.wrapper.preconditioner is not None:
-            self.wrapper.preconditioner.load_shared_state(self._seng)
+        if self.wrapper.preconditioner is None:
+            return
+        variables = self.wrapper.preconditioner.variables
+        if len(variables) != len(self._seng):  # made after the commit
+            self.wrapper.preconditioner.reset_state()
+            return
+        for variable, value in zip(variables, self._seng, strict=True):
+            as_tf(variable).assign(value)
 
     def rejoin(self, reunion: MembershipChange) -> None:
         """Take part among other ranks than those of the last commit, from there. A collective.

@@ -122,12 +122,17 @@ class BucketReducer(Reducer):
         started = {(index, part): self.start_exchange(self.buckets[index], part, flat)
                    for (index, part), flat in flats.items()}
         reduced, good = self.finish_exchange(started, **inputs)
+        self.count_step(good)
         pieces: dict[int, tf.Tensor] = {}
         for bucket, flat in zip(self.buckets, reduced, strict=True):
             for slot in bucket.slots:
                 pieces[slot.index] = tf.reshape(slot.slice_of(flat), self.specs[slot.index].shape)
         return [tf.cast(pieces[self._bucket_index(variable)], as_tf(variable).dtype)
                 for variable in variables], good
+
+    def count_step(self, good: Any) -> None:
+        """Count this step, unless ``good`` says that it is skipped; None where it never is."""
+        self.steps.assign_add(1 if good is None else tf.cast(good, tf.int64))
 
     def _bucket_index(self, variable: Any) -> int:
         return self._number[id(as_tf(variable))]

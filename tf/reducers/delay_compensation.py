@@ -137,9 +137,16 @@ class DelayReducer(BucketReducer):
             reduced = [self._gather_parts(*pair) for pair in zip(slices, self.buckets, strict=True)]
         for bucket, (_, after) in zip(self.buckets, slices, strict=True):
             self._keep_state(bucket, after, good)
-        self.steps.assign_add(tf.cast(good, tf.int64))
-        self.unusable_steps.assign_add(1 - tf.cast(good, tf.int64))
+        self._usable = good
         return reduced, None
+
+    def count_step(self, good: None) -> None:
+        """Every step is taken; one whose gradients are not finite counts as unusable."""
+        if self._is_alone:
+            super().count_step(None)
+            return
+        super().count_step(self._usable)
+        self.unusable_steps.assign_add(1 - tf.cast(self._usable, tf.int64))
 
     def _agreed_squares(self, started: Started, lr: tf.Tensor) -> tf.Tensor:
         """The squared lengths of all workers' steps; an error on all ranks whose learning rates differ."""

@@ -129,10 +129,12 @@ class FeedbackReducer(BucketReducer):
             if bucket.index in self.residual:
                 tf.cond(good, functools.partial(self._keep_state, bucket, one, means[bucket.index]),
                         lambda: tf.constant(False))
-        self.steps.assign_add(tf.cast(good, tf.int64))
-        self.skipped_steps.assign_add(1 - tf.cast(good, tf.int64))
         return [means[bucket.index] if bucket.index in means else started[bucket.index, 0].mean
                 for bucket in self.buckets], good
+
+    def count_step(self, good: tf.Tensor) -> None:
+        super().count_step(good)
+        self.skipped_steps.assign_add(1 - tf.cast(good, tf.int64))
 
     def _keep_state(self, bucket: Bucket, sent: Any, mean: tf.Tensor) -> tf.Tensor:
         residual = self.residual[bucket.index]

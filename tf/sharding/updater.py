@@ -34,6 +34,9 @@ from hvd_ext.tensorflow.sharding.weight_sync import Broadcast, Gathered, Status,
 from hvd_ext.tensorflow.uneven_data import JOIN_BLOCKERS
 from hvd_ext.tensorflow.variables import as_tf, name_of
 
+ADVICE = ("see that rank's error; where it has none, the update made weights that are not finite: lower the "
+          "learning rate, or clip gradients")
+
 
 class ShardedUpdater:
     """``server="rank0"`` or ``"sharded"`` of a distributed optimizer.
@@ -279,14 +282,13 @@ class ShardedUpdater:
                 raise failure
             failed = [owner for owner, status in packed if bool(status != 0)]
             if failed:
-                raise RuntimeError(f"the update failed on rank {failed[0]} (server={self.kind!r}); "
-                                   "see that rank's error")
+                raise RuntimeError(f"the update failed on rank {failed[0]} (server={self.kind!r}); {ADVICE}")
             return
         with tf.control_dependencies(sent):  # an error must not stop a message that others wait for
             statuses = tf.stack([tf.cast(status, tf.float32) for _, status in packed])
         here = "" if failure is None else f" Here: {type(failure).__name__}: {failure}."
         tf.debugging.Assert(tf.reduce_all(tf.equal(statuses, 0.0)), [
-            f"the update failed on a rank (server={self.kind!r}); see that rank's error.{here} "
+            f"the update failed on a rank (server={self.kind!r}); {ADVICE}.{here} "
             f"Status of ranks {[owner for owner, _ in packed]}:", statuses])
 
     def report(self, kept: Sequence[tf.Variable]) -> dict[str, Any]:

@@ -235,4 +235,5 @@ class DelayedReducer(Reducer):
         self.inner._taken = self._taken
         held = sum(int(one.shape.num_elements()) * one.dtype.size
                    for one in (*self.kept, *self.before, *self.mean_square))
-        return {**self.inner.report(), "overlap": {"updates": read_counter(self.updates), "bytes_held": held}}
+        updates = read_counter(self.updates)
+        return {**self.inner.report(), "steps": updates, "overlap": {"updates": updates, "bytes_held": held}}

@@ -313,4 +313,5 @@ class DelayedReducer(Reducer):
 
     def report(self) -> dict[str, Any]:
         held = sum(tensor.numel() * tensor.element_size() for tensor in self.own.state_tensors())
-        return {**self.inner.report(), "overlap": {"updates": self.own.updates, "bytes_held": held}}
+        return {**self.inner.report(), "steps": self.own.updates,
+                "overlap": {"updates": self.own.updates, "bytes_held": held}}

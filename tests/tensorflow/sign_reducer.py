@@ -41,7 +41,11 @@ class SignReducer(BucketReducer):
 
     def finish_exchange(self, started: Mapping[tuple[int, int], tf.Tensor],
                         **inputs: Any) -> tuple[list[tf.Tensor], Any]:
+        finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(one)) for one in self.left.values()])
+        good = tf.reduce_all(self.agree([finite]) == 1.0)
         for bucket in self.buckets:
             kept = self.residual[bucket.index]
-            kept.assign(self.keep_left_out(bucket, self.left[bucket.index], kept.read_value()))
-        return [started[bucket.index, 0] for bucket in self.buckets], None
+            before = kept.read_value()
+            after = self.keep_left_out(bucket, self.left[bucket.index], before)
+            kept.assign(tf.where(good, after, before))
+        return [started[bucket.index, 0] for bucket in self.buckets], good

@@ -39,5 +39,6 @@ class SignReducer(BucketReducer):
         return self.collectives.allreduce_async_(sent, f"{self.prefix}/bucket{bucket.index}")
 
     def finish_exchange(self, started: Mapping[tuple[int, int], Any]) -> tuple[list[torch.Tensor], bool]:
-        self.agree([])  # an error on every rank where models or settings differ
-        return [started[bucket.index, 0].wait() for bucket in self.buckets], True
+        finite = all(bool(one.isfinite().all()) for one in self.staged_tensors("residual").values())
+        good = all(one == [1.0] for one in self.agree([finite]))  # an error where models or settings differ
+        return [started[bucket.index, 0].wait() for bucket in self.buckets], good

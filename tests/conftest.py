@@ -58,6 +58,11 @@ def _size_of(item: pytest.Item) -> int:
     return int(callspec.params.get("size", 2)) if callspec else 2
 
 
+def _front_end_of(item: pytest.Item) -> str:
+    callspec = getattr(item, "callspec", None)
+    return str(callspec.params.get("front_end", "")) if callspec else ""
+
+
 class Pool:
     """``ranks(n, init="torch")``: n running ranks, kept for the next test that asks for the same.
 
@@ -125,7 +130,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in hosts:
             item.add_marker(pytest.mark.skip(reason=why))
     order = {path: number for number, path in enumerate(dict.fromkeys(i.path for i in items))}
-    items.sort(key=lambda item: (order[item.path], _kept(item), _size_of(item)))
+    items.sort(key=lambda item: (order[item.path], _kept(item), _front_end_of(item), _size_of(item)))
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     try:

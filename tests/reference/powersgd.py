@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -20,28 +20,34 @@ def orthonormal(p: Matrix) -> Matrix:
     return q
 
 
-def powersgd(gradient: Callable[[int, int], Matrix], first_q: Callable[[int], Matrix], *, ranks: int,
-             steps: int, feedback: bool = True, warm_start: bool = True
-             ) -> tuple[list[Matrix], list[Matrix]]:
-    """The method on one gradient matrix.
+class PowerSGD:
+    """One gradient matrix, step after step.
 
     Args:
-        gradient: (rank, step) -> (n, m).
-        first_q: step -> (m, r), what the power iteration begins with without a warm start.
-
-    Returns:
-        The mean that all ranks apply at each step, and each rank's residual after the last.
+        first_q: step -> (m, r), what the power iteration begins with; at step 0 only with a warm start.
+        ranks: M.
+        feedback: False drops what is left out.
+        warm_start: whether Q of a step begins the next.
     """
-    residuals = [np.zeros_like(gradient(0, 0)) for _ in range(ranks)]
-    q, means = first_q(0), []
-    for step in range(steps):
-        if not warm_start:
-            q = first_q(step)
-        d = [gradient(rank, step) + residuals[rank] for rank in range(ranks)]
-        p = orthonormal(sum(one @ q for one in d) / ranks)
-        q = sum(one.T @ p for one in d) / ranks
-        mean = p @ q.T
-        if feedback:
-            residuals = [one - mean for one in d]
-        means.append(mean)
-    return means, residuals
+
+    def __init__(self, first_q: Callable[[int], Matrix], ranks: int, *, feedback: bool = True,
+                 warm_start: bool = True) -> None:
+        self.first_q, self.ranks, self.feedback, self.warm_start = first_q, ranks, feedback, warm_start
+        self.q = first_q(0)
+        self.residuals: list[Matrix] = []
+        self.steps = 0
+
+    def reduce(self, gradients: Sequence[Matrix]) -> Matrix:
+        """The mean that all ranks apply, (n, m), from each rank's gradient."""
+        if not self.residuals:
+            self.residuals = [np.zeros_like(one) for one in gradients]
+        if not self.warm_start:
+            self.q = self.first_q(self.steps)
+        self.steps += 1
+        d = [gradient + residual for gradient, residual in zip(gradients, self.residuals, strict=True)]
+        p = orthonormal(sum(one @ self.q for one in d) / self.ranks)
+        self.q = sum(one.T @ p for one in d) / self.ranks
+        mean = p @ self.q.T
+        if self.feedback:
+            self.residuals = [one - mean for one in d]
+        return mean

@@ -63,6 +63,32 @@ def test_clipping_by_the_norm_of_all_gradients(ranks):
         assert (found, exact) == (other[1][0], other[1][2])  # the same bits on both ranks
 
 
+def clip_and_discard(server, clear):
+    """Weights after a step in front of which clipped gradients are thrown away, from the second step on."""
+    parameters, optimizer = build("sgd", server)
+    for step in range(3):
+        backward(parameters, gradients(step, SHAPES))
+        if step:
+            hvd.clip_grad_norm_(optimizer, 0.7)
+            if clear == "optimizer":
+                optimizer.zero_grad()
+            for parameter in parameters:
+                parameter.grad = None
+            backward(parameters, gradients(10 + step, SHAPES))
+        optimizer.step()
+        optimizer.zero_grad()
+    return flat(parameters), bits(parameters)
+
+
+def test_gradients_that_follow_clipped_ones_are_whole(ranks):
+    pool = ranks(2)
+    for clear in ("optimizer", "model"):
+        expected, _ = pool.run(clip_and_discard, "rank0", "optimizer")[0]
+        first, second = pool.run(clip_and_discard, "sharded", clear)
+        assert first[1] == second[1]
+        np.testing.assert_allclose(first[0], expected, rtol=1e-5, atol=1e-6)
+
+
 def clip_refusals():
     said = []
     _, optimizer = build("sgd", "sharded")

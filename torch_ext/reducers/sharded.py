@@ -16,6 +16,7 @@ import torch
 from hvd_ext.consistency.fingerprint import Fingerprint
 from hvd_ext.reducers.options import DenseReduction, ReductionOptions
 from hvd_ext.sharding import Shard, ShardedBucket
+from hvd_ext.step import ReducedGradients
 from hvd_ext.torch.collectives import Collectives, Handle, keep_alive_until_done
 from hvd_ext.torch.reducers.base import NamedParameter, Reducer
 from hvd_ext.torch.reducers.frozen import ask_frozen, check_frozen
@@ -58,15 +59,16 @@ class ShardedReducer(Reducer):
         self._buffers: dict[int, torch.Tensor] = {}
         self._received: dict[int, torch.Tensor] = {}
         self._partial = False
+        self._partly_reduced = ReducedGradients()
 
     @property
     def repeatable(self) -> bool:
         """Every rank must have all of a gradient before another one is added to it."""
-        return bool(self.settings.op == horovod.Average) and not self._partial
+        return not self._partial and self._plain.repeatable
 
     @property
     def name(self) -> str:
-        return "server='sharded' after hvd.clip_grad_norm_" if self._partial else "server='sharded'"
+        return "server='sharded' after hvd.clip_grad_norm_" if self._partial else super().name
 
     # Planning
 
@@ -170,6 +172,7 @@ class ShardedReducer(Reducer):
         if self._needs_plan():
             self._plan_dense()
         self._partial = partial
+        self._partly_reduced.remember_gradients((entry, entry.parameter.grad) for entry in self._home)
         return True
 
     def _sum_received(self, message: ShardedBucket, received: torch.Tensor) -> torch.Tensor:
@@ -224,7 +227,11 @@ class ShardedReducer(Reducer):
         return self._partial
 
     def abandon(self) -> None:
-        self.on_weights_updated()
+        if self._partial:  # a backward pass may have made others
+            for entry in self._home:
+                if self._partly_reduced.includes_gradient(entry, entry.parameter.grad):
+                    entry.parameter.grad = None
+            self._partial = False
 
     def on_weights_updated(self) -> None:
         if self._partial:  # the gradient is now partly local, partly reduced: invalid, so drop it

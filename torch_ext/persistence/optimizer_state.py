@@ -10,6 +10,7 @@ from hvd_ext.reducers.delayed_update import STATE as DELAYED_STATE
 from hvd_ext.seng import CURVATURE
 from hvd_ext.sharding import OwnedState, check_loadable
 from hvd_ext.state import check_methods, dropped_message, split_state
+from hvd_ext.torch.reducers import declared_state
 
 if TYPE_CHECKING:
     from hvd_ext.torch.step import DistributedStep
@@ -110,6 +111,7 @@ def load_state_dict(wrapper: DistributedStep, state_dict: dict[str, Any],
     elif reduced:
         reducer.check_state_dict(reduced)
     check_server(wrapper, state_dict, saved.get("server"))
+    holds = any(declared_state.state_tensors(holder, part) for holder, part in reducer.declared_state())
     wrapper.abort_step()
     load_wrapped(wrapper, state_dict, saved.get("server"), load)
     if joined:
@@ -129,9 +131,10 @@ def load_state_dict(wrapper: DistributedStep, state_dict: dict[str, Any],
         warnings.warn(dropped_message(dropped, (
             f"this optimizer state was saved by rank {own['rank']} of {own['size']} and is loaded by rank "
             f"{here[0]} of {here[1]}")) + "; reset_per_rank_state=True silences this", stacklevel=4)
-    if own is None and state_dict["state"] and _method_names(wrapper) and not reset_per_rank_state \
+    methods = sorted(_method_names(wrapper))
+    if own is None and (state_dict["state"] or holds) and methods and not reset_per_rank_state \
             and collectives.rank == 0:
-        warnings.warn(WITHOUT_EXTENSIONS.format(", ".join(sorted(_method_names(wrapper)))), stacklevel=4)
+        warnings.warn(WITHOUT_EXTENSIONS.format(", ".join(methods)), stacklevel=4)
 
 
 def rank_state(wrapper: DistributedStep, reduced: dict[str, Any],

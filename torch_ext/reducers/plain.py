@@ -39,7 +39,11 @@ class PlainReducer(Reducer):
         self._names: dict[NamedParameter, SharedName] = {}
 
     untouched = True
-    repeatable = True  # as Horovod does it
+
+    @property
+    def repeatable(self) -> bool:
+        """As Horovod does it, except for a sum, which would be added up once more."""
+        return bool(self.settings.op != horovod.Sum) or self.collectives.size == 1
 
     @property
     def averages(self) -> bool:
@@ -96,11 +100,11 @@ class PlainReducer(Reducer):
                                 and (self.options.sparse_as_dense or not gradient.is_sparse)})
 
     def _gradient_to_send(self, entry: NamedParameter) -> torch.Tensor | None:
-        """What travels for an entry; None where nothing does: on one rank, for what has no gradient."""
+        """What travels for an entry; None on one rank, where gradients stay as they are, as in Horovod."""
         parameter = entry.parameter
-        if self.collectives.size == 1 and not self.options.half:
+        if self.collectives.size == 1:
             return None
-        if parameter.grad is None and self.collectives.size > 1:
+        if parameter.grad is None:
             if entry in self.frozen:
                 return frozen_token(parameter)
             zeros = torch.zeros_like(parameter)

@@ -26,7 +26,7 @@ def train_seng(settings, discarding, cleared_by):
         if discarding:
             (1e3 * loss_of(model, data(hvd.rank(), 50 + step, 7))).backward()
             optimizer.synchronize()
-            optimizer.zero_grad()
+            (model if cleared_by == "model" else optimizer).zero_grad()
             if cleared_by == "twice":
                 (1e3 * loss_of(model, data(hvd.rank(), 70 + step, 4))).backward()
                 optimizer.synchronize()
@@ -41,7 +41,7 @@ def train_seng(settings, discarding, cleared_by):
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("settings", [{}, {"coupling": "lagged"}, {"coupling": "full"}, {"resample": "step"}],
                          ids=str)
-@pytest.mark.parametrize("cleared_by", ["once", "twice"])
+@pytest.mark.parametrize("cleared_by", ["once", "twice", "model"])
 def test_seng_keeps_nothing_of_a_pass_that_is_thrown_away(ranks, size, settings, cleared_by):
     pool = ranks(size)
     if "resample" in settings:
@@ -49,6 +49,80 @@ def test_seng_keeps_nothing_of_a_pass_that_is_thrown_away(ranks, size, settings,
     expected = pool.run(train_seng, settings, False, cleared_by)
     assert pool.run(train_seng, settings, True, cleared_by) == expected
     assert expected[0][1] == 6
+
+
+def synchronize_often(method, times):
+    """Weights after four steps with so many calls of ``synchronize()`` in each."""
+    model, options = network(), {}
+    if method == "seng":
+        options["preconditioner"] = hvd.SENG(model, damping=LAM, update_freq=2)
+    elif method == "sum":
+        options["op"] = hvd.Sum
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1),
+                                         named_parameters=model.named_parameters(), **options)
+    for step in range(4):
+        optimizer.zero_grad()
+        loss_of(model, data(hvd.rank(), step, 5)).backward()
+        for _ in range(times):
+            optimizer.synchronize()
+        with optimizer.skip_synchronize():
+            optimizer.step()
+    loss_of(model, data(hvd.rank(), 4, 5)).backward()  # onto reduced gradients that have been applied
+    optimizer.synchronize()
+    with pytest.raises(RuntimeError, match=r"a second time, which .* cannot do"):
+        optimizer.step()
+    return bits(model.parameters())
+
+
+@pytest.mark.parametrize("method", ["seng", "sum"])
+def test_what_is_not_idempotent_is_done_once(ranks, method):
+    pool = ranks(2)
+    once = pool.run(synchronize_often, method, 1)
+    assert once[0] == once[1]
+    assert pool.run(synchronize_often, method, 2) == once
+
+
+def clip_after_zero_grad(options):
+    """Clipping where ``zero_grad()`` has left nothing to clip, then a step without a pass on rank 1."""
+    parameters = make_parameters(SHAPES, dtype=torch.float64)
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(parameters, lr=1.0), named(parameters), **options())
+    before = flat(parameters)
+    backward(parameters, worker_gradients(SHAPES, worker=hvd.rank(), step=0))
+    optimizer.synchronize()
+    optimizer.zero_grad()
+    norm = float(hvd.clip_grad_norm_(optimizer, 0.1))
+    optimizer.step()
+    unmoved = bool((flat(parameters) == before).all())
+    optimizer.zero_grad()
+    backward(parameters, worker_gradients(SHAPES, worker=hvd.rank(), step=1))
+    hvd.clip_grad_norm_(optimizer, 0.1)  # and skipped, on all ranks
+    optimizer.zero_grad()
+    if hvd.rank() == 0:
+        backward(parameters, worker_gradients(SHAPES, worker=0, step=2))
+    optimizer.step()
+    return norm, unmoved, before - flat(parameters), bits(parameters)
+
+
+def nothing():
+    return {}
+
+
+def sharded():
+    return {"server": "sharded"}
+
+
+def whole_topk():
+    return {"compression": hvd.Compression.topk(1.0, min_size=0)}
+
+
+@pytest.mark.parametrize("options", [nothing, sharded, whole_topk])
+def test_clipping_without_gradients_and_a_rank_without_a_pass(ranks, options):
+    expected = flat(worker_gradients(SHAPES, worker=0, step=2)) / 2
+    found = ranks(2).run(clip_after_zero_grad, options)
+    assert found[0][3] == found[1][3]
+    for norm, unmoved, moved, _ in found:
+        assert (norm, unmoved) == (0.0, True)
+        np.testing.assert_allclose(moved, expected, rtol=0, atol=1e-6)  # TopK's values travel as float32
 
 
 def skip_a_spike(options, skip):

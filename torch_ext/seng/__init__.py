@@ -180,6 +180,7 @@ class SENG:
         lam = self.settings.damping_at(state.step)
         refreshed = refresh.refresh_curvature(self.capture.collect_captured(), self._trust.refused,
                                               self.capture.by_rows(), state.step, lam)
+        self.capture.install_hooks(state.step, self._trust)  # what follows is another pass's, if it is used
         lagged = None
         if state.lagged.previous and refreshed.step == state.step:
             # SENG eq. 27 with this step's U and the last gradient, beside the gradients.
@@ -245,8 +246,6 @@ class SENG:
         self._drop_pending()
         self._discard_captured()
         self._prepared = False
-        if self.state.due:
-            self.capture.install_hooks(self.state.step, self._trust)
 
     def _drop_pending(self) -> None:
         """Drop what ``precondition()`` left pending; its messages must have been received before."""
@@ -327,8 +326,6 @@ class SENG:
         self._discard_captured()
         if not all_finite(self._parameters.current_parameters()):
             self._notices.warn_diverged(self.state.step, self.settings.damping_at(self.state.step))
-        if self.state.due:
-            self.capture.install_hooks(self.state.step, self._trust)
 
     def _discard_captured(self) -> None:
         if self._candidate is not None and self._candidate.lagged is not None:

@@ -13,158 +13,34 @@ import zlib
 
 import numpy as np
 import pytest
-import torch
 
-import hvd_ext.torch as hvd
-from tests.reference.step_methods import LR, Method
-from tests.reference.step_programs import (
-    CLIP,
-    MOMENTUM,
-    NEW_SIZE,
-    OPERATIONS,
-    Model,
-    ProgramError,
-    Unspecified,
-    new_weights,
-)
+from tests.reference.step_methods import Method
+from tests.reference.step_programs import MOMENTUM, OPERATIONS, Model, ProgramError, Unspecified
 from tests.torch.problems import bits, flat
+from tests.torch.step_program_loops import FURTHER, METHODS, SHAPES, SIZE, Loop, gradient
 
-EXAMPLES = int(os.environ.get("HVD_EXT_PROGRAMS", "25"))  # programs of each method and number of ranks
-SHAPES = [(3, 2), (4,)]
-SIZE = 10
-METHODS = {
-    "plain": ("plain", {}, {}),
-    "sharded": ("plain", {"partial": True}, {"server": "sharded"}),
-    "rank0": ("plain", {}, {"server": "rank0"}),
-    "topk": ("topk", {}, {}),
-    "topk_sharded": ("topk", {}, {"server": "sharded"}),
-    "powersgd": ("exact", {}, {}),
-    "delay": ("delay", {}, {}),
-    "adaptive": ("adaptive", {}, {}),
-    "late": ("plain", {"late": True}, {}),
-    "late_compensated": ("plain", {"late": True, "late_lam": 0.4}, {}),
-    "late_topk": ("topk", {"late": True}, {}),
-}
+PROGRAMS = int(os.environ.get("HVD_EXT_PROGRAMS", "0"))  # of each method and number of ranks
+LENGTH = 16
+WEIGHTED = [*OPERATIONS, *["backward"] * 4, *["step"] * 3, *["scaler_step"] * 3, *["update"] * 3,
+            *["synchronize"] * 2, *["zero_grad"] * 2, *["unscale"] * 2, "freeze", "step_in_skip", "clear",
+            "torch_clip"]
 
 
-def options_of(method):
-    return {
-        "topk": {"compression": hvd.Compression.topk(0.3, min_size=0)},
-        "powersgd": {"compression": hvd.Compression.powersgd(rank=8, min_compression=1.0)},
-        "delay": {"op": hvd.DelayCompensated(0.8, adaptive=False)},
-        "adaptive": {"op": hvd.DelayCompensated(0.8)},
-        "late": {"overlap": hvd.DelayedUpdate(0.0, adaptive=False)},
-        "late_compensated": {"overlap": hvd.DelayedUpdate(0.4, adaptive=False)},
-    }.get(method, {}) if "_" not in method or method == "late_compensated" else {
-        key: value for part in method.split("_") for key, value in
-        ({"server": "sharded"} if part == "sharded" else options_of(part)).items()}
+def number_of_programs(method):
+    """By default few of the methods that are made of others."""
+    return PROGRAMS or (6 if method in FURTHER else 24)
 
 
-def gradient(seed, position, rank, size):
-    """A rank's gradient of one operation, (size,)."""
-    return np.random.default_rng([seed, position, rank]).standard_normal(size)
+def settings_of(method, seed):
+    """Backward passes per step, and whether there is a GradScaler. SENG takes one pass only here."""
+    return 1 if "seng" in method else (1, 1, 2)[seed % 3], seed % 4 > 1
 
 
-class Loop:
-    """The same operations on an optimizer."""
-
-    def __init__(self, method, passes, seed):
-        rng = np.random.default_rng(seed)
-        self.seed, self.partial = seed, hvd.size() > 1 and METHODS[method][1].get("partial", False)
-        self.parameters = [torch.nn.Parameter(torch.from_numpy(rng.standard_normal(shape)))
-                           for shape in SHAPES]
-        inner = torch.optim.SGD(self.parameters, lr=LR, momentum=MOMENTUM)
-        self.optimizer = hvd.DistributedOptimizer(
-            inner, [(f"p{k}", p) for k, p in enumerate(self.parameters)], backward_passes_per_step=passes,
-            **{**options_of(method), **METHODS[method][2]})
-        self.saved = None
-
-    def run(self, operation, position):
-        getattr(self, operation)(position)
-        if self.partial and operation in ("step", "step_in_skip", "closure"):
-            self.clear(position)
-
-    def backward(self, position, factor=1.0):
-        size = sum(p.numel() for p in self.parameters)
-        g = torch.from_numpy(gradient(self.seed, position, hvd.rank(), size)) * factor
-        parts = g.split([p.numel() for p in self.parameters])
-        sum((p.reshape(-1) * part).sum() for p, part in zip(self.parameters, parts, strict=True)
-            if p.requires_grad).backward()
-
-    def overflow(self, position):
-        self.backward(position, float("inf") if hvd.rank() == 0 else 1.0)
-
-    def synchronize(self, _):
-        self.optimizer.synchronize()
-
-    def step(self, _):
-        self.optimizer.step()
-
-    def step_in_skip(self, _):
-        with self.optimizer.skip_synchronize():
-            self.optimizer.step()
-
-    def zero_grad(self, _):
-        self.optimizer.zero_grad()
-
-    def clear(self, _):
-        for parameter in self.parameters:
-            parameter.grad = None
-
-    def clip(self, _):
-        hvd.clip_grad_norm_(self.optimizer, CLIP)
-
-    def torch_clip(self, _=None):
-        torch.nn.utils.clip_grad_norm_(self.parameters, CLIP)
-
-    def closure(self, position):
-        def closure():
-            self.optimizer.zero_grad()
-            self.backward(position)
-            if self.partial:
-                hvd.clip_grad_norm_(self.optimizer, CLIP)
-            else:
-                self.torch_clip()
-            return torch.zeros(())
-
-        self.optimizer.step(closure)
-
-    def flush(self, _):
-        self.optimizer.flush()
-
-    def skip_step(self, position):
-        self.optimizer.skip_step()
-        self.clear(position)
-
-    def add_group(self, position):
-        self.clear(position)
-        weights = new_weights(len(self.optimizer.param_groups) + 1)
-        assert len(weights) == NEW_SIZE
-        self.parameters.append(torch.nn.Parameter(torch.from_numpy(weights)))
-        self.optimizer.add_param_group({"params": [self.parameters[-1]]})
-
-    def freeze(self, position, *, frozen=True):
-        self.clear(position)
-        self.parameters[0].requires_grad_(not frozen)
-
-    def unfreeze(self, position):
-        self.freeze(position, frozen=False)
-
-    def save(self, _):
-        self.saved = copy.deepcopy(self.optimizer.state_dict()), [p.detach().clone() for p in self.parameters]
-
-    def load(self, position):
-        state, weights = copy.deepcopy(self.saved)
-        self.optimizer.load_state_dict(state)
-        with torch.no_grad():
-            for parameter, weight in zip(self.parameters, weights, strict=True):
-                parameter.copy_(weight)
-        self.clear(position)
-
-
-def carry_out(method, passes, seed, program):
-    """This rank's weights after each operation, and the type of the error that ended it, if any."""
-    loop = Loop(method, passes, seed)
+def carry_out(method, seed, program):
+    """On this rank: the weights after each operation, the error that ended it if any, a checksum, and the
+    entries that owners sent back."""
+    passes, scaled = settings_of(method, seed)
+    loop = Loop(method, passes, seed, scaled)
     trajectory, error = [], None
     try:
         for position, operation in program:
@@ -174,32 +50,36 @@ def carry_out(method, passes, seed, program):
         error = "RuntimeError" if isinstance(raised, RuntimeError) else "AssertionError", str(raised)
     finally:
         loop.optimizer._hvd_ext.abort_step()
-    return trajectory, error, zlib.crc32(bits(loop.parameters))
+    return trajectory, error, zlib.crc32(bits(loop.parameters)), loop.sent_back
 
 
-def model_of(method, passes, ranks, seed):
+def model_of(method, ranks, seed):
     """What the optimizer is to do, in one process."""
-    kind, options, _ = METHODS[method]
-    rng = np.random.default_rng(seed)
+    setup = METHODS[method]
+    rng, (passes, scaled) = np.random.default_rng(seed), settings_of(method, seed)
     start = np.concatenate([rng.standard_normal(shape).ravel() for shape in SHAPES])
-    reduces = Method("plain" if kind == "exact" else kind, ranks, [slice(0, SIZE)])
-    model = Model(reduces, start, passes, groups=[slice(0, SIZE)],
-                  untouched=method == "plain" and ranks == 1,
-                  **{**options, "partial": options.get("partial", False) and ranks > 1})
-    if kind == "exact":  # of full rank, so that nothing is left over
-        reduces.__class__ = type("Exact", (Method,), {"repeatable": property(lambda self: False)})
-    return model
+    reduces = Method(setup.kind, ranks, **{"buckets": [slice(0, SIZE)], **setup.method})
+    reduces.buckets = list(reduces.buckets)
+    several = ranks > 1
+    return Model(reduces, start, passes, groups=[slice(0, SIZE)], scaler=scaled,
+                 untouched=method in ("plain", "groups", "sum", "fp16") and not several,
+                 **{**setup.model, "partial": several and setup.model.get("partial", False),
+                    "half_replies": several and setup.model.get("half_replies", False)})
 
 
-def draw_program(method, passes, ranks, seed, length):
+def gradients_of(method, seed, position, model):
+    return [gradient(method, seed, position, rank, len(model.weights)) for rank in range(model.method.ranks)]
+
+
+def draw_program(method, ranks, seed, length=LENGTH):
     """A random program, the weights after each operation, and the error in which it ends, if any.
 
     What is not specified is drawn anew, and so are most operations that would end the program.
     """
-    model, draws = model_of(method, passes, ranks, seed), np.random.default_rng([seed, 1])
+    model, draws = model_of(method, ranks, seed), np.random.default_rng([seed, 1])
     program, trajectory = [], []
     for position in range(length):
-        given_to = [gradient(seed, position, rank, len(model.weights)) for rank in range(ranks)]
+        given_to = gradients_of(method, seed, position, model)
         for _ in range(100):
             operation = "backward" if position == 0 else str(draws.choice(WEIGHTED))
             trial = copy.deepcopy(model)
@@ -218,35 +98,52 @@ def draw_program(method, passes, ranks, seed, length):
     return program, trajectory, None
 
 
-WEIGHTED = [*OPERATIONS, "freeze", *["backward"] * 4, *["synchronize"] * 2, *["step"] * 3, *["zero_grad"] * 2]
+def replay(method, ranks, seed, program, sent_back):
+    """The weights after each operation, where owners send these entries back."""
+    model, trajectory = model_of(method, ranks, seed), []
+    model.method.places = list(sent_back)
+    for position, operation in program:
+        try:
+            model.run(operation, gradients_of(method, seed, position, model))
+        except ProgramError:
+            break
+        trajectory.append(model.weights.copy())
+    return trajectory
+
+
+def tolerance_of(method):
+    if "topk" in method:
+        # TopK's values travel as float32; of a value below 8 that is half of 2^-21, in at most 16 updates.
+        return LENGTH * 2.0**-22 / (1 - MOMENTUM)
+    return 1e-9
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_random_program_is_what_one_process_makes_of_it(ranks, method, size):
-    # TopK's values travel as float32; of a value below 8 that is half of 2^-21, in at most 16 updates.
-    tolerance = 1e-9 if "topk" not in method else 16 * 2.0**-22 / (1 - MOMENTUM)
-    for seed in range(EXAMPLES):
-        passes = (1, 1, 2)[seed % 3]
-        program, expected, error = draw_program(method, passes, size, seed, 16)
-        found = ranks(size).run(carry_out, method, passes, seed, program)
-        assert len({crc for _, _, crc in found}) == 1, program
-        for trajectory, raised, _ in found:
+    pool = ranks(size)
+    for seed in range(number_of_programs(method)):
+        program, expected, error = draw_program(method, size, seed)
+        found = pool.run(carry_out, method, seed, program)
+        assert len({crc for _, _, crc, _ in found}) == 1, program
+        if method == "topk_owners" and size > 1:
+            expected = replay(method, size, seed, program, found[0][3])
+        for trajectory, raised, _, _ in found:
             assert (raised and raised[0]) == error, (program, raised)
             assert len(trajectory) == len(expected)
             for (_, operation), mine, theirs in zip(program, trajectory, expected, strict=False):
-                np.testing.assert_allclose(mine, theirs, rtol=0, atol=tolerance,
+                np.testing.assert_allclose(mine, theirs, rtol=0, atol=tolerance_of(method),
                                            err_msg=f"after {operation} in {program}")
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_programs_use_every_operation(method):
-    """By the default number of programs, on two ranks; and gradients are thrown away after a reduction."""
-    drawn = [[operation for _, operation in draw_program(method, (1, 1, 2)[seed % 3], 2, seed, 16)[0]]
-             for seed in range(25)]
+    """Within 24 programs on two ranks; and gradients are thrown away after a reduction."""
+    drawn = [[operation for _, operation in draw_program(method, 2, seed)[0]] for seed in range(24)]
     seen = {operation for program in drawn for operation in program}
-    nowhere = {name for name, only in (("overflow", "topk"), ("flush", "late")) if only not in method}
+    nowhere = {name for name, only in (("flush", "late"),) if only not in method}
+    nowhere |= {"freeze", "unfreeze"} if "seng" in method else set()
     assert seen >= set(OPERATIONS) - nowhere
     pairs = {pair for program in drawn for pair in itertools.pairwise(program)}
     assert ("synchronize", "zero_grad") in pairs

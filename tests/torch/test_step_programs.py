@@ -21,9 +21,9 @@ from tests.torch.step_program_loops import FURTHER, METHODS, SHAPES, SIZE, Loop,
 
 PROGRAMS = int(os.environ.get("HVD_EXT_PROGRAMS", "0"))  # of each method and number of ranks
 LENGTH = 16
-WEIGHTED = [*OPERATIONS, *["backward"] * 4, *["step"] * 3, *["scaler_step"] * 3, *["update"] * 3,
-            *["synchronize"] * 2, *["zero_grad"] * 2, *["unscale"] * 2, "freeze", "step_in_skip", "clear",
-            "torch_clip"]
+WEIGHTED = [*OPERATIONS, *["backward"] * 4, *["step"] * 3, *["synchronize"] * 2, *["zero_grad"] * 2, "freeze",
+            "step_in_skip", "clear", "torch_clip", "load", "closure"]
+SCALED = [*WEIGHTED, *["scaler_step"] * 8, *["update"] * 3, *["unscale"] * 2]
 
 
 def number_of_programs(method):
@@ -76,12 +76,13 @@ def draw_program(method, ranks, seed, length=LENGTH):
 
     What is not specified is drawn anew, and so are most operations that would end the program.
     """
-    model, draws = model_of(method, ranks, seed), np.random.default_rng([seed, 1])
+    model, draws = model_of(method, ranks, seed), np.random.default_rng([seed, zlib.crc32(method.encode())])
+    choices = SCALED if model.scaler else WEIGHTED
     program, trajectory = [], []
     for position in range(length):
         given_to = gradients_of(method, seed, position, model)
         for _ in range(100):
-            operation = "backward" if position == 0 else str(draws.choice(WEIGHTED))
+            operation = "backward" if position == 0 else str(draws.choice(choices))
             trial = copy.deepcopy(model)
             try:
                 trial.run(operation, given_to)
@@ -139,8 +140,8 @@ def test_a_random_program_is_what_one_process_makes_of_it(ranks, method, size):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_programs_use_every_operation(method):
-    """Within 24 programs on two ranks; and gradients are thrown away after a reduction."""
-    drawn = [[operation for _, operation in draw_program(method, 2, seed)[0]] for seed in range(24)]
+    """Within 48 programs on two ranks; and gradients are thrown away after a reduction."""
+    drawn = [[operation for _, operation in draw_program(method, 2, seed)[0]] for seed in range(48)]
     seen = {operation for program in drawn for operation in program}
     nowhere = {name for name, only in (("flush", "late"),) if only not in method}
     nowhere |= {"freeze", "unfreeze"} if "seng" in method else set()

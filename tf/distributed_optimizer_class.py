@@ -171,8 +171,9 @@ class Distributed:
     def reset_per_rank_state(self) -> None:
         """Start anew what belongs to this rank: residuals, MeanSquare, gradients accumulated."""
         self._hvd_ext.reducer.reset_per_rank_state()
-        for total in self._hvd_ext.sums.values():
-            total.assign(tf.zeros_like(total))
+        self._hvd_ext.forget_passes()
+        for total in self._accumulated_gradients if self.gradient_accumulation_steps else ():
+            total.assign(tf.zeros_like(as_tf(total)))
 
     def flush(self) -> None:
         """Take the update that is still to come with ``overlap=``; without, nothing. On all ranks alike.

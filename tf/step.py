@@ -268,6 +268,7 @@ class Wrapper:
         self.given: dict[str, Any] = {}  # the arguments of DistributedOptimizer, for copies
         self.server_stamp: Any = None
         self.reset_per_rank_state = reset_per_rank_state
+        self.loaded: tuple[str, int] | None = None  # whose state a file gave, and the iterations then
         self.local: set[int] = set()
         self.counter: Any = None
         self.sums: dict[str, Any] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -100,19 +101,23 @@ def broadcast_variables(variables: Iterable[Any], root_rank: int,
     if in_session_graphs():
         return tf.group(*_assign_broadcast(shared, root_rank, process_set, inplace))
     if tf.executing_eagerly():
+        from hvd_ext.tensorflow.persistence.optimizer_broadcast import begin_alike
+
         _must_be_alike(shared, Collectives(process_set, counted=False))
-        if not inplace:
-            _assign_all(shared, root_rank, process_set)
-            return None
+        way: Any = functools.partial(_assign_broadcast, inplace=True) if inplace else _assign_all
+        begin_alike(shared, root_rank, Collectives(process_set, counted=False),
+                    functools.partial(way, shared, root_rank, process_set))
+        return None
     _assign_broadcast(shared, root_rank, process_set, inplace)
     return None
 
 
 def _must_be_alike(variables: Sequence[tf.Variable], collectives: Collectives) -> None:
+    # Of a moment only its kind: before it stands the weight's path, which is shorter in a model from a file.
+    kinds = (re.split("[/_]", NUMBERS.sub("", variable.name.split(":")[0]))[-1] for variable in variables)
     mine = Fingerprint(tuple(
-        f"variable {number}: {NUMBERS.sub('', variable.name.split(':')[0].split('/')[-1])} "
-        f"{tuple(variable.shape)} {variable.dtype.base_dtype.name}"
-        for number, variable in enumerate(variables)))
+        f"variable {number}: {kind} {tuple(variable.shape)} {variable.dtype.base_dtype.name}"
+        for number, (variable, kind) in enumerate(zip(variables, kinds, strict=True))))
     try:
         compare_settings(collectives, mine, "broadcast the same variables", "Make the same model and "
                          "optimizer on every rank, and build both before their variables are broadcast")

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from hvd_ext import state
 from hvd_ext.checkpoint.layout import (
     KEY,
     SERVER_STAMP,
@@ -25,9 +26,10 @@ from hvd_ext.checkpoint.layout import (
     dropped_message,
 )
 from hvd_ext.sharding.ownership import EVERY_RANK
+from hvd_ext.state import SHARED
 from hvd_ext.tensorflow.belonging import BESIDE, ONCE, whole_shape
 from hvd_ext.tensorflow.collectives import Collectives
-from hvd_ext.tensorflow.variables import as_tf, name_of
+from hvd_ext.tensorflow.variables import as_tf, is_per_rank, name_of
 
 FROM_THE_START = 2  # variables that an optimizer has before it is built: iterations, learning rate
 IN_PLACE = "_hvd_ext_saved"
@@ -223,16 +225,22 @@ def load_variables(optimizer: Any, store: Any, load_all: Callable[[Any], None],
     saved = saved or _layout_in(store, len(values), plain, here)
     check_server(saved, here)
     if saved.server is not None and wrapper.server is not None:
-        check_stamp(values[plain + saved.names.index(SERVER_STAMP)], wrapper.collectives, "server=")
+        check_stamp(values[plain + saved.names.index(SERVER_STAMP)], wrapper.collectives)
     own = dict(zip(here.names, variables[plain:], strict=True))
-    taken = _values_to_take(optimizer, own, dict(zip(saved.names, values[plain:], strict=True)), saved, here)
+    extended = dict(zip(saved.names, values[plain:], strict=True))
+    other_rank = _is_other_rank(wrapper, extended, saved, here)
+    taken = _values_to_take(optimizer, own, extended, saved, here, other_rank=other_rank)
     chosen = _plain_values(optimizer, values[:plain], whole=saved.server is None or wrapper.server is None)
     if not wrapper.reset_per_rank_state and wrapper.collectives.rank == 0:
         held = {name: bool(np.any(np.asarray(value, np.float64))) for name, value in
                 zip(saved.names, values[plain:], strict=True) if name not in taken}
+        if other_rank:  # what has a place here is told below
+            held = {name: full and name not in own for name, full in held.items()}
         text = dropped_message(saved, here, held)
         if text:
             warnings.warn(text, stacklevel=2)
+    if other_rank and not wrapper.reset_per_rank_state:
+        _warn_of_other_rank(wrapper, extended)
     for variable, value in chosen:
         variable.assign(value)
     for name, variable in own.items():
@@ -240,7 +248,22 @@ def load_variables(optimizer: Any, store: Any, load_all: Callable[[Any], None],
             as_tf(variable).assign(taken[name])
         else:
             as_tf(variable).assign(tf.zeros_like(as_tf(variable)))
+    if other_rank and wrapper.reducer.staleness:
+        optimizer.reset_per_rank_state()  # no gradient waits
     wrapper.stamp_rank()
+    wrapper.loaded = ("own" if taken and not other_rank else "new", int(optimizer.iterations))
+
+
+def _warn_of_other_rank(wrapper: Any, values: dict[str, Any]) -> None:
+    """Warn, on one rank, of what begins new because the file, with these values, is another rank's."""
+    rank, ranks = (int(number) for number in np.asarray(values[STAMP]))
+    here = wrapper.collectives
+    labels = {one.part.label for one in wrapper.reducer.declared_state() if one.part.scope != SHARED
+              and one.part.label and np.any(np.asarray(values.get(one.name, 0), np.float64))}
+    if labels and here.rank == ((rank, ranks) == (0, here.size)):
+        warnings.warn(state.dropped_message(sorted(labels), (
+            f"this optimizer state was saved by rank {rank} of {ranks} and is loaded by rank {here.rank} of "
+            f"{here.size}")) + "; reset_per_rank_state=True silences this", stacklevel=3)
 
 
 def layout_of(optimizer: Any) -> Layout:
@@ -260,20 +283,31 @@ def _layout_in(store: Any, count: int, plain: int, here: Layout) -> Layout:
     return here if count == plain + len(here.names) else Layout(("",) * (count - plain))
 
 
-def _values_to_take(optimizer: Any, own: dict[str, Any], values: dict[str, Any], saved: Layout, here: Layout
-                    ) -> dict[str, Any]:
+def _is_other_rank(wrapper: Any, values: dict[str, Any], saved: Layout, here: Layout) -> bool:
+    """Whether the state of the extensions here is in the file as another rank keeps it."""
+    names = common_names(saved, here)
+    if STAMP not in names or len(names) < 2:
+        return False
+    return [*np.asarray(values[STAMP])] != [wrapper.collectives.rank, wrapper.collectives.size]
+
+
+def _values_to_take(optimizer: Any, own: dict[str, Any], values: dict[str, Any], saved: Layout, here: Layout,
+                    *, other_rank: bool) -> dict[str, Any]:
     """What the extensions here take over of a file, by name.
 
+    Args:
+        other_rank: the file is another rank's.
+
     Raises:
-        ValueError: it is another rank's, or was made with other settings.
+        ValueError: it was made with other settings.
     """
     wrapper = optimizer._hvd_ext
     names = common_names(saved, here)
-    if wrapper.reset_per_rank_state:
+    if other_rank:
+        names = {name for name in names if not is_per_rank(own[name])}
+    elif wrapper.reset_per_rank_state:
         reset = {id(one) for one in (*wrapper.reducer.per_rank_state(), wrapper.reducer.stamp)}
         names = {name for name in names if id(as_tf(own[name])) not in reset}
-    elif STAMP in names and len(names) > 1:
-        check_stamp(values[STAMP], wrapper.collectives)
     for name in names:
         if values[name].shape != tuple(own[name].shape):
             raise ValueError(
@@ -322,12 +356,11 @@ def load_plain(optimizer: Any, store: Any) -> None:
     optimizer._hvd_ext.stamp_rank()
 
 
-def check_stamp(saved: Any, collectives: Collectives, what: str = "") -> None:
-    """Refuse state that was saved by another rank, or on another number of ranks.
+def check_stamp(saved: Any, collectives: Collectives) -> None:
+    """Refuse a server's part that was saved by another rank, or on another number of ranks.
 
     Args:
         saved: the (rank, ranks) that the file holds.
-        what: the argument whose state cannot be started anew, if that is so.
 
     Raises:
         ValueError: the state is another rank's.
@@ -335,8 +368,7 @@ def check_stamp(saved: Any, collectives: Collectives, what: str = "") -> None:
     rank, ranks = (int(number) for number in np.asarray(saved))
     if (rank, ranks) == (collectives.rank, collectives.size):
         return
-    way = "save one for all with hvd.save_model" if what else "start that state anew with " \
-        "reset_per_rank_state=True"
     raise ValueError(
         f"the optimizer's state in the file is that of rank {rank} of {ranks}, this is rank "
-        f"{collectives.rank} of {collectives.size}: save and load one file per rank, or {way}")
+        f"{collectives.rank} of {collectives.size}: save and load one file per rank, or save one for all "
+        "with hvd.save_model")

@@ -81,8 +81,9 @@ class Reducer(abc.ABC):
         self.variables = list(variables)
         self._number = {id(as_tf(variable)): index for index, variable in enumerate(variables)}
         if self._scope is None:
-            lines = [(NUMBERS.sub("", name_of(one)), tuple(one.shape), as_tf(one).dtype.name)
-                     for one in variables]
+            # A model from a file has no "sequential/" in its paths.
+            lines = [(NUMBERS.sub("", name_of(one)).removeprefix("sequential/"), tuple(one.shape),
+                      as_tf(one).dtype.name) for one in variables]
             process_set = self.collectives.process_set.process_set_id
             self._scope = open_scope(process_set, lines, map(as_tf, variables))
             self.prefix = self._scope.keep_whole(self.options.prefix)

@@ -16,6 +16,7 @@ import horovod.tensorflow as horovod
 import keras
 import tensorflow as tf
 
+from hvd_ext.consistency.handshake import checks_weights
 from hvd_ext.horovod_api.signatures import copy_signature
 from hvd_ext.reducers.buckets import check_groups
 from hvd_ext.reducers.options import ReductionOptions
@@ -39,6 +40,7 @@ from hvd_ext.tensorflow.reducers.base import (
     precondition_gradients,
     report,
 )
+from hvd_ext.tensorflow.reducers.plain import keep_gradient
 from hvd_ext.tensorflow.transaction import ASKED, Transaction, ask_once
 from hvd_ext.tensorflow.variables import as_tf, create_outside_graph, make_state
 
@@ -159,7 +161,11 @@ class _DistributedGradientTape(tf.GradientTape):
         if not reducer.presence.in_use:
             return reducer(gradients, variables)[0]
         reducer.presence.missing = {id(as_tf(variables[index])) for index in missing}
-        reduced, _ = reducer(reducer.fill_missing(gradients, variables), variables)
+        filled = reducer.fill_missing(gradients, variables)
+        if checks_weights():
+            with tf.control_dependencies([reducer.check_given_weights(variables)]):
+                filled = [keep_gradient(gradient) for gradient in filled]
+        reduced, _ = reducer(filled, variables)
         if tf.executing_eagerly():
             for index in missing:
                 if not bool(reducer.presence.is_somewhere(variables[index])):

@@ -14,6 +14,8 @@ pytest.importorskip("horovod.tensorflow", reason="Horovod is not built for Tenso
 import keras  # noqa: E402
 
 import hvd_ext.tensorflow as hvd  # noqa: E402
+from hvd_ext.tensorflow.consistency import handshake  # noqa: E402
+from hvd_ext.tensorflow.consistency.weight_digest import digest_tensors  # noqa: E402
 from hvd_ext.tensorflow.tape import KEPT, MOST_KEPT  # noqa: E402
 from tests.tensorflow import training  # noqa: E402
 
@@ -338,3 +340,51 @@ def test_names_of_layers_may_differ_between_ranks(ranks):
     for mine, theirs in zip(found, other, strict=True):
         for one, same in zip(mine, theirs, strict=True):
             np.testing.assert_array_equal(one, same)
+
+
+def start_apart(compiled, sparse, options, broadcast):
+    """Steps from weights that are other ones on rank 1: the error, or weights and comparisons made."""
+    model = training.embedding_model() if sparse else training.dense_model()
+    for weight in model.trainable_variables:
+        weight.assign(weight + 1e-3 * hvd.rank())
+    optimizer = keras.optimizers.SGD(0.1)
+    run = tape_step(model, model.trainable_variables, optimizer, options, [])
+    run = tf.function(run) if compiled else run
+    for number, (x, y) in enumerate(batches(0, 4)):
+        try:
+            run(tf.cast(tf.abs(x) * 3, tf.int32) % 6 if sparse else x, y)
+        except Exception as error:
+            return number, str(error)
+        if broadcast and not number:  # as Horovod's examples do
+            hvd.broadcast_variables(model.variables, root_rank=0)
+    return training.weights(model), len(COMPARED)
+
+
+COMPARED = []
+
+
+def digest(arrays):
+    COMPARED.append(1)
+    return digest_tensors(arrays)
+
+
+def start_apart_each_way():
+    handshake.digest_tensors = digest
+    topk = {"compression": hvd.Compression.topk(0.3, min_size=0)}
+    return [COMPARED.clear() or start_apart(*case) for case in (
+        (False, False, {}, False), (True, False, {}, False), (True, True, {}, False),
+        (True, False, topk, False), (False, False, {}, True), (True, True, {}, True))]
+
+
+@pytest.mark.distributed
+def test_replicas_that_begin_with_different_weights(ranks):
+    by_rank = ranks(2, init="tensorflow").run(start_apart_each_way, timeout=200)
+    for found in by_rank:
+        for number, said in found[:4]:
+            assert number == 1  # as with an optimizer: scripts broadcast before the first step or after it
+            assert "the replicas begin with different weights" in said
+            assert "call hvd.broadcast_variables(model.variables, root_rank=0)" in said
+        for (weights, compared), (first, _) in zip(found[4:], by_rank[0][4:], strict=True):
+            assert compared == 1
+            for mine, other in zip(weights, first, strict=True):
+                np.testing.assert_array_equal(mine, other)

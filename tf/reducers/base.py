@@ -177,6 +177,24 @@ class Reducer(abc.ABC):
 
         return tf.cond(self._checked >= SETTINGS, again, settings)
 
+    def check_given_weights(self, variables: Sequence[Any]) -> tf.Tensor:
+        """0-D True; at the second call the ranks see that these weights are the same on all.
+
+        For a tape, which is not planned for variables. Otherwise running it is an error on every rank.
+        """
+        self._make_own()
+        given = [as_tf(one) for one in variables if isinstance(as_tf(one), tf.Variable)]
+
+        def weights() -> tf.Tensor:
+            values, names = [one.read_value() for one in given], [name_of(one) for one in given]
+            with tf.control_dependencies([compare_weights(self.collectives, self.prefix, names, values)]):
+                return self._checked.assign(WEIGHTS) >= SETTINGS
+
+        def note() -> tf.Tensor:
+            return self._checked.assign(tf.maximum(self._checked, STEPPED)) >= SETTINGS
+
+        return tf.cond(tf.equal(self._checked, STEPPED), weights, note)
+
     def expect_broadcast(self, expected: bool) -> None:
         """Weights will be broadcast after some steps, before which they may differ; or have just been."""
         self._broadcast_expected = expected

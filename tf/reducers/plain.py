@@ -48,7 +48,7 @@ class PlainReducer(Reducer):
             agreed, self._somewhere = self.presence.exchange_presence(gradients, variables, self.variables,
                                                           f"{self.prefix}/present")
         with tf.control_dependencies([agreed]):
-            gradients = [_unchanged(gradient) for gradient in gradients]
+            gradients = [keep_gradient(gradient) for gradient in gradients]
         return self._exchange_gradients(gradients, variables)
 
     def _exchange_gradients(self, gradients: list[Gradient], variables: Sequence[Any]) -> list[Gradient]:
@@ -97,7 +97,8 @@ class PlainReducer(Reducer):
         return groups + [[index] for index in range(len(gradients)) if index not in grouped]
 
 
-def _unchanged(gradient: Gradient) -> Gradient:
+def keep_gradient(gradient: Gradient) -> Gradient:
+    """The gradient, after the operations that a graph waits for here."""
     if isinstance(gradient, tf.IndexedSlices):
         return tf.IndexedSlices(tf.identity(gradient.values), tf.identity(gradient.indices),
                                 gradient.dense_shape)

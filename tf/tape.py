@@ -75,13 +75,13 @@ class _DistributedGradientTape(tf.GradientTape):
         del use_generic_names  # names never depend on the graph here
         refuse_xla("hvd.DistributedGradientTape")
         flat_sources = keras.tree.flatten(sources)
-        flat = super().gradient(target, flat_sources, output_gradients, unconnected_gradients)
         far = [index for index, source in enumerate(flat_sources)
                if id(as_tf(source)) not in self._local_sources]
         variables = [flat_sources[index] for index in far]
         reducer = kept_reducer(self._optimizer or (variables or flat_sources)[0], self._settings)
         self.build(flat_sources)
         transaction = self._make_transaction(reducer)
+        flat = super().gradient(target, flat_sources, output_gradients, unconnected_gradients)
         if transaction is not None:
             transaction.begin_reduction(self._count_updates())
         before_reduce(self._preconditioner, [flat[index] for index in far], variables)
@@ -138,8 +138,9 @@ class _DistributedGradientTape(tf.GradientTape):
         if reducer.transaction is None:
             reducer.transaction = Transaction()
         found = reducer.transaction
-        if kept is not None and hasattr(kept, "counters") and not found.has_variable(kept.steps):
-            create_outside_graph(lambda: found.add_variables(kept.counters, kept.steps))
+        if hasattr(kept, "join_transaction") and not found.has_variable(kept.steps):
+            updates = as_tf(self._optimizer.iterations)
+            create_outside_graph(lambda: kept.join_transaction(found, updates))
         return found
 
     def _count_updates(self) -> tf.Tensor:

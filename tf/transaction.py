@@ -34,7 +34,8 @@ class Transaction:
         self._state: list[tuple[tf.Variable, tf.Variable]] = []  # and its value from before
         self._counters: list[tuple[tf.Variable, tf.Variable]] = []  # those of steps taken
         self._told: Any = None  # whether the message about gradients that were thrown away was printed
-        self._reduced_at: Any = None  # updates at the last reduction + 1; 0 for none to take back
+        self.reduced_at: Any = None  # updates at the last reduction + 1; 0 for none to take back
+        self._pending: list[Any] = []  # what keeps its values from before itself
 
     def record_variables(self, make: Callable[..., tf.Variable]) -> Callable[..., tf.Variable]:
         """``make``, and the variables that it makes are the state."""
@@ -59,13 +60,20 @@ class Transaction:
                                counts=variable is steps)
         self._make_own(lambda: make((), tf.int64, "reduced_at", False))
 
-    def add_variables(self, variables: Sequence[tf.Variable], steps: tf.Variable) -> None:
-        """Take further state, whose values from before are in no checkpoint."""
+    def add_variables(self, variables: Sequence[tf.Variable], steps: tf.Variable, pending: Any) -> None:
+        """Take further state, whose values from before are in no checkpoint.
+
+        Args:
+            variables: the state.
+            steps: the one of them that counts steps taken.
+            pending: further state, with ``take_back()`` and ``commit()``.
+        """
         known = {id(variable) for variable, _ in self._state}
         for variable in variables:
             if id(variable) not in known:
-                self._add_variable(variable, tf.Variable(variable.read_value(), trainable=False),
-                                   counts=variable is steps)
+                before = tf.Variable(variable.read_value(), trainable=False, shape=variable.shape)
+                self._add_variable(variable, before, counts=variable is steps)
+        self._pending.append(pending)
         self._make_own(lambda: tf.Variable(0, dtype=tf.int64, trainable=False))
 
     def _add_variable(self, variable: tf.Variable, before: tf.Variable, *, counts: bool) -> None:
@@ -74,13 +82,17 @@ class Transaction:
             self._counters.append((variable, before))
 
     def _make_own(self, make: Callable[[], tf.Variable]) -> None:
-        if self._reduced_at is None:
-            self._reduced_at = make()
+        if self.reduced_at is None:
+            self.reduced_at = make()
             self._told = create_outside_graph(lambda: tf.Variable(False, trainable=False))
 
     def has_variable(self, variable: tf.Variable) -> bool:
         """Whether the variable is part of the state."""
         return any(variable is one for one, _ in self._state)
+
+    def value_before(self, variable: tf.Variable) -> tf.Variable:
+        """The variable that holds a state's value from before the last reduction."""
+        return next(before for one, before in self._state if one is variable)
 
     def begin_reduction(self, updates: tf.Tensor) -> None:
         """Before a reduction: take back the last one if its gradients were not applied.
@@ -91,10 +103,17 @@ class Transaction:
         def take_back() -> tf.Tensor:
             for variable, before in self._state:
                 variable.assign(before.read_value())
+            for one in self._pending:
+                one.take_back()
             tf.cond(self._told.read_value(), lambda: tf.constant(True), self._tell_once)
             return tf.constant(True)
 
-        tf.cond(tf.equal(self._reduced_at.read_value(), updates + 1), take_back, lambda: tf.constant(False))
+        def commit() -> tf.Tensor:
+            for one in self._pending:
+                one.commit()
+            return tf.constant(False)
+
+        tf.cond(tf.equal(self.reduced_at.read_value(), updates + 1), take_back, commit)
         for variable, before in self._state:
             before.assign(variable.read_value())
 
@@ -106,7 +125,7 @@ class Transaction:
         """After a reduction: it can be taken back, unless its step is one that nobody takes."""
         taken = tf.reduce_any(tf.stack([tf.not_equal(variable.read_value(), before.read_value())
                                         for variable, before in self._counters] or [True]))
-        self._reduced_at.assign(tf.where(taken, updates + 1, tf.zeros_like(updates)))
+        self.reduced_at.assign(tf.where(taken, updates + 1, tf.zeros_like(updates)))
 
 
 def ask_once(tape: Any, key: tuple[int, ...], what: str) -> None:

@@ -26,6 +26,7 @@ from hvd_ext.tensorflow.seng.check import check_sums
 from hvd_ext.tensorflow.seng.deferred_build import DeferredBuild, own_collectives
 from hvd_ext.tensorflow.seng.layer_curvature import LayerCurvature
 from hvd_ext.tensorflow.seng.layer_discovery import take_inventory
+from hvd_ext.tensorflow.seng.pending import PendingCurvature
 from hvd_ext.tensorflow.seng.refresh import check_ranks, refresh_curvature, resample_rows
 from hvd_ext.tensorflow.seng.sample_axes import SampleAxisTracker
 from hvd_ext.tensorflow.seng.shared_functions import SharedFunctions, outside_trace
@@ -92,6 +93,7 @@ class SENG(tf.Module):
         self._wanted = self.capture.wanted
         self.states: list[LayerCurvature] = []
         self._fresh: list[tf.Tensor] = []
+        self._pending: PendingCurvature | None = None  # with a tape
         self._start = DeferredBuild(model, samples, self._take_layers, self._report_placements)
 
     def _take_layers(self, model: keras.Model) -> None:
@@ -136,10 +138,19 @@ class SENG(tf.Module):
         """The variables of the curvature."""
         return [variable for one in self.states for variable in one.variables]
 
-    @property
-    def counters(self) -> list[tf.Variable]:
-        """What says where SENG is. Where it goes back the next pass that is captured gives new curvature."""
-        return [self.steps, self.skipped, self.lam, self.checked, self._wanted]
+    def join_transaction(self, transaction: Any, updates: tf.Variable) -> None:
+        """Let a tape take back what a gradient has changed that no update uses.
+
+        Args:
+            transaction: the tape's.
+            updates: how many the optimizer has made.
+        """
+        self._pending = PendingCurvature(self.states, self._traces)
+        lagged = [variable for one in self.states for variable in one.lagged_variables]
+        transaction.add_variables([self.steps, self.skipped, self.lam, self.checked, self._wanted, *lagged],
+                                  self.steps, self._pending)
+        # A pass after gradients that were not used is captured again if theirs was.
+        self.capture.unused = (transaction.value_before(self._wanted), transaction.reduced_at, updates)
 
     def close(self) -> None:
         """Give the model's layers back as they were. The object is of no use afterwards."""
@@ -275,6 +286,8 @@ class SENG(tf.Module):
                 for one, mine in places.items()}
 
         def take_curvature() -> tf.Tensor:
+            if self._pending is not None:
+                self._pending.keep()
             made = refresh_curvature(self.states, self.capture.number, at, lam, context, self._notices)
             self.lam.assign(lam)
             self.checked.assign(tf.logical_or(self.checked, made))
@@ -345,6 +358,8 @@ class SENG(tf.Module):
         if self._fresh:  # a model that is not built yet has nothing to forget
             for variable, value in zip(self.variables, self._fresh, strict=True):
                 variable.assign(value)
+        if self._pending is not None:
+            self._pending.drop()
         self._ranks = 0
 
     def shared_state(self) -> list[int]:

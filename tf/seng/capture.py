@@ -88,6 +88,8 @@ class Capture:
     Attributes:
         wanted: whether this pass is captured.
         number: which pass this is.
+        unused: with a tape, whether the last pass was captured, the updates + 1 that there were when its
+            gradients were reduced, and the updates that there are.
 
     Args:
         step: the optimizer's step, from which samples are chosen.
@@ -103,6 +105,7 @@ class Capture:
         self._traces = traces
         self.samples = samples
         self.of: dict[Layer, Captured] = {}
+        self.unused: tuple[tf.Variable, ...] = ()
         with tf.init_scope():
             self.wanted = tf.Variable(True, trainable=False, name="wanted")
             self.number = tf.Variable(0, dtype=tf.int64, trainable=False, name="pass")
@@ -220,14 +223,24 @@ class Capture:
             factor = last.pop() if varies else scale
             return self._add_use(layer, inside, said, rows, factor, *last)
 
+        unused = self.unused
+        kinds = [one.dtype for one in unused]
+
         def store_if_wanted(wanted: tf.Tensor, *tensors: tf.Tensor) -> None:
             def now() -> tf.Tensor:
-                return self._traces.call_shared(store, ("store", *key), tensors, shapes=shapes)
+                return self._traces.call_shared(store, ("store", *key), tensors[len(kinds):], shapes=shapes)
 
-            tf.cond(read_handle(wanted, tf.bool, ()), now, lambda: tf.constant(False))
+            captures = read_handle(wanted, tf.bool, ())
+            if kinds:
+                last, at, updates = (read_handle(one, kind, ()) for one, kind
+                                     in zip(tensors, kinds, strict=False))
+                again = tf.logical_and(last, tf.equal(at, tf.cast(updates, at.dtype) + 1))
+                captures = tf.logical_or(captures, again)
+            tf.cond(captures, now, lambda: tf.constant(False))
 
-        self._traces.call_shared(store_if_wanted, ("tap", *key), [self.wanted, *tensors],
-                                 shapes=[None, *shapes])
+        self._traces.call_shared(store_if_wanted, ("tap", len(kinds), *key),
+                                 [self.wanted, *unused, *tensors],
+                                 shapes=[None] * (1 + len(kinds)) + shapes)
         if layer.plan.implicit:
             captured.least = min(captured.least, said["kappa"])
 

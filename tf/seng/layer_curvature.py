@@ -67,6 +67,17 @@ class LayerCurvature(tf.Module):
             self.previous = [curvature_variable(tf.zeros((0,), layer.dtype), (None,)) for _ in layer.weights]
 
     @property
+    def lagged_variables(self) -> list[tf.Variable]:
+        """The gradients of the step before, and whether there are any; only with "lagged" coupling."""
+        return [self.keeps, *self.previous] if hasattr(self, "previous") else []
+
+    @property
+    def curvature_variables(self) -> list[tf.Variable]:
+        """All that a refresh changes."""
+        lagged = {id(one) for one in self.lagged_variables}
+        return [one for one in self.variables if id(one) not in lagged]
+
+    @property
     def kind(self) -> tuple[Any, ...]:
         """What the traced functions of this layer are shared by."""
         return tuple((block.kind, *block.places) for block in self.blocks)

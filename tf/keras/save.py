@@ -10,7 +10,7 @@ import keras
 
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.keras_hooks import distributed_part, require_tensorflow_backend
-from hvd_ext.tensorflow.persistence import keras_checkpoint_layout
+from hvd_ext.tensorflow.persistence import keras_checkpoint_layout, state_gather
 
 
 def save_model(model: keras.Model, filepath: Any, *, reset_per_rank_state: bool = False,
@@ -42,7 +42,7 @@ def save_model(model: keras.Model, filepath: Any, *, reset_per_rank_state: bool 
         collectives = Collectives(optimizer._hvd_ext.collectives.process_set)
     collectives.refuse_outside("hvd.save_model")
     if optimizer is not None:
-        values = keras_checkpoint_layout.gather_values(optimizer, reset_per_rank_state=reset_per_rank_state)
+        values = state_gather.gather_values(optimizer, reset_per_rank_state=reset_per_rank_state)
         saving = keras_checkpoint_layout.saving_values(optimizer, values)
     failure = None
     exact = contextlib.nullcontext() if optimizer is None else optimizer.exact_weights()

@@ -2,7 +2,8 @@
 
 A distributed optimizer's variables are those of the plain one, in its order, and after them what
 the extensions keep. Under ``server="rank0"`` and ``"sharded"`` some of the first are empty on the
-ranks that do not own them. ``gather`` brings the plain ones together, ``load`` takes either layout.
+ranks that do not own them. ``state_gather.py`` brings the plain ones together, ``load_variables``
+takes either layout.
 """
 
 from __future__ import annotations
@@ -25,9 +26,8 @@ from hvd_ext.checkpoint.layout import (
     common_names,
     dropped_message,
 )
-from hvd_ext.sharding.ownership import EVERY_RANK
 from hvd_ext.state import SHARED
-from hvd_ext.tensorflow.belonging import BESIDE, ONCE, whole_shape
+from hvd_ext.tensorflow.belonging import BESIDE, whole_shape
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.variables import as_tf, is_per_rank, name_of
 
@@ -36,52 +36,6 @@ IN_PLACE = "_hvd_ext_saved"
 WAITING = "_hvd_ext_waiting"  # values given before there were variables to hold them
 ACCUMULATOR = "gradient_accumulator"  # Keras' sums of this rank's gradients, not yet reduced
 AVERAGE = "average"  # Keras' averages of weights
-
-
-def gather_values(optimizer: Any, *, reset_per_rank_state: bool = False) -> dict[str, Any]:
-    """The plain optimizer's state, whichever ranks keep it: complete on rank 0. A collective.
-
-    Raises:
-        ValueError: on all ranks, for state that belongs to each rank and has no place in it, or
-            whose owner is not known.
-    """
-    wrapper = optimizer._hvd_ext
-    refuse_per_rank_state(optimizer, reset_per_rank_state)
-    collectives = Collectives(wrapper.collectives.process_set)  # not part of a step's bytes
-    values: dict[str, Any] = {}
-    for number, variable in enumerate(plain_variables(optimizer)):
-        value = _gather_value(optimizer, as_tf(variable), collectives, f"{wrapper.reducer.prefix}/{number}")
-        if collectives.rank == 0:
-            values[str(number)] = value
-    return values
-
-
-def _gather_value(optimizer: Any, variable: tf.Variable, collectives: Collectives, name: str) -> Any:
-    server = optimizer._hvd_ext.server
-    reference, kind = optimizer._hvd_ext.references.get(id(variable), (None, ""))
-    own = variable.numpy()
-    if collectives.size == 1:
-        return own
-    if kind == ACCUMULATOR:  # of equal gradients on all ranks, the mean would be the same
-        return collectives.allreduce(variable.read_value(), f"{name}/accumulated").numpy()
-    if server is None:
-        return own
-    if reference is not None and kind != BESIDE and server.is_cut(reference):
-        pieces = collectives.allgather(tf.reshape(variable, [-1]), f"{name}/pieces", kind="objects")
-        return pieces.numpy().reshape(tuple(reference.shape))
-    owner = EVERY_RANK if reference is None else server.owner_of(reference)
-    if owner == EVERY_RANK:
-        everyone = collectives.allgather_object(own.tobytes(), f"{name}/identical")
-        kept = [everyone[rank] for rank in server.busy] if kind == ONCE else everyone
-        if reference is None and any(other != kept[0] for other in kept):
-            raise ValueError(
-                f"{variable.name} of {type(optimizer).__name__} differs by rank and belongs to no "
-                f"one variable, so that server={server.kind!r} cannot bring it together; save one "
-                "file per rank with model.save, or use server='replicated'")
-        return np.frombuffer(kept[0], own.dtype).reshape(own.shape)
-    if owner != collectives.rank:
-        own = np.zeros(whole_shape(optimizer, variable), variable.dtype.as_numpy_dtype)
-    return collectives.broadcast(tf.constant(own, variable.dtype), owner, f"{name}/state").numpy()
 
 
 @contextlib.contextmanager

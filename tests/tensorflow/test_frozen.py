@@ -66,8 +66,10 @@ def kept(model, optimizer):
             own[one.path] = value
         if name == "residual_0":  # buckets begin with the last layer; PowerSGD's have no biases
             own[one.path] = value[-(sum(sizes) if value.size == 75 else max(sizes)):]
-        if name in ("late_gradient_0", "late_gradient_1"):
-            own[one.path] = value
+        if name == "q_0":
+            own[one.path] = value[-model.layers[0].kernel.shape[0]:]
+        if name == "mean_square_0":  # rank 0 has the first half of the bucket
+            own[one.path] = value[75 - sum(sizes):] if hvd.rank() == 0 else value
     return own
 
 

@@ -183,6 +183,8 @@ class DelayedReducer(Reducer):
             self.kept[place].assign(gradient)
             if self.before:
                 self.before[place].assign(as_tf(variable).read_value())
+        for place in self.left_out:  # frozen now: its gradient that waited is dropped
+            self.kept[place].assign(tf.zeros_like(self.kept[place]))
 
     # What must be the same on every rank
 

@@ -96,7 +96,8 @@ class DelayReducer(BucketReducer):
                 whole.assign(collectives.allgather(whole[first:end], name, rows=bucket.numel))
 
     def step_inputs(self, optimizer: Any) -> dict[str, tf.Tensor]:
-        return {"lr": tf.cast(optimizer.learning_rate, tf.float32)}
+        lr = tf.convert_to_tensor(optimizer.learning_rate)
+        return {"lr": tf.cast(lr, accumulation_dtype(lr.dtype))}
 
     # The exchange
 

@@ -83,7 +83,7 @@ class _DistributedGradientTape(tf.GradientTape):
         transaction = self._make_transaction(reducer)
         flat = super().gradient(target, flat_sources, output_gradients, unconnected_gradients)
         if transaction is not None:
-            transaction.begin_reduction(self._count_updates())
+            transaction.begin_reduction(self._count_updates(), self._scale())
         before_reduce(self._preconditioner, [flat[index] for index in far], variables)
         reduced, good = self._reduce_gradients(reducer, [flat[index] for index in far], variables)
         if good is not None:  # as after a plain allreduce, what is not finite reaches every rank
@@ -91,7 +91,7 @@ class _DistributedGradientTape(tf.GradientTape):
                        for gradient in reduced]
         reduced = precondition_gradients(self._preconditioner, reduced, variables, reducer, good)
         if transaction is not None:
-            transaction.end_reduction(self._count_updates())
+            transaction.end_reduction(self._count_updates(), self._scale())
         result = list(flat)
         for index, gradient in zip(far, reduced, strict=True):
             result[index] = gradient
@@ -146,12 +146,15 @@ class _DistributedGradientTape(tf.GradientTape):
     def _count_updates(self) -> tf.Tensor:
         return tf.cast(as_tf(self._optimizer.iterations).read_value(), tf.int64)
 
+    def _scale(self) -> tf.Tensor:
+        return tf.convert_to_tensor(loss_scale(self._optimizer), tf.float32)
+
     def _reduce_gradients(self, reducer: Reducer, gradients: list[Any], variables: list[Any]
                           ) -> tuple[list[Any], Any]:
         if not self._settings.keeps_state:
             return self._reduce_plainly(reducer, gradients, variables), None
         # What is not linear in the gradient must see it without the loss's scale.
-        scale = tf.convert_to_tensor(loss_scale(self._optimizer), tf.float32)
+        scale = self._scale()
         reduced, good = reducer([_multiply(gradient, 1.0 / scale) for gradient in gradients], variables,
                                 **reducer.step_inputs(self._optimizer))
         return [_multiply(gradient, scale) for gradient in reduced], good

@@ -34,7 +34,7 @@ class Transaction:
         self._state: list[tuple[tf.Variable, tf.Variable]] = []  # and its value from before
         self._counters: list[tuple[tf.Variable, tf.Variable]] = []  # those of steps taken
         self._told: Any = None  # whether the message about gradients that were thrown away was printed
-        self.reduced_at: Any = None  # updates at the last reduction + 1; 0 for none to take back
+        self.reduced_at: Any = None  # updates at the last reduction + 1, or `_not_taken_at`; 0 for none
         self._pending: list[Any] = []  # what keeps its values from before itself
 
     def record_variables(self, make: Callable[..., tf.Variable]) -> Callable[..., tf.Variable]:
@@ -94,11 +94,12 @@ class Transaction:
         """The variable that holds a state's value from before the last reduction."""
         return next(before for one, before in self._state if one is variable)
 
-    def begin_reduction(self, updates: tf.Tensor) -> None:
-        """Before a reduction: take back the last one if its gradients were not applied.
+    def begin_reduction(self, updates: tf.Tensor, scale: tf.Tensor) -> None:
+        """Before a reduction: take back the last one if its gradients were not used.
 
         Args:
             updates: how many the optimizer has made, 0-D int64.
+            scale: of the loss, 0-D float32: gradients that are not finite are used where they lower it.
         """
         def take_back() -> tf.Tensor:
             for variable, before in self._state:
@@ -113,7 +114,9 @@ class Transaction:
                 one.commit()
             return tf.constant(False)
 
-        tf.cond(tf.equal(self.reduced_at.read_value(), updates + 1), take_back, commit)
+        at = self.reduced_at.read_value()
+        unused = tf.logical_or(tf.equal(at, updates + 1), tf.equal(at, _not_taken_at(updates, scale)))
+        tf.cond(unused, take_back, commit)
         for variable, before in self._state:
             before.assign(variable.read_value())
 
@@ -121,11 +124,16 @@ class Transaction:
         tf.print(TAKEN_BACK, output_stream=sys.stderr)
         return self._told.assign(True).read_value()
 
-    def end_reduction(self, updates: tf.Tensor) -> None:
-        """After a reduction: it can be taken back, unless its step is one that nobody takes."""
+    def end_reduction(self, updates: tf.Tensor, scale: tf.Tensor) -> None:
+        """After a reduction: it can be taken back; the arguments are those of :meth:`begin_reduction`."""
         taken = tf.reduce_any(tf.stack([tf.not_equal(variable.read_value(), before.read_value())
                                         for variable, before in self._counters] or [True]))
-        self.reduced_at.assign(tf.where(taken, updates + 1, tf.zeros_like(updates)))
+        self.reduced_at.assign(tf.where(taken, updates + 1, _not_taken_at(updates, scale)))
+
+
+def _not_taken_at(updates: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
+    """``reduced_at`` of gradients that are not finite: below 0, other with each update and scale."""
+    return -((updates + 1) * 2**32 + tf.cast(tf.bitcast(tf.cast(scale, tf.float32), tf.int32), tf.int64))
 
 
 def ask_once(tape: Any, key: tuple[int, ...], what: str) -> None:

@@ -111,6 +111,22 @@ def test_what_is_thrown_away_leaves_no_trace(ranks, case, compiled):
                     np.testing.assert_array_equal(value, clean_state[name], err_msg=f"{program} {name}")
 
 
+def counted(used):
+    """Steps taken and skipped after a gradient that is not finite on rank 1, and two that are."""
+    run = Run("topk", True)
+    run.go([(0, 1, "o", used), (1, 1, "a", True), (2, 1, "a", True)])
+    return [int(run.state()[name]) for name in ("steps", "skipped_steps")]
+
+
+def counted_both_ways():
+    return [counted(used) for used in (True, False)]
+
+
+@pytest.mark.distributed
+def test_a_gradient_that_is_thrown_away_is_no_skipped_step(ranks):
+    assert ranks(2, init="tensorflow").run(counted_both_ways) == [[[2, 1], [2, 0]]] * 2
+
+
 def topk_in_numpy(program):
     """The weights and residuals of both ranks, by the definition, in float64 but for what is sent."""
     numel = sum(int(np.prod(shape)) for shape in SHAPES)

@@ -252,3 +252,13 @@ def unique_op_name(name: str) -> str:
         names = graph._hvd_ext_names = {}
     count = names[name] = names.get(name, 0) + 1
     return name if count == 1 else f"{name}_{count - 1}"
+
+
+def divide_by_ranks(gradient: Any, collectives: Collectives) -> Any:
+    """A gradient that stays on its rank, divided by M as its share of a mean would be."""
+    if gradient is None:
+        return None
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(gradient.values / collectives.size_op(gradient.values.dtype),
+                                gradient.indices, gradient.dense_shape)
+    return gradient / collectives.size_op(gradient.dtype)

@@ -22,11 +22,11 @@ import tensorflow as tf
 
 from hvd_ext.tensorflow import keras_hooks
 from hvd_ext.tensorflow.belonging import find_belonging
+from hvd_ext.tensorflow.collectives import divide_by_ranks
 from hvd_ext.tensorflow.persistence import elastic_snapshot, keras_checkpoint_layout
 from hvd_ext.tensorflow.reducers.base import (
     Reducer,
     before_reduce,
-    divide_by_ranks,
     precondition_gradients,
     report,
 )

@@ -22,7 +22,7 @@ from hvd_ext.reducers.buckets import check_groups
 from hvd_ext.reducers.options import ReductionOptions
 from hvd_ext.reducers.registry import method_of, public_name
 from hvd_ext.tensorflow import keras_hooks
-from hvd_ext.tensorflow.collectives import Collectives
+from hvd_ext.tensorflow.collectives import Collectives, divide_by_ranks
 from hvd_ext.tensorflow.keras_hooks import refuse_xla
 from hvd_ext.tensorflow.loss_scale import loss_scale
 from hvd_ext.tensorflow.optimizer import local_variables
@@ -36,7 +36,6 @@ from hvd_ext.tensorflow.reducers import (
 from hvd_ext.tensorflow.reducers.base import (
     Reducer,
     before_reduce,
-    divide_by_ranks,
     precondition_gradients,
     report,
 )

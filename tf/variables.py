@@ -16,7 +16,7 @@ from horovod.tensorflow.mpi_ops import MPI_LIB
 
 from hvd_ext.consistency.fingerprint import Fingerprint
 from hvd_ext.tensorflow.collectives import NARROW, Collectives, in_session_graphs, unique_op_name
-from hvd_ext.tensorflow.consistency.handshake import compare_settings
+from hvd_ext.tensorflow.consistency.handshake import OUTSIDE_GRAPH, compare_settings
 
 PER_RANK = "_hvd_ext_per_rank"
 NUMBERS = re.compile(r"_?\d+")  # in names: Keras counts the layers of a kind that a process has made
@@ -30,6 +30,20 @@ def as_tf(variable: Any) -> tf.Variable:
 def name_of(variable: Any) -> str:
     """A readable name: the path of a Keras variable, the name of a ``tf.Variable``."""
     return str(getattr(variable, "path", None) or variable.name.split(":")[0])
+
+
+def refuse_complex(variables: Iterable[Any]) -> None:
+    """Refuse variables whose gradients Horovod cannot add up.
+
+    Raises:
+        ValueError: one is complex; names it.
+    """
+    for one in variables:
+        if as_tf(one).dtype.is_complex:
+            raise ValueError(
+                f"{name_of(one)} is a {as_tf(one).dtype.name} variable, which cannot be reduced: Horovod "
+                "adds up real numbers. Keep its real and imaginary part in two variables, and use "
+                "tf.complex(real, imag) in the model; or freeze it")
 
 
 def mark_per_rank(variable: Any) -> Any:
@@ -74,7 +88,7 @@ def create_outside_graph(make: Callable[[], Any]) -> Any:
     if not tf.compat.v1.executing_eagerly_outside_functions():  # TensorFlow 1
         with tf.init_scope():
             return make()
-    with ThreadPoolExecutor(1) as apart:
+    with ThreadPoolExecutor(1, thread_name_prefix=OUTSIDE_GRAPH) as apart:
         return apart.submit(make).result()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -180,6 +182,74 @@ def test_replicas_that_begin_with_different_weights(ranks):
             for said in (mine, theirs):
                 assert "the replicas begin with different weights" in said, way
                 assert "hvd.callbacks.BroadcastGlobalVariablesCallback(0)" in said
+
+
+def disagree_twice():
+    """Two optimizers in one function, both with another ratio on rank 1: the error."""
+    pair = [(net(seed), hvd.DistributedOptimizer(
+        keras.optimizers.SGD(0.1), compression=hvd.Compression.topk(0.5 + 0.1 * hvd.rank(), min_size=1)))
+        for seed in (1, 2)]
+
+    steps = [make_step(*one) for one in pair]
+    both = tf.function(lambda x: [step(x) for step in steps])
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        both(batch(hvd.rank()))
+    return str(caught.value)
+
+
+def test_two_optimizers_that_disagree_are_an_error_on_all_ranks(ranks):
+    for said in ranks(2, init="tensorflow").run(disagree_twice):
+        assert "the ranks do not train the same variables in the same way" in said
+        assert "ratio" in said
+
+
+def train_in_threads(options):
+    """Weights of two models that a thread each trains, and of the same one after the other."""
+    found = []
+    for threads in (True, False):
+        pair = [(net(seed), hvd.DistributedOptimizer(keras.optimizers.SGD(0.1), **OPTIONS[options]()))
+                for seed in (1, 2)]
+        for model, optimizer in pair:  # models that are alike are told apart by the order of this
+            optimizer.build(model.trainable_variables)
+        steps = [make_step(*one) for one in pair]
+
+        def train_one(number, steps=steps):
+            for _ in range(6):
+                steps[number](batch(hvd.rank()))
+
+        if threads:
+            with ThreadPoolExecutor(2) as pool:
+                list(pool.map(train_one, (0, 1) if hvd.rank() == 0 else (1, 0)))
+        else:
+            train_one(0)
+            train_one(1)
+        found.append([training.weights(model) for model, _ in pair])
+    return found
+
+
+def make_step(model, optimizer):
+    @tf.function
+    def step(x):
+        with tf.GradientTape() as tape:
+            loss = losses(model, x)
+        optimizer.apply_gradients(zip(tape.gradient(loss, model.trainable_variables),
+                                      model.trainable_variables, strict=True))
+
+    return step
+
+
+def train_in_threads_each_way():
+    return [train_in_threads(options) for options in ("plain", "topk")]
+
+
+def test_two_threads_that_train(ranks):
+    by_rank = ranks(2, init="tensorflow").run(train_in_threads_each_way, timeout=200)
+    for found in by_rank:
+        for (threads, alone), (first, _) in zip(found, by_rank[0], strict=True):
+            for mine, expected, other in zip(threads, alone, first, strict=True):
+                for one, wanted, same in zip(mine, expected, other, strict=True):
+                    np.testing.assert_array_equal(one, wanted)
+                    np.testing.assert_array_equal(one, same)
 
 
 def objects():

@@ -22,6 +22,7 @@ from hvd_ext.tensorflow.consistency.weight_digest import digest_tensors
 from hvd_ext.watchdog.peer_status import StatusServer
 from hvd_ext.watchdog.watchdog import WATCH
 
+OUTSIDE_GRAPH = "hvd_ext-outside-graph"  # begins the names of threads that make variables for a graph
 _TURN = threading.Condition()
 _RECEIVED: dict[tuple[Any, str], dict[int, Any]] = {}  # by process set and subject, each rank's
 BROADCAST = ("call hvd.broadcast_variables(model.variables, root_rank=0), or give model.fit "
@@ -30,11 +31,16 @@ BROADCAST = ("call hvd.broadcast_variables(model.variables, root_rank=0), or giv
 
 def compare_settings(ranks: Collectives, mine: Fingerprint,
                      what: str = "train the same variables in the same way",
-                     remedy: str = "Give every rank the same model, optimizer and settings") -> tf.Tensor:
+                     remedy: str = "Give every rank the same model, optimizer and settings",
+                     prefix: str = "") -> tf.Tensor:
     """Compare what must be the same on all ranks, whatever else they were given; 0-D True.
 
-    A failed comparison is an ``InvalidArgumentError`` on every rank when the function runs.
+    A failed comparison is an ``InvalidArgumentError`` on every rank when the function runs. In a thread of
+    the script's own it has the optimizer's ``prefix`` in its name: others may be under way at once.
     """
+    thread = threading.current_thread()
+    shared = thread is threading.main_thread() or thread.name.startswith(OUTSIDE_GRAPH)
+    subject = checksum.NAME if shared or not prefix else f"{checksum.NAME}/{prefix}"
     WATCH.start_watching(horovod.rank(), horovod.shutdown, horovod.is_initialized)
     asks = not _know_each_other(ranks)
 
@@ -42,7 +48,7 @@ def compare_settings(ranks: Collectives, mine: Fingerprint,
         return mismatch_message(f"the ranks do not {what}", _exchange_objects(ranks, mine.lines, name),
                                 remedy)
 
-    return _compare_checksums(ranks, checksum.NAME, lambda: checksum.encode_checksum(mine.number, asks=asks),
+    return _compare_checksums(ranks, subject, lambda: checksum.encode_checksum(mine.number, asks=asks),
                               [], explain)
 
 

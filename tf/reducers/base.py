@@ -26,7 +26,7 @@ from hvd_ext.tensorflow.consistency.handshake import compare_settings, compare_w
 from hvd_ext.tensorflow.graph_watchdog import GraphWaitProbe
 from hvd_ext.tensorflow.reducers.declared_state import StateVariable
 from hvd_ext.tensorflow.trace_cache import TraceInvalidator
-from hvd_ext.tensorflow.variables import NUMBERS, as_tf, create_outside_graph, name_of
+from hvd_ext.tensorflow.variables import NUMBERS, as_tf, create_outside_graph, name_of, refuse_complex
 from hvd_ext.versions import HVD_EXT
 
 SETTINGS, STEPPED, WEIGHTS = 1, 2, 3  # the settings are compared; a step has followed; the weights are, too
@@ -75,8 +75,12 @@ class Reducer(abc.ABC):
 
         ``make_variable(shape, dtype, name, per_rank)`` returns a tf.Variable of zeros that the
         owner of this reducer saves and restores.
+
+        Raises:
+            ValueError: a variable is complex.
         """
         del make_variable
+        refuse_complex(variables)
         self._state = []
         self.variables = list(variables)
         self._number = {id(as_tf(variable)): index for index, variable in enumerate(variables)}
@@ -163,17 +167,13 @@ class Reducer(abc.ABC):
         def settings() -> tf.Tensor:
             lines = (f"hvd_ext {HVD_EXT} for TensorFlow", *self.extensions,
                      f"names of collectives: {self.prefix}", *self.build_fingerprint().lines)
-            with tf.control_dependencies([compare_settings(self.collectives, Fingerprint(lines))]):
+            with tf.control_dependencies([compare_settings(self.collectives, Fingerprint(lines),
+                                                          prefix=self.prefix)]):
                 return self._checked.assign(SETTINGS) >= SETTINGS
 
-        def weights() -> tf.Tensor:
-            values = [as_tf(variable).read_value() for variable in self.variables]
-            names = [name_of(variable) for variable in self.variables]
-            with tf.control_dependencies([compare_weights(self.collectives, self.prefix, names, values)]):
-                return self._checked.assign(WEIGHTS) >= SETTINGS
-
         def again() -> tf.Tensor:
-            return tf.cond(tf.equal(self._checked, STEPPED), weights, lambda: tf.constant(True))
+            return tf.cond(tf.equal(self._checked, STEPPED),
+                           lambda: self._compare_weights(self.variables), lambda: tf.constant(True))
 
         return tf.cond(self._checked >= SETTINGS, again, settings)
 
@@ -183,17 +183,15 @@ class Reducer(abc.ABC):
         For a tape, which is not planned for variables. Otherwise running it is an error on every rank.
         """
         self._make_own()
-        given = [as_tf(one) for one in variables if isinstance(as_tf(one), tf.Variable)]
+        given = [one for one in variables if isinstance(as_tf(one), tf.Variable)]
+        return tf.cond(tf.equal(self._checked, STEPPED), lambda: self._compare_weights(given),
+                       lambda: self._checked.assign(tf.maximum(self._checked, STEPPED)) >= SETTINGS)
 
-        def weights() -> tf.Tensor:
-            values, names = [one.read_value() for one in given], [name_of(one) for one in given]
-            with tf.control_dependencies([compare_weights(self.collectives, self.prefix, names, values)]):
-                return self._checked.assign(WEIGHTS) >= SETTINGS
-
-        def note() -> tf.Tensor:
-            return self._checked.assign(tf.maximum(self._checked, STEPPED)) >= SETTINGS
-
-        return tf.cond(tf.equal(self._checked, STEPPED), weights, note)
+    def _compare_weights(self, variables: Sequence[Any]) -> tf.Tensor:
+        values = [as_tf(one).read_value() for one in variables]
+        names = [name_of(one) for one in variables]
+        with tf.control_dependencies([compare_weights(self.collectives, self.prefix, names, values)]):
+            return self._checked.assign(WEIGHTS) >= SETTINGS
 
     def expect_broadcast(self, expected: bool) -> None:
         """Weights will be broadcast after some steps, before which they may differ; or have just been."""
@@ -341,16 +339,6 @@ class Reducer(abc.ABC):
     def report(self) -> dict[str, Any]:
         """Figures of the last step, for people and programs to read."""
         return {}
-
-
-def divide_by_ranks(gradient: Gradient | None, collectives: Collectives) -> Gradient | None:
-    """A gradient that stays on its rank, divided by M as its share of a mean would be."""
-    if gradient is None:
-        return None
-    if isinstance(gradient, tf.IndexedSlices):
-        return tf.IndexedSlices(gradient.values / collectives.size_op(gradient.values.dtype),
-                                gradient.indices, gradient.dense_shape)
-    return gradient / collectives.size_op(gradient.dtype)
 
 
 def report(reducer: Reducer, preconditioner: Any, optimizer: Any) -> dict[str, Any]:

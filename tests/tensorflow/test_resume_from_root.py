@@ -136,6 +136,26 @@ def test_the_broadcast_leaves_alone_what_every_rank_has_loaded(ranks, tmp_path):
     assert ranks(2, init="tensorflow").run(own_files, str(tmp_path)) == [True, True]
 
 
+def without_a_broadcast(folder):
+    """All ranks load the root's file, where a gradient waits, and none broadcasts: the error."""
+    model = compiled("overlap")
+    train(model, 0, STEPS)
+    if hvd.rank() == 0:
+        model.save(f"{folder}/waits.keras")
+    hvd.allreduce([0.0], name="saved")
+    again = hvd.load_model(f"{folder}/waits.keras", **METHODS["overlap"]())
+    with pytest.raises(tf.errors.InvalidArgumentError) as caught:
+        train(again, STEPS, STEPS + 1)
+    return str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:this optimizer state was saved by rank 0")
+def test_a_gradient_that_waits_on_one_rank_is_an_error_that_names_the_broadcast(ranks, tmp_path):
+    for said in ranks(2, init="tensorflow").run(without_a_broadcast, str(tmp_path)):
+        assert "the ranks did not load states that belong together" in said
+        assert "with hvd.broadcast_variables" in said
+
+
 def moments_on_the_root(folder):
     model = training.dense_model()
     model.compile(hvd.DistributedOptimizer(keras.optimizers.Adam(0.05), server="sharded"), "mse")

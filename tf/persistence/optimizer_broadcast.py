@@ -49,28 +49,38 @@ def begin_alike(variables: Sequence[Any], root_rank: int, ranks: Collectives,
     Raises:
         ValueError: on every rank: moments under ``server=`` that only some ranks have loaded.
     """
-    optimizers = [] if ranks.is_elastic or ranks.size == 1 else [
-        one for one in optimizers_of(variables) if one._hvd_ext.collectives.is_member]
+    optimizers = [] if ranks.is_elastic or ranks.size == 1 else optimizers_of(variables)
     if not optimizers:
         broadcast()
         return
     everyone = ranks.allgather_object([_describe_progress(one) for one in optimizers], "optimizer_progress")
-    found = list(zip(*everyone, strict=True))
+    found = [[one for one in by_rank if one is not None] for by_rank in zip(*everyone, strict=True)]
     for by_rank in found:
         _check_owners(by_rank)
     broadcast()
     for optimizer, by_rank in zip(optimizers, found, strict=True):
-        if len({(one.loaded, one.counters) for one in by_rank}) > 1:
-            optimizer.reset_per_rank_state()
-            dropped = sorted({label for one in by_rank for label in one.kept})
-            if dropped and ranks.rank == 0 and any(one.loaded is None for one in by_rank):
-                warnings.warn(dropped_message(dropped, (
-                    "broadcast_variables has found the ranks at different points of training and brought all "
-                    f"of them to rank {root_rank}'s")), stacklevel=3)
+        if optimizer._hvd_ext.collectives.is_member:
+            _begin_new(optimizer, by_rank, root_rank)
         optimizer._hvd_ext.loaded = None
 
 
-def _describe_progress(optimizer: Any) -> Progress:
+def _begin_new(optimizer: Any, by_rank: Sequence[Progress], root_rank: int) -> None:
+    """Drop what each rank keeps if they are at different points; one of them warns."""
+    if len({(one.loaded, one.counters) for one in by_rank}) == 1:
+        return
+    optimizer.reset_per_rank_state()
+    dropped = sorted({label for one in by_rank for label in one.kept})
+    tells = optimizer._hvd_ext.collectives.rank == 0
+    if dropped and tells and any(one.loaded is None for one in by_rank):  # else who loaded has told it
+        warnings.warn(dropped_message(dropped, (
+            "broadcast_variables has found the ranks at different points of training and brought all of them "
+            f"to rank {root_rank}'s")), stacklevel=4)
+
+
+def _describe_progress(optimizer: Any) -> Progress | None:
+    """None on a rank outside of the optimizer's process set, which trains alone."""
+    if not optimizer._hvd_ext.collectives.is_member:
+        return None
     wrapper, updates = optimizer._hvd_ext, int(optimizer.iterations)
     reducer, counters, kept = wrapper.reducer, [updates], []
     for one in reducer.declared_state():
@@ -87,7 +97,7 @@ def _describe_progress(optimizer: Any) -> Progress:
 
 
 def _check_owners(by_rank: Sequence[Progress]) -> None:
-    server = by_rank[0].server
+    server = by_rank[0].server if by_rank else None
     if server is not None and len({(one.loaded, one.counters[0]) for one in by_rank}) > 1:
         raise ValueError(
             f"under server={server!r} each rank keeps the optimizer state of what it owns, and only some "

@@ -31,6 +31,10 @@ from hvd_ext.tensorflow.reducers.gradient_presence import DIFFERENT_VARIABLES
 from hvd_ext.tensorflow.uneven_data import JOIN_BLOCKERS
 from hvd_ext.tensorflow.variables import as_tf, name_of
 
+OTHER_STATES = (
+    "the ranks did not load states that belong together: before the first step broadcast model.variables "
+    "and optimizer.variables with hvd.broadcast_variables, or save and load one file per rank, on the same "
+    "number of ranks")
 Started = Mapping[tuple[int, int], Any]
 """What ``start`` returned, by (number of the bucket, part of the step)."""
 
@@ -209,9 +213,7 @@ class BucketReducer(Reducer):
         fine = tf.logical_and(tf.reduce_all(rows[:, 0] == 1.0),
                               tf.reduce_all(rows[:, 1] == rows[0, 1]))
         check = tf.debugging.Assert(fine, [
-            "the ranks did not load states that belong together: save and load one file per rank, "
-            "on the same number of ranks, or call optimizer.reset_per_rank_state(); "
-            "(own state, step) by rank:", rows[:, :2]])
+            f"{OTHER_STATES}; (own state, step) by rank:", rows[:, :2]])
         alike = tf.debugging.Assert(tf.reduce_all(rows[:, 2] == rows[0, 2]),
                                     [DIFFERENT_VARIABLES, rows[:, 2]])
         with tf.control_dependencies([one for one in (check, alike) if one is not None]):

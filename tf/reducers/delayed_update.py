@@ -21,7 +21,7 @@ from hvd_ext.reducers.options import ReductionOptions
 from hvd_ext.state import MEAN, RANK, Part
 from hvd_ext.tensorflow.collectives import Collectives
 from hvd_ext.tensorflow.reducers.base import Gradient, MakeVariable, Reducer
-from hvd_ext.tensorflow.reducers.buckets import read_counter
+from hvd_ext.tensorflow.reducers.buckets import OTHER_STATES, read_counter
 from hvd_ext.tensorflow.reducers.declared_state import StateVariable
 from hvd_ext.tensorflow.reducers.gradient_presence import DIFFERENT_VARIABLES
 from hvd_ext.tensorflow.reducers.kernels.delay_compensation import accumulation_dtype
@@ -149,9 +149,8 @@ class DelayedReducer(Reducer):
                                           rows=ranks)
         fine = tf.logical_and(tf.reduce_all(rows[:, 0] == 1), tf.reduce_all(rows[:, 1:3] == rows[0, 1:3]))
         check = tf.debugging.Assert(fine, [
-            "the ranks did not load states that belong together, or some of them alone called flush(): save "
-            "and load one file per rank, on the same number of ranks, or call "
-            "optimizer.reset_per_rank_state() on all; (own state, one waits, updates) by rank:", rows[:, :3]])
+            f"{OTHER_STATES}; or some ranks alone called flush(); (own state, one waits, updates) by rank:",
+            rows[:, :3]])
         alike = tf.debugging.Assert(tf.reduce_all(rows[:, 3] == rows[0, 3]),
                                     [DIFFERENT_VARIABLES, rows[:, 3]])
         with tf.control_dependencies([one for one in (check, alike) if one is not None]):

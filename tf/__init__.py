@@ -9,8 +9,10 @@ extends comes after it.
 import importlib
 
 from hvd_ext.horovod_api.keras_choice import refuse_legacy_keras as _refuse_legacy_keras
+from hvd_ext.horovod_api.keras_choice import refuse_missing_backend as _refuse_missing_backend
 
 _refuse_legacy_keras()
+_refuse_missing_backend()
 
 import horovod.tensorflow as _horovod
 from horovod.tensorflow import *  # noqa: F403

@@ -75,13 +75,16 @@ def test_legacy_keras_is_refused_before_tensorflow_is_imported(name):
     assert last.startswith("RuntimeError: TF_USE_LEGACY_KERAS=1 makes tf.keras")
 
 
-@pytest.mark.parametrize("name", ["hvd_ext.tensorflow.keras", "hvd_ext.keras"])
-def test_another_backend_is_refused_at_import(name):
-    code = ("import keras, sys\nkeras.backend.backend = lambda: 'torch'\n"
-            f"import {name}")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+@pytest.mark.parametrize(("backend", "name"), [
+    ("torch", "hvd_ext.tensorflow.keras"), ("torch", "hvd_ext.keras"), ("jax", "hvd_ext.tensorflow.keras")])
+def test_another_backend_is_refused_at_import(backend, name):
+    done = subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, text=True,
+                          env={**os.environ, "KERAS_BACKEND": backend}, timeout=120)
     assert done.returncode == 1
-    assert "needs Keras on the TensorFlow backend, Keras runs on 'torch'" in done.stderr.splitlines()[-1]
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("RuntimeError: ")
+    assert "Keras on the TensorFlow backend" in last
+    assert "set KERAS_BACKEND=tensorflow" in last
 
 
 def amp_loop(new, clip, graph):

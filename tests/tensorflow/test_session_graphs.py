@@ -67,9 +67,15 @@ def train_in_a_session():
         pass
     for options, said in [({"op": hvd.DelayCompensated()}, "DelayCompensated"),
                           ({"compression": hvd.Compression.topk(0.1)}, r"Compression\.topk"),
+                          ({"compression": hvd.Compression.powersgd(2)}, r"Compression\.powersgd"),
                           ({"preconditioner": Preconditioner()}, "preconditioner=Preconditioner")]:
         with pytest.raises(NotImplementedError, match=said + " in a graph of TensorFlow 1"):
             hvd.DistributedGradientTape(tape, **options)
+        asked = said if "=" not in said else "preconditioner="
+        with pytest.raises(NotImplementedError, match=asked + " with a tf.compat.v1 optimizer"):
+            hvd.DistributedOptimizer(v1.train.GradientDescentOptimizer(0.1), **options)
+        with pytest.raises(NotImplementedError, match=said + " in a graph of TensorFlow 1"):
+            hvd.DistributedOptimizer(tf.keras.optimizers.SGD(0.1), **options)
     return found
 
 

@@ -25,6 +25,8 @@ SHAPES = ((6, 4), (4,))
 LR = 0.25
 CASES = {
     "topk": lambda: {"compression": hvd.Compression.topk(0.3, min_size=0)},
+    "sparse allreduce": lambda: {"compression": hvd.Compression.topk(0.3, min_size=0,
+                                                                     exchange="sparse_allreduce")},
     "powersgd": lambda: {"compression": hvd.Compression.powersgd(2)},
     "delay": lambda: {"op": hvd.DelayCompensated(lam=1.0, adaptive=True)},
 }
@@ -106,7 +108,7 @@ def test_what_is_thrown_away_leaves_no_trace(ranks, case, compiled):
                 np.testing.assert_array_equal(mine, same)
                 np.testing.assert_array_equal(mine, other, err_msg=program)
             for name, value in state.items():
-                kept = name.startswith(("residual_0", "q_0", "mean_square_0", "steps"))
+                kept = name.startswith(("residual_0", "owner_", "q_0", "mean_square_0", "steps"))
                 if kept and not name.endswith("_before"):
                     np.testing.assert_array_equal(value, clean_state[name], err_msg=f"{program} {name}")
 

@@ -14,7 +14,7 @@ import hvd_ext.tensorflow.keras as hvd  # noqa: E402
 from tests.tensorflow import training  # noqa: E402
 
 BATCHES = {"two and five": ((2, 4), (5, 2)), "one has none": ((3, 4), (0, 4))}  # rank: (batches, rows)
-RATE, MOMENTUM = 0.125, 0.875  # Keras takes both to float32: numbers that float32 has
+RATE, MOMENTUM, CLIP = 0.125, 0.875, 0.25  # Keras takes them to float32: numbers that float32 has
 OPTIONS = {
     "plain": dict,
     "rank0": lambda: {"server": "rank0"},
@@ -74,6 +74,34 @@ def dataset(name):
     flat = rows(name, hvd.rank()) or [(np.zeros((0, 3)), np.zeros((0, 2)))]
     x, y = (np.concatenate(parts) for parts in zip(*flat, strict=True))
     return tf.data.Dataset.from_tensor_slices((x, y)).batch(size)
+
+
+def clipped(name):
+    """Weights with ``clipnorm``, which acts on the weighed mean: on ranks, and by NumPy."""
+    model = model_of()
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(RATE, clipnorm=CLIP))
+    step = stepper(model, optimizer, True)
+    with hvd.uneven_inputs(optimizer) as data:
+        for x, y in data.batches(dataset(name)):
+            step(x, y)
+    w, batches = training.weights(model_of())[0], [rows(name, rank) for rank in range(2)]
+    for number in range(max(map(len, batches))):
+        now = [mine[number] for mine in batches if number < len(mine)]
+        g = sum(2 * x.T @ (x @ w - y) / y.size for x, y in now) / 2
+        w = w - RATE * g * min(1.0, CLIP / np.linalg.norm(g))
+    return training.weights(model)[0], w
+
+
+def all_clipped():
+    return [clipped(name) for name in BATCHES]
+
+
+@pytest.mark.distributed
+def test_clipping_acts_on_the_mean_of_all_ranks(ranks):
+    first, second = ranks(2, init="tensorflow").run(all_clipped)
+    for (mine, expected), (other, _) in zip(first, second, strict=True):
+        np.testing.assert_array_equal(mine, other)
+        np.testing.assert_allclose(mine, expected, rtol=0, atol=1e-12)
 
 
 def trained(name, option, weigh, graph):

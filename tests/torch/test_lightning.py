@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from tests.torch.problems import bits
+from tests.reference.spars_ams import top_k
+from tests.torch.problems import bits, flat
 
 pytest.importorskip("lightning", reason="Lightning is not installed: pip install lightning")
 pytestmark = pytest.mark.distributed
@@ -77,6 +79,7 @@ def test_fit_and_go_on_from_a_checkpoint(ranks, tmp_path, case):
         assert whole[0][1] == 12
 
 
+RATIO = 0.3
 LIMIT = 0.05  # well below every norm, so that all steps are clipped
 ROWS = torch.randn(32, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
@@ -112,7 +115,9 @@ def clipped(way):
             return torch.optim.SGD(self.parameters(), lr=0.5, momentum=0.9)
 
     scaled = {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=64.0))]}
-    trainer = pl.Trainer(strategy=HorovodStrategy(), accelerator="cpu", devices=1, max_epochs=1, logger=False,
+    options = {"compression": hvd.Compression.topk(RATIO, min_size=0)} if way == "topk" else {}
+    trainer = pl.Trainer(strategy=HorovodStrategy(**options), accelerator="cpu", devices=1, max_epochs=1,
+                         logger=False,
                          enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
                          use_distributed_sampler=False, **(scaled if way == "16-mixed" else {}),
                          **({} if way == "manual" else {"gradient_clip_val": LIMIT}),
@@ -156,6 +161,38 @@ def test_clipping_sees_reduced_gradients(ranks, way):
         torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-9, atol=1e-12)
     if way != "manual":
         assert first[1] == pytest.approx(norms, rel=1e-9)
+
+
+def clipped_after_topk():
+    """The same as ``clipped_by_one_process``, where each rank sends the largest of its g + e."""
+    net, norms = clipped_net(), []
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9)
+    sizes = [p.numel() for p in net.parameters()]
+    residuals = np.zeros((2, sum(sizes)))
+    for step in range(4):
+        mean = np.zeros(sum(sizes))
+        for rank in range(2):
+            loss = clipped_loss(net, ROWS[rank::2][4 * step:4 * step + 4], rank)
+            residuals[rank] += flat(torch.autograd.grad(loss, list(net.parameters())))
+            chosen = top_k(residuals[rank], round(RATIO * sum(sizes)))
+            mean[chosen] += residuals[rank, chosen] / 2
+            residuals[rank, chosen] = 0
+        for parameter, part in zip(net.parameters(), torch.from_numpy(mean).split(sizes), strict=True):
+            parameter.grad = part.view_as(parameter).clone()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(net.parameters(), LIMIT)))
+        optimizer.step()
+    return [p.tolist() for p in net.parameters()], norms
+
+
+def test_clipping_sees_what_topk_has_reduced(ranks):
+    first, second = ranks(2).run(clipped, "topk", timeout=120)
+    assert first == second
+    weights, norms = clipped_after_topk()
+    # TopK's values travel as float32: half of 2^-23 of at most LIMIT in four steps, times rate and momentum.
+    tolerance = 4 * 2.0**-24 * LIMIT * 0.5 / (1 - 0.9)
+    for found, wanted in zip(first[0], weights, strict=True):
+        np.testing.assert_allclose(flat([found]), flat([wanted]), rtol=0, atol=tolerance)
+    np.testing.assert_allclose(first[1], norms, rtol=1e-6)
 
 
 def refused():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -59,6 +61,38 @@ def discard(method, factor):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_state_is_the_same_bit_for_bit(ranks, method, factor):
     assert ranks(2).run(discard, method, factor) == [[(True, True)] * 3] * 2
+
+
+def bytes_alive():
+    """Bytes of all tensors that Python can see, each memory once."""
+    gc.collect()
+    storages = [one.untyped_storage() for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
+    return sum({one.data_ptr(): one.nbytes() for one in storages}.values())
+
+
+def grow(method):
+    """What a reduction adds to ``bytes_held`` by step, and in the last one to the tensors alive; every third
+    is thrown away."""
+    parameters, optimizer = build(method)
+    growth, alive = [], 0
+    for step in range(8):
+        optimizer.zero_grad(set_to_none=False)
+        alive = bytes_alive() if step == 7 else 0
+        held = optimizer.report()["bytes_held"]
+        backward(parameters, local_gradients(step))
+        optimizer.synchronize()
+        growth.append(optimizer.report()["bytes_held"] - held)
+        if step % 3 != 1:
+            with optimizer.skip_synchronize():
+                optimizer.step()
+    return growth[3:], bytes_alive() - alive
+
+
+@pytest.mark.parametrize("method", ["topk", "topk_owners", "powersgd", "delay"])
+def test_what_is_pending_takes_one_buffer_more_at_most(ranks, method):
+    numel = sum(int(np.prod(shape)) for shape in SHAPES)
+    for growth, alive in ranks(2).run(grow, method):
+        assert max(*growth, alive) <= 8 * numel, (growth, alive)
 
 
 def count_skipped(method):

@@ -376,8 +376,9 @@ class BucketReducer(Reducer):
                 *(tensor for part in self.state_parts for tensor in state_tensors(self, part))]
 
     def bytes_held(self) -> int:
-        """Bytes of all that is held between steps."""
-        return sum(t.numel() * t.element_size() for t in self.held_tensors())
+        """Bytes of all that is held between steps; what is pending may be a flat buffer."""
+        held = {id(tensor): tensor for tensor in self.held_tensors()}
+        return sum(tensor.numel() * tensor.element_size() for tensor in held.values())
 
     def report(self) -> dict[str, Any]:
         lost = {"dropped_residuals": self.lost_residuals} if LOST_RESIDUALS in self.state_parts else {}

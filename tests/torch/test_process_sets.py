@@ -100,6 +100,45 @@ def test_an_error_in_a_set_does_not_stop_the_ranks_outside(method):
     assert results[0][2] != results[1][2] == results[2][2]
 
 
+def broadcast_in_a_set():
+    """What ranks 1 and 2 of 3 have after broadcasts from global rank 2, which is member 1 of their set."""
+    members = hvd.add_process_set([1, 2])
+    parameters = make_parameters(SHAPES, seed=hvd.rank())
+    model, found = torch.nn.ParameterList(parameters), {"own": bits(parameters)}
+    if hvd.rank():
+        for name, parameter in model.named_parameters():
+            hvd.broadcast_(parameter.data, 2, name=name, process_set=members)
+        found["parameters"] = bits(parameters)
+        found["object"] = hvd.broadcast_object({"of": hvd.rank()}, 2, process_set=members)["of"]
+        found["tensor"] = float(hvd.broadcast(torch.tensor([float(hvd.rank())]), 2, process_set=members))
+        with pytest.raises(ValueError, match="rank"):
+            hvd.broadcast_object(0, 0, process_set=members)
+    fresh = make_parameters(SHAPES, seed=10 + hvd.rank())
+    found["fresh"] = bits(fresh)
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(fresh, lr=0.1 + hvd.rank(), momentum=0.9),
+                                         named(fresh), process_set=members, broadcast_weights=True)
+    found["first"] = bits(fresh)
+    backward(fresh, worker_gradients(SHAPES, worker=hvd.rank(), step=0))
+    optimizer.step()
+    optimizer.zero_grad()
+    found["before"] = optimizer.state[fresh[0]]["momentum_buffer"].sum().item()
+    hvd.broadcast_optimizer_state(optimizer, 2)  # of all ranks, by the global rank
+    found["lr"] = optimizer.param_groups[0]["lr"]
+    found["momentum"] = optimizer.state[fresh[0]]["momentum_buffer"].sum().item()
+    hvd.remove_process_set(members)
+    return found
+
+
+def test_a_root_is_a_global_rank_in_a_set_too():
+    alone, first, second = run_ranks(broadcast_in_a_set, 3, env={"HOROVOD_DYNAMIC_PROCESS_SETS": "1"})
+    assert first["own"] != first["parameters"] == second["parameters"] == second["own"]
+    assert (first["object"], first["tensor"]) == (second["object"], second["tensor"]) == (2, 2.0)
+    assert first["fresh"] == first["first"] == second["first"] != second["fresh"]  # the set's first rank's
+    assert alone["first"] == alone["fresh"]
+    for one in (alone, first, second):
+        assert (one["lr"], one["momentum"]) == (2.1, second["before"])
+
+
 def load_without_extensions():
     """A state as ``torch.distributed.checkpoint`` gives it: without the entry of the extensions."""
     parameters = make_parameters(SHAPES)

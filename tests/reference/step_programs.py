@@ -143,11 +143,7 @@ class Model:
             raise Unspecified
         if self.lacking and not self.done and self.method.ranks == 1:  # what has no gradient stays still
             raise Unspecified
-        planned = self.method.buckets[-1].stop
-        if planned < len(self.weights):  # all that has joined since then
-            ends = range(planned + NEW_SIZE, len(self.weights), NEW_SIZE) if self.method.apart else []
-            for end in [*ends, len(self.weights)]:
-                self.method.buckets.append(slice(self.method.buckets[-1].stop, end))
+        self._plan_buckets()
         mean, self.pending, self.good = self.method.reduce_beside(
             [g / self.scale for g in self.gradients], self._frozen())
         self.unscaled = False
@@ -161,6 +157,14 @@ class Model:
             self.good = self.waiting is not None and (
                 not self.method.skips or bool(np.isfinite(self.waiting).all()))
         self.gradients = [mean * self.scale for _ in self.gradients]
+
+    def _plan_buckets(self) -> None:
+        """What has joined since the last reduction, ``state_dict()`` or ``load_state_dict()``."""
+        planned = self.method.buckets[-1].stop
+        if planned < len(self.weights):
+            ends = range(planned + NEW_SIZE, len(self.weights), NEW_SIZE) if self.method.apart else []
+            for end in [*ends, len(self.weights)]:
+                self.method.buckets.append(slice(self.method.buckets[-1].stop, end))
 
     def _compensated(self) -> Vector:
         """The gradient that waits, for the weights as they are now."""
@@ -364,6 +368,7 @@ class Model:
         """``state_dict()``, also in the middle of a step: what holds then."""
         if self.late and self.done:
             raise Unspecified
+        self._plan_buckets()
         self.saved = {"weights": self.weights.copy(), "groups": len(self.groups), "owned": self.owned,
                       "momentum": [None if m is None else m.copy() for m in self.momentum],
                       "state": self.method.state,
@@ -373,6 +378,7 @@ class Model:
         """``load_state_dict()`` of what was saved, and ``model.zero_grad()``."""
         if self.saved is None or self.saved["groups"] != len(self.groups):
             raise Unspecified
+        self._plan_buckets()
         self.weights, self.owned = self.saved["weights"].copy(), self.saved["owned"]
         self.momentum = [None if m is None else m.copy() for m in self.saved["momentum"]]
         self.method.state, self.waiting = self.saved["state"], self.saved["waiting"]

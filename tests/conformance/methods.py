@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from hvd_ext.reducers.topk import warm_up
 from tests.conformance import references as ref
 from tests.conformance.references import Tensors
 from tests.reference.delay_compensation import DelayOracle
 
 Options = Callable[[Any], dict[str, Any]]  # the front end's module -> arguments of DistributedOptimizer
 Reference = Callable[[int, Tensors], ref.Reduce]  # ranks, tensors -> the reduction of a step
+FALLING = warm_up(0.05, 6, 0.5)
 SKIPPED, SPREADS, ERROR = "skipped", "spreads", "error"
 
 
@@ -44,7 +46,7 @@ class Method:
     bytes: Callable[[int, Tensors], dict[str, float]] | None = None
 
 
-def _topk(ratio: float = 0.1, **settings: Any) -> Options:
+def _topk(ratio: Any = 0.1, **settings: Any) -> Options:
     return lambda hvd: {"compression": hvd.Compression.topk(
         ratio, **{"min_size": 0, "values": "float64", **settings})}
 
@@ -104,6 +106,7 @@ METHODS = {
                    bytes=ref.entry_bytes(0.1)),
     "topk by tensor": Method(_topk(per_tensor=True), ref.top_k(0.1, per_tensor=True), bad=SKIPPED),
     "topk without feedback": Method(_topk(error_feedback=False), ref.top_k(0.1, feedback=False), bad=SKIPPED),
+    "topk warm-up": Method(_topk(FALLING), ref.top_k(FALLING), bad=SKIPPED),
     "topk partly": Method(_topk(exclude=["*p3"], min_size=10), ref.top_k(0.1, whole=(1, 3, 4)), bad=SKIPPED),
     "topk sampled": Method(_topk(selection="sampled", bucket_bytes=1000), None, bad=SKIPPED),
     "topk in halves": Method(_topk(values="float16"), None, bad=SKIPPED),
@@ -132,4 +135,6 @@ METHODS = {
     "seng": Method(_seng(), None, network=True, other=_seng(damping=0.3)),
     "seng lagged": Method(_seng(coupling="lagged"), None, network=True),
 }
+LATE = {name: replace(method, options=_both(method.options, _overlap(0.0)), late=True)
+        for name, method in METHODS.items() if not method.late and not method.network}
 COMPENSATION = {"overlap compensated": 0.4}  # lam of delayed updates that are compensated

@@ -8,13 +8,14 @@ one such file.
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from tests.conformance.methods import METHODS
+from tests.conformance.methods import LATE, METHODS
 from tests.conformance.references import Tensors
 from tests.problems import worker_gradients
 
@@ -29,10 +30,11 @@ def front_end_module(front_end: str) -> Any:
                                    [front_end])
 
 
-def make_trainer(front_end: str, name: str, **options: Any) -> Any:
+def make_trainer(front_end: str, name: str, *, shapes: Sequence[tuple[int, ...]] = SHAPES,
+                 **options: Any) -> Any:
     """A trainer of the method of that name."""
     module = importlib.import_module(f"tests.conformance.{front_end}_trainer")
-    return module.Trainer(METHODS[name], SHAPES, **options)
+    return module.Trainer(METHODS[name], shapes, **options)
 
 
 def gradients_of(tensors: Tensors, worker: int, step: int, number: int = 0) -> list[np.ndarray]:
@@ -127,17 +129,32 @@ def weights_of_steps(front_end: str, name: str, steps: int, passes: int = 1, dty
     return trainer.tensors, start, found, trainer.bits(), trainer.report()
 
 
-def disagree(front_end: str, names: Sequence[str]) -> dict[str, str]:
-    """By method, what a step says where rank 1 was given other arguments."""
+def one_step_late(front_end: str, name: str, steps: int) -> tuple[list[bytes], list[bytes]]:
+    """The bits after each step: as they are, and with ``overlap=`` one step late and not compensated."""
+    hvd, found = front_end_module(front_end), []
+    for method in (METHODS[name], LATE[name]):
+        trainer = make_trainer(front_end, name, options=method.options)
+        found.append([trainer.bits()])
+        for step in range(steps):
+            train(trainer, hvd.rank(), step)
+            found[-1].append(trainer.bits())
+    return found[0], found[1]
+
+
+def disagree(front_end: str, names: Sequence[str]) -> dict[tuple[str, str], str]:
+    """By method and by what differs on rank 1, its arguments or a shape: what a step says."""
     hvd, said = front_end_module(front_end), {}
-    for name in names:
-        method = METHODS[name]
-        trainer = make_trainer(front_end, name, options=method.other if hvd.rank() == 1 else None)
+    for name, what in itertools.product(names, ("arguments", "shape")):
+        other = hvd.rank() == 1 and {"arguments": {"options": METHODS[name].other},
+                                     "shape": {"shapes": ((12, 10), *SHAPES[1:])}}[what]
+        if what == "shape" and METHODS[name].network:
+            continue
+        trainer = make_trainer(front_end, name, **(other or {}))
         try:
             train(trainer, hvd.rank(), 0)
-            said[name] = "no error"
+            said[name, what] = "no error"
         except Exception as error:
-            said[name] = f"{type(error).__name__}: {error}"
+            said[name, what] = f"{type(error).__name__}: {error}"
     return said
 
 

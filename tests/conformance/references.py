@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -61,21 +62,23 @@ def delay(oracle: DelayOracle) -> Reduce:
     return lambda gradients: oracle.reduce(gradients, LR)
 
 
-def top_k(ratio: float, *, per_tensor: bool = False, feedback: bool = True,
+def top_k(ratio: float | Callable[[int], float], *, per_tensor: bool = False, feedback: bool = True,
           whole: Sequence[int] = ()) -> Callable[[int, Tensors], Reduce]:
-    """TopK over one bucket, or by tensor; tensors in ``whole`` are averaged."""
+    """TopK over one bucket, or by tensor; tensors in ``whole`` are averaged. ``ratio`` may go by the step."""
     def make(ranks: int, tensors: Tensors) -> Reduce:
         packed = [np.arange(s.start, s.stop) for k, s in enumerate(tensors.slices) if k not in whole]
         pieces = packed if per_tensor else [np.concatenate(packed)]
         errors: list[Vector] = [np.zeros(sum(tensors.numels)) for _ in range(ranks)]
+        steps = itertools.count()
 
         def reduce(gradients: Sequence[Vector]) -> Vector:
-            result = mean(gradients)
+            result, step = mean(gradients), next(steps)
+            kept = ratio(step) if callable(ratio) else ratio
             result[np.concatenate(pieces)] = 0
             for rank, gradient in enumerate(gradients):
                 a = gradient + errors[rank]
                 for piece in pieces:
-                    chosen = piece[largest(a[piece], keep_count(len(piece), ratio))]
+                    chosen = piece[largest(a[piece], keep_count(len(piece), kept))]
                     result[chosen] += a[chosen] / ranks
                     a[chosen] = 0
                 for k in whole:
@@ -84,6 +87,10 @@ def top_k(ratio: float, *, per_tensor: bool = False, feedback: bool = True,
                     errors[rank] = a
             return result
 
+        def skip() -> None:  # taken or skipped, it is a step
+            next(steps)
+
+        reduce.skip = skip
         return reduce
 
     return make

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.conformance import properties, references
-from tests.conformance.methods import COMPENSATION, ERROR, METHODS, SPREADS
+from tests.conformance.methods import COMPENSATION, ERROR, LATE, METHODS, SPREADS
 from tests.conformance.references import Tensors
 from tests.conftest import LEFT_OUT
 from tests.ranks import run_ranks
@@ -131,6 +131,15 @@ def test_micro_batches_add_up(ranks, front_end, name):
 
 
 @both
+@pytest.mark.parametrize("name", LATE)
+def test_every_method_is_itself_one_step_late(ranks, front_end, name):
+    for synchronous, late in ranks(2, init=front_end).run(
+            properties.one_step_late, front_end, name, 4, timeout=120):
+        assert late[0] == late[1]
+        assert late[1:] == synchronous[:-1]
+
+
+@both
 @pytest.mark.parametrize("name", WITH_REFERENCE)
 def test_single_precision_and_bytes(ranks, front_end, name):
     """Also where ranks have their gradients in opposite orders."""
@@ -149,8 +158,8 @@ def test_single_precision_and_bytes(ranks, front_end, name):
 @both
 def test_ranks_that_disagree_are_all_told(ranks, front_end):
     for said in ranks(2, init=front_end).run(properties.disagree, front_end, WITH_OTHER, timeout=200):
-        for name in WITH_OTHER:
-            assert "rank 1" in said[name], (name, said[name])
+        for what, error in said.items():
+            assert "rank 1" in error, (what, error)
 
 
 @both

@@ -25,39 +25,6 @@ def torch_tests():
     return test_delay_compensation
 
 
-def weights_of_steps(rules, compiled):
-    found = {}
-    for name, rule in rules.items():
-        variables = synthetic_steps.make_variables(UNEVEN)
-        optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(LR),
-                                             op=hvd.DelayCompensated(**rule))
-        found[name] = synthetic_steps.run_steps(optimizer, variables, hvd.rank(), 4, compiled=compiled)
-        hvd.assert_replicas_equal(variables, optimizer=optimizer)
-    return found
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize(("size", "compiled"), [
-    (2, True), (2, False), pytest.param(4, True, marks=pytest.mark.extended)])
-def test_sgd_lands_where_the_oracle_does(ranks, size, compiled):
-    in_torch = torch_tests()
-    rules = in_torch.RULES if compiled and size == 2 else {"adaptive": {}}
-    found = ranks(size, init="tensorflow").run(weights_of_steps, rules, compiled, timeout=150)
-    for name, rule in rules.items():
-        oracle = in_torch.oracle_steps(rule, size, lrs=(LR, LR))
-        for step, (_, landed) in enumerate(oracle):
-            for rank in found:
-                np.testing.assert_allclose(rank[name][step], landed, rtol=2e-5, atol=2e-6)
-
-
-@pytest.mark.distributed
-def test_same_trajectory_as_pytorch(ranks):
-    ours = ranks(2, init="tensorflow").run(weights_of_steps, {"adaptive": {}}, True, timeout=150)
-    theirs = ranks(2).run(torch_tests().gradients_of_steps, {}, 4, (LR, LR))
-    for mine, (_, weights) in zip(ours[0]["adaptive"], theirs[0][0], strict=True):
-        np.testing.assert_allclose(mine, weights, rtol=1e-5, atol=1e-6)
-
-
 def microbatches(average):
     variables = synthetic_steps.make_variables(UNEVEN)
     optimizer = hvd.DistributedOptimizer(
@@ -214,18 +181,6 @@ def test_rates_that_differ_end_the_step_on_all_ranks(ranks):
     for weights, steps in found:
         np.testing.assert_array_equal(weights, found[0][0])
         assert steps == 3
-
-
-def other_model_on_rank_1():
-    variables = synthetic_steps.make_variables([(5,), (3 + hvd.rank(),)])
-    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(LR), op=hvd.DelayCompensated())
-    with pytest.raises(tf.errors.InvalidArgumentError, match="do not train the same variables"):
-        synthetic_steps.run_steps(optimizer, variables, hvd.rank(), 1, compiled=True)
-
-
-@pytest.mark.distributed
-def test_ranks_that_disagree_are_told_on_all(ranks):
-    ranks(2, init="tensorflow").run(other_model_on_rank_1)
 
 
 def test_bad_input():

@@ -67,6 +67,8 @@ def quadratic_oracle(ranks, rule, momentum, steps):
 @pytest.mark.parametrize(("size", "rule", "momentum", "in_place"), [
     (1, "adaptive", 0.5, False), (2, "constant", 0.0, False), (2, "adaptive", 0.5, True),
     (2, "none", 0.9, False), (4, "adaptive", 0.0, False)])
+
+
 def test_every_weight_is_the_oracles(ranks, size, rule, momentum, in_place):
     results = ranks(size).run(train_on_a_quadratic, rule, momentum, 12, torch.float64, in_place)
     expected = quadratic_oracle(size, rule, momentum, 12)
@@ -143,8 +145,10 @@ def late_and_not(method, change=None):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("method", "change"), [
-    *((method, None) for method in REDUCERS), ("topk", "nan"), ("powersgd", "nan"), ("plain", "missing"),
-    ("delay", "missing"), ("topk", "missing")])
+    ("passes", None), ("delay_fp16", None), ("powersgd", "nan"), ("plain", "missing"), ("delay", "missing"),
+    ("topk", "missing")])
+
+
 def test_every_reducer_is_itself_one_step_late(ranks, method, change):
     for (late, left), (synchronous, same) in ranks(2).run(late_and_not, method, change):
         assert late[0] == late[1]
@@ -327,6 +331,8 @@ def make(**options):
      "virtual_workers=\"rank\""),
     ({"overlap": hvd.DelayedUpdate(), "preconditioner": object()}, ValueError, "drop one of them"),
 ])
+
+
 def test_what_cannot_be_combined(ranks, options, error, said):
     with pytest.raises(error, match=said):
         make(**options)
@@ -334,6 +340,8 @@ def test_what_cannot_be_combined(ranks, options, error, said):
 
 @pytest.mark.parametrize(("settings", "said"), [
     ({"lam": -1}, "lam"), ({"decay": 1.0}, "decay"), ({"eps": 0}, "eps"), ({"adaptive": 1}, "adaptive")])
+
+
 def test_settings_outside_their_limits(settings, said):
     with pytest.raises((TypeError, ValueError), match=said):
         hvd.DelayedUpdate(**settings)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import hvd_ext.torch as hvd
-from tests.torch.problems import backward, make_parameters, named, worker_gradients
+from tests.torch.problems import backward, flat, make_parameters, named, worker_gradients
 from tests.torch.seng_on_ranks import LAM, data, loss_of, network
 from tests.torch.small import same
 
@@ -164,6 +164,36 @@ def count_seng():
             optimizer.step()
         found.append(seng.report()["skipped"])
     return found
+
+
+def change_the_scale(scale):
+    """Weights after two steps, the first after a pass with an eighth of the scale that is thrown away."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    model, _, optimizer = build_seng(grad_scaler=scaler)
+    for step in range(2):
+        if step == 0:
+            for number in range(2):  # the second is after the reduction, and is not reduced
+                scaler.scale(loss_of(model, data(hvd.rank(), 50 + number, 5))).backward()
+                if number == 0:
+                    optimizer.synchronize()
+            optimizer.skip_step()
+            model.zero_grad()
+            scaler.update(8.0)
+        scaler.scale(loss_of(model, data(hvd.rank(), step, 5))).backward()
+        optimizer.synchronize()
+        scaler.unscale_(optimizer)
+        with optimizer.skip_synchronize():
+            scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    return flat(model.parameters())
+
+
+def test_curvature_is_without_the_scale_of_its_own_pass(ranks):
+    pool = ranks(2)
+    expected = pool.run(change_the_scale, 8.0)[0]
+    for found in pool.run(change_the_scale, 1.0):
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def count_scaled_seng():

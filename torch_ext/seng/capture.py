@@ -319,7 +319,7 @@ class Capture:
         self._waiting.pop(layer, None)
         if not uses:
             return
-        if self._scale is None:
+        if self._scale is None or not self._done:  # what was done before was another pass's
             self._scale = self._amp_scale() * self._settings.loss_scale
         checked = self._settings.check_gradients and self._needs_check(layer)
         if layer in self._light and not checked and self._is_light(uses):

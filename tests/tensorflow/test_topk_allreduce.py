@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 
@@ -15,7 +17,7 @@ import hvd_ext.tensorflow.keras as hvd  # noqa: E402
 from hvd_ext.reducers.topk import keep_count  # noqa: E402
 from tests.problems import worker_gradients  # noqa: E402
 from tests.reference.sparse_allreduce import SparseAllreduce  # noqa: E402
-from tests.tensorflow import synthetic_steps  # noqa: E402
+from tests.tensorflow import synthetic_steps, training  # noqa: E402
 
 pytestmark = pytest.mark.distributed
 
@@ -127,3 +129,37 @@ def test_replicas_hold_the_same_bits_and_skip_alike(ranks):
     first, second = ranks(2, init="tensorflow").run(options_and_skips, timeout=200)
     assert first == second
     assert len(set(first)) == len(first)
+
+
+def refusals():
+    """What the sparse allreduce says to frozen layers, sparse gradients and Horovod elastic."""
+    def optimizer():
+        return hvd.DistributedOptimizer(keras.optimizers.SGD(0.1), compression=hvd.Compression.topk(
+            0.3, min_size=0, exchange="sparse_allreduce"))
+
+    model, frozen, said = training.dense_model(), optimizer(), []
+    weights = model.trainable_variables
+    frozen.apply([tf.ones_like(one) for one in weights], weights)
+    with pytest.raises(NotImplementedError) as caught:
+        frozen.apply([tf.ones_like(one) for one in weights[2:]], weights[2:])
+    said.append(str(caught.value))
+    table = training.embedding_model()
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(table(tf.zeros((2, 5), tf.int32)))
+    with pytest.raises(ValueError, match="sparse_as_dense") as refused:
+        optimizer().apply(tape.gradient(loss, table.trainable_variables), table.trainable_variables)
+    said.append(str(refused.value))
+    os.environ["HOROVOD_ELASTIC"] = "1"
+    try:
+        with pytest.raises(NotImplementedError) as caught:
+            optimizer().build(weights)
+    finally:
+        del os.environ["HOROVOD_ELASTIC"]
+    return [*said, str(caught.value)]
+
+
+def test_what_it_cannot_do_is_an_error_that_names_the_way(ranks):
+    for frozen, table, elastic in ranks(2, init="tensorflow").run(refusals):
+        assert "use exchange='allgather' where layers are frozen" in frozen
+        assert "pass sparse_as_dense=True" in table
+        assert "use exchange='allgather' with Horovod elastic" in elastic

@@ -36,7 +36,7 @@ export HOROVOD_WITHOUT_TENSORFLOW := 1
 endif
 
 # An environment is current when its stamp carries the checksum of what it was made from.
-SOURCES := Makefile setup.py pyproject.toml hvd_ext/versions.py hvd_ext/cli/horovod_patches.py
+SOURCES := Makefile setup.py pyproject.toml hvd_ext/versions.py $(sort $(shell find hvd_ext/cli/horovod_patches -name '*.py' -o -name '*.in' -o -name '*.diff'))
 SUM := $(shell cat $(SOURCES) | cksum | tr ' ' '-')
 TOOLS := $(VENV)/.tools-$(SUM)
 READY := $(VENV)/.ready-$(subst $(space),-,$(FRAMEWORKS))-$(SUM)

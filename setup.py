@@ -31,7 +31,8 @@ setup(
     python_requires=VERSIONS["PYTHON"],
     packages=packages(),
     package_dir=FOLDERS,
-    package_data={name: ["py.typed"] for name in FOLDERS},
+    package_data={**{name: ["py.typed"] for name in FOLDERS},
+                  "hvd_ext.cli.horovod_patches": ["diffs/**/*.diff", "files/**/*.py.in"]},
     install_requires=["numpy", "rich"],
     extras_require={
         "torch": [f"torch=={VERSIONS['TORCH']}"],

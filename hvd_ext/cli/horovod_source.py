@@ -1,4 +1,4 @@
-"""The Horovod release's source: fetched by pip, recognised by checksums, edited by a checked patch.
+"""The Horovod release's source: fetched by pip, recognised by checksums, edited by checked patches.
 
 The release does not build with today's frameworks as it is. The edits are few, and each is applied
 only to the exact file it was made for: a source that differs is refused, never half edited.
@@ -8,16 +8,17 @@ import hashlib
 import subprocess
 import sys
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from hvd_ext.cli.console import CliError
-from hvd_ext.cli.horovod_patches import EDITS, Patch
+from hvd_ext.cli.horovod_patches import EDITS, Edit
 from hvd_ext.versions import HOROVOD
 
 
 def patch_id() -> str:
     """A short name of the edits, which changes whenever one of them does."""
-    text = "".join(edit.path + edit.before + edit.after for edit in EDITS)
+    text = "".join(edit.path + (edit.before or "") + edit.after for edit in EDITS)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -67,7 +68,7 @@ def unpack_source(archive: Path, folder: Path) -> Path:
     return roots[0]
 
 
-def apply_patches(source: Path, edits: tuple[Patch, ...] = EDITS) -> None:
+def apply_patches(source: Path, edits: Sequence[Edit] = EDITS) -> None:
     """Edit the unpacked source in place, after every file has been recognised.
 
     Raises:
@@ -75,11 +76,7 @@ def apply_patches(source: Path, edits: tuple[Patch, ...] = EDITS) -> None:
     """
     texts = [_released_text(source, edit) for edit in edits]
     for edit, text in zip(edits, texts, strict=True):
-        for old, new in edit.replacements:
-            if text.count(old) != edit.times:
-                raise AssertionError(f"{edit.path}: {old!r} occurs {text.count(old)} times, not {edit.times}")
-            text = text.replace(old, new)
-        data = text.encode()
+        data = edit.edit_text(text).encode()
         if sha256_of(data) != edit.after:
             raise AssertionError(f"{edit.path}: edited to {sha256_of(data)}, expected {edit.after}")
         (source / edit.path).write_bytes(data)
@@ -90,13 +87,17 @@ def sha256_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _released_text(source: Path, edit: Patch) -> str:
-    """The text of one file, when it is the released one."""
+def _released_text(source: Path, edit: Edit) -> str:
+    """The text of one file, when it is the released one; empty for a file that is added."""
     remedy = (
         f"use the unchanged source archive of Horovod {HOROVOD}, which this version of hvd-ext "
         "was made for (leave --source out to download it); for another Horovod release, "
         "upgrade hvd-ext or install that Horovod yourself: hvd-ext uses any that imports"
     )
+    if edit.before is None:
+        if (source / edit.path).exists():
+            raise CliError(f"this source of Horovod is not recognised: it has {edit.path} already", remedy)
+        return ""
     try:
         data = (source / edit.path).read_bytes()
     except OSError as error:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
 import io
 import tarfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hvd_ext.cli import horovod_source
 from hvd_ext.cli.console import CliError
-from hvd_ext.cli.horovod_patches import EDITS, Patch
+from hvd_ext.cli.horovod_patches import EDITS, Diff, Patch, WholeFile, kinds
+from hvd_ext.cli.horovod_patches.kinds import apply_diff
 from hvd_ext.cli.horovod_source import apply_patches, patch_id, sha256_of, unpack_source
 
 BEFORE = {"a.txt": "one\ntwo\n", "deep/b.txt": "three\n"}
@@ -79,11 +83,66 @@ def test_result_other_than_recorded_is_an_error(source: Path) -> None:
 
 def test_every_edit_names_another_file_with_real_checksums_and_a_reason() -> None:
     assert len({edit.path for edit in EDITS}) == len(EDITS)
-    sums = [value for edit in EDITS for value in (edit.before, edit.after)]
+    sums = [value for edit in EDITS for value in (edit.before, edit.after) if value is not None]
     assert all(len(bytes.fromhex(value)) == 32 for value in sums)
     assert len(set(sums)) == len(sums)
-    assert all(old != new for edit in EDITS for old, new in edit.replacements)
+    assert all(old != new for edit in EDITS if isinstance(edit, Patch) for old, new in edit.replacements)
     assert all(edit.why for edit in EDITS)
+
+
+def test_every_kept_file_belongs_to_an_edit() -> None:
+    kept = {str(path.relative_to(kinds.FOLDER)) for folder in ("diffs", "files")
+            for path in (kinds.FOLDER / folder).rglob("*") if path.suffix in (".diff", ".in")}
+    assert kept == {f"diffs/{edit.path}.diff" for edit in EDITS if isinstance(edit, Diff)} | {
+        f"files/{edit.path}.in" for edit in EDITS if isinstance(edit, WholeFile)}
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in the place of the package's, for diffs and whole files."""
+    monkeypatch.setattr(kinds, "FOLDER", tmp_path / "kept")
+    for folder in ("diffs", "files"):
+        (tmp_path / "kept" / folder).mkdir(parents=True)
+    return tmp_path / "kept"
+
+
+def test_a_whole_file_is_added_or_replaces_the_released_one(source: Path, kept: Path) -> None:
+    (kept / "files" / "new.txt.in").write_text("new\n")
+    (kept / "files" / "a.txt.in").write_text("other\n")
+    new = WholeFile("new.txt", None, "test")
+    apply_patches(source, (new, WholeFile("a.txt", sha256_of(BEFORE["a.txt"].encode()), "test")))
+    assert (source / "new.txt").read_text() == "new\n"
+    assert (source / "a.txt").read_text() == "other\n"
+    with pytest.raises(CliError, match=r"it has new\.txt already"):
+        apply_patches(source, (new,))
+
+
+def test_the_identity_counts_whole_files(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(horovod_source, "EDITS", (WholeFile("new.txt", None, "test"),))
+    seen = set()
+    for text in ("one\n", "two\n"):
+        (kept / "files" / "new.txt.in").write_text(text)
+        seen.add(patch_id())
+    assert len(seen) == 2
+
+
+def diff_of(old: str, new: str, context: int) -> list[str]:
+    return list(difflib.unified_diff(old.splitlines(True), new.splitlines(True), "a/x", "b/x", n=context))
+
+
+@given(st.lists(st.sampled_from(["a\n", "b\n", "-- c\n", "+ d\n", "\n"]), max_size=12),
+       st.lists(st.sampled_from(["a\n", "b\n", "-- c\n", "+ d\n", "\n"]), max_size=12),
+       st.integers(0, 3))
+def test_a_diff_gives_the_new_text(old: list[str], new: list[str], context: int) -> None:
+    before, after = "".join(old), "".join(new)
+    assert apply_diff(before, diff_of(before, after, context), "x") == after
+
+
+def test_a_diff_of_another_text_is_an_error(source: Path, kept: Path) -> None:
+    (kept / "diffs" / "a.txt.diff").write_text("".join(diff_of("one\n2\n", "one\n3\n", 3)))
+    edit = Diff("a.txt", sha256_of(BEFORE["a.txt"].encode()), "0" * 64, "test")
+    with pytest.raises(AssertionError, match=r"a\.txt: line 2 is 'two\\n', not '2\\n'"):
+        apply_patches(source, (edit,))
 
 
 def test_another_number_of_occurrences_is_an_error(source: Path) -> None:

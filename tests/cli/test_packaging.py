@@ -82,7 +82,7 @@ def elsewhere(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wheel_has_every_module_under_its_import_name(wheel: Path) -> None:
     expected = {f"{name}/{path.relative_to(ROOT / folder)}" for name, folder in FOLDERS.items()
-                for path in (ROOT / folder).rglob("*.py")}
+                for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".diff", ".in")}
     expected |= {f"{name}/py.typed" for name in FOLDERS}
     with zipfile.ZipFile(wheel) as packed:
         found = {name for name in packed.namelist() if ".dist-info/" not in name}

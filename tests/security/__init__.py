@@ -1,0 +1,1 @@
+"""Attacks on every port that Horovod opens, on the release first and on the edited source then."""

@@ -1,5 +1,6 @@
 """What the facts about a machine mean: one line per subject, and for each problem what fixes it."""
 
+import re
 from pathlib import Path
 
 from hvd_ext import kernels
@@ -7,9 +8,11 @@ from hvd_ext.cli import slurm
 from hvd_ext.cli.environment import Facts, Framework, open_mpi_major
 from hvd_ext.cli.finding import REBUILD, Finding, Level
 from hvd_ext.cli.gpu_diagnosis import gpu_findings
+from hvd_ext.cli.horovod_patches import ADVISORIES, SECURITY_EDITS
 from hvd_ext.versions import HOROVOD, TENSORFLOW, TORCH
 
 TESTED = {"torch": TORCH, "tensorflow": TENSORFLOW}
+SECURED = {edit.path for edit in SECURITY_EDITS}
 TITLES = {"torch": "PyTorch", "tensorflow": "TensorFlow"}
 
 
@@ -68,7 +71,12 @@ def _check_horovod(facts: Facts) -> list[Finding]:
     if facts.horovod is None:
         return [Finding("Horovod", "not installed", "problem", REBUILD)]
     rows = [Finding("Horovod", facts.horovod)]
-    if facts.horovod != HOROVOD:
+    insecure = SECURED.intersection(facts.unpatched)
+    if (facts.horovod == HOROVOD and insecure) or _is_older(facts.horovod):
+        value = (f"{facts.horovod}, without the security fixes of this hvd-ext: anyone who reaches its ports "
+                 f"can run code ({', '.join(ADVISORIES)}; SECURITY.md)")
+        rows = [Finding("Horovod", value, "problem", REBUILD)]
+    elif facts.horovod != HOROVOD:
         value = f"{facts.horovod}; tested with {HOROVOD}"
         rows = [Finding("Horovod", value, "note", REBUILD)]
     elif facts.unpatched:
@@ -78,6 +86,12 @@ def _check_horovod(facts: Facts) -> list[Finding]:
     if not usable_frameworks(facts) and all(row.level != "problem" for row in rows):
         rows.append(Finding("Horovod", "no installed framework can use it", "problem", REBUILD))
     return rows
+
+
+def _is_older(version: str) -> bool:
+    """Whether a Horovod is older than the one that the advisories still cover."""
+    own, last = (re.findall(r"\d+", text)[:3] for text in (version, HOROVOD))
+    return [int(part) for part in own] < [int(part) for part in last]
 
 
 def _check_binding(framework: Framework, facts: Facts) -> Finding:

@@ -24,6 +24,7 @@ from hvd_ext.versions import HOROVOD, TENSORFLOW, TORCH
 BUILT = {"mpi": True, "gloo": True, "nccl": False, "cuda": False}
 TORCH_OK = Framework("torch", TORCH, horovod=BUILT)
 TENSORFLOW_OK = Framework("tensorflow", TENSORFLOW, horovod=BUILT)
+SIGNED = "horovod/runner/http/http_client.py"  # a file with a security edit
 GOOD = Facts(
     python="3.11.7",
     cores=2,
@@ -84,6 +85,9 @@ def test_a_good_machine_has_no_problem_and_no_note() -> None:
             replace(TORCH_OK, horovod={"mpi": True, "gloo": False}), ABSENT[1])),
          "MPI", "no mpirun", "hvd-ext install-horovod"),
         (replace(GOOD, kernels="fast"), "Kernels", "HVD_EXT_KERNELS=fast", "auto, plain, triton"),
+        (replace(GOOD, unpatched=(SIGNED, "the compiled library")), "Horovod", "CVE-2024-10190",
+         "hvd-ext install-horovod"),
+        (replace(GOOD, horovod="0.27.0"), "Horovod", "CVE-2026-31234", "hvd-ext install-horovod"),
     ],
     ids=lambda value: value if isinstance(value, str) and " " not in value else "",
 )
@@ -113,6 +117,7 @@ def test_problem_names_the_mending_command(
         (replace(GOOD, mpirun_version="mpirun (Open MPI) 5.0.11"), "Launcher", "Open MPI 5"),
         (replace(GOOD, mpirun="/usr/bin/mpirun"), "MPI", "but Horovod loads /env/lib"),
         (replace(GOOD, horovod="0.29.0"), "Horovod", "tested with"),
+        (replace(GOOD, horovod="0.29.0", unpatched=(SIGNED,)), "Horovod", "tested with"),
         (replace(GOOD, unpatched=("horovod/torch/mpi_ops.py",)), "Horovod", "without the fixes"),
         (replace(GOOD, frameworks=(replace(TORCH_OK, version="2.12.0"), TENSORFLOW_OK),
                  built_for={"torch": "2.12.0", "tensorflow": TENSORFLOW}),
@@ -249,6 +254,7 @@ def test_exit_status_follows_the_metadata(
 ) -> None:
     package = horovod_package(tmp_path, json.dumps({"pytorch": built, "dummy": "none"}))
     monkeypatch.setattr(environment, "horovod_folder", lambda: package)
+    monkeypatch.setattr(environment, "unpatched_parts", lambda folder: [])
     monkeypatch.setattr(environment, "loaded_libmpi", lambda folder: "")
     monkeypatch.setattr(environment, "find_program", lambda name: f"/env/bin/{name}")
     monkeypatch.setattr(environment, "_inspect_framework", lambda name, horovod, limit: (

@@ -1,7 +1,7 @@
 """Pages that the build of the site adds (``hooks`` of mkdocs.yml): the start page, and one a public module.
 
-README.md becomes the start page. Sources are read without being imported, from copies under ``out/`` that
-have the packages' import names.
+README.md becomes the start page, SECURITY.md a page. Sources are read without being imported, from copies
+under ``out/`` that have the packages' import names.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def copy_sources() -> None:
                         ignore=shutil.ignore_patterns("__pycache__"))
 
 
-def start_page() -> str:
-    """README.md with links as the site has them."""
-    return re.sub(r"\]\(docs/", "](", (ROOT / "README.md").read_text())
+def top_page(name: str) -> str:
+    """A page of the top folder with links as the site has them."""
+    return re.sub(r"\]\(docs/", "](", (ROOT / name).read_text())
 
 
 def api_page(module: str) -> str:
@@ -56,7 +56,8 @@ def api_page(module: str) -> str:
 def on_files(files: Files, config: Any) -> Files:
     """Add the generated pages to those of ``docs/``."""
     copy_sources()
-    pages = {"index.md": start_page(), **{f"api/{module}.md": api_page(module) for module in MODULES}}
+    pages = {"index.md": top_page("README.md"), "SECURITY.md": top_page("SECURITY.md"),
+             **{f"api/{module}.md": api_page(module) for module in MODULES}}
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
     return files

@@ -99,6 +99,17 @@ def send(port: int, data: bytes) -> bytes:
         return read_all(connection)
 
 
+def flood(port: int, count: int) -> list[socket.socket]:
+    """So many connections that say nothing, of which the last 500 are returned; the others are closed."""
+    silent: list[socket.socket] = []
+    for _ in range(count):
+        with contextlib.suppress(OSError):
+            silent.append(connect(port))
+        if len(silent) > 500:
+            silent.pop(0).close()
+    return silent
+
+
 def read_all(connection: socket.socket) -> bytes:
     """What comes until the peer ends the connection, in good order or not."""
     received = b""

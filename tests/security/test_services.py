@@ -17,11 +17,11 @@ import pytest
 from tests.security.attacks import (
     DEADLINE_S,
     HOST,
-    Victim,
     connect,
     edited_message,
     evil_base64,
     evil_pickle,
+    flood,
     read_all,
     released_message,
     send,
@@ -148,21 +148,10 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def flood(server: Victim, count: int) -> list[socket.socket]:
-    """So many connections that say nothing; those that the server has ended are closed."""
-    silent: list[socket.socket] = []
-    for _ in range(count):
-        with contextlib.suppress(OSError):
-            silent.append(connect(server.port))
-        if len(silent) > 500:
-            silent.pop(0).close()
-    return silent
-
-
 @pytest.mark.parametrize("count", [600, pytest.param(10_000, marks=pytest.mark.extended)])
 def test_a_flood_of_silent_connections(sources: dict[str, Path], count: int) -> None:
     with victim(sources["edited"], "task", VICTIM_TIMEOUT="5") as server:
-        silent = flood(server, count)
+        silent = flood(server.port, count)
         assert "answers" in client(sources["edited"], PING, "task", server.port, KEY).stdout
         assert server.ask() < 600  # threads
         assert server.ask("shutdown") == "ended"

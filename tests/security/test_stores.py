@@ -13,7 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.security.attacks import DEADLINE_S, HOST, Victim, connect, evil_base64, http, read_all, victim
+from tests.security.attacks import (
+    DEADLINE_S,
+    HOST,
+    Victim,
+    connect,
+    evil_base64,
+    flood,
+    http,
+    read_all,
+    victim,
+)
 
 BOTH = pytest.mark.parametrize("kind", ["released", "edited"])
 
@@ -206,3 +216,13 @@ def test_garbage_ends_its_connection_and_nothing_else(sources: dict[str, Path]) 
                 read_all(connection)  # ends: the server does not wait for more than its limit
         done = run_task(sources["edited"], store.port, **key_of(store))
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("count", [600, pytest.param(10_000, marks=pytest.mark.extended)])
+def test_silent_strangers_keep_no_worker_from_its_function(sources: dict[str, Path], count: int) -> None:
+    with victim(sources["edited"], "function store", VICTIM_TIMEOUT="5") as store:
+        silent = flood(store.port, count)
+        done = run_task(sources["edited"], store.port, **key_of(store))
+        assert done.returncode == 0, done.stderr
+        for connection in silent:
+            connection.close()

@@ -115,8 +115,9 @@ class Method:
         places = np.flatnonzero(means) if self.places is None else self.places.pop(0)
         reduced = np.zeros_like(means)
         reduced[places] = means[places]
-        left = np.abs(means - reduced)
-        assert not left.any() or left.max() <= np.abs(means[places]).min() * (1 + 1e-6)
+        for bucket in self.buckets:  # the largest go back
+            sent, left = np.abs(reduced[bucket]), np.abs(means - reduced)[bucket]
+            assert left.max() <= np.where(sent > 0, sent, np.inf).min() * (1 + 1e-6)
         return reduced, {"residuals": np.array(residuals), "owners": means - reduced}, True
 
     def _first_q(self) -> Vector:

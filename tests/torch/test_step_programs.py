@@ -28,7 +28,7 @@ SCALED = [*WEIGHTED, *["scaler_step"] * 8, *["update"] * 3, *["unscale"] * 2]
 
 def number_of_programs(method):
     """By default few of the methods that are made of others."""
-    return PROGRAMS or (6 if method in FURTHER else 24)
+    return PROGRAMS or (4 if method in FURTHER else 24)
 
 
 def settings_of(method, seed):

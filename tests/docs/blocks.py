@@ -1,4 +1,4 @@
-"""Fenced code blocks of README.md and docs/*.md, with where they stand and which front end they are for."""
+"""Fenced code blocks of the pages, with where they stand and which front end they are for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
+PAGES = ["README.md", "SECURITY.md",
+         *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^\s*```(\w*)\s*$")
 FRONT_ENDS = {
     "torch": re.compile(r"\b(hvd_ext|horovod)\.torch\b|\btorch\."),

@@ -25,7 +25,6 @@ from hvd_ext.torch.seng.capture import Capture, RuleStatus
 from hvd_ext.torch.seng.force_eager import ForceEagerGuard
 from hvd_ext.torch.seng.kernels import all_finite
 from hvd_ext.torch.seng.layer_discovery import Layer, take_inventory
-from hvd_ext.torch.seng.packed_layers import PackLayoutCache
 from hvd_ext.torch.seng.parameter_cache import ParameterCache
 from hvd_ext.torch.seng.pending import Candidate, Pending, pending_state
 from hvd_ext.torch.seng.refresh import Refresh
@@ -80,7 +79,6 @@ class SENG:
         self._notices = OnceWarnings(self.settings)
         self._eager = ForceEagerGuard()
         self._parameters = ParameterCache(model)
-        self._frames = PackLayoutCache()
         self._joint: BatchedSolver | None = None
         self._missing: list[UncoveredParameters] = []
         self._trainable: list[bool] = []
@@ -114,14 +112,13 @@ class SENG:
         if self.layers:
             self.capture.remove_hooks()
             self._drop_lagged()
-            self._frames, self._joint = PackLayoutCache(), None
+            self._joint = None
         self.layers, self._trainable, self.state.systems = inventory.layers, trainable, kept
         self.settings = inventory.settings
         self._notices.print_memory(self.settings, [layer.plan for layer in self.layers],
                                    rank=horovod.rank() if horovod.is_initialized() else 0)
         self._missing, self._trust = inventory.missing, RuleStatus()
-        self.capture = Capture(self.model, self.layers, self.settings, lambda: loss_scale(self._scaler),
-                               self._frames)
+        self.capture = Capture(self.model, self.layers, self.settings, lambda: loss_scale(self._scaler))
         self._refresh: Refresh | None = None
 
     def shared_state(self) -> dict[str, int]:
@@ -185,13 +182,12 @@ class SENG:
         if state.lagged.previous and refreshed.step == state.step:
             # SENG eq. 27 with this step's U and the last gradient, beside the gradients.
             lagged = state.lagged.with_curvature({**state.systems, **refreshed.systems},
-                                                 self._frames.group_systems, self._step, lam)
+                                                 self._step, lam)
         self._candidate = Candidate(refreshed, lagged)
 
     def _make_refresh(self) -> Refresh:
         if self._refresh is None:
-            self._refresh = Refresh(self.layers, self.settings, self._collectives, self.name,
-                                    self._frames.group_systems)
+            self._refresh = Refresh(self.layers, self.settings, self._collectives, self.name)
         return self._refresh
 
     def _check_progress(self, refresh: Refresh) -> None:
@@ -266,7 +262,7 @@ class SENG:
         scale = loss_scale(self._scaler) if self._attached and (lagging or stale) else 1.0
         joint = self._joint
         if joint is None or not joint.is_of(state.systems):
-            joint = self._joint = self._frames.group_systems(state.systems)
+            joint = self._joint = BatchedSolver(state.systems)
         joint.load_gradients(1.0 / scale)
         before = joint.copy_gradients() if stale else {}
         if lagging:

@@ -17,11 +17,9 @@ from hvd_ext.seng.sample_axes import CONSTANT
 from hvd_ext.torch.hooks import ModuleHook
 from hvd_ext.torch.seng.attention import Arrange, hook_projections
 from hvd_ext.torch.seng.check import GradientCheck, add_up
-from hvd_ext.torch.seng.deferred_capture import DeferredCapture, build_deferred, can_defer
 from hvd_ext.torch.seng.functional_hooks import patch_embedding, patch_linear
 from hvd_ext.torch.seng.layer_curvature import NOT_FINITE, LayerCurvature, build_curvature
 from hvd_ext.torch.seng.layer_discovery import Layer
-from hvd_ext.torch.seng.packed_layers import PackLayoutCache
 from hvd_ext.torch.seng.per_sample import Call
 from hvd_ext.torch.seng.rules import Registered, Rule, look_up
 from hvd_ext.torch.seng.sample_axes import Result, SampleAxisTracker, SampleSelector
@@ -107,13 +105,11 @@ class Capture:
 
     Args:
         amp_scale: gives the loss scale of the pass under way.
-        frames: for the layers that are small enough to be built together at the end of the pass.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], settings: Settings,
-                 amp_scale: Callable[[], float], frames: PackLayoutCache) -> None:
+                 amp_scale: Callable[[], float]) -> None:
         self.layers = list(layers)
-        self._frames = frames
         self._model = model
         self._settings = settings
         self._amp_scale = amp_scale
@@ -134,9 +130,8 @@ class Capture:
         self._scale: float | None = None
         self._open: dict[Layer, list[_Use]] = {}
         self._waiting: dict[Layer, int] = {}
-        self._done: dict[Layer, dict[int, LayerCurvature | DeferredCapture | str]] = {}
+        self._done: dict[Layer, dict[int, LayerCurvature | str]] = {}
         self._chosen: dict[tuple[int, torch.device], torch.Tensor | None] = {}
-        self._light = {layer for layer in self.layers if can_defer(layer, settings)}
 
     @property
     def active(self) -> bool:
@@ -185,17 +180,11 @@ class Capture:
         for layer in list(self._open):
             self._finish_layer(layer)
         caught = CaptureResult()
-        light: dict[Layer, DeferredCapture] = {}
         for layer, found in self._done.items():
             if self._settings.check_gradients and self._needs_check(layer):
                 self._choose_rule(layer, found, caught)
-            elif isinstance(found[next(iter(found))], DeferredCapture):
-                light[layer] = found[next(iter(found))]
             else:
                 caught.found[layer] = next(iter(found.values()))
-        light = {layer: light[layer] for layer in self.layers if layer in light}
-        caught.found.update(build_deferred(light, self._frames, self._choose_samples, self._scale_of,
-                                           self._step))
         for layer in self._check.is_single_use():
             # Only a forward pass that began with the hooks in place shows that a call is missing.
             if layer not in self._done and self.samples.called:
@@ -322,9 +311,6 @@ class Capture:
         if self._scale is None or not self._done:  # what was done before was another pass's
             self._scale = self._amp_scale() * self._settings.loss_scale
         checked = self._settings.check_gradients and self._needs_check(layer)
-        if layer in self._light and not checked and self._is_light(uses):
-            self._done[layer] = {0: DeferredCapture(uses[0].x, uses[0].gz)}
-            return
         rules = layer.rules if checked else (layer.rules[self._trust.accepted.get(layer, 0)],)
         done: dict[int, LayerCurvature | str] = {}
         sums = []
@@ -361,13 +347,6 @@ class Capture:
         least = negligible_error(self._settings.damping_at(self._step)) if layer.plan.adaptive else 0.0
         return build_curvature(layer, captured, scale=scale, dtype=stored, step=self._step,
                                least=least), everything
-
-    def _is_light(self, uses: Sequence[_Use]) -> bool:
-        """Whether a layer was used once, on one row of each sample, in the precision it is computed in."""
-        (use, *more) = uses
-        return (not more and use.gz is not None and use.x.dim() == use.gz.dim() == 2
-                and use.x.dtype == use.gz.dtype and use.rule is use.slots is use.call is None
-                and self.samples.find_placement(use.module, use.batch) == 0)
 
     def _scale_of(self, samples: int, kept: int) -> float:
         """What gz is multiplied with to give ``G_i / sqrt(samples)``."""

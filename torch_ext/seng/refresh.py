@@ -26,7 +26,6 @@ from hvd_ext.torch.seng.blocks import Block, Chooser
 from hvd_ext.torch.seng.capture import CaptureResult, RuleStatus
 from hvd_ext.torch.seng.layer_curvature import LayerCurvature
 from hvd_ext.torch.seng.layer_discovery import Layer
-from hvd_ext.torch.seng.step import Join
 
 HEADER = 3  # fingerprint, step, damping
 
@@ -54,16 +53,14 @@ class Refresh:
     Args:
         collectives: of M ranks; None on a single one.
         name: prefix of the collectives' names.
-        join: puts systems into units, see ``packed_layers.py``.
     """
 
     def __init__(self, layers: Sequence[Layer], settings: Settings,
-                 collectives: Collectives | None, name: str, join: Join) -> None:
+                 collectives: Collectives | None, name: str) -> None:
         self._layers = list(layers)
         self._settings = settings
         self._collectives = collectives
         self._name = name
-        self._join_small = join
 
     @functools.cached_property
     def _fingerprint(self) -> Fingerprint:
@@ -119,7 +116,7 @@ class Refresh:
             self._join_systems(result.systems, result.step, self._collectives)
         else:
             self._sketch_systems(result.systems, step)
-        joint = result.joint = self._join_small(result.systems)
+        joint = result.joint = BatchedSolver(result.systems)
         joint.form_gram()
         for layer in joint.factor_systems(lam):
             result.failures[layer] = "its small system could not be factored"
@@ -140,7 +137,7 @@ class Refresh:
             self._join_systems(drawn, step, self._collectives)
         else:
             self._sketch_systems(drawn, step)
-        joint = self._join_small(drawn)
+        joint = BatchedSolver(drawn)
         joint.form_gram()
         for layer in joint.factor_systems(lam):
             del drawn[layer]

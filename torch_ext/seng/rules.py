@@ -140,11 +140,6 @@ def _linear_rule(module: nn.Module, x: torch.Tensor, gz: torch.Tensor, pick: Pic
     return Factors(*(t.reshape(t.shape[0], 1, -1, t.shape[-1]) for t in (gz, x)))
 
 
-def is_linear(registered: Registered) -> bool:
-    """Whether a rule is that of ``Linear``."""
-    return registered.rule is _linear_rule
-
-
 def extract_patches(x: torch.Tensor, kernel: tuple[int, ...], stride: tuple[int, ...],
                     dilation: tuple[int, ...], positions: tuple[int, ...]) -> torch.Tensor:
     """Sliding blocks of a padded ``x`` (rho, C, *space): (rho, C, prod kernel, prod positions)."""

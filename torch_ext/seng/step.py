@@ -1,7 +1,7 @@
 """The step: from reduced gradients to SENG's directions. Equations 26 to 28 and the three couplings.
 
-p = (g - U b)/lam          (SENG eq. 8)   ``Joint.subtract``
-b = (lam I + U^T U)^-1 U^T g    (eq. 9)   ``Joint.messages``
+p = (g - U b)/lam          (SENG eq. 8)   ``BatchedSolver.apply_directions``
+b = (lam I + U^T U)^-1 U^T g    (eq. 9)   ``BatchedSolver.local_contributions``
 U b = (1/M) sum_i U_i b_i      (eq. 26)   each rank its own ``b_i``, one allreduce per layer
 the two means of eq. 28 in place of it, for ``uc="factored"``   ``Product.message``
 """
@@ -9,7 +9,7 @@ the two means of eq. 28 in place of it, for ``uc="factored"``   ``Product.messag
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,6 @@ from hvd_ext.torch.seng.layer_curvature import LayerCurvature
 from hvd_ext.torch.seng.layer_discovery import Layer
 
 Started = dict[Layer, "Handle | torch.Tensor"]
-Join = Callable[[Mapping[Layer, LayerCurvature]], BatchedSolver]
 
 
 @dataclass
@@ -103,10 +102,10 @@ class Lagged:
     pending: Started = field(default_factory=dict)
     previous: dict[Layer, list[torch.Tensor]] = field(default_factory=dict)
 
-    def with_curvature(self, systems: Mapping[Layer, LayerCurvature], join: Join, step: Step,
+    def with_curvature(self, systems: Mapping[Layer, LayerCurvature], step: Step,
                        lam: float) -> Lagged:
         """The same with the messages of ``previous`` under way, made with a refresh's curvature."""
-        joint = join({layer: systems[layer] for layer in self.previous if layer in systems})
+        joint = BatchedSolver({layer: systems[layer] for layer in self.previous if layer in systems})
         joint.set_gradients(self.previous)
         return Lagged({layer: step.start_mean(layer, message)
                        for layer, message in joint.local_contributions(lam, step.uc)})

@@ -1,4 +1,4 @@
-"""Small layers as one problem: the same directions as layer by layer, whatever is packed."""
+"""Layers held by their factors without sketching: the definition, layers left out, resumed runs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ import torch
 from torch import nn
 
 import hvd_ext.torch as hvd
-from hvd_ext.torch.seng import packed_layers
-from hvd_ext.torch.seng.batched_solve import SingleLayer
-from hvd_ext.torch.seng.packed_layers import PackedLayers
 from tests.reference import seng as reference
 from tests.torch.per_sample import flat_gradient, held_u
 
@@ -33,44 +30,7 @@ def loss_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return (model(x) - x[:, :4]).square().sum(1).mean()
 
 
-def trained(settings: dict, steps: int = 5, dtype: torch.dtype = torch.float64):
-    """The directions of every step, and the object."""
-    model = network(dtype)
-    seng = hvd.SENG(model, **{"damping": LAM, "sketch": None, "explicit_threshold": 0, **settings})
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    found = []
-    for step in range(steps):
-        optimizer.zero_grad()
-        loss_of(model, batch(step, dtype)).backward()
-        seng.step()
-        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-        optimizer.step()
-    return found, seng
-
-
-def units(seng) -> list[type]:
-    return [type(unit) for unit in seng._joint.units]
-
-
-@pytest.mark.parametrize("settings", [
-    {"uc": "exact", "update_freq": 1}, {"uc": "factored", "update_freq": 2},
-    {"uc": "exact", "update_freq": 2, "coupling": "lagged"}, {"uc": "factored", "coupling": "lagged"},
-    {"uc": "exact", "update_freq": 1, "subsample": 3},
-    {"uc": "exact", "update_freq": 3, "stale_curvature": "rescale"},
-    {"uc": "exact", "update_freq": 2, "damping": lambda step: LAM / (1 + step)},
-])
-def test_packed_layers_go_where_each_goes_by_itself(settings, monkeypatch):
-    together, seng = trained(settings)
-    assert units(seng).count(PackedLayers) == 1
-    assert len(next(unit for unit in seng._joint.units if isinstance(unit, PackedLayers)).layers) == 5
-    monkeypatch.setattr(packed_layers, "MAX_PACKED_NUMEL", 0)
-    alone, other = trained(settings)
-    assert set(units(other)) == {SingleLayer}
-    for one, two in zip(together, alone, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-8, atol=1e-11)
-
-
-def test_packed_directions_are_the_definition_with_missing_and_half_gradients():
+def test_directions_are_the_definition_with_missing_and_transposed_gradients():
     model = network()
     seng = hvd.SENG(model, damping=LAM, sketch=None, explicit_threshold=0, uc="exact", update_freq=3)
     for step in range(3):
@@ -95,7 +55,7 @@ def test_packed_directions_are_the_definition_with_missing_and_half_gradients():
     assert model[2].bias.grad is None
 
 
-def test_a_layer_that_was_not_refreshed_and_one_that_is_not_finite_leave_the_others_packed():
+def test_a_layer_that_is_not_finite_leaves_the_others_refreshed():
     model = network()
     seng = hvd.SENG(model, damping=LAM, sketch=None, explicit_threshold=0, uc="exact", update_freq=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -122,14 +82,12 @@ def test_a_layer_that_was_not_refreshed_and_one_that_is_not_finite_leave_the_oth
         ages = {row["layer"]: row["age"] for row in seng.report()["layers"]}
         assert (ages["7"], ages["9"]) == (1, 1)  # the backward pass reaches them before the poison
         assert ages["0"] == ages["4"] == (2 if spoil else 1)
-        assert units(seng).count(PackedLayers) == 1
-        assert len(next(unit for unit in seng._joint.units if isinstance(unit, PackedLayers)).layers) == 5
 
 
 @pytest.mark.parametrize("settings", [{"uc": "exact"}, {"coupling": "lagged"}, {"subsample": 3},
                                       {"stale_curvature": "rescale"}])
 @pytest.mark.parametrize("steps", [2, 3])
-def test_a_resumed_run_packs_what_the_first_did_bit_for_bit(settings, steps):
+def test_a_resumed_run_is_the_same_bit_for_bit(settings, steps):
     def made():
         model = network(torch.float32)
         seng = hvd.SENG(model, damping=LAM, sketch=None, explicit_threshold=0, update_freq=3, **settings)

@@ -153,7 +153,7 @@ def test_capture_that_fails_on_one_rank_is_left_out_on_all(ranks, size, coupling
 def test_gradient_not_finite_on_one_rank_is_left_alone_on_all(ranks, size, coupling):
     everyone = ranks(size).run(on_ranks.gradient_not_finite_on_one_rank, coupling)
     assert everyone == [everyone[0]] * size
-    assert everyone[0][0] == 3
+    assert everyone[0][0] == 0  # steps that the script throws away are no skipped ones
 
 
 @pytest.mark.parametrize("size", [2])

@@ -19,7 +19,7 @@ MODULES = {"torch": "hvd_ext.torch", "tensorflow": "hvd_ext.tensorflow.keras,hvd
 # Arguments and names that are not this package's, and whose they are.
 OTHERS = {
     "devices=": "Lightning", "epochs=": "Keras", "scaled=": "hvd_ext.state.Part",
-    "jit_compile=": "Keras",
+    "jit_compile=": "Keras", "weights_only=": "PyTorch", "find_unused_parameters=": "PyTorch",
     "hvd_ext.exchange": "a collective's name", "hvd_ext.rejoin": "a collective's name",
     "hvd.Compression.sign": "the reader's own reducer", "hvd.Compression.sign(scale=0.01)": "the same",
     "hvd_ext.ray": "needs ray", "hvd_ext.spark": "needs pyspark",

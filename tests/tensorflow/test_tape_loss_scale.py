@@ -21,7 +21,8 @@ CASES = {
     "seng": lambda model: {"preconditioner": hvd.SENG(model, damping=0.5, update_freq=2)},
 }
 SCALE = 2.0**20  # overflows in float16 some times
-COUNTS = ("skipped_steps", "unusable_steps", "step_counter", "dynamic_scale")
+# Counts, and what says that the step's gradients are not used.
+COUNTS = ("skipped_steps", "unusable_steps", "step_counter", "dynamic_scale", "reduced_at")
 
 
 def half_model():

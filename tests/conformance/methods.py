@@ -135,6 +135,12 @@ METHODS = {
     "seng": Method(_seng(), None, network=True, other=_seng(damping=0.3)),
     "seng lagged": Method(_seng(coupling="lagged"), None, network=True),
 }
+# Methods of which another one has the same state and messages: make test-long has most of their tests.
+VARIANTS = {
+    "sum", "groups", "delay constant", "delay by rank", "delay local", "delay local constant",
+    "delay forgetful", "topk by tensor", "topk without feedback", "topk warm-up", "topk partly",
+    "topk sampled", "topk in halves", "powersgd rank 1", "powersgd cold", "powersgd without feedback",
+    "replicated", "downlink in halves", "overlap compensated"}
 LATE = {name: replace(method, options=_both(method.options, _overlap(0.0)), late=True)
         for name, method in METHODS.items() if not method.late and not method.network}
 COMPENSATION = {"overlap compensated": 0.4}  # lam of delayed updates that are compensated

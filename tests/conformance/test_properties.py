@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.conformance import properties, references
-from tests.conformance.methods import COMPENSATION, ERROR, LATE, METHODS, SPREADS
+from tests.conformance.methods import COMPENSATION, ERROR, LATE, METHODS, SPREADS, VARIANTS
 from tests.conformance.references import Tensors
 from tests.conftest import LEFT_OUT
 from tests.ranks import run_ranks
@@ -23,6 +23,14 @@ FRONT_ENDS = [name for name in ("torch", "tensorflow")
               if name not in LEFT_OUT and importlib.util.find_spec(f"horovod.{name}")]
 STEPS = properties.STEPS
 both = pytest.mark.parametrize("front_end", FRONT_ENDS)
+
+
+def by_name(names: Iterable[str]) -> Any:
+    """The parameter ``name``; tests of variants are for ``make test-long``."""
+    return pytest.mark.parametrize("name", [
+        pytest.param(name, marks=pytest.mark.extended if name in VARIANTS else ()) for name in names])
+
+
 WITH_REFERENCE = [name for name, method in METHODS.items() if method.reference]
 WITH_OTHER = [name for name, method in METHODS.items() if method.other]
 
@@ -65,7 +73,7 @@ def journeys(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
 
 
 @both
-@pytest.mark.parametrize("name", METHODS)
+@by_name(METHODS)
 class TestJourney:
     """One training of two ranks."""
 
@@ -122,7 +130,7 @@ def test_any_number_of_ranks_gives_what_one_process_gives(ranks, front_end, size
 
 
 @both
-@pytest.mark.parametrize("name", WITH_REFERENCE)
+@by_name(WITH_REFERENCE)
 def test_micro_batches_add_up(ranks, front_end, name):
     for tensors, start, weights, _, _ in ranks(2, init=front_end).run(
             properties.weights_of_steps, front_end, name, 3, 2, timeout=120):
@@ -131,7 +139,7 @@ def test_micro_batches_add_up(ranks, front_end, name):
 
 
 @both
-@pytest.mark.parametrize("name", LATE)
+@by_name(LATE)
 def test_every_method_is_itself_one_step_late(ranks, front_end, name):
     for synchronous, late in ranks(2, init=front_end).run(
             properties.one_step_late, front_end, name, 4, timeout=120):

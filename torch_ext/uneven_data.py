@@ -240,9 +240,11 @@ class Uneven:
             self._share_gradients(found)
 
     def abandon_follows(self) -> None:
-        """They are thrown away."""
-        self._exchange_decision(Decision("abandon"))
+        """They are thrown away; a loss scale that has changed since goes to the ranks without a batch."""
+        decision, found = self._exchange_decision(Decision("abandon")), self._reduced
         self._reduced = self._decision = None
+        if decision is not None and found is not None and not decision.alike:
+            self._follow_settings(found)
 
     def gather_follows(self) -> None:
         """All ranks get all of them."""

@@ -230,21 +230,20 @@ class Uneven:
 
     def update_follows(self) -> None:
         """They are applied: as the first rank with a batch has them, if the loop may have changed them."""
-        decision, found = self._exchange_decision(Decision("update", touched=self.touched)), self._reduced
-        self._reduced = self._decision = None
-        if decision is None or found is None:
-            return
-        if not decision.alike:
-            self._follow_settings(found)
-        if decision.touched and not self._wrapper.reducer.owner_only:
-            self._share_gradients(found)
+        self._end_step(Decision("update", touched=self.touched))
 
     def abandon_follows(self) -> None:
         """They are thrown away; a loss scale that has changed since goes to the ranks without a batch."""
-        decision, found = self._exchange_decision(Decision("abandon")), self._reduced
+        self._end_step(Decision("abandon"))
+
+    def _end_step(self, decision: Decision) -> None:
+        known, found = self._exchange_decision(decision), self._reduced
         self._reduced = self._decision = None
-        if decision is not None and found is not None and not decision.alike:
-            self._follow_settings(found)
+        if known is not None and found is not None:
+            if not known.alike:
+                self._follow_settings(found)
+            if known.touched and not self._wrapper.reducer.owner_only:
+                self._share_gradients(found)
 
     def gather_follows(self) -> None:
         """All ranks get all of them."""
@@ -274,11 +273,10 @@ class Uneven:
     def _share_gradients(self, found: Attendance) -> None:
         """Bring the gradients of a rank that has a batch to all."""
         collectives, root, handles = self._wrapper.collectives, found.root or 0, []
-        entries = self._wrapper.reducer.entries
-        present = torch.tensor([entry.parameter.grad is not None for entry in entries], dtype=torch.uint8)
+        parameters = [entry.parameter for entry in self._wrapper.reducer.entries]
+        present = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
         collectives.broadcast_async_(present, root, f"{self._name}/present", kind="gradients").wait()
-        for number, entry in enumerate(entries):
-            parameter = entry.parameter
+        for number, parameter in enumerate(parameters):
             if not present[number]:
                 parameter.grad = None
                 continue

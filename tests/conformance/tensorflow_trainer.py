@@ -11,6 +11,7 @@ import tensorflow as tf
 
 import hvd_ext.tensorflow.keras as hvd
 from tests.conformance.references import LR, MU, Tensors
+from tests.conformance.trainer import SavedTrainer
 from tests.tensorflow import checkpointed
 from tests.tensorflow.sign_reducer import Sign, SignReducer
 
@@ -41,8 +42,10 @@ def _network(dtype: str, seed: int) -> keras.Model:
         layers.Dropout(0.1, seed=seed, dtype=dtype), layers.Dense(3, dtype=dtype)])
 
 
-class Trainer:
+class Trainer(SavedTrainer):
     """One model with its optimizer; see ``tests/conformance/properties.py``."""
+
+    hvd, state_class, digest_of = hvd, hvd.elastic.KerasState, checkpointed.digest
 
     def __init__(self, method: Any, shapes: Sequence[tuple[int, ...]], *, options: Any = None,
                  dtype: str = "float64", passes: int = 1, seed: int = 0, process_set: Any = None) -> None:
@@ -86,22 +89,3 @@ class Trainer:
 
     def bits(self) -> bytes:
         return b"".join(v.numpy().tobytes() for v in self.variables)
-
-    def digest(self) -> str:
-        """Of everything that this rank has."""
-        return checkpointed.digest(self.model, self.optimizer)
-
-    def commit(self) -> Any:
-        """An elastic state with what there is now."""
-        state = hvd.elastic.KerasState(self.model, self.optimizer)
-        state.save()
-        return state
-
-    def save(self, folder: Any, step: int) -> None:
-        hvd.save_checkpoint(folder, step, model=self.model, optimizer=self.optimizer)
-
-    def load(self, folder: Any) -> int:
-        return hvd.load_checkpoint(folder, model=self.model, optimizer=self.optimizer).step
-
-    def report(self) -> dict[str, Any]:
-        return self.optimizer.report()

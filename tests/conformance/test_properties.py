@@ -142,8 +142,10 @@ def test_micro_batches_add_up(ranks, front_end, name):
 @both
 @by_name(LATE)
 def test_every_method_is_itself_one_step_late(ranks, front_end, name):
-    for synchronous, late in ranks(2, init=front_end).run(
-            properties.one_step_late, front_end, name, 4, timeout=120):
+    everyone = ranks(2, init=front_end).run(properties.one_step_late, front_end, name, 4, timeout=120)
+    assert everyone[0] == everyone[1]
+    for synchronous, late in everyone:
+        assert len(set(synchronous)) == len(synchronous)
         assert late[0] == late[1]
         assert late[1:] == synchronous[:-1]
 

@@ -10,6 +10,7 @@ import torch
 
 import hvd_ext.torch as hvd
 from tests.conformance.references import LR, MU, Tensors
+from tests.conformance.trainer import SavedTrainer
 from tests.torch import checkpointed
 from tests.torch.problems import backward, bits, flat, make_parameters
 from tests.torch.sign_reducer import Sign, SignReducer
@@ -32,8 +33,10 @@ def _network(dtype: torch.dtype, seed: int) -> torch.nn.Module:
                                torch.nn.Linear(9, 3)).to(dtype)
 
 
-class Trainer:
+class Trainer(SavedTrainer):
     """One model with its optimizer; see ``tests/conformance/properties.py``."""
+
+    hvd, state_class, digest_of = hvd, hvd.elastic.TorchState, checkpointed.digest
 
     def __init__(self, method: Any, shapes: Sequence[tuple[int, ...]], *, options: Any = None,
                  dtype: str = "float64", passes: int = 1, seed: int = 0, process_set: Any = None) -> None:
@@ -78,22 +81,3 @@ class Trainer:
 
     def bits(self) -> bytes:
         return bits(self.parameters)
-
-    def digest(self) -> str:
-        """Of everything that this rank has."""
-        return checkpointed.digest(self.model, self.optimizer)
-
-    def commit(self) -> Any:
-        """An elastic state with what there is now."""
-        state = hvd.elastic.TorchState(self.model, self.optimizer)
-        state.save()
-        return state
-
-    def save(self, folder: Any, step: int) -> None:
-        hvd.save_checkpoint(folder, step, model=self.model, optimizer=self.optimizer)
-
-    def load(self, folder: Any) -> int:
-        return hvd.load_checkpoint(folder, model=self.model, optimizer=self.optimizer).step
-
-    def report(self) -> dict[str, Any]:
-        return self.optimizer.report()

@@ -18,7 +18,7 @@ class SkippedStep:
 
     scale: float | None = None
 
-    def begin(self, good: bool, scale: float) -> None:
+    def begin_step(self, good: bool, scale: float) -> None:
         """The gradients have just been reduced; ``good``: they are finite."""
         self.scale = None if good else scale
 

@@ -287,7 +287,7 @@ class SENG(tf.Module):
 
         def take_curvature() -> tf.Tensor:
             if self._pending is not None:
-                self._pending.keep()
+                self._pending.keep_before()
             made = refresh_curvature(self.states, self.capture.number, at, lam, context, self._notices)
             self.lam.assign(lam)
             self.checked.assign(tf.logical_or(self.checked, made))
@@ -359,7 +359,7 @@ class SENG(tf.Module):
             for variable, value in zip(self.variables, self._fresh, strict=True):
                 variable.assign(value)
         if self._pending is not None:
-            self._pending.drop()
+            self._pending.forget_before()
         self._ranks = 0
 
     def shared_state(self) -> list[int]:

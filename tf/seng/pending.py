@@ -27,7 +27,7 @@ class PendingCurvature:
         self._held = tf.Variable(False, trainable=False)
         self._of_before.pack_handles(self._before)
 
-    def keep(self) -> None:
+    def keep_before(self) -> None:
         """Before a refresh: keep what is there."""
         self._each(lambda now, before, one: write_handle(before, read_handle(now, one.dtype)))
         self._held.assign(True)
@@ -45,7 +45,7 @@ class PendingCurvature:
 
         self._if_held(free)
 
-    def drop(self) -> None:
+    def forget_before(self) -> None:
         """Forget what was kept, outside of any graph."""
         self._held.assign(False)
 

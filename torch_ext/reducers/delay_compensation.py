@@ -195,7 +195,7 @@ class DelayReducer(BucketReducer):
         reduced = [one.wait() if isinstance(one, Handle) else one for one in gathering]
         if not good:
             self.abandon()
-        self._skipped.begin(good, self.loss_scale())
+        self._skipped.begin_step(good, self.loss_scale())
         self._good = good
         for entry, gradient in self._spare.items():
             if entry.parameter.grad is None:

@@ -169,7 +169,7 @@ class FeedbackReducer(BucketReducer):
             received.update({bucket.index: mean
                              for bucket, mean in zip(compressed, means, strict=True)})
         self._record_metrics(good)
-        self._skipped.begin(good, self.loss_scale())
+        self._skipped.begin_step(good, self.loss_scale())
         return [received[bucket.index] for bucket in self.buckets], good
 
     def _agree_to_go_on(self) -> bool:

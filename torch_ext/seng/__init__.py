@@ -318,7 +318,7 @@ class SENG:
 
     def _skip_step(self) -> None:
         """Leave a gradient that is not finite alone, and all that would have followed from it."""
-        self._skipped.begin(False, loss_scale(self._scaler))
+        self._skipped.begin_step(False, loss_scale(self._scaler))
         self._discard_captured()
         if not all_finite(self._parameters.current_parameters()):
             self._notices.warn_diverged(self.state.step, self.settings.damping_at(self.state.step))
